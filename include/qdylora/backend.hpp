@@ -1,0 +1,180 @@
+// The Backend concept: the only place where layers and devices meet.
+//
+// A backend is a cheap, copyable handle passed by value. Its operations take views of memory it can reach (Backend::Memory) and are
+// stream-ordered: on a device they return before the work is done. Only download, sum_squares, cross_entropy and synchronize wait.
+// Results do not depend on the number of threads. Shapes are checked on every call (Errc::shape_mismatch).
+//
+// The concept is a conjunction of named parts, each requirement with its meaning, so that a compiler names the missing operation.
+// T is the compute type of activations, A = Accumulator<T> the type of adapter weights, gradients and statistics.
+// Weights W [out, in] are QuantizedView or dense MatrixView<const S>; nn/weight.hpp holds them.
+#pragma once
+
+#include <concepts>
+#include <cstdint>
+#include <span>
+
+#include <qdylora/core/matrix.hpp>
+#include <qdylora/core/random.hpp>
+#include <qdylora/quant/quantize.hpp>
+
+namespace qdylora {
+
+class Cpu;   // cpu/cpu.hpp
+class Cuda;  // cuda/cuda.cuh
+
+/// Whether an operation replaces its output or adds to it.
+enum class Update { overwrite, accumulate };
+
+/// The identity of a dropout mask: element (i, j) of an activation [tokens, features] is kept where
+/// random_word(seed, Purpose::dropout, layer, step, i * features + j) >= probability * 2^32.
+struct DropoutKey {
+  std::uint64_t seed = 0;
+  std::uint32_t layer = 0;
+  std::uint32_t step = 0;
+};
+
+/// Which elements of a head rotary embedding rotates together. interleaved: (2i, 2i + 1), as Llama's own weights and GGUF files have
+/// them. half_split: (i, i + head_dim / 2), as Hugging Face's checkpoints have them.
+enum class RopeLayout { interleaved, half_split };
+
+/// Heads of an attention layer. Query head h reads key-value head h / (heads / kv_heads).
+struct HeadShape {
+  Index heads = 1;
+  Index kv_heads = 1;
+  Index head_dim = 64;
+};
+
+/// One AdamW update of a parameter, Loshchilov & Hutter 2019 in torch.optim.AdamW's order of operations:
+///   p *= 1 - lr * weight_decay;  m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;
+///   p -= lr / (1 - b1^t) * m / (sqrt(v) / sqrt(1 - b2^t) + epsilon),   g = gradient * gradient_scale.
+/// Row i's learning rate is lr * row_lr[i] (1 where row_lr is empty); t is its own step count where row_steps is given.
+struct AdamWUpdate {
+  double lr = 0.0;
+  double beta1 = 0.9;
+  double beta2 = 0.999;
+  double epsilon = 1e-8;
+  double weight_decay = 0.0;
+  double gradient_scale = 1.0;
+  std::int64_t step = 1;
+  std::span<const float> row_lr = {};
+  std::span<const std::int64_t> row_steps = {};
+};
+
+// ---- the parts -----------------------------------------------------------------------------------------------------------------
+
+/// Memory that the operations reach, and its traffic with the host.
+template <class B, class T>
+concept HasMemory = MemoryResource<typename B::Memory> && requires(const B b, MatrixView<T> y, MatrixView<const T> x) {
+  b.fill(y, T{});      // y[i, j] = value
+  b.copy(x, y);        // y = x, both in Backend::Memory; shapes equal
+  b.upload(x, y);      // host -> backend
+  b.download(x, y);    // backend -> host; waits
+  b.synchronize();     // waits for all work given so far
+};
+
+/// Frozen weights.
+template <class B, class T>
+concept HasQuantize =
+    requires(const B b, MatrixView<const T> x, MatrixView<T> y, QuantizeOptions options, const QuantizedView<NF4, DoubleQuant<>> w) {
+      b.template quantize<NF4, DoubleQuant<>>(x, options);  // x [out, in] -> QuantizedTensor, bit-equal to qdylora::quantize
+      b.dequantize(w, y);                                   // y [out, in] = decoded w
+    };
+
+/// The products of a linear layer, with quantized weights.
+template <class B, class T>
+concept HasQuantizedMatmul =
+    requires(const B b, MatrixView<const T> x, MatrixView<T> y, const QuantizedView<NF4, DoubleQuant<>> w, Update update) {
+      b.matmul(x, w, y, update);             // y [tokens, out] (+)= x [tokens, in] . w^T
+      b.matmul_transposed(x, w, y, update);  // y [tokens, in] (+)= x [tokens, out] . w
+    };
+
+/// The same with dense weights (adapters, embeddings, heads; out or in is the rank), and a weight's gradient.
+template <class B, class T>
+concept HasGemm = requires(const B b, MatrixView<const T> x, MatrixView<T> y, MatrixView<const Accumulator<T>> w,
+                           MatrixView<Accumulator<T>> h, Update update) {
+  b.matmul(x, w, h, update);             // h [tokens, r] (+)= x [tokens, in] . w[r, in]^T
+  b.matmul_transposed(w, w, y, update);  // y [tokens, out] (+)= h [tokens, r] . w[r, out]
+  b.weight_gradient(w, x, h, update);    // h [r, features] (+)= w [tokens, r]^T . x [tokens, features]
+};
+
+template <class B, class T>
+concept HasElementwise = requires(const B b, MatrixView<const T> x, MatrixView<T> y, MatrixView<const Accumulator<T>> w,
+                                  MatrixView<Accumulator<T>> h, float p, DropoutKey key) {
+  b.add(x, y);                // y += x
+  b.add_row(w, y);            // y[i, j] += w[0, j]
+  b.scale_columns(w, w, h);   // h[i, j] = first[i, j] * second[0, j]
+  b.column_products(w, w, h); // h[0, j] += sum_i first[i, j] * second[i, j]
+  b.dropout(x, p, key, y, Update::overwrite);  // y (+)= x * mask / (1 - p)
+};
+
+/// The optimizer's arithmetic.
+template <class B, class T>
+concept HasAdamW = requires(const B b, MatrixView<Accumulator<T>> p, MatrixView<const Accumulator<T>> g, AdamWUpdate update) {
+  b.adamw(p, g, p, p, update);                            // (value, gradient, first moment, second moment), all [rows, cols]
+  { b.sum_squares(g) } -> std::convertible_to<double>;    // sum of squares in double, fixed order; waits
+};
+
+/// RMS normalization (Zhang & Sennrich 2019): y[i, j] = x[i, j] * r_i * w[0, j],  r_i = 1 / sqrt(mean_j x[i, j]^2 + epsilon).
+template <class B, class T>
+concept HasNorm = requires(const B b, MatrixView<const T> x, MatrixView<T> y, MatrixView<const Accumulator<T>> w,
+                           MatrixView<Accumulator<T>> r, float epsilon, Update update) {
+  b.rms_norm(x, w, epsilon, y, r);              // r [tokens, 1] keeps r_i for the backward pass
+  b.rms_norm_backward(x, x, w, w, y, update);   // (dy, x, w, r, dx): dx (+)= r (dy w - x r^2 mean_j(dy w x))
+};
+
+/// Rotary position embedding (Su et al. 2021), in place: pair i of every head of token t turns by the angle whose cosine and sine are
+/// table[positions[t], 2i] and table[positions[t], 2i + 1] (nn/rope.hpp makes the table). Direction -1 turns back: the backward pass.
+template <class B, class T>
+concept HasRope = requires(const B b, MatrixView<T> x, std::span<const std::int32_t> positions, MatrixView<const Accumulator<T>> table,
+                           RopeLayout layout) {
+  b.rope(x, positions, table, layout, 1);  // x [tokens, heads * head_dim], table [positions, head_dim]
+};
+
+/// Causal attention over sequences laid end to end: sequence s owns rows offsets[s] ... offsets[s + 1] of q, k and v.
+/// q, y [tokens, heads * head_dim]; k, v [tokens, kv_heads * head_dim]; scores are scaled by 1 / sqrt(head_dim).
+template <class B, class T>
+concept HasAttention = requires(const B b, MatrixView<const T> x, MatrixView<T> y, MatrixView<Accumulator<T>> lse,
+                                std::span<const Index> offsets, std::span<const MatrixView<const T>> caches, HeadShape shape) {
+  b.attention(x, x, x, offsets, shape, y, lse);                       // lse [tokens, heads]: log-sum-exp of each row of scores
+  b.attention_backward(x, x, x, x, x, lse, offsets, shape, y, y, y);  // (dy, q, k, v, y, lse) -> dq, dk, dv, overwritten
+  b.attention_decode(x, caches, caches, shape, y);  // one query row a sequence, caches[s] [length, kv_heads * head_dim]
+};
+
+template <class B, class T>
+concept HasActivation = requires(const B b, MatrixView<const T> x, MatrixView<T> y) {
+  b.swiglu(x, x, y);                 // y = silu(gate) * up,  silu(a) = a / (1 + e^-a)
+  b.swiglu_backward(x, x, x, y, y);  // (dy, gate, up) -> dgate, dup; may be in place of gate and up
+  b.gelu(x, y);                      // y = x * Phi(x), the exact (erf) form
+  b.gelu_backward(x, x, y);          // (dy, x) -> dx
+};
+
+template <class B, class T>
+concept HasEmbedding = requires(const B b, std::span<const std::int32_t> ids, MatrixView<const Accumulator<T>> table, MatrixView<T> y) {
+  b.embed(ids, table, y);      // y[i] = table[ids[i]]; an id outside the table is Errc::bad_argument
+};
+
+/// Some rows of an activation: the positions whose loss counts.
+template <class B, class T>
+concept HasRowSelection = requires(const B b, std::span<const Index> rows, MatrixView<const T> x, MatrixView<T> y) {
+  b.gather_rows(x, rows, y);   // y[i] = x[rows[i]]
+  b.scatter_rows(x, rows, y);  // y[rows[i]] = x[i], all other rows zero
+};
+
+/// Softmax cross-entropy over rows of logits, in nats. A target of -1 is not scored.
+template <class B, class T>
+concept HasCrossEntropy = requires(const B b, MatrixView<Accumulator<T>> logits, std::span<const std::int32_t> targets,
+                                   MatrixView<Accumulator<T>> losses) {
+  b.cross_entropy(logits, targets, 1.0, losses);  // losses [rows, 1]; logits become scale * d(loss) / d(logits)
+};
+
+/// What layers and optimizers need.
+template <class B, class T>
+concept Backend = std::copyable<B> && Scalar<T> && HasMemory<B, T> && HasQuantize<B, T> && HasQuantizedMatmul<B, T> && HasGemm<B, T> &&
+                  HasElementwise<B, T> && HasAdamW<B, T>;
+
+/// What a transformer needs on top.
+template <class B, class T>
+concept TransformerBackend = Backend<B, T> && HasNorm<B, T> && HasRope<B, T> && HasAttention<B, T> && HasActivation<B, T> &&
+                             HasEmbedding<B, T> && HasRowSelection<B, T> && HasCrossEntropy<B, T>;
+
+}  // namespace qdylora

@@ -1,0 +1,20 @@
+// The one place that names compilers. Every macro of the library starts with QDYLORA_.
+#pragma once
+
+#if !defined(__cplusplus) || __cplusplus < 202002L
+#error "qdylora needs a C++20 compiler: pass -std=c++20 or link the CMake target qdylora::qdylora"
+#endif
+
+// Callable on host and device: expands to nothing unless the CUDA compiler reads the header.
+#if defined(__CUDACC__)
+#define QDYLORA_HD __host__ __device__
+#else
+#define QDYLORA_HD
+#endif
+
+// Pointers that do not alias, so that loops over them vectorize.
+#if defined(__GNUC__) || defined(__clang__) || defined(_MSC_VER)
+#define QDYLORA_RESTRICT __restrict
+#else
+#define QDYLORA_RESTRICT
+#endif

@@ -1,0 +1,198 @@
+// The CPU backend: the Backend concept on this machine's threads and vector units.
+#pragma once
+
+#include <memory>
+#include <utility>
+
+#include <qdylora/backend.hpp>
+#include <qdylora/cpu/elementwise.hpp>
+#include <qdylora/cpu/products.hpp>
+#include <qdylora/cpu/transformer.hpp>
+
+namespace qdylora {
+
+/// A handle: copies share one pool of threads. `Cpu{}` uses the pool of the process, which has a thread for every processor and starts
+/// them at its first parallel loop; `Cpu{n}` makes a pool of n; a trainer with threads of its own passes an Executor.
+/// Operations are done when they return, so synchronize does nothing.
+class Cpu {
+ public:
+  using Memory = HostMemory;
+
+  Cpu() : Cpu(shared_pool(), nullptr) {}
+  explicit Cpu(int threads) : Cpu(threads <= 0 ? shared_pool() : std::make_shared<ThreadPool>(threads), nullptr) {}
+  explicit Cpu(Executor executor) : Cpu(nullptr, std::make_shared<const Executor>(std::move(executor))) {}
+
+  /// The same threads with an instruction set of choice. Throws Errc::unsupported where the machine lacks it.
+  Cpu with_isa(Isa isa) const {
+    QDYLORA_EXPECTS(supported(isa), unsupported, "this machine has no " + std::string(name(isa)));
+    Cpu other = *this;
+    other.run_.isa = isa;
+    return other;
+  }
+  Isa isa() const noexcept { return run_.isa; }
+  /// 0 where an Executor decides.
+  int threads() const noexcept { return run_.pool ? run_.pool->threads() : 0; }
+
+  /// f(0) ... f(count - 1), each once, on the backend's threads.
+  template <class F>
+  void parallel_for(Index count, F&& f) const {
+    run_.parallel_for(count, f);
+  }
+
+  // memory
+  template <class T>
+  void fill(MatrixView<T> y, std::type_identity_t<T> value) const {
+    for (Index i = 0; i < y.rows; ++i) std::fill_n(y.row(i), y.cols, value);
+  }
+  /// Element types may differ; values are rounded to the target's.
+  template <class X, class Y>
+  void copy(MatrixView<X> x, MatrixView<Y> y) const {
+    detail::convert(run_, MatrixView<const std::remove_const_t<X>>(x), y);
+  }
+  template <class T>
+  void upload(In<T> x, MatrixView<T> y) const {
+    qdylora::copy(x, y);
+  }
+  template <class T>
+  void download(In<T> x, MatrixView<T> y) const {
+    qdylora::copy(x, y);
+  }
+  void synchronize() const noexcept {}
+
+  // frozen weights
+  template <CodeFormat Format = NF4, class Scales = DoubleQuant<>, class T>
+  QuantizedTensor<Format, Scales> quantize(MatrixView<T> weight, QuantizeOptions options = {}) const {
+    return qdylora::quantize<Format, Scales>(MatrixView<const std::remove_const_t<T>>(weight), options,
+                                             [this](Index count, auto&& f) { run_.parallel_for(count, f); });
+  }
+  template <class T, CodeFormat Format, class Scales>
+  void dequantize(const QuantizedView<Format, Scales>& weight, MatrixView<T> y) const {
+    expect_shape("dequantize: y", y, weight.rows, weight.cols);
+    run_.parallel_ranges(y.rows, detail::row_grain(y.cols),
+                         [&](Index begin, Index end) { qdylora::dequantize(weight, y.middle_rows(begin, end - begin), begin); });
+  }
+
+  // products
+  template <class T, class W, class Y>
+  void matmul(MatrixView<T> x, const W& w, MatrixView<Y> y, Update update = Update::overwrite) const {
+    detail::matmul(run_, MatrixView<const std::remove_const_t<T>>(x), w, y, update);
+  }
+  template <class T, class W, class Y>
+  void matmul_transposed(MatrixView<T> x, const W& w, MatrixView<Y> y, Update update = Update::overwrite) const {
+    detail::matmul_transposed(run_, MatrixView<const std::remove_const_t<T>>(x), w, y, update);
+  }
+  template <class U, class T, class S>
+  void weight_gradient(MatrixView<U> u, MatrixView<T> x, MatrixView<S> g, Update update = Update::overwrite) const {
+    detail::weight_gradient(run_, MatrixView<const S>(u), MatrixView<const std::remove_const_t<T>>(x), g, update);
+  }
+
+  // elementwise
+  template <class T>
+  void add(In<T> x, MatrixView<T> y) const {
+    detail::add(run_, x, y);
+  }
+  template <class T>
+  void add_row(In<Accumulator<T>> row, MatrixView<T> y) const {
+    detail::add_row(run_, row, y);
+  }
+  template <class S>
+  void scale_columns(In<S> x, In<S> factors, MatrixView<S> y) const {
+    detail::scale_columns(run_, x, factors, y);
+  }
+  template <class S>
+  void column_products(In<S> first, In<S> second, MatrixView<S> sums) const {
+    detail::column_products(run_, first, second, sums);
+  }
+  template <class T>
+  void dropout(In<T> x, float probability, DropoutKey key, MatrixView<T> y, Update update = Update::overwrite) const {
+    detail::dropout(run_, x, probability, key, y, update);
+  }
+
+  // optimizer
+  template <class S>
+  void adamw(MatrixView<S> value, In<S> gradient, MatrixView<S> m, MatrixView<S> v, const AdamWUpdate& update) const {
+    detail::adamw(run_, value, gradient, m, v, update);
+  }
+  template <class S>
+  double sum_squares(MatrixView<S> x) const {
+    return detail::sum_squares(run_, MatrixView<const std::remove_const_t<S>>(x));
+  }
+
+  // transformer
+  template <class T>
+  void rms_norm(In<T> x, In<Accumulator<T>> weight, float epsilon, MatrixView<T> y, MatrixView<Accumulator<T>> inverse_rms) const {
+    detail::rms_norm(run_, x, weight, epsilon, y, inverse_rms);
+  }
+  template <class T>
+  void rms_norm_backward(In<T> dy, In<T> x, In<Accumulator<T>> weight, In<Accumulator<T>> inverse_rms, MatrixView<T> dx,
+                         Update update = Update::overwrite) const {
+    detail::rms_norm_backward(run_, dy, x, weight, inverse_rms, dx, update);
+  }
+  template <class T>
+  void rope(MatrixView<T> x, std::span<const std::int32_t> positions, In<Accumulator<T>> table, RopeLayout layout, int direction) const {
+    detail::rope(run_, x, positions, table, layout, direction);
+  }
+  template <class T>
+  void attention(In<T> q, In<T> k, In<T> v, std::span<const Index> offsets, HeadShape shape, MatrixView<T> y,
+                 MatrixView<Accumulator<T>> lse) const {
+    detail::attention(run_, q, k, v, offsets, shape, y, lse);
+  }
+  template <class T>
+  void attention_backward(In<T> dy, In<T> q, In<T> k, In<T> v, In<T> y, In<Accumulator<T>> lse, std::span<const Index> offsets,
+                          HeadShape shape, MatrixView<T> dq, MatrixView<T> dk, MatrixView<T> dv) const {
+    detail::attention_backward(run_, dy, q, k, v, y, lse, offsets, shape, dq, dk, dv);
+  }
+  template <class T>
+  void attention_decode(In<T> q, std::span<const MatrixView<const T>> keys, std::span<const MatrixView<const T>> values, HeadShape shape,
+                        MatrixView<T> y) const {
+    detail::attention_decode(run_, q, keys, values, shape, y);
+  }
+  template <class T>
+  void swiglu(In<T> gate, In<T> up, MatrixView<T> y) const {
+    detail::swiglu(run_, gate, up, y);
+  }
+  template <class T>
+  void swiglu_backward(In<T> dy, In<T> gate, In<T> up, MatrixView<T> dgate, MatrixView<T> dup) const {
+    detail::swiglu_backward(run_, dy, gate, up, dgate, dup);
+  }
+  template <class T>
+  void gelu(In<T> x, MatrixView<T> y) const {
+    detail::gelu(run_, x, y);
+  }
+  template <class T>
+  void gelu_backward(In<T> dy, In<T> x, MatrixView<T> dx) const {
+    detail::gelu_backward(run_, dy, x, dx);
+  }
+  template <class T>
+  void embed(std::span<const std::int32_t> ids, In<Accumulator<T>> table, MatrixView<T> y) const {
+    detail::embed(run_, ids, table, y);
+  }
+  template <class T>
+  void gather_rows(In<T> x, std::span<const Index> rows, MatrixView<T> y) const {
+    detail::gather_rows(run_, x, rows, y);
+  }
+  template <class T>
+  void scatter_rows(In<T> x, std::span<const Index> rows, MatrixView<T> y) const {
+    detail::scatter_rows(run_, x, rows, y);
+  }
+  template <class S>
+  void cross_entropy(MatrixView<S> logits, std::span<const std::int32_t> targets, double scale, MatrixView<S> losses) const {
+    detail::cross_entropy(run_, logits, targets, scale, losses);
+  }
+
+ private:
+  Cpu(std::shared_ptr<ThreadPool> pool, std::shared_ptr<const Executor> executor)
+      : run_{std::move(pool), std::move(executor), best_isa()} {}
+
+  static std::shared_ptr<ThreadPool> shared_pool() {
+    static const auto pool = std::make_shared<ThreadPool>();
+    return pool;
+  }
+
+  detail::CpuRun run_;
+};
+
+static_assert(TransformerBackend<Cpu, float> && TransformerBackend<Cpu, double> && TransformerBackend<Cpu, bfloat16> &&
+              TransformerBackend<Cpu, half>);
+
+}  // namespace qdylora

@@ -1,0 +1,156 @@
+// Threads of the CPU backend: parallel_for over a fixed number of tasks. Which thread runs a task never changes its result: callers cut
+// work by shape alone and give every output element to one task.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <exception>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include <qdylora/core/error.hpp>
+#include <qdylora/core/scalar.hpp>
+
+namespace qdylora {
+
+/// What a trainer with its own threads gives the backend instead of ours: runs f(0) ... f(count - 1), each once, in any order, on any
+/// threads, and returns when all are done.
+using Executor = std::function<void(Index count, const std::function<void(Index)>& f)>;
+
+/// A fork-join pool. The caller works too, so `threads` - 1 are started, at the first call that has use for them. Between calls workers
+/// spin for some microseconds (a layer is a chain of short parallel loops) and then sleep.
+class ThreadPool {
+ public:
+  /// threads = 0: as many as the hardware runs at once.
+  explicit ThreadPool(int threads = 0)
+      : threads_(threads > 0 ? threads : static_cast<int>(std::max(1u, std::thread::hardware_concurrency()))) {}
+  ThreadPool(const ThreadPool&) = delete;
+  ThreadPool& operator=(const ThreadPool&) = delete;
+  ~ThreadPool() {
+    stop_.store(true);
+    round_.fetch_add(1);
+    {
+      const std::lock_guard lock(sleep_mutex_);
+    }
+    wake_.notify_all();
+    for (auto& worker : workers_) worker.join();
+  }
+
+  int threads() const noexcept { return threads_; }
+
+  /// Rethrows the exception of the task with the lowest index, after all tasks ended. A nested call, and a call while another thread's
+  /// loop holds the pool, runs on the calling thread alone.
+  template <class F>
+  void run(Index count, F&& f) {
+    if (count <= 0) return;
+    if (count == 1 || threads_ == 1 || inside() || !busy_.try_lock()) {
+      for (Index i = 0; i < count; ++i) f(i);
+      return;
+    }
+    const std::lock_guard hold(busy_, std::adopt_lock);
+    if (workers_.empty()) start();
+    invoke_ = [](void* context, Index i) { (*static_cast<std::remove_reference_t<F>*>(context))(i); };
+    context_ = const_cast<void*>(static_cast<const void*>(std::addressof(f)));
+    count_ = count;
+    next_.store(0, std::memory_order_relaxed);
+    error_ = nullptr;
+    error_task_ = count;
+    working_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
+    round_.fetch_add(1, std::memory_order_seq_cst);
+    if (sleepers_.load(std::memory_order_seq_cst) > 0) {
+      {
+        const std::lock_guard lock(sleep_mutex_);
+      }
+      wake_.notify_all();
+    }
+    work();
+    for (int spin = 0; working_.load(std::memory_order_acquire) > 0; ++spin)
+      if (spin > spins_before_yield) std::this_thread::yield();
+      else pause();
+    if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
+  }
+
+ private:
+  static constexpr int spins_before_yield = 4000;
+  static constexpr int spins_before_sleep = 20000;
+
+  static bool& inside() noexcept {
+    thread_local bool value = false;
+    return value;
+  }
+  static void pause() noexcept {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#endif
+  }
+
+  void start() {
+    workers_.reserve(static_cast<std::size_t>(threads_ - 1));
+    const std::uint64_t round = round_.load();
+    for (int i = 1; i < threads_; ++i)
+      workers_.emplace_back([this, round] { serve(round); });
+  }
+
+  void work() noexcept {
+    inside() = true;
+    for (Index i = next_.fetch_add(1); i < count_; i = next_.fetch_add(1)) {
+      try {
+        invoke_(context_, i);
+      } catch (...) {
+        const std::lock_guard lock(error_mutex_);
+        if (i < error_task_) {
+          error_task_ = i;
+          error_ = std::current_exception();
+        }
+      }
+    }
+    inside() = false;
+  }
+
+  void serve(std::uint64_t seen) {
+    for (;;) {
+      for (int spin = 0; round_.load(std::memory_order_acquire) == seen; ++spin) {
+        if (spin < spins_before_sleep) {
+          pause();
+          continue;
+        }
+        std::unique_lock lock(sleep_mutex_);
+        sleepers_.fetch_add(1, std::memory_order_seq_cst);
+        wake_.wait(lock, [&] { return round_.load(std::memory_order_seq_cst) != seen; });
+        sleepers_.fetch_sub(1);
+      }
+      if (stop_.load()) return;
+      ++seen;
+      work();
+      working_.fetch_sub(1, std::memory_order_release);
+    }
+  }
+
+  const int threads_;
+  std::mutex busy_;  // held by the caller whose loop runs
+  std::vector<std::thread> workers_;
+
+  // the loop at hand
+  void (*invoke_)(void*, Index) = nullptr;
+  void* context_ = nullptr;
+  Index count_ = 0;
+  std::atomic<Index> next_{0};
+  std::atomic<int> working_{0};
+  std::mutex error_mutex_;
+  std::exception_ptr error_;
+  Index error_task_ = 0;
+
+  std::atomic<std::uint64_t> round_{0};
+  std::atomic<bool> stop_{false};
+  std::atomic<int> sleepers_{0};
+  std::mutex sleep_mutex_;
+  std::condition_variable wake_;
+};
+
+}  // namespace qdylora

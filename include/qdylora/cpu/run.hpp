@@ -1,0 +1,64 @@
+// How a CPU operation runs: on which threads, with which instruction set, in which scratch memory.
+#pragma once
+
+#include <memory>
+#include <utility>
+
+#include <qdylora/core/matrix.hpp>
+#include <qdylora/cpu/kernels/kernels.hpp>
+#include <qdylora/cpu/parallel.hpp>
+
+namespace qdylora::detail {
+
+struct CpuRun {
+  std::shared_ptr<ThreadPool> pool;
+  std::shared_ptr<const Executor> executor;  // instead of the pool, where given
+  Isa isa = Isa::generic;
+
+  template <class F>
+  void parallel_for(Index count, F&& f) const {
+    if (executor) (*executor)(count, std::function<void(Index)>(std::ref(f)));
+    else pool->run(count, f);
+  }
+
+  /// f(begin, end) over [0, count) in pieces of `grain`.
+  template <class F>
+  void parallel_ranges(Index count, Index grain, F&& f) const {
+    parallel_for((count + grain - 1) / grain, [&](Index task) { f(task * grain, std::min(count, (task + 1) * grain)); });
+  }
+
+  template <class S>
+  const KernelTable<S>& kernels() const noexcept {
+    return detail::kernels<S>(isa);
+  }
+};
+
+/// Rows that hold about 16384 elements: the grain of elementwise loops.
+constexpr Index row_grain(Index cols) noexcept { return std::max<Index>(1, 16384 / std::max<Index>(cols, 1)); }
+
+/// Scratch memory of the calling thread, kept until the thread ends. Each Slot is a block of its own; a slot's earlier pointer dies when
+/// a larger size is asked for.
+template <class S, int Slot>
+S* scratch(Index size) {
+  thread_local Buffer<S> block;
+  if (block.size() < size) {
+    block = {};
+    block = Buffer<S>(size);
+  }
+  return block.data();
+}
+
+/// The elements of `view` as S: the view itself where it has them, else converted into `storage`.
+template <class S, class T>
+MatrixView<const S> as_scalar(MatrixView<const T> view, Matrix<S>& storage) {
+  if constexpr (std::is_same_v<S, T>) {
+    return view;
+  } else {
+    storage.resize(view.rows, view.cols);
+    for (Index i = 0; i < view.rows; ++i)
+      for (Index j = 0; j < view.cols; ++j) storage(i, j) = static_cast<S>(view(i, j));
+    return storage.view();
+  }
+}
+
+}  // namespace qdylora::detail

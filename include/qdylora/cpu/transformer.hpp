@@ -1,0 +1,313 @@
+// Normalization, rotary embedding, attention and cross-entropy on the CPU.
+#pragma once
+
+#include <cmath>
+#include <vector>
+
+#include <qdylora/backend.hpp>
+#include <qdylora/cpu/run.hpp>
+
+namespace qdylora::detail {
+
+template <class T, class S>
+void rms_norm(const CpuRun& run, MatrixView<const T> x, MatrixView<const S> weight, float epsilon, MatrixView<T> y, MatrixView<S> inverse) {
+  expect_shape("rms_norm: weight", weight, 1, x.cols);
+  expect_shape("rms_norm: y", y, x.rows, x.cols);
+  expect_shape("rms_norm: inverse rms", inverse, x.rows, 1);
+  run.parallel_ranges(x.rows, row_grain(x.cols), [&](Index begin, Index end) {
+    for (Index i = begin; i < end; ++i) {
+      double squares = 0.0;  // the residual stream of a real model reaches 2e4: its square needs the range
+      for (Index j = 0; j < x.cols; ++j) squares += static_cast<double>(x(i, j)) * static_cast<double>(x(i, j));
+      const S r = static_cast<S>(1.0 / std::sqrt(squares / static_cast<double>(x.cols) + static_cast<double>(epsilon)));
+      inverse(i, 0) = r;
+      for (Index j = 0; j < x.cols; ++j) y(i, j) = static_cast<T>(static_cast<S>(x(i, j)) * r * weight(0, j));
+    }
+  });
+}
+
+template <class T, class S>
+void rms_norm_backward(const CpuRun& run, MatrixView<const T> dy, MatrixView<const T> x, MatrixView<const S> weight,
+                       MatrixView<const S> inverse, MatrixView<T> dx, Update update) {
+  expect_shape("rms_norm_backward: x", x, dy.rows, dy.cols);
+  expect_shape("rms_norm_backward: weight", weight, 1, x.cols);
+  expect_shape("rms_norm_backward: inverse rms", inverse, x.rows, 1);
+  expect_shape("rms_norm_backward: dx", dx, x.rows, x.cols);
+  run.parallel_ranges(x.rows, row_grain(x.cols), [&](Index begin, Index end) {
+    for (Index i = begin; i < end; ++i) {
+      const S r = inverse(i, 0);
+      double dot = 0.0;
+      for (Index j = 0; j < x.cols; ++j)
+        dot += static_cast<double>(dy(i, j)) * static_cast<double>(weight(0, j)) * static_cast<double>(x(i, j));
+      const S mean = static_cast<S>(dot / static_cast<double>(x.cols)) * r * r;
+      for (Index j = 0; j < x.cols; ++j) {
+        const S value = r * (static_cast<S>(dy(i, j)) * weight(0, j) - static_cast<S>(x(i, j)) * mean);
+        dx(i, j) = static_cast<T>(update == Update::accumulate ? static_cast<S>(dx(i, j)) + value : value);
+      }
+    }
+  });
+}
+
+template <class T, class S>
+void rope(const CpuRun& run, MatrixView<T> x, std::span<const std::int32_t> positions, MatrixView<const S> table, RopeLayout layout,
+          int direction) {
+  const Index head_dim = table.cols;
+  QDYLORA_EXPECTS(head_dim > 0 && head_dim % 2 == 0 && x.cols % head_dim == 0, shape_mismatch,
+                  "rope: x " + shape_text(x) + " is not made of heads of " + std::to_string(head_dim));
+  QDYLORA_EXPECTS(static_cast<Index>(positions.size()) == x.rows, shape_mismatch,
+                  "rope: " + std::to_string(positions.size()) + " positions for " + std::to_string(x.rows) + " tokens");
+  for (const auto position : positions)
+    QDYLORA_EXPECTS(position >= 0 && position < table.rows, bad_argument,
+                    "rope: position " + std::to_string(position) + " is outside the table of " + std::to_string(table.rows));
+  const Index half = head_dim / 2;
+  const Index step = layout == RopeLayout::interleaved ? 2 : 1;
+  const Index partner = layout == RopeLayout::interleaved ? 1 : half;
+  run.parallel_ranges(x.rows, row_grain(x.cols), [&](Index begin, Index end) {
+    for (Index t = begin; t < end; ++t) {
+      const S* angles = table.row(positions[static_cast<std::size_t>(t)]);
+      for (Index head = 0; head < x.cols; head += head_dim) {
+        T* values = x.row(t) + head;
+        for (Index i = 0; i < half; ++i) {
+          const S c = angles[2 * i];
+          const S s = direction >= 0 ? angles[2 * i + 1] : -angles[2 * i + 1];
+          const S a = static_cast<S>(values[i * step]);
+          const S b = static_cast<S>(values[i * step + partner]);
+          values[i * step] = static_cast<T>(a * c - b * s);
+          values[i * step + partner] = static_cast<T>(a * s + b * c);
+        }
+      }
+    }
+  });
+}
+
+// ---- attention: scores are made block by block of queries and never stored; the backward pass makes them again from the log-sum-exp ------
+
+inline constexpr Index query_block = 64;
+
+inline void expect_attention(std::span<const Index> offsets, HeadShape shape, Index tokens, Index q_cols, Index kv_cols) {
+  QDYLORA_EXPECTS(shape.heads > 0 && shape.kv_heads > 0 && shape.head_dim > 0 && shape.heads % shape.kv_heads == 0, bad_argument,
+                  "attention: " + std::to_string(shape.heads) + " heads cannot share " + std::to_string(shape.kv_heads) + " key-value heads");
+  QDYLORA_EXPECTS(q_cols == shape.heads * shape.head_dim && kv_cols == shape.kv_heads * shape.head_dim, shape_mismatch,
+                  "attention: q has " + std::to_string(q_cols) + " and k, v " + std::to_string(kv_cols) + " columns; expected " +
+                      std::to_string(shape.heads * shape.head_dim) + " and " + std::to_string(shape.kv_heads * shape.head_dim));
+  bool ordered = !offsets.empty() && offsets.front() == 0 && offsets.back() == tokens;
+  for (std::size_t s = 1; ordered && s < offsets.size(); ++s) ordered = offsets[s - 1] <= offsets[s];
+  QDYLORA_EXPECTS(ordered, bad_argument, "attention: sequence offsets must ascend from 0 to the " + std::to_string(tokens) + " tokens");
+}
+
+// The columns of one head, rows [row, row + rows), as S.
+template <class S, int Slot, class T>
+MatrixView<const S> head_part(MatrixView<const T> x, Index row, Index rows, Index head, Index head_dim) {
+  const MatrixView<const T> part{x.data + row * x.stride + head * head_dim, rows, head_dim, x.stride};
+  if constexpr (std::is_same_v<S, T>) {
+    return part;
+  } else {
+    const MatrixView<S> out{scratch<S, Slot>(rows * head_dim), rows, head_dim};
+    for (Index i = 0; i < rows; ++i)
+      for (Index j = 0; j < head_dim; ++j) out(i, j) = static_cast<S>(part(i, j));
+    return out;
+  }
+}
+
+template <class S>
+void transpose(MatrixView<const S> x, S* out) {  // out [cols, rows]
+  for (Index i = 0; i < x.rows; ++i)
+    for (Index j = 0; j < x.cols; ++j) out[j * x.rows + i] = x(i, j);
+}
+
+struct QueryBlock {
+  Index sequence, head, begin, end;  // query rows [begin, end) of the sequence
+};
+
+inline std::vector<QueryBlock> query_blocks(std::span<const Index> offsets, Index heads) {
+  std::vector<QueryBlock> blocks;
+  for (std::size_t s = 0; s + 1 < offsets.size(); ++s)
+    for (Index head = 0; head < heads; ++head)
+      for (Index begin = 0; begin < offsets[s + 1] - offsets[s]; begin += query_block)
+        blocks.push_back({static_cast<Index>(s), head, begin, std::min(offsets[s + 1] - offsets[s], begin + query_block)});
+  return blocks;
+}
+
+template <class T, class S>
+void attention(const CpuRun& run, MatrixView<const T> q, MatrixView<const T> k, MatrixView<const T> v, std::span<const Index> offsets,
+               HeadShape shape, MatrixView<T> y, MatrixView<S> lse) {
+  expect_attention(offsets, shape, q.rows, q.cols, k.cols);
+  expect_shape("attention: k", k, q.rows, shape.kv_heads * shape.head_dim);
+  expect_shape("attention: v", v, q.rows, shape.kv_heads * shape.head_dim);
+  expect_shape("attention: y", y, q.rows, q.cols);
+  expect_shape("attention: lse", lse, q.rows, shape.heads);
+  const auto blocks = query_blocks(offsets, shape.heads);
+  const auto& kernels = run.kernels<S>();
+  const Index d = shape.head_dim;
+  const S scale = S{1} / std::sqrt(static_cast<S>(d));
+  run.parallel_for(static_cast<Index>(blocks.size()), [&](Index task) {
+    const auto& block = blocks[static_cast<std::size_t>(task)];
+    const Index start = offsets[static_cast<std::size_t>(block.sequence)];
+    const Index kv_head = block.head / (shape.heads / shape.kv_heads);
+    const Index rows = block.end - block.begin;
+    const Index keys = block.end;
+    const auto qs = head_part<S, 2>(q, start + block.begin, rows, block.head, d);
+    const auto ks = head_part<S, 3>(k, start, keys, kv_head, d);
+    const auto vs = head_part<S, 4>(v, start, keys, kv_head, d);
+    S* kt = scratch<S, 5>(keys * d);
+    transpose(ks, kt);
+    S* p = scratch<S, 6>(rows * keys);
+    kernels.gemm(rows, keys, d, qs.data, qs.stride, 1, kt, keys, p, keys, false);
+    for (Index i = 0; i < rows; ++i) {
+      S* row = p + i * keys;
+      const Index visible = block.begin + i + 1;
+      const S shift = *std::max_element(row, row + visible) * scale;
+      const S sum = kernels.exp_sum(visible, row, scale, shift);
+      std::fill(row + visible, row + keys, S{});
+      for (Index j = 0; j < visible; ++j) row[j] /= sum;
+      lse(start + block.begin + i, block.head) = shift + std::log(sum);
+    }
+    MatrixView<T> out{y.row(start + block.begin) + block.head * d, rows, d, y.stride};
+    if constexpr (std::is_same_v<S, T>) {
+      kernels.gemm(rows, d, keys, p, keys, 1, vs.data, vs.stride, out.data, out.stride, false);
+    } else {
+      S* result = scratch<S, 7>(rows * d);
+      kernels.gemm(rows, d, keys, p, keys, 1, vs.data, vs.stride, result, d, false);
+      for (Index i = 0; i < rows; ++i)
+        for (Index j = 0; j < d; ++j) out(i, j) = static_cast<T>(result[i * d + j]);
+    }
+  });
+}
+
+template <class T, class S>
+void attention_backward(const CpuRun& run, MatrixView<const T> dy, MatrixView<const T> q, MatrixView<const T> k, MatrixView<const T> v,
+                        MatrixView<const T> y, MatrixView<const S> lse, std::span<const Index> offsets, HeadShape shape, MatrixView<T> dq,
+                        MatrixView<T> dk, MatrixView<T> dv) {
+  expect_attention(offsets, shape, q.rows, q.cols, k.cols);
+  expect_shape("attention_backward: dy", dy, q.rows, q.cols);
+  expect_shape("attention_backward: y", y, q.rows, q.cols);
+  expect_shape("attention_backward: dq", dq, q.rows, q.cols);
+  expect_shape("attention_backward: k", k, q.rows, shape.kv_heads * shape.head_dim);
+  expect_shape("attention_backward: v", v, k.rows, k.cols);
+  expect_shape("attention_backward: dk", dk, k.rows, k.cols);
+  expect_shape("attention_backward: dv", dv, v.rows, v.cols);
+  expect_shape("attention_backward: lse", lse, q.rows, shape.heads);
+  const auto& kernels = run.kernels<S>();
+  const Index d = shape.head_dim;
+  const Index group = shape.heads / shape.kv_heads;
+  const S scale = S{1} / std::sqrt(static_cast<S>(d));
+  // Query heads that share a key-value head work apart and are summed at the end, in order.
+  Matrix<S> dk_heads(k.rows, shape.heads * d), dv_heads(k.rows, shape.heads * d);
+  const Index sequences = static_cast<Index>(offsets.size()) - 1;
+  run.parallel_for(sequences * shape.heads, [&](Index task) {
+    const Index head = task % shape.heads;
+    const Index start = offsets[static_cast<std::size_t>(task / shape.heads)];
+    const Index length = offsets[static_cast<std::size_t>(task / shape.heads) + 1] - start;
+    const auto ks = head_part<S, 3>(k, start, length, head / group, d);
+    const auto vs = head_part<S, 4>(v, start, length, head / group, d);
+    S* kt = scratch<S, 5>(2 * length * d);
+    S* vt = kt + length * d;
+    transpose(ks, kt);
+    transpose(vs, vt);
+    const MatrixView<S> dks = dk_heads.view().middle_rows(start, length).middle_cols(head * d, d);
+    const MatrixView<S> dvs = dv_heads.view().middle_rows(start, length).middle_cols(head * d, d);
+    for (Index begin = 0; begin < length; begin += query_block) {
+      const Index rows = std::min(query_block, length - begin);
+      const Index keys = begin + rows;
+      const auto qs = head_part<S, 2>(q, start + begin, rows, head, d);
+      const auto dys = head_part<S, 7>(dy, start + begin, rows, head, d);
+      S* p = scratch<S, 6>(2 * rows * keys);
+      S* dp = p + rows * keys;
+      kernels.gemm(rows, keys, d, qs.data, qs.stride, 1, kt, length, p, keys, false);
+      kernels.gemm(rows, keys, d, dys.data, dys.stride, 1, vt, length, dp, keys, false);
+      for (Index i = 0; i < rows; ++i) {
+        const Index t = start + begin + i;
+        const Index visible = begin + i + 1;
+        S* pi = p + i * keys;
+        S* dpi = dp + i * keys;
+        kernels.exp_sum(visible, pi, scale, lse(t, head));
+        std::fill(pi + visible, pi + keys, S{});
+        S delta{};
+        for (Index j = 0; j < d; ++j) delta += dys(i, j) * static_cast<S>(y(t, head * d + j));
+        for (Index j = 0; j < visible; ++j) dpi[j] = pi[j] * (dpi[j] - delta) * scale;
+        std::fill(dpi + visible, dpi + keys, S{});
+      }
+      kernels.gemm(keys, d, rows, p, 1, keys, dys.data, dys.stride, dvs.data, dvs.stride, true);
+      kernels.gemm(keys, d, rows, dp, 1, keys, qs.data, qs.stride, dks.data, dks.stride, true);
+      S* result = scratch<S, 8>(rows * d);
+      kernels.gemm(rows, d, keys, dp, keys, 1, ks.data, ks.stride, result, d, false);
+      for (Index i = 0; i < rows; ++i)
+        for (Index j = 0; j < d; ++j) dq(start + begin + i, head * d + j) = static_cast<T>(result[i * d + j]);
+    }
+  });
+  run.parallel_ranges(k.rows, row_grain(2 * q.cols), [&](Index begin, Index end) {
+    for (Index t = begin; t < end; ++t)
+      for (Index j = 0; j < k.cols; ++j) {
+        S sum_k{}, sum_v{};
+        for (Index g = 0; g < group; ++g) {
+          const Index col = (j / d * group + g) * d + j % d;
+          sum_k += dk_heads(t, col);
+          sum_v += dv_heads(t, col);
+        }
+        dk(t, j) = static_cast<T>(sum_k);
+        dv(t, j) = static_cast<T>(sum_v);
+      }
+  });
+}
+
+template <class T>
+void attention_decode(const CpuRun& run, MatrixView<const T> q, std::span<const MatrixView<const T>> keys,
+                      std::span<const MatrixView<const T>> values, HeadShape shape, MatrixView<T> y) {
+  using S = Accumulator<T>;
+  const auto sequences = static_cast<Index>(keys.size());
+  expect_shape("attention_decode: q", q, sequences, shape.heads * shape.head_dim);
+  expect_shape("attention_decode: y", y, q.rows, q.cols);
+  QDYLORA_EXPECTS(values.size() == keys.size(), shape_mismatch, "attention_decode: one cache of keys and one of values a sequence");
+  const auto& kernels = run.kernels<S>();
+  const Index d = shape.head_dim;
+  const Index group = shape.heads / shape.kv_heads;
+  const S scale = S{1} / std::sqrt(static_cast<S>(d));
+  run.parallel_for(sequences * shape.heads, [&](Index task) {
+    const Index s = task / shape.heads;
+    const Index head = task % shape.heads;
+    const auto& cache_k = keys[static_cast<std::size_t>(s)];
+    const auto& cache_v = values[static_cast<std::size_t>(s)];
+    const Index length = cache_k.rows;
+    expect_shape("attention_decode: keys", cache_k, length, shape.kv_heads * d);
+    expect_shape("attention_decode: values", cache_v, length, shape.kv_heads * d);
+    QDYLORA_EXPECTS(length > 0, bad_argument, "attention_decode: an empty cache has nothing to attend to");
+    const auto qs = head_part<S, 2>(q, s, 1, head, d);
+    const auto ks = head_part<S, 3>(cache_k, 0, length, head / group, d);
+    const auto vs = head_part<S, 4>(cache_v, 0, length, head / group, d);
+    S* p = scratch<S, 6>(length);
+    for (Index j = 0; j < length; ++j) p[j] = kernels.dot(d, qs.data, ks.row(j));
+    const S shift = *std::max_element(p, p + length) * scale;
+    const S sum = kernels.exp_sum(length, p, scale, shift);
+    for (Index j = 0; j < length; ++j) p[j] /= sum;
+    S* result = scratch<S, 7>(d);
+    kernels.gemm(1, d, length, p, length, 1, vs.data, vs.stride, result, d, false);
+    for (Index j = 0; j < d; ++j) y(s, head * d + j) = static_cast<T>(result[j]);
+  });
+}
+
+template <class S>
+void cross_entropy(const CpuRun& run, MatrixView<S> logits, std::span<const std::int32_t> targets, double scale, MatrixView<S> losses) {
+  QDYLORA_EXPECTS(static_cast<Index>(targets.size()) == logits.rows, shape_mismatch,
+                  "cross_entropy: " + std::to_string(targets.size()) + " targets for " + std::to_string(logits.rows) + " rows");
+  expect_shape("cross_entropy: losses", losses, logits.rows, 1);
+  for (const auto target : targets)
+    QDYLORA_EXPECTS(target >= -1 && target < logits.cols, bad_argument,
+                    "cross_entropy: target " + std::to_string(target) + " is outside the vocabulary of " + std::to_string(logits.cols));
+  run.parallel_for(logits.rows, [&](Index i) {
+    S* row = logits.row(i);
+    const auto target = targets[static_cast<std::size_t>(i)];
+    if (target < 0) {
+      losses(i, 0) = S{};
+      std::fill_n(row, logits.cols, S{});
+      return;
+    }
+    const S chosen = row[target];
+    const S shift = *std::max_element(row, row + logits.cols);
+    const S sum = run.kernels<S>().exp_sum(logits.cols, row, S{1}, shift);
+    losses(i, 0) = shift - chosen + std::log(sum);
+    const S factor = static_cast<S>(scale) / sum;
+    for (Index j = 0; j < logits.cols; ++j) row[j] *= factor;
+    row[target] -= static_cast<S>(scale);
+  });
+}
+
+}  // namespace qdylora::detail

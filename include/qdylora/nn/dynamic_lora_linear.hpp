@@ -1,0 +1,271 @@
+// DynamicLoRALinear: a frozen linear layer, quantized, with a low-rank adapter that can run at any rank (QDyLoRA, Rajabzadeh et al. 2024).
+//
+//   forward    y  = x W^T + bias + u B_b,         z = dropout(x) A_b^T,   u = z * s_b g_b          (b = the row's rank)
+//   backward   dx = dy W + mask(dz A_b),          t = dy B_b^T,           dz = t * s_b g_b
+//              dB += u^T dy,   dA += dz^T dropout(x),   dg_b[i] += s_b sum z[:, i] t[:, i]
+//   x [tokens, in], y [tokens, out], W [out, in], A_b [b, in], B_b [b, out], z, u, t, dz [tokens, b]
+//
+// The base output does not depend on the adapter: at rank 0 it is the whole output, bit for bit. W is decoded anew in each pass; nothing of it
+// is kept in full precision. One layer serves any number of passes in flight: what backward needs lives in a Context of the caller's.
+#pragma once
+
+#include <memory>
+#include <optional>
+#include <utility>
+
+#include <qdylora/backend.hpp>
+#include <qdylora/nn/lora_adapter.hpp>
+#include <qdylora/nn/weight.hpp>
+
+namespace qdylora {
+
+/// What a backward pass does with parameter gradients: add to them, or leave them alone (only dx is wanted).
+enum class GradientMode { accumulate, ignore };
+
+template <Scalar T, class Backend = Cpu, class Format = NF4>
+  requires qdylora::Backend<Backend, T>
+class DynamicLoRALinear {
+ public:
+  using Acc = Accumulator<T>;
+  using Memory = typename Backend::Memory;
+  using WeightType = WeightFor<Format, Memory>;
+  using Adapter = LoRAAdapter<Acc, Memory>;
+
+  /// What the backward pass of one forward pass needs. Borrows x, which must stay as it is until then.
+  struct Context {
+    MatrixView<const T> x;
+    Matrix<T, Memory> dropped;  // dropout(x); empty without dropout
+    Matrix<Acc, Memory> z;      // [tokens, b]
+    RankPlan plan;
+    DropoutKey dropout;
+    bool ready = false;
+  };
+
+  /// Quantizes `weight` [out, in] into the layer's format.
+  template <class S>
+  DynamicLoRALinear(MatrixView<S> weight, LoRAOptions options, QuantizeOptions quantize = {}, Backend backend = {})
+      : DynamicLoRALinear(make_weight(weight, quantize, backend), std::move(options), backend) {}
+  template <class S, class M>
+  DynamicLoRALinear(const Matrix<S, M>& weight, LoRAOptions options, QuantizeOptions quantize = {}, Backend backend = {})
+      : DynamicLoRALinear(weight.view(), std::move(options), quantize, backend) {}
+  /// On a base that exists, shared with other layers.
+  DynamicLoRALinear(std::shared_ptr<const WeightType> base, LoRAOptions options, Backend backend = {})
+      : backend_(backend), base_(std::move(base)), adapter_(base_->cols(), base_->rows(), std::move(options)) {
+    set_rank(adapter_.max_rank());
+  }
+
+  Index in() const noexcept { return base_->cols(); }
+  Index out() const noexcept { return base_->rows(); }
+  const std::shared_ptr<const WeightType>& base() const noexcept { return base_; }
+  Adapter& adapter() noexcept { return adapter_; }
+  const Adapter& adapter() const noexcept { return adapter_; }
+  const Backend& backend() const noexcept { return backend_; }
+  Parameters<Acc, Memory> parameters() const { return adapter_.parameters(); }
+
+  /// A frozen bias [1, out] added to the base output.
+  void set_bias(MatrixView<const Acc> bias) {
+    expect_shape("bias", bias, 1, out());
+    bias_ = Matrix<Acc, Memory>(1, out());
+    backend_.copy(bias, bias_.view());
+  }
+  MatrixView<const Acc> bias() const noexcept { return bias_.view(); }
+
+  /// The ranks of the next forward passes. Throws Errc::rank_range above max_rank.
+  void set_ranks(const RankPlan& plan) {
+    adapter_.check_rank(plan.max_rank());
+    plan_ = plan;
+  }
+  void set_rank(Index rank) {
+    adapter_.check_rank(rank);
+    plan_ = RankPlan::uniform(rank);
+  }
+  /// Dropout acts only while training; masks are a function of (seed, layer, step).
+  void set_training(bool training, std::uint32_t step = 0) noexcept {
+    training_ = training;
+    step_ = step;
+  }
+
+  void forward(In<T> x, MatrixView<T> y, Context& context) const {
+    expect_shape((adapter_.options().name + ": x").c_str(), x, x.rows, in());
+    expect_shape((adapter_.options().name + ": y").c_str(), y, x.rows, out());
+    base_->visit([&](const auto& w) { backend_.matmul(x, w, y, Update::overwrite); });
+    if (bias_.size() > 0) backend_.add_row(bias_.view(), y);
+    context.x = x;
+    context.plan = plan_;
+    context.ready = true;
+    const Index rank = plan_.max_rank();
+    if (rank == 0) return;
+    const float probability = adapter_.options().dropout;
+    MatrixView<const T> input = x;
+    if (training_ && probability > 0.0f) {
+      context.dropout = {adapter_.options().seed, adapter_.options().layer, step_};
+      context.dropped.resize(x.rows, in());
+      backend_.dropout(x, probability, context.dropout, context.dropped.view(), Update::overwrite);
+      input = context.dropped.view();
+    } else {
+      context.dropped.resize(0, 0);
+    }
+    context.z.resize(x.rows, rank);
+    backend_.matmul(input, rows_of(adapter_.a().value, rank), context.z.view(), Update::overwrite);
+    Matrix<Acc, Memory> u;
+    u.resize(x.rows, rank);
+    scale_rows(context.z.view(), context.plan, u.view(), false);
+    backend_.matmul_transposed(as_const(u), rows_of(adapter_.b().value, rank), y, Update::accumulate);
+  }
+
+  /// An empty dx is not computed. Throws Errc::state_order unless `context` comes from a forward pass.
+  void backward(In<T> dy, MatrixView<T> dx, Context& context, GradientMode mode = GradientMode::accumulate) {
+    QDYLORA_EXPECTS(context.ready, state_order, adapter_.options().name + ": backward before forward");
+    const auto x = context.x;
+    const bool want_dx = dx.data != nullptr;
+    expect_shape((adapter_.options().name + ": dy").c_str(), dy, x.rows, out());
+    if (want_dx) {
+      expect_shape((adapter_.options().name + ": dx").c_str(), dx, x.rows, in());
+      base_->visit([&](const auto& w) { backend_.matmul_transposed(dy, w, dx, Update::overwrite); });
+    }
+    const Index rank = context.plan.max_rank();
+    if (rank == 0 || (!want_dx && mode == GradientMode::ignore)) return;
+    Matrix<Acc, Memory> t, work;
+    t.resize(x.rows, rank);
+    work.resize(x.rows, rank);
+    backend_.matmul(dy, rows_of(adapter_.b().value, rank), t.view(), Update::overwrite);
+    const bool dropped = context.dropped.size() > 0;
+    if (mode == GradientMode::accumulate) {
+      const MatrixView<const T> input = dropped ? as_const(context.dropped) : x;
+      scale_rows(context.z.view(), context.plan, work.view(), true);
+      backend_.weight_gradient(as_const(work), dy, adapter_.b().gradient.view().top_rows(rank), Update::accumulate);
+      scale_rows(t.view(), context.plan, work.view(), true);
+      backend_.weight_gradient(as_const(work), input, adapter_.a().gradient.view().top_rows(rank), Update::accumulate);
+      if (adapter_.gated()) gate_gradients(context, t.view());
+      if (adapter_.collecting) collect(context, t.view());
+      touch(context.plan);
+    }
+    if (!want_dx) return;
+    scale_rows(t.view(), context.plan, work.view(), false);
+    if (!dropped) {
+      backend_.matmul_transposed(as_const(work), rows_of(adapter_.a().value, rank), dx, Update::accumulate);
+    } else {
+      Matrix<T, Memory> through_adapter;
+      through_adapter.resize(x.rows, in());
+      backend_.matmul_transposed(as_const(work), rows_of(adapter_.a().value, rank), through_adapter.view(), Update::overwrite);
+      backend_.dropout(as_const(through_adapter), adapter_.options().dropout, context.dropout, dx, Update::accumulate);
+    }
+  }
+
+  /// The same with a context and outputs inside the layer, for models that are a chain. The result is valid until the next call. x is
+  /// borrowed until backward, so it cannot be a temporary.
+  MatrixView<T> forward(MatrixView<const T> x) {
+    y_.resize(x.rows, out());
+    forward(x, y_.view(), own_);
+    return y_.view();
+  }
+  MatrixView<T> forward(MatrixView<T> x) { return forward(MatrixView<const T>(x)); }
+  MatrixView<T> forward(const Matrix<T, Memory>& x) { return forward(x.view()); }
+  MatrixView<T> forward(Matrix<T, Memory>&& x) = delete;
+  MatrixView<T> backward(In<T> dy, GradientMode mode = GradientMode::accumulate) {
+    dx_.resize(dy.rows, in());
+    backward(dy, dx_.view(), own_, mode);
+    return dx_.view();
+  }
+
+  /// W + delta W_b, dense. The base stays as it is: dropping the result is the exact unmerge. (Quantizing the sum again would lose most of
+  /// a small delta.)
+  Matrix<Acc, Memory> merged_weight(Index rank) const {
+    adapter_.check_rank(rank);
+    Matrix<Acc, Memory> merged(out(), in());
+    base_->visit([&](const auto& w) { decode_base(w, merged.view()); });
+    if (rank == 0) return merged;
+    // delta W = U^T A with U[i, :] = coefficient_i * B[i, :]
+    const auto coefficients = adapter_.coefficients(rank, rank);
+    Matrix<Acc, Memory> scaled(rank, out());
+    for (Index i = 0; i < rank; ++i)
+      for (Index j = 0; j < out(); ++j) scaled(i, j) = coefficients[static_cast<std::size_t>(i)] * adapter_.b().value(i, j);
+    backend_.weight_gradient(as_const(scaled), rows_of(adapter_.a().value, rank), merged.view(), Update::accumulate);
+    return merged;
+  }
+
+ private:
+  template <class S, class M>
+  static MatrixView<const S> as_const(const Matrix<S, M>& matrix) {
+    return matrix.view();
+  }
+  template <class M>
+  static MatrixView<const Acc> rows_of(const M& matrix, Index rank) {
+    return matrix.view().top_rows(rank);
+  }
+
+  template <class S>
+  static std::shared_ptr<const WeightType> make_weight(MatrixView<S> weight, QuantizeOptions options, const Backend& backend) {
+    if constexpr (CodeFormat<Format>) {
+      return std::make_shared<const WeightType>(backend.template quantize<Format, DoubleQuant<>>(weight, options));
+    } else {
+      static_assert(!std::is_same_v<Format, AnyFormat>, "a layer of AnyFormat is made from a weight that exists");
+      static_cast<void>(options);
+      using Storage = std::remove_cvref_t<decltype(std::get<0>(std::declval<const WeightType&>().storage()))>;
+      Storage dense(weight.rows, weight.cols);
+      backend.copy(weight, dense.view());
+      return std::make_shared<const WeightType>(std::move(dense));
+    }
+  }
+
+  template <CodeFormat F, class Scales>
+  void decode_base(const QuantizedView<F, Scales>& w, MatrixView<Acc> y) const {
+    backend_.dequantize(w, y);
+  }
+  template <class S>
+  void decode_base(const MatrixView<S>& w, MatrixView<Acc> y) const {
+    backend_.copy(w, y);
+  }
+
+  // target = source * coefficients of each row's rank. For gradients under GradientRows::last_row only column b - 1 stays.
+  void scale_rows(MatrixView<const Acc> source, const RankPlan& plan, MatrixView<Acc> target, bool for_gradient) const {
+    const Index width = source.cols;
+    plan.for_each_run(source.rows, [&](Index first, Index count, Index rank) {
+      auto coefficients = adapter_.coefficients(rank, width);
+      if (for_gradient && adapter_.options().gradient_rows == GradientRows::last_row)
+        for (Index i = 0; i + 1 < rank; ++i) coefficients[static_cast<std::size_t>(i)] = Acc{};
+      backend_.scale_columns(source.middle_rows(first, count), {coefficients.data(), 1, width}, target.middle_rows(first, count));
+    });
+  }
+
+  void gate_gradients(const Context& context, MatrixView<const Acc> t) {
+    const Index width = t.cols;
+    context.plan.for_each_run(t.rows, [&](Index first, Index count, Index rank) {
+      const Index row = adapter_.gate_row(rank);
+      if (row < 0) return;
+      Matrix<Acc, Memory> sums(1, width);
+      backend_.column_products(context.z.view().middle_rows(first, count), t.middle_rows(first, count), sums.view());
+      const Acc s = adapter_.scale(rank);
+      for (Index i = 0; i < rank; ++i) adapter_.gates().gradient(row, i) += s * sums(0, i);
+      adapter_.gates().touch(row, row + 1);
+    });
+  }
+
+  void collect(const Context& context, MatrixView<const Acc> t) {
+    const Index width = t.cols;
+    const auto part = [width](Matrix<Acc>& moment) { return moment.view().top_rows(width).left_cols(width); };
+    backend_.weight_gradient(context.z.view(), context.z.view(), part(adapter_.moment_a), Update::accumulate);
+    backend_.weight_gradient(t, t, part(adapter_.moment_b), Update::accumulate);
+  }
+
+  void touch(const RankPlan& plan) {
+    plan.for_each_run(plan.is_uniform() ? 1 : plan.rows(), [&](Index, Index, Index rank) {
+      if (rank == 0) return;
+      const Index first = adapter_.options().gradient_rows == GradientRows::last_row ? rank - 1 : 0;
+      adapter_.a().touch(first, rank);
+      adapter_.b().touch(first, rank);
+    });
+  }
+
+  Backend backend_;
+  std::shared_ptr<const WeightType> base_;
+  Matrix<Acc, Memory> bias_;
+  Adapter adapter_;
+  RankPlan plan_;
+  bool training_ = true;
+  std::uint32_t step_ = 0;
+  Context own_;
+  Matrix<T, Memory> y_, dx_;
+};
+
+}  // namespace qdylora

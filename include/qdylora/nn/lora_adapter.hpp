@@ -1,0 +1,148 @@
+// LoRAAdapter: the trainable pair A, B of a low-rank update (Hu et al. 2021) whose first b rows are the update of rank b (DyLoRA,
+// Valipour et al. 2022):  delta W_b = s_b * sum_{i < b} g_b[i] * B[i, :]^T A[i, :].
+//
+// A is [r, in] and B is kept transposed, [r, out]: both rank-major, so rank b is the first b rows of values, gradients, moments and files.
+#pragma once
+
+#include <cmath>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include <qdylora/nn/parameter.hpp>
+#include <qdylora/nn/ranks.hpp>
+#include <qdylora/core/random.hpp>
+
+namespace qdylora {
+
+/// The scale s_b at rank b, for an adapter of maximal rank r.
+enum class ScalePolicy {
+  constant,         // alpha / r: a row means the same at every rank
+  over_rank,        // alpha / b: DyLoRA and QDyLoRA as published
+  over_sqrt_rank,   // alpha / sqrt(b): rsLoRA (Kalajdzievski 2023)
+};
+
+/// Which rows a rank trains. prefix: all rows of the rank. last_row: only row b - 1 (DyLoRA's "frozen" variant).
+enum class GradientRows { prefix, last_row };
+
+struct LoRAOptions {
+  Index max_rank = 8;
+  float alpha = 16.0f;
+  ScalePolicy scale = ScalePolicy::constant;
+  GradientRows gradient_rows = GradientRows::prefix;
+  float dropout = 0.0f;          // on the adapter's input only
+  std::uint64_t seed = 0;        // of A's initial values and of dropout masks
+  std::uint32_t layer = 0;       // tells layers of one seed apart
+  std::string name = "adapter";
+  std::vector<Index> gated_ranks = {};  // ranks with a gate vector g_b of their own; empty: none
+};
+
+constexpr std::string_view name(ScalePolicy policy) noexcept {
+  switch (policy) {
+    case ScalePolicy::constant: return "alpha/r";
+    case ScalePolicy::over_rank: return "alpha/b";
+    case ScalePolicy::over_sqrt_rank: return "alpha/sqrt(b)";
+  }
+  return "unknown";
+}
+
+template <class S, MemoryResource Memory = HostMemory>
+class LoRAAdapter {
+ public:
+  using Param = Parameter<S, Memory>;
+
+  /// A uniform in +-1/sqrt(in) (torch's kaiming_uniform_ with a = sqrt(5), as PEFT), B zero. Throws Errc::rank_range unless
+  /// 1 <= max_rank <= 65535.
+  LoRAAdapter(Index in, Index out, LoRAOptions options) : options_(std::move(options)) {
+    const Index r = options_.max_rank;
+    QDYLORA_EXPECTS(r >= 1 && r <= 65535, rank_range, options_.name + ": max_rank " + std::to_string(r) + " is not in 1 ... 65535");
+    QDYLORA_EXPECTS(std::isfinite(options_.alpha) && options_.alpha > 0.0f, bad_argument, options_.name + ": alpha must be positive");
+    QDYLORA_EXPECTS(options_.dropout >= 0.0f && options_.dropout < 1.0f, bad_argument, options_.name + ": dropout is not in [0, 1)");
+    a_ = std::make_shared<Param>(options_.name + ".lora_A", r, in);
+    b_ = std::make_shared<Param>(options_.name + ".lora_B", r, out);
+    if (!options_.gated_ranks.empty()) {
+      const RankSet ranks{options_.gated_ranks};
+      QDYLORA_EXPECTS(ranks.max() <= r, rank_range, options_.name + ": gated rank " + std::to_string(ranks.max()) + " is above max_rank");
+      options_.gated_ranks.assign(ranks.begin(), ranks.end());
+      gates_ = std::make_shared<Param>(options_.name + ".lora_gates", ranks.size(), r);
+      if constexpr (Memory::host)
+        for (S& g : gates_->value.span()) g = S{1};
+    }
+    if constexpr (Memory::host) {
+      Rng rng(options_.seed, Purpose::init, options_.layer);
+      const S bound = S{1} / std::sqrt(static_cast<S>(std::max<Index>(in, 1)));
+      for (S& value : a_->value.span()) value = bound * (S{2} * static_cast<S>(rng.uniform()) - S{1});
+    }
+  }
+
+  const LoRAOptions& options() const noexcept { return options_; }
+  LoRAOptions& options() noexcept { return options_; }
+  Index max_rank() const noexcept { return options_.max_rank; }
+  Index in() const noexcept { return a_->value.cols(); }
+  Index out() const noexcept { return b_->value.cols(); }
+
+  Param& a() noexcept { return *a_; }
+  const Param& a() const noexcept { return *a_; }
+  Param& b() noexcept { return *b_; }
+  const Param& b() const noexcept { return *b_; }
+  bool gated() const noexcept { return gates_ != nullptr; }
+  Param& gates() noexcept { return *gates_; }
+  const Param& gates() const noexcept { return *gates_; }
+
+  Parameters<S, Memory> parameters() const { return {a_, b_}; }
+  Parameters<S, Memory> gate_parameters() const {
+    return gated() ? Parameters<S, Memory>{gates_} : Parameters<S, Memory>{};
+  }
+
+  /// s_b. Rank 0 has none.
+  S scale(Index rank) const {
+    check_rank(rank);
+    const double alpha = static_cast<double>(options_.alpha);
+    switch (options_.scale) {
+      case ScalePolicy::constant: return static_cast<S>(alpha / static_cast<double>(max_rank()));
+      case ScalePolicy::over_rank: return static_cast<S>(alpha / static_cast<double>(std::max<Index>(rank, 1)));
+      case ScalePolicy::over_sqrt_rank: return static_cast<S>(alpha / std::sqrt(static_cast<double>(std::max<Index>(rank, 1))));
+    }
+    return S{};
+  }
+
+  /// Row of the gate matrix that holds rank's gates; -1 if the rank has none.
+  Index gate_row(Index rank) const noexcept {
+    const auto& ranks = options_.gated_ranks;
+    const auto at = std::lower_bound(ranks.begin(), ranks.end(), rank);
+    return at != ranks.end() && *at == rank ? at - ranks.begin() : -1;
+  }
+
+  /// What column i of h = x A^T is multiplied with at a rank: s_b * g_b[i] below the rank, 0 from there to `width`.
+  std::vector<S> coefficients(Index rank, Index width) const {
+    std::vector<S> result(static_cast<std::size_t>(width));
+    if (rank == 0) return result;
+    const S s = scale(rank);
+    const Index row = gate_row(rank);
+    for (Index i = 0; i < std::min(rank, width); ++i)
+      result[static_cast<std::size_t>(i)] = row < 0 ? s : s * gates_->value(row, i);
+    return result;
+  }
+
+  void check_rank(Index rank) const {
+    QDYLORA_EXPECTS(rank >= 0 && rank <= max_rank(), rank_range,
+                    options_.name + ": rank " + std::to_string(rank) + " is not in 0 ... " + std::to_string(max_rank()));
+  }
+
+  // Second moments of z = A x and of dz = B dy, r x r, gathered by the layer's passes while `collecting`; what re-ordering needs.
+  bool collecting = false;
+  Matrix<S> moment_a, moment_b;
+
+  void start_collecting() {
+    moment_a = Matrix<S>(max_rank(), max_rank());
+    moment_b = Matrix<S>(max_rank(), max_rank());
+    collecting = true;
+  }
+
+ private:
+  LoRAOptions options_;
+  std::shared_ptr<Param> a_, b_, gates_;
+};
+
+}  // namespace qdylora

@@ -1,0 +1,79 @@
+// The frozen weight of a linear layer: quantized in a format fixed at compile time, dense, or whatever a file holds.
+#pragma once
+
+#include <type_traits>
+#include <utility>
+#include <variant>
+
+#include <qdylora/quant/quantized_tensor.hpp>
+
+namespace qdylora {
+
+/// Format tag: not quantized, elements of type S.
+template <Scalar S>
+struct Dense {};
+
+/// Format tag: decided at run time, e.g. by a checkpoint.
+struct AnyFormat {};
+
+/// One of `Storages`, const once made, so that several layers may share it.
+template <class... Storages>
+class Weight {
+ public:
+  template <class Storage>
+    requires(std::is_same_v<std::remove_cvref_t<Storage>, Storages> || ...)
+  Weight(Storage&& storage) : storage_(std::forward<Storage>(storage)) {}
+
+  Index rows() const noexcept {
+    return std::visit([](const auto& w) { return w.rows(); }, storage_);
+  }
+  Index cols() const noexcept {
+    return std::visit([](const auto& w) { return w.cols(); }, storage_);
+  }
+  std::size_t bytes() const noexcept {
+    return std::visit([](const auto& w) { return size_of(w); }, storage_);
+  }
+  /// f(view) with the QuantizedView or MatrixView of what is stored.
+  template <class F>
+  decltype(auto) visit(F&& f) const {
+    return std::visit([&](const auto& w) -> decltype(auto) { return f(w.view()); }, storage_);
+  }
+  const std::variant<Storages...>& storage() const noexcept { return storage_; }
+
+ private:
+  template <CodeFormat F, class S, class M>
+  static std::size_t size_of(const QuantizedTensor<F, S, M>& w) noexcept {
+    return w.bytes();
+  }
+  template <class S, class M>
+  static std::size_t size_of(const Matrix<S, M>& w) noexcept {
+    return static_cast<std::size_t>(w.size()) * sizeof(S);
+  }
+
+  std::variant<Storages...> storage_;
+};
+
+namespace detail {
+
+template <class Format, class Memory>
+struct WeightFor {
+  static_assert(CodeFormat<Format>, "the format of a layer is a code format (NF4, FP4, INT4, FP8E4M3, FP8E5M2), Dense<S> or AnyFormat");
+  using type = Weight<QuantizedTensor<Format, DoubleQuant<>, Memory>>;
+};
+template <class S, class Memory>
+struct WeightFor<Dense<S>, Memory> {
+  using type = Weight<Matrix<S, Memory>>;
+};
+template <class Memory>
+struct WeightFor<AnyFormat, Memory> {
+  using type = Weight<QuantizedTensor<NF4, DoubleQuant<>, Memory>, QuantizedTensor<NF4, Float32Scales, Memory>,
+                      QuantizedTensor<FP4, DoubleQuant<>, Memory>, QuantizedTensor<FP4, Float32Scales, Memory>,
+                      QuantizedTensor<INT4, DoubleQuant<>, Memory>, QuantizedTensor<FP8E4M3, DoubleQuant<>, Memory>, Matrix<float, Memory>>;
+};
+
+}  // namespace detail
+
+template <class Format, MemoryResource Memory = HostMemory>
+using WeightFor = typename detail::WeightFor<Format, Memory>::type;
+
+}  // namespace qdylora

@@ -1,0 +1,140 @@
+// AdamW (Loshchilov & Hutter 2019), in torch.optim.AdamW's order of operations, over parameters with rows of their own learning rate.
+#pragma once
+
+#include <cmath>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <qdylora/backend.hpp>
+#include <qdylora/nn/parameter.hpp>
+
+namespace qdylora {
+
+struct AdamWOptions {
+  double lr = 2e-4;
+  double beta1 = 0.9;
+  double beta2 = 0.999;
+  double epsilon = 1e-8;
+  double weight_decay = 0.0;
+  /// The gradient of all parameters together is scaled down to this norm; 0: no clipping. g *= min(1, max / (norm + 1e-6)), as torch.
+  double max_gradient_norm = 0.0;
+  /// Rows that got no gradient since zero_grad. dense: updated with a zero gradient, so momentum and decay still move them (torch's
+  /// behaviour). strict: untouched, moments and step count too.
+  enum class UntouchedRows { dense, strict } untouched_rows = UntouchedRows::dense;
+};
+
+template <Scalar T, class Backend = Cpu, MemoryResource StateMemory = typename Backend::Memory>
+class AdamW {
+ public:
+  using Acc = Accumulator<T>;
+  using Params = Parameters<Acc, typename Backend::Memory>;
+
+  explicit AdamW(Params parameters, AdamWOptions options = {}, Backend backend = {}, StateMemory memory = {})
+      : parameters_(std::move(parameters)), options_(options), backend_(backend) {
+    QDYLORA_EXPECTS(options.lr >= 0.0 && std::isfinite(options.lr), bad_argument, "AdamW: lr must be finite and not negative");
+    QDYLORA_EXPECTS(options.beta1 >= 0.0 && options.beta1 < 1.0 && options.beta2 >= 0.0 && options.beta2 < 1.0, bad_argument,
+                    "AdamW: betas must be in [0, 1)");
+    for (const auto& p : parameters_) {
+      const Index rows = p->value.rows();
+      states_.push_back({Matrix<Acc, StateMemory>(rows, p->value.cols(), memory), Matrix<Acc, StateMemory>(rows, p->value.cols(), memory),
+                         std::vector<std::int64_t>(static_cast<std::size_t>(rows))});
+    }
+  }
+
+  struct Report {
+    double gradient_norm = 0.0;  // before clipping
+    bool skipped = false;        // the gradient was not finite: nothing changed
+  };
+
+  /// One update. A gradient with NaN or infinity changes nothing, is counted in skipped_steps() and reported.
+  Report step() {
+    double squares = 0.0;
+    for (const auto& p : parameters_) squares += backend_.sum_squares(std::as_const(p->gradient).view());
+    Report report{std::sqrt(squares), false};
+    if (!std::isfinite(squares)) {
+      ++skipped_;
+      report.skipped = true;
+      return report;
+    }
+    ++step_;
+    AdamWUpdate update{options_.lr, options_.beta1, options_.beta2, options_.epsilon, options_.weight_decay};
+    if (options_.max_gradient_norm > 0.0)
+      update.gradient_scale = std::min(1.0, options_.max_gradient_norm / (report.gradient_norm + 1e-6));
+    for (std::size_t i = 0; i < parameters_.size(); ++i) {
+      auto& p = *parameters_[i];
+      auto& s = states_[i];
+      const Index rows = p.value.rows();
+      for (Index first = 0; first < rows;) {
+        if (!updates(p, first)) {
+          ++first;
+          continue;
+        }
+        Index last = first;
+        for (; last < rows && updates(p, last); ++last) ++s.steps[static_cast<std::size_t>(last)];
+        const Index count = last - first;
+        update.row_steps = std::span<const std::int64_t>(s.steps).subspan(static_cast<std::size_t>(first), static_cast<std::size_t>(count));
+        update.row_lr = {};
+        if (!p.row_lr.empty())
+          update.row_lr = std::span<const float>(p.row_lr).subspan(static_cast<std::size_t>(first), static_cast<std::size_t>(count));
+        backend_.adamw(p.value.view().middle_rows(first, count), std::as_const(p.gradient).view().middle_rows(first, count),
+                       s.m.view().middle_rows(first, count), s.v.view().middle_rows(first, count), update);
+        first = last;
+      }
+    }
+    return report;
+  }
+
+  void zero_grad() {
+    for (const auto& p : parameters_) {
+      backend_.fill(p->gradient.view(), Acc{});
+      p->touched.assign(p->touched.size(), false);
+    }
+  }
+
+  /// Moments and step counts back to zero, as for a fresh optimizer; values stay.
+  void reset_state() {
+    for (auto& s : states_) {
+      backend_.fill(s.m.view(), Acc{});
+      backend_.fill(s.v.view(), Acc{});
+      s.steps.assign(s.steps.size(), 0);
+    }
+  }
+
+  void set_lr(double lr) noexcept { options_.lr = lr; }
+  const AdamWOptions& options() const noexcept { return options_; }
+  std::int64_t step_count() const noexcept { return step_; }
+  std::int64_t skipped_steps() const noexcept { return skipped_; }
+  const Params& parameters() const noexcept { return parameters_; }
+
+  struct State {
+    Matrix<Acc, StateMemory> m, v;
+    std::vector<std::int64_t> steps;  // of each row
+  };
+  std::vector<State>& states() noexcept { return states_; }
+  const std::vector<State>& states() const noexcept { return states_; }
+  /// For checkpoints.
+  void restore_counts(std::int64_t steps, std::int64_t skipped) noexcept {
+    step_ = steps;
+    skipped_ = skipped;
+  }
+  std::size_t bytes() const noexcept {
+    std::size_t sum = 0;
+    for (const auto& s : states_) sum += s.m.capacity_bytes() + s.v.capacity_bytes();
+    return sum;
+  }
+
+ private:
+  bool updates(const Parameter<Acc, typename Backend::Memory>& p, Index row) const {
+    return options_.untouched_rows == AdamWOptions::UntouchedRows::dense || p.touched[static_cast<std::size_t>(row)];
+  }
+
+  Params parameters_;
+  AdamWOptions options_;
+  Backend backend_;
+  std::vector<State> states_;
+  std::int64_t step_ = 0;
+  std::int64_t skipped_ = 0;
+};
+
+}  // namespace qdylora

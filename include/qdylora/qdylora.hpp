@@ -1,0 +1,25 @@
+// qdylora: fine-tune large models from C++ with quantized weights and adapters that work at every rank.
+// This front door needs Eigen only. Others: <qdylora/io.hpp> file formats, <qdylora/model.hpp> the transformer, <qdylora/cuda.hpp> GPUs.
+#pragma once
+
+#include <qdylora/version.hpp>
+
+// core: Index, bfloat16, half; MatrixView, Matrix; memory resources; Philox random numbers; typed errors
+#include <qdylora/core/matrix.hpp>
+#include <qdylora/core/random.hpp>
+
+// quant: NF4, FP4, INT4, FP8; double-quantized block scales; QuantizedTensor and streaming Quantizer
+#include <qdylora/quant/quantize.hpp>
+
+// the Backend concept and the CPU
+#include <qdylora/cpu/cpu.hpp>
+
+// nn: ranks, the adapter, DynamicLoRALinear, re-ordering by singular values
+#include <qdylora/nn/activation.hpp>
+#include <qdylora/nn/dynamic_lora_linear.hpp>
+#include <qdylora/nn/ranks.hpp>
+#include <qdylora/nn/reorder.hpp>
+
+// optim: AdamW, learning-rate schedules
+#include <qdylora/optim/adamw.hpp>
+#include <qdylora/optim/schedule.hpp>

@@ -1,0 +1,272 @@
+// Quantization and dequantization on the host, to bitsandbytes' CPU arithmetic bit for bit.
+//
+// Per block: absmax = max |x|;  v = x * (1 / absmax), clamped to [-1, 1], encoded. The divisor is at least 1e-38, so a block of zeros
+// has absmax 0 and zero codes. The last block, when it is short, stores its absmax clamped and divides instead of multiplying.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <qdylora/quant/quantized_tensor.hpp>
+
+namespace qdylora {
+
+/// NaN or infinity among the weights. reject: Errc::non_finite, naming the first. propagate: NaN poisons its block (every element decodes
+/// to NaN); infinity makes its block's absmax infinite, as bitsandbytes on the CPU.
+enum class NonFinite { reject, propagate };
+
+struct QuantizeOptions {
+  Index block_size = 64;
+  NonFinite non_finite = NonFinite::reject;
+};
+
+/// Runs f(0) ... f(count - 1) in order. The parallel form is a backend's parallel_for.
+struct SerialFor {
+  template <class F>
+  void operator()(Index count, F&& f) const {
+    for (Index i = 0; i < count; ++i) f(i);
+  }
+};
+
+namespace detail {
+
+inline constexpr float smallest_divisor = 1e-38f;
+
+// max |x|, NaN if any element is NaN (std::max would drop it).
+inline float absolute_maximum(const float* x, Index count) noexcept {
+  std::uint32_t largest = 0;  // as an unsigned integer, |x| orders like a float, and NaN is above infinity
+  for (Index i = 0; i < count; ++i) largest = std::max(largest, std::bit_cast<std::uint32_t>(x[i]) & 0x7FFFFFFFu);
+  return std::bit_cast<float>(largest);
+}
+
+// Encodes one block of `count` elements into `codes`, one code per byte; returns the absmax to store.
+template <CodeFormat Format>
+float encode_block(const float* x, Index count, bool partial, std::uint8_t* codes) noexcept {
+  const float absmax = absolute_maximum(x, count);
+  const float divisor = absmax < smallest_divisor ? smallest_divisor : absmax;
+  const float reciprocal = 1.0f / divisor;
+  for (Index i = 0; i < count; ++i) {
+    float v = partial ? x[i] / divisor : x[i] * reciprocal;
+    v = v > 1.0f ? 1.0f : v;
+    v = v < -1.0f ? -1.0f : v;
+    codes[i] = Format::encode(v);
+  }
+  return partial ? divisor : absmax;
+}
+
+}  // namespace detail
+
+/// 8-bit blockwise quantization (bitsandbytes quantize_blockwise, exact nearest): codes[i] for x[i] / absmax of its block of
+/// `block_size`, no clamping of the divisor: a block of zeros has absmax 0 and code 0, which decodes to 0.
+template <CodeFormat Code>
+void quantize_blockwise(std::span<const float> x, Index block_size, std::span<std::uint8_t> codes, std::span<float> absmax) {
+  static_assert(Code::bits == 8);
+  const auto count = static_cast<Index>(x.size());
+  QDYLORA_EXPECTS(block_size > 0, block_size, "quantize_blockwise: block size must be positive");
+  const Index blocks = count / block_size + (count % block_size != 0);
+  QDYLORA_EXPECTS(static_cast<Index>(codes.size()) == count && static_cast<Index>(absmax.size()) == blocks, shape_mismatch,
+                  "quantize_blockwise: expected " + std::to_string(count) + " codes and " + std::to_string(blocks) + " absmax");
+  for (Index block = 0; block < blocks; ++block) {
+    const Index begin = block * block_size;
+    const Index end = std::min(count, begin + block_size);
+    float largest = 0.0f;
+    for (Index i = begin; i < end; ++i) largest = std::fmax(largest, std::fabs(x[static_cast<std::size_t>(i)]));
+    absmax[static_cast<std::size_t>(block)] = largest;
+    const float reciprocal = 1.0f / largest;
+    for (Index i = begin; i < end; ++i) {
+      const auto at = static_cast<std::size_t>(i);
+      codes[at] = Code::encode(x[at] * reciprocal);
+    }
+  }
+}
+
+/// First-level absmax -> their stored form. The offset is the mean, summed in double.
+template <class Scales, MemoryResource Memory = HostMemory>
+typename Scales::template Storage<Memory> make_scales(std::span<const float> absmax) {
+  typename Scales::template Storage<Memory> storage;
+  const auto blocks = static_cast<Index>(absmax.size());
+  if constexpr (Scales::nested) {
+    double sum = 0.0;
+    for (const float a : absmax) sum += static_cast<double>(a);
+    storage.offset = blocks == 0 ? 0.0f : static_cast<float>(sum / static_cast<double>(blocks));
+    std::vector<float> centred(absmax.begin(), absmax.end());
+    for (float& a : centred) a -= storage.offset;
+    constexpr Index nested_block = Scales::nested_block_size;
+    storage.codes = Buffer<std::uint8_t, Memory>(blocks);
+    storage.nested_absmax = Buffer<float, Memory>((blocks + nested_block - 1) / nested_block);
+    quantize_blockwise<typename Scales::SecondLevel>(centred, nested_block, storage.codes.span(), storage.nested_absmax.span());
+  } else {
+    storage.absmax = Buffer<float, Memory>(blocks);
+    std::copy(absmax.begin(), absmax.end(), storage.absmax.data());
+  }
+  return storage;
+}
+
+/// Quantizes a matrix that arrives in pieces, so that loading a model never holds a weight in full precision: append rows in order, in
+/// chunks of any size, then finish(). Memory beyond the result: one float copy of the largest chunk.
+template <CodeFormat Format = NF4, class Scales = DoubleQuant<DynamicMap8>>
+class Quantizer {
+ public:
+  Quantizer(Index rows, Index cols, QuantizeOptions options = {}) : rows_(rows), cols_(cols), options_(options) {
+    QDYLORA_EXPECTS(is_block_size(options.block_size), block_size,
+                    "block size " + std::to_string(options.block_size) + ": expected a power of two in 32 ... 4096");
+    QDYLORA_EXPECTS(rows >= 0 && cols >= 0 && (cols == 0 || rows <= std::numeric_limits<Index>::max() / cols), bad_argument,
+                    "Quantizer: " + detail::shape_text(rows, cols) + " is not a shape");
+    const Index size = rows * cols;
+    codes_ = Buffer<std::uint8_t>(code_bytes<Format>(size));
+    absmax_.resize(static_cast<std::size_t>(size / options.block_size + (size % options.block_size != 0)));
+  }
+
+  /// The next rows, [any, cols]. Throws Errc::non_finite (policy reject) before anything of the chunk is kept.
+  template <Scalar T, class ParallelFor = SerialFor>
+  void append(MatrixView<const T> chunk, ParallelFor&& parallel_for = {}) {
+    QDYLORA_EXPECTS(chunk.cols == cols_ && chunk.rows <= rows_ - received_ / std::max<Index>(cols_, 1), shape_mismatch,
+                    "Quantizer::append: chunk " + shape_text(chunk) + " does not fit the remaining rows of " +
+                        detail::shape_text(rows_, cols_));
+    const auto carried = static_cast<Index>(carry_.size());
+    std::vector<float> staged(static_cast<std::size_t>(carried + chunk.size()));
+    std::copy(carry_.begin(), carry_.end(), staged.begin());
+    constexpr Index rows_per_task = 16;
+    std::atomic<Index> first_bad{-1};
+    parallel_for((chunk.rows + rows_per_task - 1) / rows_per_task, [&](Index task) {
+      for (Index i = task * rows_per_task; i < std::min(chunk.rows, (task + 1) * rows_per_task); ++i) {
+        float* out = staged.data() + carried + i * cols_;
+        bool finite = true;
+        for (Index j = 0; j < cols_; ++j) {
+          out[j] = static_cast<float>(chunk(i, j));
+          finite &= std::fabs(out[j]) <= std::numeric_limits<float>::max();
+        }
+        if (!finite) note_bad(first_bad, received_ + i * cols_, out);
+      }
+    });
+    if (const Index bad = first_bad.load(); bad >= 0 && options_.non_finite == NonFinite::reject)
+      detail::raise(Errc::non_finite, "weight [" + std::to_string(bad / cols_) + ", " + std::to_string(bad % cols_) +
+                                          "] is not finite; NonFinite::propagate would keep it");
+
+    received_ += chunk.size();
+    const Index block = options_.block_size;
+    const bool last = received_ == rows_ * cols_;
+    const auto staged_size = static_cast<Index>(staged.size());
+    const Index whole = staged_size / block;
+    const Index encoded = last ? staged_size : whole * block;
+    constexpr Index blocks_per_task = 256;
+    const Index blocks = last ? (staged_size + block - 1) / block : whole;
+    const Index first_block = done_ / block;
+    parallel_for((blocks + blocks_per_task - 1) / blocks_per_task, [&](Index task) {
+      std::vector<std::uint8_t> codes(static_cast<std::size_t>(block) + 1);
+      for (Index b = task * blocks_per_task; b < std::min(blocks, (task + 1) * blocks_per_task); ++b) {
+        const Index count = std::min(block, staged_size - b * block);
+        absmax_[static_cast<std::size_t>(first_block + b)] =
+            detail::encode_block<Format>(staged.data() + b * block, count, count < block, codes.data());
+        store(codes.data(), done_ + b * block, count);
+      }
+    });
+    done_ += encoded;
+    carry_.assign(staged.begin() + encoded, staged.end());
+  }
+
+  /// The tensor. Throws Errc::state_order unless every row has arrived.
+  QuantizedTensor<Format, Scales> finish() && {
+    QDYLORA_EXPECTS(done_ == rows_ * cols_, state_order,
+                    "Quantizer::finish: " + std::to_string(received_) + " of " + std::to_string(rows_ * cols_) + " elements arrived");
+    return {rows_, cols_, options_.block_size, std::move(codes_), make_scales<Scales>(absmax_)};
+  }
+
+ private:
+  void note_bad(std::atomic<Index>& first, Index row_start, const float* row) const {
+    Index j = 0;
+    while (std::fabs(row[j]) <= std::numeric_limits<float>::max()) ++j;
+    Index seen = first.load();
+    while ((seen < 0 || row_start + j < seen) && !first.compare_exchange_weak(seen, row_start + j)) {
+    }
+  }
+
+  // `begin` is a multiple of the block size, so even: blocks never share a byte.
+  void store(std::uint8_t* codes, Index begin, Index count) noexcept {
+    if constexpr (Format::bits == 8) {
+      std::copy_n(codes, count, codes_.data() + begin);
+    } else {
+      if (count & 1) codes[count] = Format::encode(0.0f);
+      std::uint8_t* out = codes_.data() + begin / 2;
+      for (Index i = 0; i < count; i += 2) out[i / 2] = static_cast<std::uint8_t>((codes[i] << 4) | codes[i + 1]);
+    }
+  }
+
+  Index rows_, cols_;
+  QuantizeOptions options_;
+  Buffer<std::uint8_t> codes_;
+  std::vector<float> absmax_;
+  std::vector<float> carry_;  // elements of a block that is not complete yet
+  Index received_ = 0;        // elements
+  Index done_ = 0;            // elements encoded, a multiple of the block size until the end
+};
+
+/// Quantizes a whole matrix.
+template <CodeFormat Format = NF4, class Scales = DoubleQuant<DynamicMap8>, Scalar T, class ParallelFor = SerialFor>
+QuantizedTensor<Format, Scales> quantize(MatrixView<const T> weight, QuantizeOptions options = {}, ParallelFor&& parallel_for = {}) {
+  Quantizer<Format, Scales> quantizer(weight.rows, weight.cols, options);
+  quantizer.append(weight, parallel_for);
+  return std::move(quantizer).finish();
+}
+
+namespace detail {
+
+// Both elements of each byte of a 4-bit format.
+template <CodeFormat Format>
+inline constexpr auto value_pairs = [] {
+  std::array<std::array<float, 2>, 256> pairs{};
+  for (std::size_t byte = 0; byte < 256; ++byte) pairs[byte] = {Format::values[byte >> 4], Format::values[byte & 15]};
+  return pairs;
+}();
+
+}  // namespace detail
+
+/// Decodes elements [begin, begin + count) of the flattened tensor into out.
+template <Scalar T, CodeFormat Format, class Scales>
+void dequantize_range(const QuantizedView<Format, Scales>& tensor, Index begin, Index count, T* QDYLORA_RESTRICT out) noexcept {
+  using Acc = float;  // values and scales are float32 whatever T is
+  const Index end = begin + count;
+  for (Index i = begin; i < end;) {
+    const Index block = i / tensor.block_size;
+    const Index stop = std::min(end, (block + 1) * tensor.block_size);
+    const Acc scale = tensor.scales[block];
+    if constexpr (Format::bits == 4) {
+      if (i & 1) {
+        *out++ = static_cast<T>(Format::values[tensor.codes[i >> 1] & 15] * scale);
+        ++i;
+      }
+      const std::uint8_t* codes = tensor.codes + (i >> 1);
+      const Index bytes = (stop - i) >> 1;
+      for (Index j = 0; j < bytes; ++j) {
+        const auto& pair = detail::value_pairs<Format>[codes[j]];
+        out[2 * j] = static_cast<T>(pair[0] * scale);
+        out[2 * j + 1] = static_cast<T>(pair[1] * scale);
+      }
+      out += 2 * bytes;
+      i += 2 * bytes;
+      if (i < stop) {
+        *out++ = static_cast<T>(Format::values[tensor.codes[i >> 1] >> 4] * scale);
+        ++i;
+      }
+    } else {
+      for (; i < stop; ++i) *out++ = static_cast<T>(Format::values[tensor.codes[i]] * scale);
+    }
+  }
+}
+
+/// Decodes rows [first_row, first_row + out.rows), columns [first_col, first_col + out.cols) into out.
+template <Scalar T, CodeFormat Format, class Scales>
+void dequantize(const QuantizedView<Format, Scales>& tensor, MatrixView<T> out, Index first_row = 0, Index first_col = 0) {
+  QDYLORA_EXPECTS(first_row >= 0 && first_col >= 0 && first_row <= tensor.rows - out.rows && first_col <= tensor.cols - out.cols,
+                  shape_mismatch,
+                  "dequantize: " + shape_text(out) + " at " + detail::shape_text(first_row, first_col) + " is outside " +
+                      detail::shape_text(tensor.rows, tensor.cols));
+  for (Index i = 0; i < out.rows; ++i)
+    dequantize_range(tensor, (first_row + i) * tensor.cols + first_col, out.cols, out.row(i));
+}
+
+}  // namespace qdylora
