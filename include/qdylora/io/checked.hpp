@@ -21,7 +21,8 @@ namespace qdylora {
 
 static_assert(std::endian::native == std::endian::little, "the file formats of io/ are little-endian and are read in place");
 
-/// What a reader accepts, all in one place. The defaults hold for every published model known to us; lower them for untrusted files.
+/// What a reader accepts, all in one place. The defaults hold for every published model known to us; lower them where files are
+/// trusted less.
 struct Limits {
   std::uint64_t header_bytes = 100'000'000;       // the part of a container before its tensor data; safetensors' own bound
   std::uint64_t tensors = 1'000'000;              // per file
@@ -119,7 +120,7 @@ namespace detail {
 /// A T from its bytes in a file, at any alignment.
 template <class T>
   requires std::is_trivially_copyable_v<T>
-T load(const std::byte* source) noexcept {
+T from_bytes(const std::byte* source) noexcept {
   T value;
   std::memcpy(&value, source, sizeof(T));
   return value;

@@ -41,15 +41,15 @@ inline constexpr std::array<DTypeEntry, 22> dtype_entries{{
 }};
 static_assert(static_cast<std::size_t>(DType::U64) + 1 == dtype_entries.size());
 
-constexpr const DTypeEntry& entry(DType dtype) noexcept { return dtype_entries[static_cast<std::size_t>(dtype)]; }
+constexpr const DTypeEntry& dtype_entry(DType dtype) noexcept { return dtype_entries[static_cast<std::size_t>(dtype)]; }
 
 }  // namespace detail
 
 /// The format's name of a type, e.g. "BF16".
-constexpr std::string_view name(DType dtype) noexcept { return detail::entry(dtype).name; }
+constexpr std::string_view name(DType dtype) noexcept { return detail::dtype_entry(dtype).name; }
 
 /// Bits of one element; less than 8 for the packed types.
-constexpr std::uint64_t bits(DType dtype) noexcept { return detail::entry(dtype).bits; }
+constexpr std::uint64_t bits(DType dtype) noexcept { return detail::dtype_entry(dtype).bits; }
 
 /// The type of that name; nothing when the format has none.
 constexpr std::optional<DType> dtype_from_name(std::string_view text) noexcept {
@@ -80,7 +80,7 @@ struct ElementFormat {
 
 template <Scalar T>
 void decode_scalars(const std::byte* source, Index count, float* target) {
-  for (Index i = 0; i < count; ++i) target[i] = static_cast<float>(load<T>(source + i * static_cast<Index>(sizeof(T))));
+  for (Index i = 0; i < count; ++i) target[i] = static_cast<float>(from_bytes<T>(source + i * static_cast<Index>(sizeof(T))));
 }
 
 template <Scalar T>
@@ -103,7 +103,8 @@ inline std::array<Index, 2> matrix_shape(std::span<const Index> shape, const Err
   throw Error(Errc::shape, "expected a vector or a matrix, found " + std::to_string(shape.size()) + " dimensions", place);
 }
 
-/// Reads rows [first_row, first_row + out.rows) into `out`, through a buffer of bounded size. Errc::shape_mismatch, and InputFile's.
+/// Reads rows [first_row, first_row + out.rows) into `out`, through a buffer of bounded size. Errc::shape_mismatch, and those of
+/// InputFile.
 inline void read_rows(const InputFile& file, const StoredMatrix& stored, Index first_row, MatrixView<float> out,
                       const ErrorPlace& place) {
   if (out.cols != stored.cols || out.rows < 0 || first_row < 0 || first_row > stored.rows || out.rows > stored.rows - first_row) {
@@ -112,6 +113,7 @@ inline void read_rows(const InputFile& file, const StoredMatrix& stored, Index f
                     " from row " + std::to_string(first_row),
                 place);
   }
+  expect_shape("read_rows: the target", out, out.rows, out.cols);  // its stride
   if (out.empty()) return;
   const ElementFormat& format = stored.format;
   // Rows without a gap between them are one long row: fewer reads when rows are short.
@@ -136,7 +138,8 @@ inline void read_rows(const InputFile& file, const StoredMatrix& stored, Index f
 }
 
 inline Matrix<float> read_matrix(const InputFile& file, const StoredMatrix& stored, const ErrorPlace& place) {
-  Matrix<float> result(stored.rows, stored.cols);
+  Matrix<float> result;
+  result.resize(stored.rows, stored.cols);  // not zeroed: every element is written below
   read_rows(file, stored, 0, result.view(), place);
   return result;
 }

@@ -1,5 +1,5 @@
-// Files, on POSIX: InputFile reads ranges, FileCursor walks a header, AtomicFile replaces a file so that a crash at any moment leaves
-// the old or the new content, never a mixture. Every failure is a qdylora::Error that names the file and the byte.
+// Files, on POSIX: InputFile reads ranges, FileCursor walks a header, AtomicFile replaces a file so that a crash at any moment
+// leaves the old or the new content, never a mixture. Every failure is a qdylora::Error that names the file and the byte.
 //
 // Files are read into owned memory, not mapped: a mapped file that shrinks ends the process (SIGBUS).
 #pragma once
@@ -85,8 +85,8 @@ class Descriptor {
   int value_ = -1;
 };
 
-/// Opens `path`, which must then be a regular file: a directory, pipe or device is Errc::open. O_NONBLOCK, without effect on regular
-/// files, keeps the call from waiting for the other end of a pipe.
+/// Opens `path`, which must then be a regular file: a directory, pipe or device is Errc::open. O_NONBLOCK, without effect on
+/// regular files, keeps the call from waiting for the other end of a pipe.
 template <class System>
 Descriptor<System> open_regular(const std::filesystem::path& path, int flags, struct stat& status) {
   const std::string& text = path.native();
@@ -198,7 +198,7 @@ class FileCursor {
   T read() {
     std::byte bytes[sizeof(T)];
     read(bytes);
-    return detail::load<T>(bytes);
+    return detail::from_bytes<T>(bytes);
   }
   /// `size` bytes as text.
   std::string text(std::uint64_t size) {

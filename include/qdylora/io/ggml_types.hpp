@@ -126,7 +126,7 @@ inline void decode_block(const BlockQ6_K& block, float* x) {
 template <class Block>
 void decode_blocks(const std::byte* source, Index blocks, float* target) {
   for (Index i = 0; i < blocks; ++i) {
-    decode_block(load<Block>(source + i * static_cast<Index>(sizeof(Block))), target + i * Block::elements);
+    decode_block(from_bytes<Block>(source + i * static_cast<Index>(sizeof(Block))), target + i * Block::elements);
   }
 }
 
@@ -185,6 +185,8 @@ inline constexpr auto ggml_types = std::to_array<GgmlType>({
     {34, "TQ1_0", {256, 54}},
     {35, "TQ2_0", {256, 66}},
     {39, "MXFP4", {32, 17}},
+    {40, "NVFP4", {64, 36}},
+    {41, "Q1_0", {128, 18}},
 });
 
 }  // namespace detail

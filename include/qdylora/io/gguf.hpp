@@ -6,8 +6,8 @@
 //   padding to the alignment | tensor data, each tensor padded to the alignment
 //
 // ne[0] runs fastest; shapes here are in the usual order, slowest first. The alignment is the value of "general.alignment", or 32.
-// Offsets count from the start of the data and must be the running sum of padded sizes, as in the reference. Metadata is kept as the
-// bytes of the file, and turned into values where they are asked for, with the stored type and count checked there.
+// Offsets count from the start of the data and must be the running sum of padded sizes, as in the reference. Metadata is kept as
+// the bytes of the file, and turned into values where they are asked for, with the stored type and count checked there.
 // What follows the last tensor is ignored, as in the reference.
 #pragma once
 
@@ -54,7 +54,7 @@ inline constexpr std::array<GgufTypeEntry, 13> gguf_types{{{"uint8", 1}, {"int8"
                                                            {"uint64", 8}, {"int64", 8}, {"float64", 8}}};
 static_assert(static_cast<std::size_t>(GgufType::float64) + 1 == gguf_types.size());
 
-constexpr const GgufTypeEntry& entry(GgufType type) noexcept { return gguf_types[static_cast<std::size_t>(type)]; }
+constexpr const GgufTypeEntry& gguf_type_entry(GgufType type) noexcept { return gguf_types[static_cast<std::size_t>(type)]; }
 
 template <class T>
 constexpr GgufType gguf_type_of() noexcept {
@@ -74,7 +74,7 @@ constexpr GgufType gguf_type_of() noexcept {
 
 }  // namespace detail
 
-constexpr std::string_view name(GgufType type) noexcept { return detail::entry(type).name; }
+constexpr std::string_view name(GgufType type) noexcept { return detail::gguf_type_entry(type).name; }
 
 /// The C++ types a metadata value can be asked for as.
 template <class T>
@@ -145,7 +145,7 @@ class GgufMetadata {
   template <class T>
   static T scalar(const std::string& bytes, std::size_t offset) {
     if constexpr (std::same_as<T, bool>) return bytes[offset] != 0;
-    else return detail::load<T>(reinterpret_cast<const std::byte*>(bytes.data()) + offset);
+    else return detail::from_bytes<T>(reinterpret_cast<const std::byte*>(bytes.data()) + offset);
   }
 
   const GgufValue& expect(std::string_view key, GgufType type, bool is_array) const {
@@ -222,12 +222,14 @@ class GgufFile {
  private:
   static constexpr std::uint64_t default_alignment = 32;
   static constexpr std::uint64_t most_dimensions = 4;
+  static constexpr std::uint64_t least_tensor_bytes = 8 + 4 + 4 + 8;  // of its record: an empty name, no dimensions
+  static constexpr std::uint64_t least_entry_bytes = 8 + 1 + 4 + 1;   // a key and a value of one byte each
 
   ErrorPlace place(const GgufTensor& tensor) const { return {.file = name(), .tensor = tensor.name, .offset = tensor.begin}; }
 
   const GgufTensor* find(std::string_view tensor) const noexcept {
     const auto at =
-        std::ranges::lower_bound(by_name_, tensor, {}, [&](std::uint32_t i) -> std::string_view { return tensors_[i].name; });
+        std::ranges::lower_bound(by_name_, tensor, {}, [&](std::size_t i) -> std::string_view { return tensors_[i].name; });
     return at != by_name_.end() && tensors_[*at].name == tensor ? &tensors_[*at] : nullptr;
   }
 
@@ -251,14 +253,13 @@ class GgufFile {
     }
     const auto tensors = cursor.read<std::uint64_t>();
     const auto entries = cursor.read<std::uint64_t>();
-    // The smallest entry is an empty name or a key of one byte with a value of one.
-    expect_count("tensors", tensors, limits_.tensors, cursor, 8 + 4 + 4 + 8);
-    expect_count("metadata entries", entries, limits_.metadata_entries, cursor, 8 + 1 + 4 + 1);
+    expect_count("tensors", tensors, limits_.tensors, cursor, least_tensor_bytes);
+    expect_count("metadata entries", entries, limits_.metadata_entries, cursor, least_entry_bytes);
 
     metadata_.file_ = name();
     for (std::uint64_t i = 0; i < entries; ++i) parse_entry(cursor);
     const std::uint64_t alignment = parse_alignment();
-    cursor.require(tensors, 8 + 4 + 4 + 8);
+    cursor.require(tensors, least_tensor_bytes);
     tensors_.reserve(static_cast<std::size_t>(tensors));
     for (std::uint64_t i = 0; i < tensors; ++i) parse_tensor(cursor, alignment);
     index_names();
@@ -275,15 +276,15 @@ class GgufFile {
 
   /// A key or a tensor's name: bounded, UTF-8, without NUL.
   std::string parse_name(FileCursor& cursor) const {
-    const ErrorPlace start = cursor.place();
+    const std::uint64_t start = cursor.position();
     const auto length = cursor.read<std::uint64_t>();
     if (length > limits_.name_bytes) {
       throw Error(Errc::limit, "a name of " + std::to_string(length) + " bytes, at most " + std::to_string(limits_.name_bytes),
-                  start);
+                  file_.place(start));
     }
     std::string text = cursor.text(length);
     if (utf8_error(text) || text.find('\0') != text.npos) {
-      throw Error(Errc::utf8, "name '" + printable(text) + "' is not UTF-8 text", start);
+      throw Error(Errc::utf8, "name '" + printable(text) + "' is not UTF-8 text", file_.place(start));
     }
     return text;
   }
@@ -297,11 +298,11 @@ class GgufFile {
 
   /// The length of a string, which is known to follow.
   std::uint64_t parse_length(FileCursor& cursor) const {
-    const ErrorPlace start = cursor.place();
+    const std::uint64_t start = cursor.position();
     const auto length = cursor.read<std::uint64_t>();
     if (length > limits_.string_bytes) {
       throw Error(Errc::limit, "a string of " + std::to_string(length) + " bytes, at most " + std::to_string(limits_.string_bytes),
-                  start);
+                  file_.place(start));
     }
     cursor.require(length);
     return length;
@@ -348,7 +349,7 @@ class GgufFile {
   /// `count` values of fixed size.
   static void read_values(FileCursor& cursor, GgufValue& value, std::uint64_t count) {
     const ErrorPlace start = cursor.place();
-    value.bytes = cursor.text(checked_mul(count, detail::entry(value.type).bytes, start));
+    value.bytes = cursor.text(checked_mul(count, detail::gguf_type_entry(value.type).bytes, start));
     if (value.type == GgufType::boolean) {
       if (const auto at = value.bytes.find_first_not_of(std::string_view("\0\1", 2)); at != value.bytes.npos) {
         throw Error(Errc::code_range, "a boolean that is neither 0 nor 1",
@@ -417,8 +418,8 @@ class GgufFile {
 
   void index_names() {
     by_name_.resize(tensors_.size());
-    std::iota(by_name_.begin(), by_name_.end(), std::uint32_t{0});
-    const auto tensor_name = [&](std::uint32_t i) -> std::string_view { return tensors_[i].name; };
+    std::iota(by_name_.begin(), by_name_.end(), std::size_t{0});
+    const auto tensor_name = [&](std::size_t i) -> std::string_view { return tensors_[i].name; };
     std::ranges::sort(by_name_, {}, tensor_name);
     const auto twice = std::ranges::adjacent_find(by_name_, {}, tensor_name);
     if (twice != by_name_.end()) {
@@ -445,7 +446,7 @@ class GgufFile {
   Limits limits_;
   GgufMetadata metadata_;
   std::vector<GgufTensor> tensors_;
-  std::vector<std::uint32_t> by_name_;  // indices into tensors_, sorted by name
+  std::vector<std::size_t> by_name_;     // indices into tensors_, sorted by name
 };
 
 }  // namespace qdylora

@@ -90,48 +90,49 @@ inline Json read_json(const std::filesystem::path& path, const Limits& limits = 
 namespace detail {
 
 /// The value of `key`; null when the key is absent, or there with the value null, which writers use for "not set".
-inline const Json* find(const Json& object, std::string_view key, const ErrorPlace& place) {
+inline const Json* find_key(const Json& object, std::string_view key, const ErrorPlace& place) {
   if (!object.is_object()) {
-    throw Error(Errc::bad_config, "key '" + std::string(key) + "': expected an object around it, found " + object.type_name(),
+    throw Error(Errc::bad_config, "key '" + printable(key) + "': expected an object around it, found " + object.type_name(),
                 place);
   }
   const auto at = object.find(key);
   return at == object.end() || at->is_null() ? nullptr : &*at;
 }
 
-inline const Json& at(const Json& object, std::string_view key, const ErrorPlace& place) {
-  if (const Json* value = find(object, key, place)) return *value;
-  throw Error(Errc::bad_config, "key '" + std::string(key) + "' is absent", place);
+inline const Json& expect_key(const Json& object, std::string_view key, const ErrorPlace& place) {
+  if (const Json* value = find_key(object, key, place)) return *value;
+  throw Error(Errc::bad_config, "key '" + printable(key) + "' is absent", place);
 }
 
-[[noreturn]] inline void raise_type(std::string_view key, const std::string& expected, const Json& found, const ErrorPlace& place) {
+[[noreturn]] inline void raise_json_type(std::string_view key, const std::string& expected, const Json& found,
+                                         const ErrorPlace& place) {
   const std::string text = found.is_structured() ? std::string(found.type_name())
                                                  : printable(found.dump(-1, ' ', true, Json::error_handler_t::replace), 60);
-  throw Error(Errc::bad_config, "key '" + std::string(key) + "': expected " + expected + ", found " + text, place);
+  throw Error(Errc::bad_config, "key '" + printable(key) + "': expected " + expected + ", found " + text, place);
 }
 
-inline std::string to_string(const Json& value, std::string_view key, const ErrorPlace& place) {
-  if (!value.is_string()) raise_type(key, "a string", value, place);
+inline std::string json_string(const Json& value, std::string_view key, const ErrorPlace& place) {
+  if (!value.is_string()) raise_json_type(key, "a string", value, place);
   return value.get_ref<const std::string&>();
 }
 
 // 1.0 is not an integer, and a number beyond 64 bits is one the parser could keep only as a double.
-inline std::int64_t to_integer(const Json& value, std::string_view key, std::int64_t least, std::int64_t most,
-                               const ErrorPlace& place) {
+inline std::int64_t json_integer(const Json& value, std::string_view key, std::int64_t least, std::int64_t most,
+                                 const ErrorPlace& place) {
   constexpr auto top = static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max());
   if (value.is_number_integer() && !(value.is_number_unsigned() && value.get<std::uint64_t>() > top)) {
     if (const auto number = value.get<std::int64_t>(); number >= least && number <= most) return number;
   }
-  raise_type(key, "an integer in [" + std::to_string(least) + ", " + std::to_string(most) + "]", value, place);
+  raise_json_type(key, "an integer in [" + std::to_string(least) + ", " + std::to_string(most) + "]", value, place);
 }
 
-inline double to_number(const Json& value, std::string_view key, const ErrorPlace& place) {
-  if (!value.is_number()) raise_type(key, "a number", value, place);
+inline double json_number(const Json& value, std::string_view key, const ErrorPlace& place) {
+  if (!value.is_number()) raise_json_type(key, "a number", value, place);
   return value.get<double>();
 }
 
-inline bool to_bool(const Json& value, std::string_view key, const ErrorPlace& place) {
-  if (!value.is_boolean()) raise_type(key, "true or false", value, place);
+inline bool json_bool(const Json& value, std::string_view key, const ErrorPlace& place) {
+  if (!value.is_boolean()) raise_json_type(key, "true or false", value, place);
   return value.get<bool>();
 }
 
@@ -141,60 +142,60 @@ inline bool to_bool(const Json& value, std::string_view key, const ErrorPlace& p
 // null, and still refuse a value of another type or out of range.
 
 inline std::string get_string(const Json& object, std::string_view key, const ErrorPlace& place = {}) {
-  return detail::to_string(detail::at(object, key, place), key, place);
+  return detail::json_string(detail::expect_key(object, key, place), key, place);
 }
 inline std::string get_string_or(const Json& object, std::string_view key, std::string fallback, const ErrorPlace& place = {}) {
-  const Json* value = detail::find(object, key, place);
-  return value ? detail::to_string(*value, key, place) : std::move(fallback);
+  const Json* value = detail::find_key(object, key, place);
+  return value ? detail::json_string(*value, key, place) : std::move(fallback);
 }
 
 /// An exact integer in [least, most].
 inline std::int64_t get_integer(const Json& object, std::string_view key, std::int64_t least, std::int64_t most,
                                 const ErrorPlace& place = {}) {
-  return detail::to_integer(detail::at(object, key, place), key, least, most, place);
+  return detail::json_integer(detail::expect_key(object, key, place), key, least, most, place);
 }
 inline std::int64_t get_integer_or(const Json& object, std::string_view key, std::int64_t fallback, std::int64_t least,
                                    std::int64_t most, const ErrorPlace& place = {}) {
-  const Json* value = detail::find(object, key, place);
-  return value ? detail::to_integer(*value, key, least, most, place) : fallback;
+  const Json* value = detail::find_key(object, key, place);
+  return value ? detail::json_integer(*value, key, least, most, place) : fallback;
 }
 
 /// Any number, which in JSON is finite.
 inline double get_number(const Json& object, std::string_view key, const ErrorPlace& place = {}) {
-  return detail::to_number(detail::at(object, key, place), key, place);
+  return detail::json_number(detail::expect_key(object, key, place), key, place);
 }
 inline double get_number_or(const Json& object, std::string_view key, double fallback, const ErrorPlace& place = {}) {
-  const Json* value = detail::find(object, key, place);
-  return value ? detail::to_number(*value, key, place) : fallback;
+  const Json* value = detail::find_key(object, key, place);
+  return value ? detail::json_number(*value, key, place) : fallback;
 }
 
 inline bool get_bool(const Json& object, std::string_view key, const ErrorPlace& place = {}) {
-  return detail::to_bool(detail::at(object, key, place), key, place);
+  return detail::json_bool(detail::expect_key(object, key, place), key, place);
 }
 inline bool get_bool_or(const Json& object, std::string_view key, bool fallback, const ErrorPlace& place = {}) {
-  const Json* value = detail::find(object, key, place);
-  return value ? detail::to_bool(*value, key, place) : fallback;
+  const Json* value = detail::find_key(object, key, place);
+  return value ? detail::json_bool(*value, key, place) : fallback;
 }
 
 /// An array of exact integers in [least, most], e.g. a shape.
 inline std::vector<std::int64_t> get_integers(const Json& object, std::string_view key, std::int64_t least, std::int64_t most,
                                               const ErrorPlace& place = {}) {
-  const Json& value = detail::at(object, key, place);
-  if (!value.is_array()) detail::raise_type(key, "an array of integers", value, place);
+  const Json& value = detail::expect_key(object, key, place);
+  if (!value.is_array()) detail::raise_json_type(key, "an array of integers", value, place);
   std::vector<std::int64_t> result;
-  for (const Json& item : value) result.push_back(detail::to_integer(item, key, least, most, place));
+  for (const Json& item : value) result.push_back(detail::json_integer(item, key, least, most, place));
   return result;
 }
 inline std::vector<std::string> get_strings(const Json& object, std::string_view key, const ErrorPlace& place = {}) {
-  const Json& value = detail::at(object, key, place);
-  if (!value.is_array()) detail::raise_type(key, "an array of strings", value, place);
+  const Json& value = detail::expect_key(object, key, place);
+  if (!value.is_array()) detail::raise_json_type(key, "an array of strings", value, place);
   std::vector<std::string> result;
-  for (const Json& item : value) result.push_back(detail::to_string(item, key, place));
+  for (const Json& item : value) result.push_back(detail::json_string(item, key, place));
   return result;
 }
 inline const Json& get_object(const Json& object, std::string_view key, const ErrorPlace& place = {}) {
-  const Json& value = detail::at(object, key, place);
-  if (!value.is_object()) detail::raise_type(key, "an object", value, place);
+  const Json& value = detail::expect_key(object, key, place);
+  if (!value.is_object()) detail::raise_json_type(key, "an object", value, place);
   return value;
 }
 

@@ -169,8 +169,8 @@ class SafetensorsHeader {
   }
 
  private:
-  // What comes next: `start` the document, `top` a name or the end, `tensor_value` a tensor's object, `tensor` one of its keys or its
-  // end, `dtype`, `shape`, `offsets` the values of these keys, `in_...` items of that array, `metadata...` likewise.
+  // What comes next: `start` the document, `top` a name or the end, `tensor_value` a tensor's object, `tensor` one of its keys or
+  // its end, `dtype`, `shape`, `offsets` the values of these keys, `in_...` items of that array, `metadata...` likewise.
   enum class At {
     start, top, tensor_value, tensor, dtype, shape, in_shape, offsets, in_offsets, metadata_section, metadata, metadata_value, end
   };
@@ -219,12 +219,12 @@ class SafetensorsHeader {
 
 }  // namespace detail
 
-/// A safetensors file open for reading. The constructor validates all of the header before anything is allocated for data; reading is
-/// const and may happen in several threads.
+/// A safetensors file open for reading. The constructor validates all of the header before anything is allocated for data; reading
+/// is const and may happen in several threads.
 class SafetensorsFile {
  public:
-  /// Errc::open, read, truncated, magic, header_size, utf8, json, duplicate, dtype, shape, overflow, offset, overlap, hole, trailing,
-  /// limit.
+  /// Errc::open, read, truncated, magic, header_size, utf8, json, duplicate, dtype, shape, overflow, offset, overlap, hole,
+  /// trailing, limit.
   explicit SafetensorsFile(const std::filesystem::path& path, const Limits& limits = {}) : file_(path) {
     parse(limits);
     check_offsets();

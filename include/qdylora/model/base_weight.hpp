@@ -1,0 +1,63 @@
+// How the frozen linear weights of a model are stored, and their making from rows that a file hands out.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <utility>
+
+#include <qdylora/nn/weight.hpp>
+#include <qdylora/quant/quantize.hpp>
+
+namespace qdylora {
+
+enum class BaseFormat { nf4, fp4, int4, fp8, float32 };
+
+constexpr std::string_view name(BaseFormat format) noexcept {
+  switch (format) {
+    case BaseFormat::nf4: return "nf4";
+    case BaseFormat::fp4: return "fp4";
+    case BaseFormat::int4: return "int4";
+    case BaseFormat::fp8: return "fp8";
+    case BaseFormat::float32: return "float32";
+  }
+  return "unknown";
+}
+
+struct BaseOptions {
+  BaseFormat format = BaseFormat::nf4;
+  bool double_quant = true;  // nf4 and fp4; int4 and fp8 always have it
+  Index block_size = 64;
+};
+
+/// A weight [rows, cols] from read_rows(first_row, MatrixView<float>), which is called in order with at most 4 MiB at a time: the weight
+/// never exists in full precision unless the format is float32. Errors of the reader and of Quantizer pass through.
+template <class ReadRows, class ParallelFor>
+std::shared_ptr<const WeightFor<AnyFormat>> make_base_weight(Index rows, Index cols, BaseOptions options, ReadRows&& read_rows,
+                                                             ParallelFor&& parallel_for) {
+  using Any = WeightFor<AnyFormat>;
+  const Index step = std::max<Index>(1, (Index{1} << 20) / std::max<Index>(cols, 1));
+  const auto quantized = [&]<class Format, class Scales>(Format, Scales) {
+    Quantizer<Format, Scales> quantizer(rows, cols, {.block_size = options.block_size});
+    Matrix<float> chunk;
+    for (Index first = 0; first < rows; first += step) {
+      chunk.resize(std::min(step, rows - first), cols);
+      read_rows(first, chunk.view());
+      quantizer.append(MatrixView<const float>(chunk.view()), parallel_for);
+    }
+    return std::make_shared<const Any>(std::move(quantizer).finish());
+  };
+  const bool nested = options.double_quant;
+  switch (options.format) {
+    case BaseFormat::nf4: return nested ? quantized(NF4{}, DoubleQuant<>{}) : quantized(NF4{}, Float32Scales{});
+    case BaseFormat::fp4: return nested ? quantized(FP4{}, DoubleQuant<>{}) : quantized(FP4{}, Float32Scales{});
+    case BaseFormat::int4: return quantized(INT4{}, DoubleQuant<>{});
+    case BaseFormat::fp8: return quantized(FP8E4M3{}, DoubleQuant<>{});
+    case BaseFormat::float32: break;
+  }
+  Matrix<float> dense(rows, cols);
+  for (Index first = 0; first < rows; first += step)
+    read_rows(first, dense.view().middle_rows(first, std::min(step, rows - first)));
+  return std::make_shared<const Any>(std::move(dense));
+}
+
+}  // namespace qdylora

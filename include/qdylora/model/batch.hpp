@@ -1,0 +1,39 @@
+// A batch of token sequences laid end to end, without padding.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <string>
+#include <vector>
+
+#include <qdylora/core/error.hpp>
+#include <qdylora/core/scalar.hpp>
+
+namespace qdylora {
+
+struct Batch {
+  std::vector<std::int32_t> ids;      // [tokens] inputs
+  std::vector<std::int32_t> targets;  // [tokens] the token to predict at each, -1: not scored
+  std::vector<Index> offsets = {0};   // sequence s owns tokens offsets[s] ... offsets[s + 1]
+
+  Index tokens() const noexcept { return static_cast<Index>(ids.size()); }
+  Index sequences() const noexcept { return static_cast<Index>(offsets.size()) - 1; }
+  Index scored() const noexcept {
+    Index count = 0;
+    for (const auto target : targets) count += target >= 0;
+    return count;
+  }
+
+  /// Adds a text of n tokens: its first n - 1 are inputs, its last n - 1 targets, of which those from position `prompt_length` on are
+  /// scored. Throws Errc::bad_argument for a text of fewer than two tokens.
+  void add(std::span<const std::int32_t> text, Index prompt_length = 0) {
+    QDYLORA_EXPECTS(text.size() >= 2, bad_argument, "Batch::add: a text of " + std::to_string(text.size()) + " tokens predicts nothing");
+    for (std::size_t i = 0; i + 1 < text.size(); ++i) {
+      ids.push_back(text[i]);
+      targets.push_back(static_cast<Index>(i) + 1 >= prompt_length ? text[i + 1] : -1);
+    }
+    offsets.push_back(tokens());
+  }
+};
+
+}  // namespace qdylora

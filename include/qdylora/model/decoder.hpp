@@ -1,0 +1,342 @@
+// Decoder: a decoder-only transformer of DynamicLoRALinear layers. The base is frozen and shared; what trains are the adapters.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <qdylora/model/batch.hpp>
+#include <qdylora/model/config.hpp>
+#include <qdylora/model/decoder_block.hpp>
+#include <qdylora/nn/rope.hpp>
+
+namespace qdylora {
+
+/// The frozen part of a model; several decoders may share one.
+template <class Acc, MemoryResource Memory = HostMemory>
+struct DecoderWeights {
+  DecoderConfig config;
+  Matrix<Acc, Memory> embedding;   // [vocab, width]
+  Matrix<Acc, Memory> head;        // [vocab, width]; empty when tied
+  Matrix<Acc, Memory> final_norm;  // [1, width]
+  std::vector<std::shared_ptr<const BlockWeights<Acc, Memory>>> blocks;
+
+  /// Bytes of the blocks' linear weights.
+  std::size_t linear_bytes() const noexcept {
+    std::size_t sum = 0;
+    for (const auto& block : blocks)
+      for (const auto& w : block->linear) sum += w->bytes();
+    return sum;
+  }
+  std::size_t dense_bytes() const noexcept { return embedding.capacity_bytes() + head.capacity_bytes(); }
+};
+
+struct DecoderOptions {
+  LoRAOptions lora;         // of every linear layer; names and layer numbers are filled in
+  bool checkpoint = false;  // keep only each block's input and run blocks again in the backward pass: a third more work, far less memory
+};
+
+/// Keys and values of one sequence, all layers; room for `capacity` tokens.
+template <class T, MemoryResource Memory = HostMemory>
+struct KVCache {
+  KVCache(const DecoderConfig& config, Index capacity) {
+    for (Index i = 0; i < config.layers; ++i) {
+      keys.emplace_back(capacity, config.kv_width());
+      values.emplace_back(capacity, config.kv_width());
+    }
+  }
+  std::vector<Matrix<T, Memory>> keys, values;
+  Index length = 0;
+};
+
+template <Scalar T, class Backend = Cpu>
+  requires TransformerBackend<Backend, T>
+class Decoder {
+ public:
+  using Acc = Accumulator<T>;
+  using Memory = typename Backend::Memory;
+  using Weights = DecoderWeights<Acc, Memory>;
+  using Block = DecoderBlock<T, Backend>;
+  using Linear = typename Block::Linear;
+  using Cache = KVCache<T, Memory>;
+
+  explicit Decoder(std::shared_ptr<const Weights> weights, DecoderOptions options = {}, Backend backend = {})
+      : weights_(std::move(weights)), options_(std::move(options)), backend_(backend) {
+    const auto& c = config();
+    c.validate();
+    expect_shape("embedding", weights_->embedding.view(), c.vocab, c.width);
+    expect_shape("final norm", weights_->final_norm.view(), 1, c.width);
+    if (!c.tied_head) expect_shape("head", weights_->head.view(), c.vocab, c.width);
+    QDYLORA_EXPECTS(static_cast<Index>(weights_->blocks.size()) == c.layers, bad_config,
+                    "expected " + std::to_string(c.layers) + " blocks, found " + std::to_string(weights_->blocks.size()));
+    blocks_.reserve(weights_->blocks.size());
+    for (Index i = 0; i < c.layers; ++i)
+      blocks_.emplace_back(c, weights_->blocks[static_cast<std::size_t>(i)], i, options_.lora, backend_);
+    set_ranks(RankPlan::uniform(options_.lora.max_rank));
+  }
+
+  const DecoderConfig& config() const noexcept { return weights_->config; }
+  const DecoderOptions& options() const noexcept { return options_; }
+  const std::shared_ptr<const Weights>& weights() const noexcept { return weights_; }
+  const Backend& backend() const noexcept { return backend_; }
+
+  /// f(layer) for every linear layer, block by block in the order of Projection.
+  template <class F>
+  void for_each_linear(F&& f) {
+    for (auto& block : blocks_)
+      for (auto& linear : block.linears()) f(linear);
+  }
+  template <class F>
+  void for_each_linear(F&& f) const {
+    for (const auto& block : blocks_)
+      for (const auto& linear : block.linears()) f(linear);
+  }
+  Parameters<Acc, Memory> parameters() const {
+    Parameters<Acc, Memory> all;
+    for_each_linear([&](const Linear& linear) {
+      for (auto& p : linear.parameters()) all.push_back(std::move(p));
+    });
+    return all;
+  }
+
+  /// The rank of each sequence of the coming batches, or one for all.
+  void set_ranks(const RankPlan& plan) {
+    for_each_linear([&](Linear& linear) { linear.adapter().check_rank(plan.max_rank()); });
+    plan_ = plan;
+  }
+  /// Whether dropout acts, and the step its masks belong to.
+  void set_training(bool training, std::uint32_t step = 0) {
+    for_each_linear([&](Linear& linear) { linear.set_training(training, step); });
+  }
+
+  /// Cross-entropy in nats of each scored position, in order; nothing is kept for a backward pass.
+  std::vector<double> losses(const Batch& batch) {
+    const auto x = run(batch, false);
+    return head_losses(batch, x, 0.0, {});
+  }
+
+  /// Sum over the scored positions, and gradients of `scale` times it added to the parameters': scale = 1 / scored gives the mean, and
+  /// micro-batches with one scale for all add up to one big batch.
+  double loss_and_gradient(const Batch& batch, double scale) {
+    const auto x = run(batch, true);
+    d_.resize(batch.tokens(), config().width);
+    double sum = 0.0;
+    for (const double loss : head_losses(batch, x, scale, d_.view())) sum += loss;
+    for (Index i = config().layers; i-- > 0;) {
+      auto& context = contexts_[options_.checkpoint ? 0 : static_cast<std::size_t>(i)];
+      const auto input = std::as_const(streams_[static_cast<std::size_t>(i)]).view();
+      auto& block = blocks_[static_cast<std::size_t>(i)];
+      if (options_.checkpoint && i + 1 < config().layers)  // the last block's context is still the right one
+        block.forward(input, batch.offsets, positions_, rope_.view(), spare_.view(), context, work_);
+      block.backward(input, rope_.view(), d_.view(), context, work_, i > 0);
+    }
+    return sum;
+  }
+
+  /// Logits [tokens, vocab] of every position.
+  Matrix<Acc, Memory> logits(const Batch& batch) {
+    const auto x = run(batch, false);
+    return project_head(x);
+  }
+
+  /// Feeds new tokens of several sequences and returns the logits of each one's last, [sequences, vocab]. Either all caches are empty
+  /// (prompts of any length), or every sequence brings one token.
+  Matrix<Acc, Memory> infer(const Batch& batch, std::span<Cache> caches) {
+    QDYLORA_EXPECTS(static_cast<Index>(caches.size()) == batch.sequences(), shape_mismatch,
+                    "infer: " + std::to_string(caches.size()) + " caches for " + std::to_string(batch.sequences()) + " sequences");
+    const bool prompts = std::all_of(caches.begin(), caches.end(), [](const Cache& c) { return c.length == 0; });
+    QDYLORA_EXPECTS(prompts || batch.tokens() == batch.sequences(), bad_argument,
+                    "infer: caches are not empty, so every sequence brings one token");
+    MatrixView<const T> x;
+    std::vector<Index> last;
+    for (Index s = 0; s < batch.sequences(); ++s) last.push_back(batch.offsets[static_cast<std::size_t>(s) + 1] - 1);
+    if (prompts) {
+      x = run(batch, false, caches);
+    } else {
+      x = run_decode(batch, caches);
+    }
+    for (Index s = 0; s < batch.sequences(); ++s)
+      caches[static_cast<std::size_t>(s)].length +=
+          batch.offsets[static_cast<std::size_t>(s) + 1] - batch.offsets[static_cast<std::size_t>(s)];
+    selected_.resize(batch.sequences(), config().width);
+    backend_.gather_rows(x, std::span<const Index>(last), selected_.view());
+    return project_head(std::as_const(selected_).view());
+  }
+
+  /// The residual stream [tokens, width] after `layer` blocks of the last loss_and_gradient.
+  MatrixView<const T> stream(Index layer) const { return streams_.at(static_cast<std::size_t>(layer)).view(); }
+
+  /// Bytes kept between passes: contexts, streams and workspaces.
+  std::size_t activation_bytes() const noexcept {
+    std::size_t sum = d_.capacity_bytes() + spare_.capacity_bytes() + selected_.capacity_bytes() + normed_.capacity_bytes() +
+                      logits_.capacity_bytes() + work_.normed.capacity_bytes() + work_.activated.capacity_bytes() +
+                      work_.d_wide.capacity_bytes() + work_.d_normed.capacity_bytes() + work_.d_part.capacity_bytes() +
+                      work_.dq.capacity_bytes() + work_.dk.capacity_bytes() + work_.dv.capacity_bytes();
+    for (const auto& s : streams_) sum += s.capacity_bytes();
+    for (const auto& c : contexts_) {
+      sum += c.q.capacity_bytes() + c.k.capacity_bytes() + c.v.capacity_bytes() + c.attended.capacity_bytes() + c.mid.capacity_bytes() +
+             c.gate.capacity_bytes() + c.up.capacity_bytes() + c.lse.capacity_bytes();
+      for (const auto& l : c.linear) sum += l.z.capacity_bytes() + l.dropped.capacity_bytes();
+    }
+    return sum;
+  }
+
+ private:
+  static constexpr Index head_chunk = 128;  // rows of logits in memory at a time
+
+  MatrixView<const Acc> head_weight() const noexcept {
+    return config().tied_head ? weights_->embedding.view() : weights_->head.view();
+  }
+
+  void prepare(const Batch& batch, std::span<const Index> starts) {
+    QDYLORA_EXPECTS(batch.tokens() > 0, bad_argument, "an empty batch");
+    QDYLORA_EXPECTS(batch.offsets.back() == batch.tokens(), bad_argument, "the batch's offsets do not end at its tokens");
+    positions_.clear();
+    for (Index s = 0; s < batch.sequences(); ++s) {
+      const Index length = batch.offsets[static_cast<std::size_t>(s) + 1] - batch.offsets[static_cast<std::size_t>(s)];
+      const Index start = starts.empty() ? 0 : starts[static_cast<std::size_t>(s)];
+      QDYLORA_EXPECTS(start + length <= config().context, bad_argument,
+                      "sequence " + std::to_string(s) + " has " + std::to_string(start + length) + " tokens, the model's context is " +
+                          std::to_string(config().context));
+      for (Index t = 0; t < length; ++t) positions_.push_back(static_cast<std::int32_t>(start + t));
+    }
+    const Index longest = positions_.empty() ? 0 : 1 + *std::max_element(positions_.begin(), positions_.end());
+    if (rope_.rows() < longest) {
+      // Doubling keeps the work of a growing sequence linear.
+      const Index rows = std::min(config().context, std::max<Index>(longest, 2 * rope_.rows()));
+      const auto table = rope_table<Acc>(rows, config().heads.head_dim, config().rope_base);
+      rope_.resize(rows, config().heads.head_dim);
+      backend_.upload(table.view(), rope_.view());
+    }
+    const auto tokens = plan_.expand(batch.offsets);
+    for_each_linear([&](Linear& linear) { linear.set_ranks(tokens); });
+  }
+
+  // All blocks over whole sequences; returns the last residual stream. With keep, everything for a backward pass stays.
+  MatrixView<const T> run(const Batch& batch, bool keep, std::span<Cache> caches = {}) {
+    prepare(batch, {});
+    const Index layers = config().layers;
+    streams_.resize(static_cast<std::size_t>(keep ? layers + 1 : 2));
+    contexts_.resize(keep && !options_.checkpoint ? static_cast<std::size_t>(layers) : 1);
+    for (auto& s : streams_) s.resize(batch.tokens(), config().width);
+    if (keep && options_.checkpoint) spare_.resize(batch.tokens(), config().width);
+    backend_.embed(batch.ids, weights_->embedding.view(), streams_[0].view());
+    std::size_t at = 0;
+    for (Index i = 0; i < layers; ++i) {
+      const std::size_t next = keep ? at + 1 : 1 - at;
+      auto& context = contexts_[keep && !options_.checkpoint ? static_cast<std::size_t>(i) : 0];
+      blocks_[static_cast<std::size_t>(i)].forward(std::as_const(streams_[at]).view(), batch.offsets, positions_, rope_.view(),
+                                                   streams_[next].view(), context, work_);
+      for (std::size_t s = 0; s < caches.size(); ++s) {
+        const Index first = batch.offsets[s], count = batch.offsets[s + 1] - first;
+        auto& cache = caches[s];
+        QDYLORA_EXPECTS(count <= cache.keys[static_cast<std::size_t>(i)].rows(), bad_argument,
+                        "the prompt of sequence " + std::to_string(s) + " is longer than its cache");
+        backend_.copy(std::as_const(context.k).view().middle_rows(first, count),
+                      cache.keys[static_cast<std::size_t>(i)].view().top_rows(count));
+        backend_.copy(std::as_const(context.v).view().middle_rows(first, count),
+                      cache.values[static_cast<std::size_t>(i)].view().top_rows(count));
+      }
+      at = next;
+    }
+    return std::as_const(streams_[at]).view();
+  }
+
+  MatrixView<const T> run_decode(const Batch& batch, std::span<Cache> caches) {
+    std::vector<Index> starts;
+    for (const auto& cache : caches) starts.push_back(cache.length);
+    prepare(batch, starts);
+    streams_.resize(2);
+    contexts_.resize(1);
+    for (auto& s : streams_) s.resize(batch.tokens(), config().width);
+    backend_.embed(batch.ids, weights_->embedding.view(), streams_[0].view());
+    std::vector<Matrix<T, Memory>*> keys(caches.size()), values(caches.size());
+    std::size_t at = 0;
+    for (std::size_t i = 0; i < blocks_.size(); ++i) {
+      for (std::size_t s = 0; s < caches.size(); ++s) {
+        keys[s] = &caches[s].keys[i];
+        values[s] = &caches[s].values[i];
+      }
+      blocks_[i].decode(std::as_const(streams_[at]).view(), positions_, rope_.view(), keys, values, streams_[1 - at].view(), contexts_[0],
+                        work_);
+      at = 1 - at;
+    }
+    return std::as_const(streams_[at]).view();
+  }
+
+  Matrix<Acc, Memory> project_head(MatrixView<const T> x) {
+    normed_.resize(x.rows, x.cols);
+    inverse_rms_.resize(x.rows, 1);
+    backend_.rms_norm(x, weights_->final_norm.view(), config().norm_epsilon, normed_.view(), inverse_rms_.view());
+    Matrix<Acc, Memory> result;
+    result.resize(x.rows, config().vocab);
+    backend_.matmul(std::as_const(normed_).view(), head_weight(), result.view(), Update::overwrite);
+    return result;
+  }
+
+  // Losses of the scored rows; with dx, the gradient of scale * their sum with respect to x as well. Logits exist chunk by chunk only.
+  std::vector<double> head_losses(const Batch& batch, MatrixView<const T> x, double scale, MatrixView<T> dx) {
+    std::vector<Index> rows;
+    std::vector<std::int32_t> targets;
+    for (Index t = 0; t < batch.tokens(); ++t)
+      if (batch.targets[static_cast<std::size_t>(t)] >= 0) {
+        rows.push_back(t);
+        targets.push_back(batch.targets[static_cast<std::size_t>(t)]);
+      }
+    const auto scored = static_cast<Index>(rows.size());
+    std::vector<double> result;
+    result.reserve(rows.size());
+    if (scored == 0) {
+      if (dx.data != nullptr) backend_.fill(dx, T{});
+      return result;
+    }
+    const Index width = config().width;
+    selected_.resize(scored, width);
+    normed_.resize(scored, width);
+    inverse_rms_.resize(scored, 1);
+    backend_.gather_rows(x, std::span<const Index>(rows), selected_.view());
+    backend_.rms_norm(std::as_const(selected_).view(), weights_->final_norm.view(), config().norm_epsilon, normed_.view(),
+                      inverse_rms_.view());
+    for (Index first = 0; first < scored; first += head_chunk) {
+      const Index count = std::min(head_chunk, scored - first);
+      logits_.resize(count, config().vocab);
+      row_losses_.resize(count, 1);
+      const auto normed = normed_.view().middle_rows(first, count);
+      backend_.matmul(normed, head_weight(), logits_.view(), Update::overwrite);
+      backend_.cross_entropy(logits_.view(), std::span<const std::int32_t>(targets).subspan(static_cast<std::size_t>(first),
+                                                                                            static_cast<std::size_t>(count)),
+                             scale, row_losses_.view());
+      Matrix<Acc> host(count, 1);
+      backend_.download(row_losses_.view(), host.view());
+      for (const Acc loss : host.span()) result.push_back(static_cast<double>(loss));
+      if (dx.data != nullptr) backend_.matmul_transposed(std::as_const(logits_).view(), head_weight(), normed, Update::overwrite);
+    }
+    if (dx.data != nullptr) {
+      Matrix<T, Memory> d_selected;
+      d_selected.resize(scored, width);
+      backend_.rms_norm_backward(std::as_const(normed_).view(), std::as_const(selected_).view(), weights_->final_norm.view(),
+                                 inverse_rms_.view(), d_selected.view(), Update::overwrite);
+      backend_.scatter_rows(std::as_const(d_selected).view(), std::span<const Index>(rows), dx);
+    }
+    return result;
+  }
+
+  std::shared_ptr<const Weights> weights_;
+  DecoderOptions options_;
+  Backend backend_;
+  std::vector<Block> blocks_;
+  RankPlan plan_;
+  Matrix<Acc, Memory> rope_;
+  std::vector<std::int32_t> positions_;
+  std::vector<Matrix<T, Memory>> streams_;
+  std::vector<typename Block::Context> contexts_;
+  typename Block::Workspace work_;
+  Matrix<T, Memory> d_, spare_, selected_, normed_;
+  Matrix<Acc, Memory> inverse_rms_, logits_, row_losses_;
+};
+
+}  // namespace qdylora

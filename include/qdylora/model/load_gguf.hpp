@@ -1,0 +1,109 @@
+// Decoder weights from a GGUF file of architecture "llama" (Llama, SmolLM2 and other models of that shape). Rows of q and k are stored for
+// interleaved rotary positions and used so.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <utility>
+
+#include <qdylora/io/gguf.hpp>
+#include <qdylora/model/base_weight.hpp>
+#include <qdylora/model/decoder.hpp>
+
+namespace qdylora {
+
+/// The model's shape. Errors: unsupported (another architecture, scaled rotary positions), bad_config.
+inline DecoderConfig gguf_config(const GgufFile& file) {
+  const auto& metadata = file.metadata();
+  const auto architecture = metadata.get<std::string>("general.architecture");
+  if (architecture != "llama")
+    throw Error(Errc::unsupported, "general.architecture: expected 'llama', found '" + printable(architecture) + "'", {.file = file.name()});
+  const auto number = [&](const char* key) { return static_cast<Index>(metadata.get<std::uint32_t>(std::string("llama.") + key)); };
+  if (const auto scaling = metadata.get_or<std::string>("llama.rope.scaling.type", "none"); scaling != "none")
+    throw Error(Errc::unsupported, "llama.rope.scaling.type: expected 'none', found '" + printable(scaling) + "'", {.file = file.name()});
+  DecoderConfig config;
+  config.width = number("embedding_length");
+  config.mlp_width = number("feed_forward_length");
+  config.layers = number("block_count");
+  config.context = number("context_length");
+  config.heads.heads = number("attention.head_count");
+  config.heads.kv_heads = static_cast<Index>(
+      metadata.get_or<std::uint32_t>("llama.attention.head_count_kv", static_cast<std::uint32_t>(config.heads.heads)));
+  const Index head_dim = config.heads.heads > 0 ? config.width / config.heads.heads : 0;
+  config.heads.head_dim =
+      static_cast<Index>(metadata.get_or<std::uint32_t>("llama.rope.dimension_count", static_cast<std::uint32_t>(head_dim)));
+  config.rope_base = static_cast<double>(metadata.get_or<float>("llama.rope.freq_base", 10000.0f));
+  config.rope_layout = RopeLayout::interleaved;
+  config.norm_epsilon = metadata.get<float>("llama.attention.layer_norm_rms_epsilon");
+  const auto& embedding = file.info("token_embd.weight");
+  config.vocab = embedding.shape.empty() ? 0 : embedding.shape.front();
+  config.tied_head = !file.contains("output.weight");
+  try {
+    config.validate();
+  } catch (const Error& error) {
+    throw Error(error.code(), error.what(), {.file = file.name()});
+  }
+  return config;
+}
+
+/// Reads a model; the linear weights of the blocks are stored as `options` says while they are read.
+/// Errors: those of gguf_config, missing_tensor, shape_mismatch, unsupported tensor types, non_finite weights.
+template <class Backend = Cpu>
+std::shared_ptr<const DecoderWeights<float>> load_gguf(const GgufFile& file, BaseOptions options = {}, Backend backend = {}) {
+  auto weights = std::make_shared<DecoderWeights<float>>();
+  const auto config = weights->config = gguf_config(file);
+  const auto dense = [&](const std::string& tensor, Index rows, Index cols) {
+    auto matrix = file.matrix(tensor);
+    if (matrix.rows() != rows || matrix.cols() != cols)
+      throw Error(Errc::shape_mismatch,
+                  "expected " + detail::shape_text(rows, cols) + ", found " + detail::shape_text(matrix.rows(), matrix.cols()),
+                  {.file = file.name(), .tensor = tensor});
+    return matrix;
+  };
+  const auto linear = [&](const std::string& tensor, Index rows, Index cols) {
+    const auto& shape = file.info(tensor).shape;
+    if (shape != std::vector<Index>{rows, cols}) {
+      std::string found;
+      for (const Index n : shape) found += (found.empty() ? "[" : ", ") + std::to_string(n);
+      throw Error(Errc::shape_mismatch, "expected " + detail::shape_text(rows, cols) + ", found " + found + "]",
+                  {.file = file.name(), .tensor = tensor});
+    }
+    try {
+      return make_base_weight(
+          rows, cols, options,
+          [&](Index first, MatrixView<float> out) {  // decoding is the slow part of reading: share it out
+            constexpr Index grain = 64;
+            backend.parallel_for((out.rows + grain - 1) / grain, [&](Index task) {
+              const Index begin = task * grain;
+              file.read_rows(tensor, first + begin, out.middle_rows(begin, std::min(grain, out.rows - begin)));
+            });
+          },
+          [&](Index count, auto&& f) { backend.parallel_for(count, f); });
+    } catch (const Error& error) {
+      if (!error.file().empty()) throw;
+      throw Error(error.code(), error.what(), {.file = file.name(), .tensor = tensor});
+    }
+  };
+  weights->embedding = dense("token_embd.weight", config.vocab, config.width);
+  if (!config.tied_head) weights->head = dense("output.weight", config.vocab, config.width);
+  weights->final_norm = dense("output_norm.weight", 1, config.width);
+  const Index q = config.query_width(), kv = config.kv_width(), width = config.width, mlp = config.mlp_width;
+  for (Index i = 0; i < config.layers; ++i) {
+    const std::string prefix = "blk." + std::to_string(i) + ".";
+    auto block = std::make_shared<BlockWeights<float>>();
+    block->attention_norm = dense(prefix + "attn_norm.weight", 1, width);
+    block->mlp_norm = dense(prefix + "ffn_norm.weight", 1, width);
+    block->linear = {linear(prefix + "attn_q.weight", q, width),      linear(prefix + "attn_k.weight", kv, width),
+                     linear(prefix + "attn_v.weight", kv, width),     linear(prefix + "attn_output.weight", width, q),
+                     linear(prefix + "ffn_gate.weight", mlp, width),  linear(prefix + "ffn_up.weight", mlp, width),
+                     linear(prefix + "ffn_down.weight", width, mlp)};
+    constexpr const char* bias_names[] = {"attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"};
+    for (std::size_t p = 0; p < 7; ++p)
+      if (const auto bias = prefix + bias_names[p] + ".bias"; file.contains(bias))
+        block->bias[p] = dense(bias, 1, block->linear[p]->rows());
+    weights->blocks.push_back(std::move(block));
+  }
+  return weights;
+}
+
+}  // namespace qdylora
