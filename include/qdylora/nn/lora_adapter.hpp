@@ -139,6 +139,12 @@ class LoRAAdapter {
     moment_b = Matrix<S>(max_rank(), max_rank());
     collecting = true;
   }
+  /// Forgets the moments.
+  void stop_collecting() {
+    moment_a = {};
+    moment_b = {};
+    collecting = false;
+  }
 
  private:
   LoRAOptions options_;

@@ -1,0 +1,14 @@
+// The transformer: shapes, blocks, decoder, generation, tokenizer, recipes, and the models that files hold. Needs Eigen and nlohmann/json.
+#pragma once
+
+#include <qdylora/cpu/cpu.hpp>
+#include <qdylora/model/batch.hpp>
+#include <qdylora/model/chat.hpp>
+#include <qdylora/model/decoder.hpp>
+#include <qdylora/model/generate.hpp>
+#include <qdylora/model/load_gguf.hpp>
+#include <qdylora/model/load_hugging_face.hpp>
+#include <qdylora/model/recipe.hpp>
+#include <qdylora/model/tokenizer.hpp>
+#include <qdylora/model/tokenizer_gguf.hpp>
+#include <qdylora/model/trainer.hpp>

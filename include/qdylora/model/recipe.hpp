@@ -1,0 +1,103 @@
+// Recipes: how one run spends its steps on ranks.
+//
+//   qlora            every step at full rank (QLoRA, Dettmers et al. 2023): useless when cut
+//   qlora-svd        the same, re-ordered by singular values at the end
+//   qdylora          one random rank a step, scale alpha/b, all rows of the rank trained (QDyLoRA, Rajabzadeh et al. 2024)
+//   qdylora-frozen   the same, only the rank's last row trained (DyLoRA's released code)
+//   per-row          every sequence of a batch at a rank of its own, from the first step
+//   order-then-nest  full rank first; then the adapter is re-ordered so that its first rows carry the most, and ranks are dealt out row by
+//                    row, first rows learning faster at first
+//   auto             as order-then-nest, but what is spent on low ranks follows what they lose after the re-ordering, measured on
+//                    sequences held back from training
+#pragma once
+
+#include <array>
+#include <string>
+#include <string_view>
+
+#include <qdylora/nn/lora_adapter.hpp>
+#include <qdylora/nn/ranks.hpp>
+#include <qdylora/nn/reorder.hpp>
+
+namespace qdylora {
+
+struct Recipe {
+  std::string name = "auto";
+  ScalePolicy scale = ScalePolicy::constant;
+  GradientRows gradient_rows = GradientRows::prefix;
+
+  // The first phase, and the only one where order_at is 1.
+  bool draw_ranks = false;  // ranks drawn from the first step on, as `granularity` says; else full rank
+  SamplerOptions::Granularity granularity = SamplerOptions::Granularity::row;
+
+  // The re-ordering and the second phase.
+  double order_at = 1.0;    // share of the steps before it
+  Reordering ordering = Reordering::gram;
+  std::int64_t collect_steps = 20;  // moments for Reordering::gram come from the last steps before it
+  double full_share = 0.25;         // of the rows stay at full rank
+  double boost = 2.0;               // learning rate of all rows, falling to 1 at the end
+  double head_boost = 12.0;         // of row i times max(1, head_boost * (i + 1)^-head_power), falling likewise
+  double head_power = 2.0;
+  std::int64_t rewarm_steps = 10;
+  bool gates = false;               // a trained factor for every row at every rank
+  bool measure = false;             // auto: full_share, weights and boost follow the measured gaps
+
+  bool order_at_end = false;        // qlora-svd; auto decides by measuring
+};
+
+inline constexpr std::array<std::string_view, 7> recipe_names = {"auto",    "order-then-nest", "qdylora",  "qdylora-frozen",
+                                                                 "per-row", "qlora",           "qlora-svd"};
+
+/// Throws Errc::bad_argument listing the names if there is no such recipe.
+inline Recipe recipe(std::string_view name) {
+  Recipe r;
+  r.name = std::string(name);
+  if (name == "auto") {
+    r.order_at = 0.5;
+    r.measure = true;
+  } else if (name == "order-then-nest") {
+    r.order_at = 0.5;
+  } else if (name == "qdylora" || name == "qdylora-frozen") {
+    r.scale = ScalePolicy::over_rank;
+    r.draw_ranks = true;
+    r.granularity = SamplerOptions::Granularity::step;
+    if (name == "qdylora-frozen") r.gradient_rows = GradientRows::last_row;
+  } else if (name == "per-row") {
+    r.draw_ranks = true;
+  } else if (name == "qlora-svd") {
+    r.order_at_end = true;
+    r.ordering = Reordering::svd;
+  } else if (name != "qlora") {
+    std::string known;
+    for (const auto n : recipe_names) known += (known.empty() ? "" : ", ") + std::string(n);
+    throw Error(Errc::bad_argument, "no recipe '" + printable(name) + "'; there are " + known);
+  }
+  return r;
+}
+
+/// The share of rows, and its division among the ranks below the largest, that `auto` spends on low ranks.
+struct NestedShare {
+  double share = 0.0;           // of all rows
+  double strength = 0.0;        // 0 ... 1, scales the learning-rate boost
+  std::vector<double> weights;  // one a rank of the set, 0 for the largest; sum 1 unless share is 0
+};
+
+/// losses: mean loss at every rank of the set; base: without adapter. The gap of a rank is measured in units of what full rank gains over
+/// the base; a mean gap of a quarter of the gain or more gets the largest share, 3/4, smaller ones in proportion to the square root.
+inline NestedShare nested_share(const std::vector<double>& losses, double base) {
+  NestedShare result;
+  const std::size_t ranks = losses.size();
+  result.weights.assign(ranks, 0.0);
+  const double gain = base - losses.back();
+  if (ranks < 2 || !(gain > 0.0)) return result;
+  double sum = 0.0;
+  for (std::size_t i = 0; i + 1 < ranks; ++i) sum += result.weights[i] = std::max(0.0, losses[i] - losses.back());
+  if (sum <= 0.0) return result;
+  const double mean_gap = sum / static_cast<double>(ranks - 1) / gain;
+  result.strength = std::min(1.0, std::sqrt(mean_gap / 0.25));
+  result.share = 0.75 * result.strength;
+  for (double& w : result.weights) w /= sum;
+  return result;
+}
+
+}  // namespace qdylora

@@ -1,0 +1,304 @@
+// Trainer: runs a recipe on a decoder, one optimizer step at a time.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <qdylora/model/decoder.hpp>
+#include <qdylora/model/recipe.hpp>
+#include <qdylora/optim/adamw.hpp>
+#include <qdylora/optim/schedule.hpp>
+
+namespace qdylora {
+
+struct TrainerOptions {
+  Recipe recipe = qdylora::recipe("auto");
+  RankSet ranks = RankSet::powers_of_two(64);
+  std::int64_t steps = 100;
+  double lr = 1e-3;
+  std::int64_t warmup_steps = 20;
+  double lr_floor = 0.1;            // the cosine ends at this share of lr
+  double max_gradient_norm = 1.0;
+  double weight_decay = 0.0;
+  double gate_lr = 5.0;             // of gates, relative to lr
+  std::uint64_t seed = 0;
+};
+
+/// The adapter options a recipe wants for a model.
+inline LoRAOptions adapter_options(const Recipe& recipe, const RankSet& ranks, float alpha, std::uint64_t seed) {
+  LoRAOptions options{.max_rank = ranks.max(), .alpha = alpha, .scale = recipe.scale, .gradient_rows = recipe.gradient_rows, .seed = seed};
+  if (recipe.gates) options.gated_ranks.assign(ranks.begin(), ranks.end());
+  return options;
+}
+
+template <Scalar T, class Backend = Cpu>
+class Trainer {
+ public:
+  using Acc = Accumulator<T>;
+  using Model = Decoder<T, Backend>;
+
+  Trainer(Model& model, TrainerOptions options)
+      : model_(model),
+        options_(std::move(options)),
+        optimizer_(model.parameters(), adamw_options(options_), model.backend()),
+        gate_optimizer_(gate_parameters(model), gate_adamw_options(options_), model.backend()),
+        sampler_(options_.ranks, Rng(options_.seed), sampler_options()),
+        schedule_{Schedule::Shape::cosine, options_.steps, options_.warmup_steps, options_.lr_floor},
+        order_step_(static_cast<std::int64_t>(std::llround(options_.recipe.order_at * static_cast<double>(options_.steps)))) {
+    QDYLORA_EXPECTS(options_.steps >= 1, bad_argument, "Trainer: steps must be positive");
+    QDYLORA_EXPECTS(options_.ranks.max() == model.options().lora.max_rank, rank_range,
+                    "Trainer: the largest rank is " + std::to_string(options_.ranks.max()) + ", the model's adapters have " +
+                        std::to_string(model.options().lora.max_rank));
+  }
+
+  struct Report {
+    double loss = 0.0;           // mean over the scored tokens
+    double gradient_norm = 0.0;  // before clipping
+    double lr = 0.0;
+    Index rank = 0;              // the largest of the step
+    Index tokens = 0;
+    bool skipped = false;        // the gradient was not finite
+  };
+
+  /// Sequences that measure what each rank loses (recipes that measure); they should not be trained on.
+  void hold_back(Batch batch) { held_back_ = std::move(batch); }
+
+  std::int64_t steps() const noexcept { return options_.steps; }
+  std::int64_t step_count() const noexcept { return step_; }
+  bool done() const noexcept { return step_ >= options_.steps; }
+  const TrainerOptions& options() const noexcept { return options_; }
+
+  /// One optimizer step on micro-batches that count as one batch: the loss is the mean over all their scored tokens. Re-orders the adapters
+  /// when the recipe says so; after the last step too. Throws Errc::state_order when the run is done, bad_argument if nothing is scored.
+  Report step(std::span<const Batch> batches) {
+    QDYLORA_EXPECTS(!done(), state_order, "Trainer: all " + std::to_string(options_.steps) + " steps are done");
+    Index sequences = 0, scored = 0;
+    Report report;
+    for (const auto& batch : batches) {
+      sequences += batch.sequences();
+      scored += batch.scored();
+      report.tokens += batch.tokens();
+    }
+    QDYLORA_EXPECTS(scored > 0, bad_argument, "Trainer: no token of the batch is scored");
+    if (step_ == order_step_) begin_nesting();
+    collect();
+    const RankPlan plan = next_plan(sequences);
+    report.rank = plan.max_rank();
+    report.lr = set_learning_rates();
+
+    optimizer_.zero_grad();
+    gate_optimizer_.zero_grad();
+    model_.set_training(true, static_cast<std::uint32_t>(step_));
+    double sum = 0.0;
+    Index first = 0;
+    for (const auto& batch : batches) {
+      model_.set_ranks(part(plan, first, batch.sequences()));
+      sum += model_.loss_and_gradient(batch, 1.0 / static_cast<double>(scored));
+      first += batch.sequences();
+    }
+    model_.set_training(false);
+    const auto result = optimizer_.step();
+    if (!result.skipped && nesting_) gate_optimizer_.step();
+    report.loss = sum / static_cast<double>(scored);
+    report.gradient_norm = result.gradient_norm;
+    report.skipped = result.skipped;
+    ++step_;
+    if (done()) finish();
+    return report;
+  }
+  Report step(const Batch& batch) { return step(std::span<const Batch>(&batch, 1)); }
+
+  /// Mean loss of the batch at each rank of the set, and without adapter at the end.
+  std::vector<double> losses_by_rank(const Batch& batch) {
+    std::vector<double> result;
+    const auto mean = [&](Index rank) {
+      model_.set_ranks(RankPlan::uniform(rank));
+      const auto losses = model_.losses(batch);
+      double sum = 0.0;
+      for (const double loss : losses) sum += loss;
+      result.push_back(sum / static_cast<double>(std::max<std::size_t>(losses.size(), 1)));
+    };
+    for (const Index rank : options_.ranks) mean(rank);
+    mean(0);
+    return result;
+  }
+
+  /// What `auto` decided, for reports; empty weights before it did.
+  const NestedShare& nested() const noexcept { return nested_share_; }
+  bool reordered_at_end() const noexcept { return reordered_at_end_; }
+  std::int64_t skipped_steps() const noexcept { return optimizer_.skipped_steps(); }
+
+  AdamW<T, Backend>& optimizer() noexcept { return optimizer_; }
+  AdamW<T, Backend>& gate_optimizer() noexcept { return gate_optimizer_; }
+
+  /// Everything but parameters, optimizers and collected moments that a resumed run needs.
+  struct State {
+    std::int64_t step = 0;
+    bool nesting = false;
+    RankSampler::State sampler;
+    NestedShare nested;
+  };
+  State state() const { return {step_, nesting_, sampler_.state(), nested_share_}; }
+  void restore(const State& state) {
+    step_ = state.step;
+    nesting_ = state.nesting;
+    nested_share_ = state.nested;
+    sampler_ = RankSampler(options_.ranks, Rng(options_.seed), sampler_options());
+    sampler_.restore(state.sampler);
+  }
+  /// Whether moments for a re-ordering are being gathered at the next step, so that a checkpoint keeps them.
+  bool collecting() const noexcept {
+    const auto& r = options_.recipe;
+    return order_step_ < options_.steps && r.ordering == Reordering::gram && step_ < order_step_ && step_ > order_step_ - r.collect_steps;
+  }
+
+ private:
+  static AdamWOptions adamw_options(const TrainerOptions& o) {
+    AdamWOptions options;
+    options.lr = o.lr;
+    options.weight_decay = o.weight_decay;
+    options.max_gradient_norm = o.max_gradient_norm;
+    return options;
+  }
+  static AdamWOptions gate_adamw_options(const TrainerOptions& o) {
+    AdamWOptions options;
+    options.lr = o.lr * o.gate_lr;
+    options.beta2 = 0.99;
+    return options;
+  }
+  static Parameters<Acc, typename Backend::Memory> gate_parameters(const Model& model) {
+    Parameters<Acc, typename Backend::Memory> all;
+    model.for_each_linear([&](const auto& linear) {
+      for (auto& p : linear.adapter().gate_parameters()) all.push_back(std::move(p));
+    });
+    return all;
+  }
+
+  SamplerOptions sampler_options() const {
+    SamplerOptions options;
+    options.granularity = options_.recipe.granularity;
+    options.full_share = options_.recipe.full_share;
+    if (options_.recipe.measure && nested_share_.share > 0.0) {
+      options.full_share = 1.0 - nested_share_.share;
+      options.weights = nested_share_.weights;
+    }
+    return options;
+  }
+
+  RankPlan next_plan(Index sequences) {
+    const bool draw = nesting_ ? !options_.recipe.measure || nested_share_.share > 0.0 : options_.recipe.draw_ranks;
+    return draw ? sampler_.next(sequences) : RankPlan::uniform(options_.ranks.max());
+  }
+
+  // Rows [first, first + count) of a plan.
+  static RankPlan part(const RankPlan& plan, Index first, Index count) {
+    if (plan.is_uniform()) return plan;
+    std::vector<RankPlan::Run> runs;
+    plan.for_each_run(plan.rows(), [&](Index begin, Index rows, Index rank) {
+      const Index from = std::max(begin, first), to = std::min(begin + rows, first + count);
+      if (from < to) runs.push_back({to - from, rank});
+    });
+    return RankPlan::of_runs(std::move(runs));
+  }
+
+  void collect() {
+    const auto& r = options_.recipe;
+    const bool want = order_step_ < options_.steps && r.ordering == Reordering::gram && step_ < order_step_ &&
+                      step_ >= order_step_ - r.collect_steps;
+    model_.for_each_linear([&](auto& linear) {
+      auto& adapter = linear.adapter();
+      if (want && !adapter.collecting) adapter.start_collecting();
+      adapter.collecting = want;
+    });
+  }
+
+  void reorder_all(Reordering kind) {
+    std::vector<LoRAAdapter<Acc, typename Backend::Memory>*> adapters;
+    model_.for_each_linear([&](auto& linear) { adapters.push_back(&linear.adapter()); });
+    model_.backend().parallel_for(static_cast<Index>(adapters.size()),
+                                  [&](Index i) { reorder(*adapters[static_cast<std::size_t>(i)], kind); });
+  }
+
+  void begin_nesting() {
+    if (order_step_ == 0) {
+      nesting_ = true;
+      return;
+    }
+    const auto& r = options_.recipe;
+    reorder_all(r.ordering == Reordering::gram && r.collect_steps > 0 ? Reordering::gram : Reordering::svd);
+    model_.for_each_linear([](auto& linear) { linear.adapter().stop_collecting(); });
+    optimizer_.reset_state();
+    nesting_ = true;
+    if (r.measure && held_back_.scored() > 0) {
+      auto losses = losses_by_rank(held_back_);
+      const double base = losses.back();
+      losses.pop_back();
+      nested_share_ = nested_share(losses, base);
+    }
+    sampler_ = RankSampler(options_.ranks, Rng(options_.seed), sampler_options());
+  }
+
+  double set_learning_rates() {
+    const auto& r = options_.recipe;
+    double lr = options_.lr * schedule_(step_);
+    if (nesting_ && order_step_ > 0)
+      lr *= std::min(1.0, static_cast<double>(step_ - order_step_ + 1) / static_cast<double>(std::max<std::int64_t>(r.rewarm_steps, 1)));
+    optimizer_.set_lr(lr);
+    gate_optimizer_.set_lr(lr * options_.gate_lr);
+    std::vector<float> multipliers;
+    if (nesting_) {
+      const double progress = static_cast<double>(step_ - order_step_) / static_cast<double>(options_.steps - order_step_);
+      const double strength = r.measure ? nested_share_.strength : 1.0;
+      for (Index i = 0; i < options_.ranks.max(); ++i) {
+        const double head = std::max(1.0, r.head_boost * std::pow(static_cast<double>(i + 1), -r.head_power));
+        multipliers.push_back(static_cast<float>(1.0 + strength * (r.boost * head - 1.0) * (1.0 - progress)));
+      }
+    }
+    for (const auto& p : optimizer_.parameters()) p->row_lr = multipliers;
+    return lr;
+  }
+
+  void finish() {
+    const auto& r = options_.recipe;
+    if (r.order_at_end) {
+      reorder_all(Reordering::svd);
+      reordered_at_end_ = true;
+    } else if (r.measure && held_back_.scored() > 0 && !r.gates) {
+      // Keep the re-ordering only where the ranks together do better with it.
+      const auto mean = [&] {
+        auto losses = losses_by_rank(held_back_);
+        losses.pop_back();
+        double sum = 0.0;
+        for (const double loss : losses) sum += loss;
+        return sum;
+      };
+      const double before = mean();
+      std::vector<Matrix<Acc>> kept;
+      for (const auto& p : optimizer_.parameters()) kept.push_back(clone(std::as_const(p->value).view()));
+      reorder_all(Reordering::svd);
+      reordered_at_end_ = mean() < before;
+      if (!reordered_at_end_)
+        for (std::size_t i = 0; i < kept.size(); ++i) copy(std::as_const(kept[i]).view(), optimizer_.parameters()[i]->value.view());
+    }
+    model_.set_ranks(RankPlan::uniform(options_.ranks.max()));
+  }
+
+  Model& model_;
+  TrainerOptions options_;
+  AdamW<T, Backend> optimizer_;
+  AdamW<T, Backend> gate_optimizer_;
+  NestedShare nested_share_;  // before sampler_, whose options read it
+  RankSampler sampler_;
+  Schedule schedule_;
+  std::int64_t order_step_;
+  std::int64_t step_ = 0;
+  bool nesting_ = false;
+  bool reordered_at_end_ = false;
+  Batch held_back_;
+};
+
+}  // namespace qdylora

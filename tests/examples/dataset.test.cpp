@@ -1,0 +1,278 @@
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <filesystem>
+#include <fstream>
+#include <span>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "../../examples/common/dataset.hpp"
+#include "support/catch.hpp"
+
+namespace qd = qdylora;
+namespace ex = qdylora::examples;
+
+namespace {
+
+/// A file that lives as long as the object.
+class TemporaryFile {
+ public:
+  TemporaryFile(const std::string& name, std::string_view content)
+      : path_(std::filesystem::temp_directory_path() / ("qdylora-dataset-" + std::to_string(::getpid()) + "-" + name)) {
+    std::ofstream(path_, std::ios::binary) << content;
+  }
+  TemporaryFile(const TemporaryFile&) = delete;
+  TemporaryFile& operator=(const TemporaryFile&) = delete;
+  ~TemporaryFile() { std::filesystem::remove(path_); }
+  const std::filesystem::path& path() const { return path_; }
+
+ private:
+  std::filesystem::path path_;
+};
+
+std::vector<ex::Example> load(const std::string& name, std::string_view content, ex::LoadOptions options = {}) {
+  const TemporaryFile file(name, content);
+  return ex::load_examples(file.path(), options);
+}
+
+/// The error of loading `content`: its code and text.
+std::pair<qd::Errc, std::string> load_error(const std::string& name, std::string_view content) {
+  try {
+    load(name, content);
+  } catch (const qd::Error& error) {
+    CHECK(error.file().find(name) != std::string::npos);
+    return {error.code(), error.what()};
+  }
+  FAIL("no error for " << content);
+  return {};
+}
+
+bool holds(const std::string& text, std::string_view part) { return text.find(part) != std::string::npos; }
+
+/// Bytes as tokens and the marks of the chat template.
+qd::Tokenizer byte_tokenizer(std::int32_t eos = 257) {
+  qd::TokenizerData data;
+  for (const char32_t letter : qd::detail::byte_alphabet) qd::append_utf8(data.tokens.emplace_back(), letter);
+  data.token_types.assign(256, 1);
+  for (const char* mark : {"<|im_start|>", "<|im_end|>"}) {
+    data.tokens.emplace_back(mark);
+    data.token_types.push_back(3);
+  }
+  data.pre_tokenizer = "smollm";
+  data.eos = eos;
+  return qd::Tokenizer(data);
+}
+
+std::string prompt_text(const qd::Tokenizer& tokenizer, const ex::Sample& sample) {
+  return tokenizer.decode(std::span(sample.ids).first(static_cast<std::size_t>(sample.prompt_length)));
+}
+std::string scored_text(const qd::Tokenizer& tokenizer, const ex::Sample& sample) {
+  return tokenizer.decode(std::span(sample.ids).subspan(static_cast<std::size_t>(sample.prompt_length)));
+}
+
+}  // namespace
+
+TEST_CASE("JSON lines of all known shapes become examples", "[dataset]") {
+  const auto examples = load("all.jsonl",
+                             "{\"prompt\": \"p\", \"response\": \"r\"}\n"
+                             "{\"question\": \"q\\n?\", \"answer\": \"a\\n#### 1\", \"extra\": 5}\r\n"
+                             "\n"
+                             "{\"instruction\": \"i\", \"input\": \"\", \"output\": \"o\"}\n"
+                             "{\"instruction\": \"i\", \"input\": \"x\", \"output\": \"o\"}\n"
+                             "{\"instruction\": \"i\", \"output\": \"\"}\n"
+                             "{\"messages\": [{\"role\": \"system\", \"content\": \"s\"}, "
+                             "{\"role\": \"user\", \"content\": \"u1\"}, {\"role\": \"assistant\", \"content\": \"a1\"},"
+                             " {\"role\": \"user\", \"content\": \"u2\"},"
+                             " {\"role\": \"assistant\", \"content\": \"a2\"}, {\"role\": \"user\", \"content\": \"u3\"}]}");
+  REQUIRE(examples.size() == 6);
+  CHECK(examples[0].prompt == "p");
+  CHECK(examples[0].response == "r");
+  CHECK(examples[1].prompt == "q\n?");
+  CHECK(examples[1].response == "a\n#### 1");
+  CHECK(examples[2].prompt == "i");
+  CHECK(examples[3].prompt == "i\n\nx");
+  CHECK(examples[4].response.empty());
+  CHECK(examples[5].prompt == "u2");
+  CHECK(examples[5].response == "a2");
+  REQUIRE(examples[5].earlier.size() == 3);
+  CHECK(examples[5].earlier[0].role == "system");
+  CHECK(examples[5].earlier[2].content == "a1");
+}
+
+TEST_CASE("a .json file may be one array", "[dataset]") {
+  const auto examples =
+      load("array.json", " [{\"prompt\": \"p\",\n\"response\": \"r\"}, {\"question\": \"q\", \"answer\": \"a\"}]");
+  REQUIRE(examples.size() == 2);
+  CHECK(examples[1].prompt == "q");
+  const auto [code, text] = load_error("array.json", "[{\"prompt\": \"p\", \"response\": \"r\"}, {\"prompt\": \"p\"}]");
+  CHECK(code == qd::Errc::json);
+  CHECK(holds(text, "element 2"));
+}
+
+TEST_CASE("a bad line is an error with its number, what is expected and what is there", "[dataset]") {
+  const std::string good = "{\"prompt\": \"p\", \"response\": \"r\"}\n";
+  const auto bad = [&](const std::string& line) { return load_error("bad.jsonl", good + "\n" + line + "\n" + good); };
+  {
+    const auto [code, text] = bad("{\"prompt\": \"p\", \"completion\": \"r\"}");
+    CHECK(code == qd::Errc::json);
+    CHECK(holds(text, "line 3"));
+    CHECK(holds(text, "prompt and response"));
+    CHECK(holds(text, "found completion, prompt"));
+  }
+  {
+    const auto [code, text] = bad("{\"question\": \"q\", \"answer\": [\"a\", \"b\"]}");
+    CHECK(code == qd::Errc::json);
+    CHECK(holds(text, "'answer' to be a string, found array"));
+  }
+  CHECK(holds(bad("{\"prompt\": \"p\", ").second, "line 3"));
+  CHECK(bad("{\"prompt\": \"p\", ").first == qd::Errc::json);
+  CHECK(bad("{\"prompt\": \"\xFF\", \"response\": \"r\"}").first == qd::Errc::utf8);
+  CHECK(bad("{\"prompt\": \"a\", \"prompt\": \"b\", \"response\": \"r\"}").first == qd::Errc::duplicate);
+  CHECK(bad(std::string(100000, '[')).first == qd::Errc::limit);
+  CHECK(holds(bad("[1, 2]").second, "expected an object, found array"));
+  CHECK(holds(bad("{}").second, "found none"));
+  CHECK(holds(bad("{\"prompt\": \"\", \"response\": \"r\"}").second, "expected text in field 'prompt'"));
+  CHECK(holds(bad("{\"messages\": {}}").second, "expected a list"));
+  CHECK(holds(bad("{\"messages\": []}").second, "assistant's answer"));
+  CHECK(holds(bad("{\"messages\": [{\"role\": \"user\", \"content\": \"u\"}]}").second, "assistant's answer"));
+  CHECK(holds(bad("{\"messages\": [{\"role\": \"assistant\", \"content\": \"u\"}]}").second, "assistant's answer"));
+  CHECK(holds(bad("{\"messages\": [{\"role\": \"tool\", \"content\": \"u\"}]}").second, "message 1: expected role"));
+  CHECK(holds(bad("{\"messages\": [{\"role\": \"user\"}]}").second, "expected a field 'content'"));
+  CHECK(holds(bad("{\"messages\": [7]}").second, "message 1: expected an object, found number"));
+  CHECK(!holds(bad("{\"\\u001b[31m\": 1}").second, "\x1b"));  // nothing from the file reaches the terminal unescaped
+}
+
+TEST_CASE("a file that is absent, empty or a folder is an error", "[dataset]") {
+  CHECK(load_error("empty.jsonl", "\n \n").first == qd::Errc::bad_config);
+  CHECK(load_error("empty.txt", "").first == qd::Errc::bad_config);
+  const auto folder = std::filesystem::temp_directory_path();
+  for (const auto& path : {folder / "qdylora-no-such-file.txt", folder}) {
+    try {
+      (void)ex::load_examples(path);
+      FAIL("no error");
+    } catch (const qd::Error& error) {
+      CHECK(error.code() == qd::Errc::open);
+    }
+  }
+}
+
+TEST_CASE("plain text is cut at paragraphs, lines or words, and nothing is lost", "[dataset]") {
+  std::string text;
+  for (int i = 0; i < 200; ++i) text += "word" + std::to_string(i) + (i % 17 == 0 ? "\n\n" : i % 5 == 0 ? "\n" : " ");
+  text += std::string(300, 'x');                              // nowhere to cut
+  for (int i = 0; i < 100; ++i) text += "\xF0\x9F\x98\x80";   // only between code points
+  for (const std::size_t chunk : {16u, 17u, 66u, 101u, 5000u}) {
+    std::string joined;
+    for (const ex::Example& example : load("text.txt", text, {.chunk_bytes = chunk})) {
+      CHECK(example.prompt.empty());
+      REQUIRE(!example.response.empty());
+      CHECK(example.response.size() <= chunk);
+      CHECK((static_cast<unsigned char>(example.response.front()) & 0xC0u) != 0x80u);
+      joined += example.response;
+    }
+    CHECK(joined == text);
+  }
+  const auto paragraphs = load("text.txt", "aaaa aaaa\n\nbbbb bbbb\ncccc", {.chunk_bytes = 16});
+  REQUIRE(paragraphs.size() == 2);
+  CHECK(paragraphs[0].response == "aaaa aaaa\n\n");
+  CHECK_THROWS_AS(load("text.txt", text, {.chunk_bytes = 0}), qd::Error);
+}
+
+TEST_CASE("the final answer is the number after ####, else the last one", "[dataset]") {
+  CHECK(ex::final_answer("48/2 = 24.\n#### 72") == "72");
+  CHECK(ex::final_answer("#### 1,234,567 dollars 8") == "1234567");
+  CHECK(ex::final_answer("#### $12") == "12");
+  CHECK(ex::final_answer("#### -12") == "-12");
+  CHECK(ex::final_answer("#### 3\n#### 4 5") == "3");
+  CHECK(ex::final_answer("12 apples\n#### none") == "12");
+  CHECK(ex::final_answer("it is 5, then 7.") == "7");
+  CHECK(ex::final_answer("costs 10.50 dollars") == "10.5");
+  CHECK(ex::final_answer("#### 10.00") == "10");
+  CHECK(ex::final_answer("9-4") == "4");
+  CHECK(ex::final_answer("1,2") == "12");
+  CHECK(ex::final_answer("5,") == "5");
+  CHECK(ex::final_answer("no number") == "");
+  CHECK(ex::final_answer("") == "");
+  CHECK(ex::final_answer("####") == "");
+}
+
+TEST_CASE("answers match by their final number, or as texts where there is none", "[dataset]") {
+  CHECK(ex::exact_match("so it is\n#### 72", "#### 72"));
+  CHECK(ex::exact_match("the answer is 1,000.", "#### 1000"));
+  CHECK(!ex::exact_match("#### 73", "#### 72"));
+  CHECK(!ex::exact_match("", "#### 72"));
+  CHECK(ex::exact_match(" Paris\n", "Paris"));
+  CHECK(!ex::exact_match("Rome", "Paris"));
+}
+
+TEST_CASE("a sample is the prompt by the chat template, then the scored response and its end", "[dataset]") {
+  const qd::Tokenizer tokenizer = byte_tokenizer();
+  const ex::Example example{"How many?", "1 + 1 = 2.\n#### 2"};
+  const auto sample = ex::tokenize(example, tokenizer);
+  REQUIRE(sample);
+  CHECK(prompt_text(tokenizer, *sample) == qd::chat_text(std::vector<qd::ChatMessage>{{"user", "How many?"}}));
+  CHECK(scored_text(tokenizer, *sample) == "1 + 1 = 2.\n#### 2<|im_end|>");
+  CHECK(sample->ids.back() == tokenizer.eos());
+  CHECK(!sample->truncated);
+  const auto prompt = ex::prompt_ids(example, tokenizer);
+  CHECK(std::equal(prompt.begin(), prompt.end(), sample->ids.begin()));
+
+  const auto plain = ex::tokenize(example, tokenizer, {.chat = false});
+  REQUIRE(plain);
+  CHECK(prompt_text(tokenizer, *plain) == "How many?\n");
+  CHECK(scored_text(tokenizer, *plain) == "1 + 1 = 2.\n#### 2<|im_end|>");
+
+  const ex::Example turns{"u2", "a2", {{"system", "s"}, {"user", "u1"}, {"assistant", "a1"}}};
+  const auto later = ex::tokenize(turns, tokenizer);
+  REQUIRE(later);
+  CHECK(tokenizer.decode(later->ids) ==
+        "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nu1<|im_end|>\n<|im_start|>assistant\na1<|im_end|>\n"
+        "<|im_start|>user\nu2<|im_end|>\n<|im_start|>assistant\na2<|im_end|>");
+  CHECK(scored_text(tokenizer, *later) == "a2<|im_end|>");
+}
+
+TEST_CASE("running text is scored from its second token and has no end", "[dataset]") {
+  const qd::Tokenizer tokenizer = byte_tokenizer();
+  const auto sample = ex::tokenize({"", "some text"}, tokenizer);
+  REQUIRE(sample);
+  CHECK(sample->prompt_length == 1);
+  CHECK(tokenizer.decode(sample->ids) == "some text");
+  CHECK(!ex::tokenize({"", "s"}, tokenizer));  // nothing to predict
+  CHECK(!ex::tokenize({"", ""}, tokenizer));
+}
+
+TEST_CASE("marks inside of data are text", "[dataset]") {
+  const qd::Tokenizer tokenizer = byte_tokenizer();
+  const auto sample = ex::tokenize({"a<|im_end|>b", "c<|im_end|>d"}, tokenizer);
+  REQUIRE(sample);
+  CHECK(std::count(sample->ids.begin(), sample->ids.end(), tokenizer.eos()) == 3);  // of system, user and assistant
+}
+
+TEST_CASE("a sample that is too long loses the right of its response, or is left out and counted", "[dataset]") {
+  const qd::Tokenizer tokenizer = byte_tokenizer();
+  const std::vector<ex::Example> examples{{"p", "response"}, {"p", "r"}, {std::string(400, 'p'), "r"}};
+  const auto whole = ex::tokenize(examples[0], tokenizer);
+  REQUIRE(whole);
+  const qd::Index length = whole->prompt_length + 4;
+  const auto cut = ex::tokenize(examples, tokenizer, {.max_length = length});
+  REQUIRE(cut.samples.size() == 2);
+  CHECK(cut.truncated == 1);
+  CHECK(cut.dropped == 1);  // its prompt alone is too long
+  CHECK(cut.samples[0].truncated);
+  CHECK(scored_text(tokenizer, cut.samples[0]) == "resp");
+  CHECK(scored_text(tokenizer, cut.samples[1]) == "r<|im_end|>");
+  const auto kept = ex::tokenize(examples, tokenizer, {.max_length = length, .drop_long = true});
+  CHECK(kept.samples.size() == 1);
+  CHECK(kept.truncated == 0);
+  CHECK(kept.dropped == 2);
+  CHECK(!ex::tokenize(examples[0], tokenizer, {.max_length = whole->prompt_length}));
+  CHECK_THROWS_AS(ex::tokenize(examples[0], tokenizer, {.max_length = 1}), qd::Error);
+}
+
+TEST_CASE("a tokenizer without an end token cannot make samples of answers", "[dataset]") {
+  CHECK_THROWS_AS(ex::tokenize({"p", "r"}, byte_tokenizer(-1)), qd::Error);
+}

@@ -1,0 +1,3 @@
+#pragma once
+
+#define QDYLORA_GOOD 1

@@ -1,0 +1,4 @@
+// expect: which does not exist
+#pragma once
+
+#include <qdylora/core/nowhere.hpp>

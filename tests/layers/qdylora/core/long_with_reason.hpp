@@ -1,0 +1,14 @@
+// Long because the self-test wants one that says so.
+#pragma once
+
+
+
+
+
+
+
+
+
+
+
+

@@ -1,0 +1,3 @@
+// expect: has no #pragma once
+
+struct NoGuard {};

@@ -1,0 +1,4 @@
+// expect: write <qdylora/...>
+#pragma once
+
+#include "good.hpp"

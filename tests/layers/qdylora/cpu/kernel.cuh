@@ -1,0 +1,4 @@
+// expect: is a .cuh outside of cuda/
+#pragma once
+
+struct Kernel {};

@@ -1,0 +1,5 @@
+// expect: must not include <qdylora/cpu/good.hpp>
+#pragma once
+
+#include <qdylora/cpu/good.hpp>
+#include <qdylora/cuda/good.cuh>

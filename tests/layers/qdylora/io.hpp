@@ -1,0 +1,4 @@
+#pragma once
+
+#include <qdylora/io/good.hpp>
+#include <qdylora/qdylora.hpp>

@@ -1,0 +1,4 @@
+#pragma once
+
+#include <qdylora/nn/good.hpp>
+#include <qdylora/optim/good.hpp>

@@ -1,0 +1,4 @@
+// expect: must not include <qdylora/model/good.hpp>
+#pragma once
+
+#include <qdylora/model/good.hpp>

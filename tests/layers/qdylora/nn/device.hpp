@@ -1,0 +1,4 @@
+// expect: must not include <qdylora/cpu/good.hpp>
+#pragma once
+
+#include <qdylora/cpu/good.hpp>

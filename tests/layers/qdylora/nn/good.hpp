@@ -1,0 +1,4 @@
+#pragma once
+
+#include <qdylora/backend.hpp>
+#include <qdylora/nn/parameter.hpp>

@@ -1,0 +1,4 @@
+// expect: includes Eigen
+#pragma once
+
+#include <Eigen/Dense>

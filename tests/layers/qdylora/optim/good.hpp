@@ -1,0 +1,3 @@
+#pragma once
+
+#include <qdylora/nn/parameter.hpp>

@@ -1,0 +1,4 @@
+// expect: must not include <qdylora/nn/good.hpp>
+#pragma once
+
+#include <qdylora/nn/good.hpp>

@@ -1,0 +1,4 @@
+// expect: there is no room 'party'
+#pragma once
+
+struct Guest {};

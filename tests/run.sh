@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Installs what is missing, builds the tests and examples, and passes all tests:  bash tests/run.sh [ctest's options]
+#   BUILD_DIR   where to build (build)        JOBS   how many things at once (one for each processor)
+# It writes into the build folder alone.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source cmake/packages.sh
+
+build=${BUILD_DIR:-build}
+jobs=${JOBS:-$(nproc)}
+export PYTHONDONTWRITEBYTECODE=1
+
+install_missing g++:g++ cmake:cmake ninja:ninja-build python3:python3 \
+  libeigen3-dev nlohmann-json3-dev libcli11-dev catch2 libbenchmark-dev
+
+say "Configuring in $build"
+options=(-C cmake/dev.cmake)
+if [[ ! -f $build/CMakeCache.txt ]] && command -v ninja >/dev/null; then options+=(-G Ninja); fi
+cmake -S . -B "$build" "${options[@]}" -D QDYLORA_BUILD_TESTS=ON -D QDYLORA_BUILD_EXAMPLES=ON -D QDYLORA_BUILD_BENCHMARKS=ON
+
+say "Building with $jobs jobs"
+cmake --build "$build" --parallel "$jobs"
+
+say "Testing"
+log=$build/ctest.log
+result=0
+ctest --test-dir "$build" --parallel "$jobs" --output-on-failure --no-tests=error "$@" 2>&1 | tee "$log" || result=$?
+
+say "Summary"
+skipped=$(grep -c '\*\*\*Skipped' "$log" || true)
+echo "$skipped skipped: what they miss is in $build/Testing/Temporary/LastTest.log under SKIPPED"
+grep -E 'tests passed, [0-9]+ tests failed' "$log" | tail -n 1 || echo "no tests ran"
+exit "$result"
