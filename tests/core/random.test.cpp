@@ -40,7 +40,8 @@ TEST_CASE("random_word differs when any part of its identity differs") {
     for (auto purpose : {qd::Purpose::general, qd::Purpose::init, qd::Purpose::data})
       for (std::uint32_t stream = 0; stream < 3; ++stream)
         for (std::uint32_t step = 0; step < 3; ++step)
-          for (std::uint64_t element = 0; element < 5; ++element) seen.insert(qd::random_word(seed, purpose, stream, step, element));
+          for (std::uint64_t element = 0; element < 5; ++element)
+            seen.insert(qd::random_word(seed, purpose, stream, step, element));
   CHECK(seen.size() == 3 * 3 * 3 * 3 * 5);
 }
 

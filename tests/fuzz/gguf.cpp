@@ -53,8 +53,8 @@ void read_all(const qd::GgufFile& file) {
 
 extern "C" std::size_t LLVMFuzzerMutate(std::uint8_t* data, std::size_t size, std::size_t most);
 
-// Files are records of varying length without separators, so an inserted byte breaks all that follows. Half of the mutations overwrite
-// one 4- or 8-byte field with a value at an edge instead; without a seed the fuzzer starts from the header of an empty file.
+// Files are records of varying length without separators, so an inserted byte breaks all that follows. Half of the mutations
+// overwrite one 4- or 8-byte field with a value at an edge instead; without seeds fuzzing starts from the header of an empty file.
 extern "C" std::size_t LLVMFuzzerCustomMutator(std::uint8_t* data, std::size_t size, std::size_t most, unsigned seed) {
   if (size < 24) {
     if (most < 24) return LLVMFuzzerMutate(data, size, most);

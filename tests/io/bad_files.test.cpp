@@ -269,6 +269,7 @@ TEST_CASE("GGUF files that are wrong in one way end in the error of that way") {
       {"data cut off", tensors({f32}, 31), Errc::truncated},
       {"second tensor cut off", tensors({f32, tensor("b", {8}, 0, 32)}, 63), Errc::truncated},
       {"empty tensor behind the end", tensors({tensor("a", {0}, 0, 0)}, 0).substr(0, 60), Errc::truncated},
+      {"begin and size wrap", tensors({tensor("a", {huge / 2, 2}, 24, 0)}, 64), Errc::truncated},
       {"exabytes", tensors({tensor("a", {std::uint64_t{1} << 58}, 0, 0)}, 32), Errc::truncated},
   });
 }

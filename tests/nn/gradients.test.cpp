@@ -47,7 +47,8 @@ std::vector<qd::RankPlan> plans(Index tokens) {
   for (std::uint64_t seed = 0; seed < 3; ++seed) {
     qd::Rng rng(seed);
     std::vector<Index> ranks;
-    for (Index i = 0; i < tokens; ++i) ranks.push_back(static_cast<Index>(rng.below(max_rank + (seed == 0 ? 1 : -1))));  // 0 occurs
+    const std::uint64_t choices = seed == 0 ? max_rank + 1 : max_rank - 1;  // 0 occurs, the full rank in the first plan alone
+    for (Index i = 0; i < tokens; ++i) ranks.push_back(static_cast<Index>(rng.below(choices)));
     result.push_back(qd::RankPlan::per_row(ranks));
   }
   return result;
@@ -167,9 +168,9 @@ TEST_CASE("gradients of a layer larger than a tile agree with central difference
   };
   layer.forward(x);
   const auto dx = layer.backward(c.view());
-  // every 7th element of each
+  // every 23rd element of each
   const auto check_some = [&](qd::MatrixView<double> value, qd::MatrixView<const double> gradient) {
-    for (Index i = 0; i < value.size(); i += 7) {
+    for (Index i = 0; i < value.size(); i += 23) {
       const auto at = [&](auto view) { return view.data + i; };
       CHECK_GRADIENT(test::check_gradient(objective, std::span(at(value), 1), std::span<const double>(at(gradient), 1)));
     }
@@ -222,11 +223,9 @@ TEST_CASE("a backward pass computes dx alone, gradients alone, or both, with the
   only_dx.backward(dy.view(), dx2.view(), context, GradientMode::ignore);
   CHECK(test::same_bits(dx.view(), dx2.view()));
   const auto gradient_bits = [](auto& layer) {
-    auto values = test::values_of(layer.adapter().a().gradient.view());
-    for (const auto* p : {&layer.adapter().b(), &layer.adapter().gates()}) {
-      const auto more = test::values_of(p->gradient.view());
-      values.insert(values.end(), more.begin(), more.end());
-    }
+    std::vector<float> values;
+    for (const auto* p : {&layer.adapter().a(), &layer.adapter().b(), &layer.adapter().gates()})
+      values.insert(values.end(), p->gradient.span().begin(), p->gradient.span().end());
     return values;
   };
   CHECK(gradient_bits(both) == gradient_bits(gradients));

@@ -86,7 +86,6 @@ TEST_CASE("a batch of mixed ranks equals single-rank batches row by row, bit for
       for (const Index width : {24, 96, 100, 576}) {
         check(tokens, width, width, false, cpu);
         check(tokens, 100, width, true, cpu);
-        check(tokens, width, 24, true, cpu);
       }
 }
 
@@ -102,8 +101,8 @@ TEST_CASE("rows of a batch equal the same rows in a smaller batch, bit for bit")
     for (const Index first : {0, 17, 60}) {
       const Float part_x = qd::clone(x.view().middle_rows(first, 33)), part_dy = qd::clone(dy.view().middle_rows(first, 33));
       const Passed part = pass(layer, part_x, part_dy, qd::RankPlan::uniform(7));
-      CHECK(same_bits(part.y.view(), std::as_const(whole.y).view().middle_rows(first, 33)) == true);
-      CHECK(same_bits(part.dx.view(), std::as_const(whole.dx).view().middle_rows(first, 33)) == true);
+      CHECK(same_bits(part.y.view(), whole.y.view().middle_rows(first, 33)));
+      CHECK(same_bits(part.dx.view(), whole.dx.view().middle_rows(first, 33)));
     }
     const Float one_x = qd::clone(x.view().top_rows(1)), one_dy = qd::clone(dy.view().top_rows(1));
     const Passed one = pass(layer, one_x, one_dy, qd::RankPlan::uniform(7));  // few tokens are summed in another order

@@ -119,6 +119,14 @@ TEST_CASE("gradients are clipped to a norm of all parameters together, as torch 
   CHECK(distance(p0->gradient.span(), g0) == 0.0);  // the gradient itself stays
 }
 
+TEST_CASE("the norm that gradients are clipped to has torch's 1e-6 below it") {
+  const auto p = parameter(1, 1);
+  p->gradient(0, 0) = 1e-6f;
+  qd::AdamW<float> optimizer{{p}, {.beta1 = 0.0, .max_gradient_norm = 1e-6}};
+  optimizer.step();
+  CHECK(optimizer.states()[0].m(0, 0) == Approx(0.5e-6));  // 1e-6 / (1e-6 + 1e-6)
+}
+
 TEST_CASE("a gradient below the norm is not scaled") {
   const auto p = parameter(4, 8);
   new_gradient(*p, 5, 1e-3);
@@ -177,6 +185,16 @@ TEST_CASE("every row may have a learning rate of its own") {
     CHECK(same_bits(p->value.view().middle_rows(row, 1), copies[static_cast<std::size_t>(row)]->value.view().middle_rows(row, 1)));
   CHECK(same_bits(p->value.view().top_rows(1), reference->value.view().top_rows(1)));  // rate 0: no decay either
   CHECK(optimizer.states()[0].m(0, 0) != 0.0f);                                         // but its moments go on
+}
+
+TEST_CASE("row rates of one parameter are of no concern to the next") {
+  const auto frozen = parameter(2, 4, 1), free = parameter(2, 4, 2), same = parameter(2, 4, 2);
+  frozen->row_lr = {0.0f, 0.0f};
+  qd::AdamW<float> both{{frozen, free}, {.lr = 1e-2}}, alone{{same}, {.lr = 1e-2}};
+  for (const auto& p : {frozen, free, same}) new_gradient(*p, 3);
+  both.step();
+  alone.step();
+  CHECK(same_bits(free->value.view(), same->value.view()));
 }
 
 TEST_CASE("a strict optimizer passes row rates to the rows they belong to") {

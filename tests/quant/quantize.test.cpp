@@ -28,8 +28,11 @@ constexpr float infinity = std::numeric_limits<float>::infinity();
 
 template <class Tensor>
 bool same_tensor(const Tensor& a, const Tensor& b) {
-  const auto equal = [](auto x, auto y) { return x.size_bytes() == y.size_bytes() && (x.empty() || std::memcmp(x.data(), y.data(), x.size_bytes()) == 0); };
-  bool same = a.rows() == b.rows() && a.cols() == b.cols() && a.block_size() == b.block_size() && equal(a.codes().span(), b.codes().span());
+  const auto equal = [](auto x, auto y) {
+    return x.size_bytes() == y.size_bytes() && (x.empty() || std::memcmp(x.data(), y.data(), x.size_bytes()) == 0);
+  };
+  bool same =
+      a.rows() == b.rows() && a.cols() == b.cols() && a.block_size() == b.block_size() && equal(a.codes().span(), b.codes().span());
   if constexpr (Tensor::scales_type::nested)
     same = same && equal(a.scales().codes.span(), b.scales().codes.span()) &&
            equal(a.scales().nested_absmax.span(), b.scales().nested_absmax.span()) &&
@@ -87,7 +90,18 @@ TEMPLATE_TEST_CASE("quantize and dequantize agree with the oracle bit for bit, o
                    QDYLORA_TEST_ALL_STORAGES) {
   using Format = typename TestType::Format;
   using Scales = typename TestType::Scales;
-  for (const auto& [rows, cols] : {std::pair<Index, Index>{0, 0}, {0, 5}, {5, 0}, {1, 1}, {1, 64}, {3, 7}, {5, 31}, {7, 64}, {9, 65}, {4, 80}, {33, 97}, {130, 129}})
+  for (const auto& [rows, cols] : {std::pair<Index, Index>{0, 0},
+                                   {0, 5},
+                                   {5, 0},
+                                   {1, 1},
+                                   {1, 64},
+                                   {3, 7},
+                                   {5, 31},
+                                   {7, 64},
+                                   {9, 65},
+                                   {4, 80},
+                                   {33, 97},
+                                   {130, 129}})
     for (const Index block : {Index{32}, Index{64}, Index{256}}) {
       CAPTURE(rows, cols, block);
       const auto x = test::normal_matrix<float>(rows, cols, static_cast<std::uint64_t>(rows * 1000 + cols));
@@ -123,8 +137,8 @@ TEST_CASE("a weight may have any stride") {
   CHECK(same_tensor(qd::quantize(qd::MatrixView<const float>(part)), qd::quantize(gathered.view())));
 }
 
-TEMPLATE_TEST_CASE("the quantizer gives the same tensor whatever the chunks and whatever the order of tasks", "", (Pair<qd::NF4, Dynamic>),
-                   (Pair<qd::FP4, PlainScales>), (Pair<qd::FP8E4M3, PlainScales>)) {
+TEMPLATE_TEST_CASE("the quantizer gives the same tensor whatever the chunks and whatever the order of tasks", "",
+                   (Pair<qd::NF4, Dynamic>), (Pair<qd::FP4, PlainScales>), (Pair<qd::FP8E4M3, PlainScales>)) {
   using Format = typename TestType::Format;
   using Scales = typename TestType::Scales;
   for (const auto& [rows, cols] : {std::pair<Index, Index>{40, 37}, {100, 1}, {13, 64}, {70, 301}}) {
@@ -199,7 +213,8 @@ TEST_CASE("a tensor takes codes and scales only of the sizes its shape asks for"
   CHECK(make(-3, 43, 64, 65, 3) == Errc::bad_argument);
   const auto nested = [](Index codes, Index absmax) {
     return test::code_of([&] {
-      qd::NF4Tensor(257, 64, 64, qd::Buffer<std::uint8_t>(257 * 32), {qd::Buffer<std::uint8_t>(codes), qd::Buffer<float>(absmax), 0.0f});
+      qd::NF4Tensor(257, 64, 64, qd::Buffer<std::uint8_t>(257 * 32),
+                    {qd::Buffer<std::uint8_t>(codes), qd::Buffer<float>(absmax), 0.0f});
     });
   };
   CHECK_FALSE(nested(257, 2));
@@ -246,7 +261,9 @@ TEST_CASE("any rectangle of a tensor decodes to that part of the whole") {
 TEST_CASE("a rectangle outside the tensor is an error") {
   const auto tensor = qd::quantize(test::normal_matrix<float>(4, 6, 10).view());
   qd::Matrix<float> out(2, 3);
-  const auto code = [&](Index row, Index col) { return test::code_of([&] { qd::dequantize(tensor.view(), out.view(), row, col); }); };
+  const auto code = [&](Index row, Index col) {
+    return test::code_of([&] { qd::dequantize(tensor.view(), out.view(), row, col); });
+  };
   CHECK_FALSE(code(2, 3));
   CHECK(code(3, 3) == Errc::shape_mismatch);
   CHECK(code(2, 4) == Errc::shape_mismatch);
@@ -329,13 +346,15 @@ TEST_CASE("a refused chunk leaves nothing behind") {
   CHECK(same_tensor(std::move(quantizer).finish(), qd::quantize(x.view())));
 }
 
-TEMPLATE_TEST_CASE("under propagate a NaN makes its block NaN and no other", "", qd::NF4, qd::FP4, qd::INT4, qd::FP8E4M3, qd::FP8E5M2) {
+TEMPLATE_TEST_CASE("under propagate a NaN makes its block NaN and no other", "", qd::NF4, qd::FP4, qd::INT4, qd::FP8E4M3,
+                   qd::FP8E5M2) {
   for (const Index count : {Index{256}, Index{230}}) {
     auto x = test::normal_matrix<float>(1, count, 15);
     const auto clean = decoded(qd::quantize<TestType, PlainScales>(std::as_const(x).view()));
     for (const Index at : {Index{64}, Index{127}, count - 1}) {
       const float finite = std::exchange(x(0, at), nan_value);
-      const auto values = decoded(qd::quantize<TestType, PlainScales>(std::as_const(x).view(), {.non_finite = qd::NonFinite::propagate}));
+      const auto values =
+          decoded(qd::quantize<TestType, PlainScales>(std::as_const(x).view(), {.non_finite = qd::NonFinite::propagate}));
       for (Index i = 0; i < count; ++i) {
         if (i / 64 == at / 64) REQUIRE(std::isnan(values(0, i)));
         else REQUIRE(values(0, i) == clean(0, i));
@@ -418,11 +437,13 @@ TEST_CASE("bits per weight are those of the formats' arithmetic") {
     } else {
       storage.absmax = qd::Buffer<float>(blocks);
     }
-    return qd::QuantizedTensor<qd::NF4, Scales>(2048, 2048, block, qd::Buffer<std::uint8_t>(size / 2), std::move(storage)).bits_per_weight();
+    return qd::QuantizedTensor<qd::NF4, Scales>(2048, 2048, block, qd::Buffer<std::uint8_t>(size / 2), std::move(storage))
+        .bits_per_weight();
   };
   const double offset = 32.0 / (1 << 22);  // one float a tensor
   const double plain[] = {5.0, 4.5, 4.25, 4.125, 4.0625, 4.03125, 4.015625, 4.0078125};
-  const double nested[] = {4.25390625, 4.126953125, 4.0634765625, 4.03173828125, 4.015869140625, 4.0079345703125, 4.00396728515625, 4.001983642578125};
+  const double nested[] = {4.25390625,     4.126953125,     4.0634765625,     4.03173828125,
+                           4.015869140625, 4.0079345703125, 4.00396728515625, 4.001983642578125};
   for (int i = 0; i < 8; ++i) {
     CHECK(bits(PlainScales{}, Index{32} << i) == plain[i]);
     CHECK(bits(Dynamic{}, Index{32} << i) == Approx(nested[i] + offset).epsilon(1e-12));

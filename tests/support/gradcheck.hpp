@@ -26,7 +26,7 @@ struct GradientReport {
   bool ok() const noexcept { return excess <= 1.0; }
 };
 
-/// `loss()` is a scalar function of `parameters`, which are changed one at a time and put back; `gradient` is d loss / d parameters.
+/// `loss()` is a function of `parameters`, which are changed one at a time and put back; `gradient` is d loss / d parameters.
 template <std::invocable Loss>
 GradientReport check_gradient(Loss&& loss, std::span<double> parameters, std::span<const double> gradient,
                               GradientTolerance tolerance = {}) {

@@ -2,7 +2,7 @@
 // time. It is the specification in code, the oracle of the tests; nothing calls it at run time and nothing here is optimized. Every
 // operation stands in this one file, hence its length, so that it reads beside backend.hpp.
 //
-// Each argument has its own scalar type, so that one oracle serves every compute type: give double outputs, and no result is rounded.
+// Each argument has its own scalar type, so that one oracle serves every compute type: outputs in double are not rounded at all.
 // Where the concept passes a saved value (the scores' log-sum-exp) that the formula can do without, it is computed anew.
 #pragma once
 
@@ -36,7 +36,7 @@ void put(T& y, double value, Update update = Update::overwrite) noexcept {
 // ---- quantization --------------------------------------------------------------------------------------------------------------
 
 /// The code nearest to v, found by walking over the midpoints of neighbouring values.
-///   4 bits: v passes a midpoint (rounded to float32) when it lies above it; NaN passes all. Of FP4's two zeros, code 0 is the lower.
+///   4 bits: v passes a midpoint (rounded to float32) when it lies above it; NaN passes all. Of FP4's zeros, code 0 is the lower.
 ///   Dynamic maps: a tie goes to the even code; NaN is code 0.
 ///   OCP floats: v * largest is rounded as a magnitude, a tie to the even code, beyond the largest to the largest; NaN is 0x7F.
 template <CodeFormat Format>
@@ -68,8 +68,8 @@ std::uint8_t nearest_code(float v) {
   return static_cast<std::uint8_t>(sign | nearest);
 }
 
-/// The scales as stored. With double quantization: offset = mean(absmax); blocks of 256 of d = absmax - offset, n = max |d|, codes of
-/// d * (1 / n); a block of zeros has n = 0 and code 0.
+/// The scales as stored. With double quantization: offset = mean(absmax); in blocks of 256, d = absmax - offset, n = max |d|, and
+/// the codes of d * (1 / n); a block of zeros has n = 0 and code 0.
 template <class Scales>
 typename Scales::template Storage<HostMemory> make_scales(const std::vector<float>& absmax) {
   typename Scales::template Storage<HostMemory> storage;
@@ -97,7 +97,7 @@ typename Scales::template Storage<HostMemory> make_scales(const std::vector<floa
 }
 
 /// Blocks of the flattened matrix: absmax = max |x| (NaN if one is), divisor = max(absmax, 1e-38), v = x * (1 / divisor) clamped to
-/// [-1, 1]. A last block that is short has v = x / divisor and stores the divisor. 4 bits: element 2i is the high half of byte i, and
+/// [-1, 1]. A last block that is short has v = x / divisor and stores the divisor. 4 bits: element 2i is the high half of byte i,
 /// the code of 0 fills up an odd count.
 template <CodeFormat Format, class Scales, Scalar T>
 QuantizedTensor<Format, Scales> quantize(MatrixView<const T> w, Index block_size = 64) {
@@ -133,7 +133,8 @@ QuantizedTensor<Format, Scales> quantize(MatrixView<const T> w, Index block_size
 template <class Scales>
 float absmax(const typename Scales::View& scales, Index block) noexcept {
   if constexpr (Scales::nested) {
-    const double product = static_cast<double>(Scales::SecondLevel::values[scales.codes[block]]) * scales.nested_absmax[block / 256];
+    const double product =
+        static_cast<double>(Scales::SecondLevel::values[scales.codes[block]]) * scales.nested_absmax[block / 256];
     return static_cast<float>(product) + scales.offset;
   } else {
     return scales.absmax[block];
@@ -389,7 +390,7 @@ void attention(MatrixView<Q> q, MatrixView<K> k, MatrixView<V> v, std::span<cons
 }
 
 /// For each head, with p of the forward pass and dp = dy v^T:  ds[i, j] = p[i, j] * (dp[i, j] - sum_k p[i, k] dp[i, k]),
-///   dv += p^T dy,   dq = ds k / sqrt(head_dim),   dk += ds^T q / sqrt(head_dim),   the sums over the query heads of a key-value head.
+///   dv += p^T dy,   dq = ds k / sqrt(head_dim),   dk += ds^T q / sqrt(head_dim)   over the query heads of a key-value head
 template <class D, class Q, class K, class V, class GQ, class GK, class GV>
 void attention_backward(MatrixView<D> dy, MatrixView<Q> q, MatrixView<K> k, MatrixView<V> v, std::span<const Index> offsets,
                         HeadShape shape, MatrixView<GQ> dq, MatrixView<GK> dk, MatrixView<GV> dv) {

@@ -14,16 +14,18 @@
 
 #include <algorithm>
 #include <array>
-#include <bit>
 #include <charconv>
 #include <cmath>
 #include <concepts>
+#include <cstddef>
 #include <cstdint>
 #include <deque>
+#include <limits>
 #include <span>
 #include <string>
 #include <string_view>
 #include <utility>
+#include <variant>
 #include <vector>
 
 #include <qdylora/io/json.hpp>
@@ -201,7 +203,7 @@ inline BnbState bnb_4bit_state(const SafetensorsFile& file, std::string_view nam
   check(known_dtype != detail::bnb_dtypes.end(), Errc::unsupported, "dtype float32, float16 or bfloat16",
         "'" + printable(dtype, 32) + "'");
   state.dtype = known_dtype->first;
-  const auto shape = get_integers(json, "shape", 0, std::numeric_limits<Index>::max(), place);
+  const auto shape = get_integers(json, "shape", 1, std::numeric_limits<Index>::max(), place);
   check(shape.size() == 2, Errc::shape, "a matrix", "a shape of " + std::to_string(shape.size()) + " dimensions");
   state.rows = shape[0];
   state.cols = shape[1];
@@ -293,5 +295,20 @@ void add_bnb_4bit(SafetensorsWriter& writer, BnbStates& states, const std::strin
 template <class Format, class Scales, MemoryResource Memory>
 void add_bnb_4bit(SafetensorsWriter&, BnbStates&, const std::string&, QuantizedTensor<Format, Scales, Memory>&&,
                   DType) = delete;  // its data would be gone before write()
+
+/// The same for a weight whose format is known at run time. Also Errc::unsupported: a format that bitsandbytes does not have.
+inline void add_bnb_4bit(SafetensorsWriter& writer, BnbStates& states, const std::string& name, const WeightFor<AnyFormat>& weight,
+                         DType dtype) {
+  const auto add = [&]<class Storage>(const Storage& storage) {
+    if constexpr (requires { typename Storage::format; }) {
+      if constexpr (std::same_as<typename Storage::format, NF4> || std::same_as<typename Storage::format, FP4>) {
+        return add_bnb_4bit(writer, states, name, storage, dtype);
+      }
+    }
+    throw Error(Errc::unsupported, "expected a weight in NF4 or FP4", {.tensor = name});
+  };
+  std::visit(add, weight.storage());
+}
+void add_bnb_4bit(SafetensorsWriter&, BnbStates&, const std::string&, WeightFor<AnyFormat>&&, DType) = delete;
 
 }  // namespace qdylora

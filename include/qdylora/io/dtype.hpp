@@ -10,7 +10,6 @@
 #include <span>
 #include <string>
 #include <string_view>
-#include <vector>
 
 #include <qdylora/core/matrix.hpp>
 #include <qdylora/core/scalar.hpp>

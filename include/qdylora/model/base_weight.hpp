@@ -23,6 +23,16 @@ constexpr std::string_view name(BaseFormat format) noexcept {
   return "unknown";
 }
 
+/// The format of a name; Errc::bad_argument lists them if there is none such.
+inline BaseFormat base_format(std::string_view text) {
+  std::string known;
+  for (const auto format : {BaseFormat::nf4, BaseFormat::fp4, BaseFormat::int4, BaseFormat::fp8, BaseFormat::float32}) {
+    if (text == name(format)) return format;
+    known += (known.empty() ? "" : ", ") + std::string(name(format));
+  }
+  throw Error(Errc::bad_argument, "no base format '" + printable(text) + "'; there are " + known);
+}
+
 struct BaseOptions {
   BaseFormat format = BaseFormat::nf4;
   bool double_quant = true;  // nf4 and fp4; int4 and fp8 always have it

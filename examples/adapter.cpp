@@ -1,0 +1,89 @@
+// Looks at PEFT adapters and cuts them.
+//
+//   adapter info DIR
+//   adapter truncate DIR --rank b OUT    keeps the first b rows: for adapters trained to be cut
+//   adapter resize DIR --rank b OUT      re-orders B.A by singular values, then cuts: for any adapter
+#include <cmath>
+#include <cstdio>
+#include <string>
+#include <vector>
+
+#include <qdylora/io.hpp>
+#include <qdylora/nn/reorder.hpp>
+
+#include "common/program.hpp"
+
+namespace {
+
+using namespace qdylora;
+using namespace qdylora::examples;
+
+int info(const std::string& folder) {
+  const auto adapter = load_peft_adapter(folder, {.force = true});
+  Index parameters = 0;
+  for (const auto& m : adapter.modules) parameters += m.a.size() + m.b.size();
+  std::printf("%s: %zu modules, rank %lld, %.2f M parameters\n", folder.c_str(), adapter.modules.size(),
+              static_cast<long long>(adapter.max_rank()), static_cast<double>(parameters) / 1e6);
+  if (!adapter.config.base_model.empty()) std::printf("base model %s\n", printable(adapter.config.base_model).c_str());
+  if (!adapter.ranks.empty()) {
+    std::printf("trained for ranks");
+    for (const Index rank : adapter.ranks) std::printf(" %lld", static_cast<long long>(rank));
+    std::printf("\n");
+  }
+  std::printf("%-44s %6s %6s %5s %8s  %s\n", "module", "in", "out", "rank", "alpha/r", "share of |B.A| in the first 1, 2, 4 ... rows");
+  for (const auto& m : adapter.modules) {
+    std::printf("%-44s %6lld %6lld %5lld %8.4g ", printable(m.name, 44).c_str(), static_cast<long long>(m.in()),
+                static_cast<long long>(m.out()), static_cast<long long>(m.rank()), m.alpha / static_cast<double>(m.rank()));
+    // |sum_{i < b} B_i^T A_i|^2 = sum_{i, j < b} (A_i . A_j)(B_i . B_j)
+    const auto a = as_eigen(m.a.view()).cast<double>().eval();
+    const auto b = as_eigen(m.b.view()).cast<double>().eval();
+    const auto gram = ((a * a.transpose()).array() * (b * b.transpose()).array()).eval();
+    const double whole = gram.sum();
+    for (Index rank = 1; rank <= m.rank(); rank *= 2)
+      std::printf(" %.2f", whole > 0.0 ? std::sqrt(std::max(0.0, gram.topLeftCorner(rank, rank).sum() / whole)) : 0.0);
+    std::printf("\n");
+  }
+  return 0;
+}
+
+int cut(const std::string& folder, Index rank, const std::string& out, bool reordered) {
+  const auto source = load_peft_adapter(folder);
+  QDYLORA_EXPECTS(rank >= 1 && rank <= source.max_rank(), rank_range,
+                  "--rank " + std::to_string(rank) + ": the adapter has ranks 1 ... " + std::to_string(source.max_rank()));
+  std::vector<LoRAAdapter<float>> adapters;
+  std::vector<NamedAdapter> named;
+  adapters.reserve(source.modules.size());
+  for (const auto& module : source.modules) {
+    adapters.push_back(to_adapter(module));
+    if (reordered) {
+      // The product at full rank is what is cut, so its scale must not change with the rank.
+      auto& options = adapters.back().options();
+      options.alpha = adapters.back().scale(module.rank()) * static_cast<float>(module.rank());
+      options.scale = ScalePolicy::constant;
+      reorder(adapters.back(), Reordering::svd);
+    }
+    named.push_back({module.name, &adapters.back(), 0});
+  }
+  save_peft_adapter(out, named, {.rank = rank, .base_model = source.config.base_model, .task_type = source.config.task_type, .ranks = source.ranks});
+  std::printf("wrote %s: %zu modules at rank %lld\n", out.c_str(), named.size(), static_cast<long long>(rank));
+  return 0;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  CLI::App app{"Looks at PEFT adapters and cuts them.", "adapter"};
+  app.require_subcommand(1);
+  std::string folder, out;
+  Index rank = 0;
+  auto* info_command = app.add_subcommand("info", "what a folder holds, and how much of each module its first rows carry");
+  info_command->add_option("DIR", folder, "adapter folder")->required();
+  auto* truncate_command = app.add_subcommand("truncate", "keep the first rows");
+  auto* resize_command = app.add_subcommand("resize", "re-order by singular values, then keep the first rows");
+  for (auto* command : {truncate_command, resize_command}) {
+    command->add_option("DIR", folder, "adapter folder")->required();
+    command->add_option("--rank", rank, "rows to keep")->required();
+    command->add_option("OUT", out, "folder to write")->required();
+  }
+  return run_program(app, argc, argv, [&] { return info_command->parsed() ? info(folder) : cut(folder, rank, out, resize_command->parsed()); });
+}

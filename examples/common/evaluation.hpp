@@ -1,0 +1,102 @@
+// What a model does at each rank: loss on held-out answers, and how many answers it gets right.
+#pragma once
+
+#include <functional>
+#include <numeric>
+#include <span>
+#include <string>
+#include <vector>
+
+#include <qdylora/model.hpp>
+
+#include "dataset.hpp"
+
+namespace qdylora::examples {
+
+inline Batch to_batch(std::span<const Sample> samples) {
+  Batch batch;
+  for (const auto& sample : samples) batch.add(sample.ids, sample.prompt_length);
+  return batch;
+}
+
+/// Cuts samples into batches of at most `tokens` tokens (a longer sample stands alone).
+inline std::vector<Batch> to_batches(std::span<const Sample> samples, Index tokens) {
+  std::vector<Batch> batches;
+  for (const auto& sample : samples) {
+    if (batches.empty() || batches.back().tokens() + static_cast<Index>(sample.ids.size()) > tokens) batches.emplace_back();
+    batches.back().add(sample.ids, sample.prompt_length);
+  }
+  return batches;
+}
+
+struct RankResult {
+  Index rank = 0;                       // 0: the base model
+  double loss = 0.0;                    // nats a scored token
+  std::vector<double> example_losses;   // the same of each example, for paired comparisons
+  Index answers = 0;                    // asked
+  Index correct = 0;                    // exact match of the final answer
+  std::vector<std::string> texts;       // the first answers written
+};
+
+/// Loss at each of `ranks`.
+inline std::vector<RankResult> evaluate_losses(Decoder<float>& model, std::span<const Sample> samples, std::span<const Index> ranks,
+                                               const std::function<bool()>& stop = [] { return false; }) {
+  std::vector<RankResult> results;
+  const auto batches = to_batches(samples, 1024);
+  for (const Index rank : ranks) {
+    RankResult result;
+    result.rank = rank;
+    model.set_ranks(RankPlan::uniform(rank));
+    double sum = 0.0;
+    Index scored = 0;
+    for (const auto& batch : batches) {
+      if (stop()) return results;
+      const auto losses = model.losses(batch);
+      std::size_t next = 0;
+      for (Index s = 0; s < batch.sequences(); ++s) {
+        double own = 0.0;
+        Index count = 0;
+        for (Index t = batch.offsets[static_cast<std::size_t>(s)]; t < batch.offsets[static_cast<std::size_t>(s) + 1]; ++t)
+          if (batch.targets[static_cast<std::size_t>(t)] >= 0) {
+            own += losses[next++];
+            ++count;
+          }
+        result.example_losses.push_back(count > 0 ? own / static_cast<double>(count) : 0.0);
+        sum += own;
+        scored += count;
+      }
+    }
+    result.loss = scored > 0 ? sum / static_cast<double>(scored) : 0.0;
+    results.push_back(std::move(result));
+  }
+  return results;
+}
+
+/// Writes an answer to every example at every rank, greedily, many ranks in one batch, and fills in answers, correct and texts.
+inline void evaluate_answers(Decoder<float>& model, const Tokenizer& tokenizer, bool chat, std::span<const Example> examples,
+                             std::vector<RankResult>& results, Index max_tokens, const std::function<bool()>& stop = [] { return false; }) {
+  constexpr std::size_t examples_at_once = 16;
+  for (std::size_t begin = 0; begin < examples.size(); begin += examples_at_once) {
+    if (stop()) return;
+    const auto part = examples.subspan(begin, std::min(examples_at_once, examples.size() - begin));
+    std::vector<std::vector<std::int32_t>> prompts;
+    std::vector<Index> ranks;
+    for (const auto& result : results)
+      for (const auto& example : part) {
+        prompts.push_back(prompt_ids(example, tokenizer, chat));
+        ranks.push_back(result.rank);
+      }
+    const auto answers = generate(model, std::span<const std::vector<std::int32_t>>(prompts), RankPlan::per_row(ranks),
+                                  {.max_tokens = max_tokens, .stop_token = tokenizer.eos()});
+    std::size_t next = 0;
+    for (auto& result : results)
+      for (const auto& example : part) {
+        auto text = tokenizer.decode(answers[next++], {.skip_special = true});
+        result.correct += exact_match(text, example.response) ? 1 : 0;
+        ++result.answers;
+        result.texts.push_back(std::move(text));
+      }
+  }
+}
+
+}  // namespace qdylora::examples

@@ -1,0 +1,142 @@
+// The models the programs work on: a GGUF file, a Hugging Face folder, or a toy made on the spot.
+#pragma once
+
+#include <filesystem>
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <qdylora/io/peft.hpp>
+#include <qdylora/model.hpp>
+
+namespace qdylora::examples {
+
+struct OpenModel {
+  std::string name;
+  std::shared_ptr<const DecoderWeights<float>> weights;
+  std::optional<Tokenizer> tokenizer;
+  bool chat = false;  // whether prompts go through the chat template
+
+  /// Errc::unsupported where the model has no tokenizer.
+  const Tokenizer& need_tokenizer() const {
+    QDYLORA_EXPECTS(tokenizer.has_value(), unsupported, name + ": a Hugging Face folder's tokenizer is not read; give --tokenizer FILE.gguf");
+    return *tokenizer;
+  }
+};
+
+/// Opens a .gguf file or a Hugging Face folder; `tokenizer_file` is a GGUF file whose tokenizer is used instead, "" for none.
+inline OpenModel open_model(const std::filesystem::path& path, const std::string& tokenizer_file, BaseOptions options, const Cpu& cpu) {
+  OpenModel model;
+  model.name = path.filename().string();
+  if (!std::filesystem::exists(path)) throw Error(Errc::open, "no such file or folder", {.file = path.string()});
+  if (std::filesystem::is_directory(path)) {
+    model.weights = load_hugging_face(path, options, cpu);
+  } else {
+    const GgufFile file(path);
+    model.weights = load_gguf(file, options, cpu);
+    if (tokenizer_file.empty()) model.tokenizer = load_tokenizer(file);
+  }
+  if (!tokenizer_file.empty()) model.tokenizer = load_tokenizer(GgufFile(tokenizer_file));
+  if (model.tokenizer) model.chat = model.tokenizer->id("<|im_start|>").has_value();
+  return model;
+}
+
+/// A small transformer with random weights over single bytes. Its adapters have as many rows as it has features, so they can learn what a
+/// base never knew.
+inline OpenModel toy_model(BaseOptions options, const Cpu& cpu, std::uint64_t seed = 1) {
+  OpenModel model;
+  model.name = "toy";
+  TokenizerData data;
+  for (const char32_t letter : qdylora::detail::byte_alphabet) {
+    data.tokens.emplace_back();
+    append_utf8(data.tokens.back(), letter);
+    data.token_types.push_back(1);
+  }
+  data.tokens.push_back("<|end|>");
+  data.token_types.push_back(3);
+  data.pre_tokenizer = "gpt-2";
+  data.eos = 256;
+  model.tokenizer = Tokenizer(std::move(data));
+
+  auto weights = std::make_shared<DecoderWeights<float>>();
+  auto& c = weights->config;
+  c.vocab = 257;
+  c.width = 64;
+  c.mlp_width = 192;
+  c.layers = 3;
+  c.heads = {4, 2, 16};
+  c.context = 512;
+  c.rope_layout = RopeLayout::interleaved;
+  Rng rng(seed, Purpose::init);
+  const auto normal = [&](Index rows, Index cols, float deviation) {
+    Matrix<float> m(rows, cols);
+    for (float& x : m.span()) x = deviation * rng.normal();
+    return m;
+  };
+  const auto ones = [](Index cols) {
+    Matrix<float> m(1, cols);
+    for (float& x : m.span()) x = 1.0f;
+    return m;
+  };
+  weights->embedding = normal(c.vocab, c.width, 0.3f);
+  weights->final_norm = ones(c.width);
+  const Index q = c.query_width(), kv = c.kv_width();
+  const std::array<std::pair<Index, Index>, 7> shapes = {{{q, c.width},
+                                                          {kv, c.width},
+                                                          {kv, c.width},
+                                                          {c.width, q},
+                                                          {c.mlp_width, c.width},
+                                                          {c.mlp_width, c.width},
+                                                          {c.width, c.mlp_width}}};
+  for (Index i = 0; i < c.layers; ++i) {
+    auto block = std::make_shared<BlockWeights<float>>();
+    block->attention_norm = ones(c.width);
+    block->mlp_norm = ones(c.width);
+    for (std::size_t p = 0; p < 7; ++p) {
+      const auto w = normal(shapes[p].first, shapes[p].second, 0.6f / std::sqrt(static_cast<float>(shapes[p].second)));
+      block->linear[p] = make_base_weight(
+          w.rows(), w.cols(), options, [&](Index first, MatrixView<float> out) { copy(w.view().middle_rows(first, out.rows), out); },
+          [&](Index count, auto&& f) { cpu.parallel_for(count, f); });
+    }
+    weights->blocks.push_back(std::move(block));
+  }
+  model.weights = std::move(weights);
+  return model;
+}
+
+/// The adapters of a decoder as save_peft_adapter takes them: those of q and k leave GGUF's rotary layout.
+inline std::vector<NamedAdapter> named_adapters(const Decoder<float>& model) {
+  std::vector<NamedAdapter> adapters;
+  const auto& c = model.config();
+  Index at = 0;
+  model.for_each_linear([&](const auto& linear) {
+    const auto p = static_cast<Projection>(at++ % 7);
+    const bool turned = c.rope_layout == RopeLayout::interleaved && (p == Projection::q || p == Projection::k);
+    const Index heads = p == Projection::q ? c.heads.heads : c.heads.kv_heads;
+    adapters.push_back({linear.adapter().options().name, &linear.adapter(), turned ? heads : 0});
+  });
+  return adapters;
+}
+
+/// Loads an adapter folder into a decoder. Errors: those of load_peft_adapter, and missing_tensor for a module the model lacks.
+inline void assign_adapter(const PeftAdapter& adapter, Decoder<float>& model) {
+  const auto& c = model.config();
+  std::size_t used = 0;
+  Index at = 0;
+  model.for_each_linear([&](auto& linear) {
+    const auto p = static_cast<Projection>(at++ % 7);
+    const bool turned = c.rope_layout == RopeLayout::interleaved && (p == Projection::q || p == Projection::k);
+    const Index heads = p == Projection::q ? c.heads.heads : c.heads.kv_heads;
+    for (const auto& module : adapter.modules)
+      if (module.name == linear.adapter().options().name) {
+        assign(module, linear.adapter(), turned ? heads : 0);
+        ++used;
+      }
+  });
+  QDYLORA_EXPECTS(used == adapter.modules.size(), missing_tensor,
+                  "the adapter has " + std::to_string(adapter.modules.size()) + " modules, of which the model has " + std::to_string(used));
+}
+
+}  // namespace qdylora::examples

@@ -1,0 +1,258 @@
+// Trains every recipe on the same batches with the same budget and compares them rank by rank, seed by seed.
+//
+//   compare --model stories260K.bin --tokenizer tok512.bin --data shakespeare.txt --steps 300 --lr 3e-3 --alpha 64 --seeds 0,1,2
+//   compare --model SmolLM2.gguf --data gsm8k_train.jsonl --batch 2 --steps 120 --seeds 0
+//
+// Plain text is a stream of tokens: a row is a window of --seq-len tokens at a random place, the last tenth of the text is held out. JSON
+// lines are examples, as for finetune. Every run is a line of --out (JSON): runs that stand there already are not done again, so a long
+// comparison can be stopped and go on. The tables are printed in Markdown: means over seeds, then paired differences to a rival.
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <filesystem>
+#include <fstream>
+#include <map>
+#include <string>
+#include <vector>
+
+#include <qdylora/io.hpp>
+#include <qdylora/model.hpp>
+
+#include "common/dataset.hpp"
+#include "common/evaluation.hpp"
+#include "common/llama2c.hpp"
+#include "common/model.hpp"
+#include "common/program.hpp"
+#include "common/progress.hpp"
+#include "common/signals.hpp"
+
+namespace {
+
+using namespace qdylora;
+using namespace qdylora::examples;
+
+struct Options {
+  std::string model, tokenizer, data, out = "compare.jsonl", ranks = "1,2,4,8,16,32,64", base = "nf4", against = "qdylora";
+  std::vector<std::string> recipes = {recipe_names.begin(), recipe_names.end()};
+  std::vector<std::uint64_t> seeds = {0, 1, 2};
+  float alpha = 64.0f, alpha_over_rank = 16.0f;
+  double lr = 3e-3;
+  std::int64_t steps = 300;
+  Index batch = 16, seq_len = 128, eval_rows = 64;
+  int threads = 0;
+};
+
+void declare(CLI::App& app, Options& o) {
+  app.add_option("--model", o.model, "a llama2.c .bin file, a .gguf file, or a Hugging Face folder")->required();
+  app.add_option("--tokenizer", o.tokenizer, "of a .bin model: llama2.c's tokenizer file; else a .gguf file");
+  app.add_option("--data", o.data, "plain text (a stream) or JSON lines (examples)")->required();
+  app.add_option("--recipes", o.recipes, "which to train")->delimiter(',');
+  app.add_option("--seeds", o.seeds, "of adapters, data order and ranks; the same for every recipe")->delimiter(',');
+  app.add_option("--ranks", o.ranks, "ranks")->capture_default_str();
+  app.add_option("--alpha", o.alpha, "of recipes whose scale is alpha/r")->capture_default_str();
+  app.add_option("--alpha-over-rank", o.alpha_over_rank, "of recipes whose scale is alpha/b")->capture_default_str();
+  app.add_option("--lr", o.lr, "peak learning rate")->capture_default_str();
+  app.add_option("--steps", o.steps, "optimizer steps")->capture_default_str();
+  app.add_option("--batch", o.batch, "rows a step")->capture_default_str();
+  app.add_option("--seq-len", o.seq_len, "tokens a row; of examples at most")->capture_default_str();
+  app.add_option("--eval-rows", o.eval_rows, "held-out rows")->capture_default_str();
+  app.add_option("--base", o.base, "base weights")->capture_default_str();
+  app.add_option("--against", o.against, "the recipe that differences are taken to")->capture_default_str();
+  app.add_option("--threads", o.threads, "0: one for each processor")->capture_default_str();
+  app.add_option("--out", o.out, "runs, one JSON line each")->capture_default_str();
+}
+
+// Rows to train on and to test on.
+class Rows {
+ public:
+  Rows(const Options& o, const OpenModel* model, const std::vector<std::int32_t>& stream) : options_(o) {
+    if (model == nullptr || o.data.ends_with(".txt")) {
+      const auto split = static_cast<std::ptrdiff_t>(stream.size() * 9 / 10);
+      stream_.assign(stream.begin(), stream.begin() + split);
+      const auto window = static_cast<std::size_t>(o.seq_len) + 1;
+      QDYLORA_EXPECTS(stream_.size() > window, bad_argument, "--data: the text is shorter than a row");
+      for (Index i = 0; i < o.eval_rows; ++i) {
+        const auto begin = static_cast<std::size_t>(split + i * o.seq_len);
+        if (begin + window > stream.size()) break;
+        test_.push_back({{stream.begin() + static_cast<std::ptrdiff_t>(begin), stream.begin() + static_cast<std::ptrdiff_t>(begin + window)}, 1});
+      }
+    } else {
+      const auto examples = load_examples(o.data);
+      auto samples = tokenize(examples, model->need_tokenizer(), {.chat = model->chat, .max_length = o.seq_len}).samples;
+      const auto count = std::min<std::size_t>(samples.size() / 5, static_cast<std::size_t>(o.eval_rows));
+      test_.assign(samples.end() - static_cast<std::ptrdiff_t>(count), samples.end());
+      samples.resize(samples.size() - count);
+      train_ = std::move(samples);
+    }
+    QDYLORA_EXPECTS(!test_.empty(), bad_argument, "--data: nothing is left to hold out");
+  }
+
+  const std::vector<Sample>& test() const noexcept { return test_; }
+
+  /// Row n of a seed's training data; rows below 0 are held back from it.
+  Sample row(std::uint64_t seed, std::int64_t n) const {
+    Rng rng(seed, Purpose::data, n < 0 ? 1 : 0, static_cast<std::uint32_t>(n < 0 ? -n : n));
+    if (train_.empty()) {
+      const auto window = static_cast<std::size_t>(options_.seq_len) + 1;
+      const auto begin = static_cast<std::ptrdiff_t>(rng.below(stream_.size() - window));
+      return {{stream_.begin() + begin, stream_.begin() + begin + static_cast<std::ptrdiff_t>(window)}, 1};
+    }
+    // Examples: held-back rows are the last 64th of the training set, which other rows never draw.
+    const std::uint64_t back = std::max<std::uint64_t>(1, train_.size() / 64), front = train_.size() - back;
+    return train_[n < 0 ? front + rng.below(back) : rng.below(front)];
+  }
+
+ private:
+  const Options& options_;
+  std::vector<std::int32_t> stream_;
+  std::vector<Sample> train_, test_;
+};
+
+struct Result {
+  std::string recipe;
+  std::uint64_t seed = 0;
+  std::vector<double> losses;  // at every rank, then the base
+  double share = 0.0;
+};
+
+// What tells runs apart; a line of --out with another key is of another comparison.
+Json key(const Options& o) {
+  return {{"model", std::filesystem::path(o.model).filename().string()}, {"data", std::filesystem::path(o.data).filename().string()},
+          {"base", o.base}, {"ranks", o.ranks}, {"alpha", o.alpha}, {"alpha_over_rank", o.alpha_over_rank}, {"lr", o.lr},
+          {"steps", o.steps}, {"batch", o.batch}, {"seq_len", o.seq_len}, {"eval_rows", o.eval_rows}};
+}
+
+std::vector<Result> read_results(const Options& o) {
+  std::vector<Result> results;
+  std::ifstream file(o.out);
+  for (std::string line; std::getline(file, line);) {
+    if (line.empty()) continue;
+    const Json json = parse_json(line, {.file = o.out});
+    if (json.at("key") == key(o))
+      results.push_back({json.at("recipe"), json.at("seed"), json.at("losses").get<std::vector<double>>(), json.at("share")});
+  }
+  return results;
+}
+
+Result train(const Options& o, const std::shared_ptr<const DecoderWeights<float>>& weights, const Rows& rows, const RankSet& ranks,
+             const std::string& name, std::uint64_t seed, const Cpu& cpu, const StopSignal& signal) {
+  const Recipe chosen = recipe(name);
+  const float alpha = chosen.scale == ScalePolicy::over_rank ? o.alpha_over_rank : o.alpha;
+  Decoder<float> decoder(weights, {.lora = adapter_options(chosen, ranks, alpha, seed)}, cpu);
+  // Measuring is paid for: a forward pass costs a third of a training row, and held-back rows are run at every rank three times.
+  const Index held_back = chosen.measure ? o.batch : 0;
+  const std::int64_t steps = o.steps - (held_back * (ranks.size() + 1) + o.batch - 1) / o.batch;
+  Trainer<float> trainer(decoder, {.recipe = chosen, .ranks = ranks, .steps = steps, .lr = o.lr, .seed = seed});
+  Batch back;
+  for (Index i = 0; i < held_back; ++i) {
+    const auto sample = rows.row(seed, -1 - i);
+    back.add(sample.ids, sample.prompt_length);
+  }
+  trainer.hold_back(back);
+  Progress progress(steps);
+  while (!trainer.done()) {
+    if (signal.requested()) throw Error(Errc::state_order, "stopped; the finished runs are in " + o.out);
+    std::vector<Sample> samples;
+    for (Index i = 0; i < o.batch; ++i) samples.push_back(rows.row(seed, trainer.step_count() * o.batch + i));
+    const auto report = trainer.step(to_batches(samples, 2048));
+    progress.update(trainer.step_count(), report.tokens, report.loss, report.rank);
+  }
+  progress.finish();
+  std::vector<Index> all(ranks.begin(), ranks.end());
+  all.push_back(0);
+  Result result{name, seed, {}, trainer.nested().share};
+  for (const auto& r : evaluate_losses(decoder, rows.test(), all)) result.losses.push_back(r.loss);
+  return result;
+}
+
+void print_tables(const Options& o, const std::vector<Result>& results, const RankSet& ranks) {
+  const auto columns = static_cast<std::size_t>(ranks.size());
+  const auto head = [&](const char* first) {
+    std::printf("\n| %s |", first);
+    for (const Index rank : ranks) std::printf(" %lld |", static_cast<long long>(rank));
+    std::printf(" mean |\n|---|");
+    for (std::size_t i = 0; i <= columns; ++i) std::printf("---|");
+    std::printf("\n");
+  };
+  const auto row = [&](const std::string& name, const std::vector<std::vector<double>>& runs, const char* format) {
+    std::printf("| %s |", name.c_str());
+    double all = 0.0;
+    for (std::size_t i = 0; i < columns; ++i) {
+      double sum = 0.0;
+      for (const auto& run : runs) sum += run[i];
+      std::printf(format, sum / static_cast<double>(runs.size()));
+      all += sum / static_cast<double>(runs.size());
+    }
+    std::printf(format, all / static_cast<double>(columns));
+    std::printf("\n");
+  };
+  std::map<std::string, std::map<std::uint64_t, std::vector<double>>> table;
+  for (const auto& r : results) table[r.recipe][r.seed] = r.losses;
+  head("held-out loss, mean over seeds");
+  for (const auto& name : o.recipes) {
+    std::vector<std::vector<double>> runs;
+    for (const auto seed : o.seeds)
+      if (table[name].contains(seed)) runs.push_back(table[name][seed]);
+    if (!runs.empty()) row(name + " (" + std::to_string(runs.size()) + ")", runs, " %.3f |");
+  }
+  head(("difference to " + o.against + ", by seed").c_str());
+  for (const auto& name : o.recipes) {
+    if (name == o.against) continue;
+    for (const auto seed : o.seeds) {
+      if (!table[name].contains(seed) || !table[o.against].contains(seed)) continue;
+      auto difference = table[name][seed];
+      for (std::size_t i = 0; i < columns; ++i) difference[i] -= table[o.against][seed][i];
+      row(name + ", seed " + std::to_string(seed), {difference}, " %+.3f |");
+    }
+  }
+}
+
+int compare(const Options& o) {
+  for (const auto& name : o.recipes) static_cast<void>(recipe(name));
+  const RankSet ranks = parse_ranks(o.ranks);
+  const Cpu cpu(o.threads);
+  OpenModel model;
+  std::vector<std::int32_t> stream;
+  const bool text = o.data.ends_with(".txt");
+  if (o.model.ends_with(".bin")) {
+    model.weights = load_llama2c(o.model, {.format = base_format(o.base)}, cpu);
+    QDYLORA_EXPECTS(text, bad_argument, "--data: a llama2.c model is compared on plain text (.txt)");
+    const Llama2cTokenizer tokenizer(o.tokenizer);
+    // Word by word: merging by best score over a whole text would be quadratic, and words are where it does not cross anyway.
+    const auto content = read_text(o.data);
+    for (std::size_t begin = 0; begin < content.size();) {
+      const auto end = std::min(content.find_first_of(" \n", begin + 1), content.size());
+      const auto ids = tokenizer.encode(content.substr(begin, end - begin), false);
+      stream.insert(stream.end(), ids.begin(), ids.end());
+      begin = end;
+    }
+  } else {
+    model = open_model(o.model, o.tokenizer, {.format = base_format(o.base)}, cpu);
+    if (text) stream = model.need_tokenizer().encode(read_text(o.data), {.parse_special = false});
+  }
+  const Rows rows(o, text ? nullptr : &model, stream);
+  auto results = read_results(o);
+  const StopSignal signal;
+  for (const auto seed : o.seeds)
+    for (const auto& name : o.recipes) {
+      if (std::any_of(results.begin(), results.end(), [&](const Result& r) { return r.recipe == name && r.seed == seed; })) continue;
+      std::fprintf(stderr, "%s, seed %llu\n", name.c_str(), static_cast<unsigned long long>(seed));
+      results.push_back(train(o, model.weights, rows, ranks, name, seed, cpu, signal));
+      const auto& r = results.back();
+      std::ofstream file(o.out, std::ios::app);
+      file << Json{{"key", key(o)}, {"recipe", r.recipe}, {"seed", r.seed}, {"losses", r.losses}, {"share", r.share}}.dump() << std::endl;
+      QDYLORA_EXPECTS(file.good(), write, "cannot write " + o.out);
+    }
+  print_tables(o, results, ranks);
+  return 0;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  CLI::App app{"Trains every recipe with the same budget and compares them rank by rank.", "compare"};
+  Options options;
+  declare(app, options);
+  return run_program(app, argc, argv, [&] { return compare(options); });
+}

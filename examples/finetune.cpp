@@ -1,0 +1,299 @@
+// Fine-tunes adapters of every rank in one run, then shows what each rank can do.
+//
+//   finetune --model FILE.gguf|DIR [--data FILE] [options]      or      finetune --toy
+//
+// The linear weights are quantized to double-quantized NF4 while they are read and stay frozen; LoRA adapters of the largest rank train on
+// all of them, as --recipe says. Loss counts on the response only. Results: report.json, report.csv, ranks.svg and a PEFT adapter in --out.
+// Ctrl-C saves the state and stops; --resume goes on, to the same bytes as an uninterrupted run.
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <filesystem>
+#include <string>
+#include <vector>
+
+#include <qdylora/io.hpp>
+#include <qdylora/model.hpp>
+
+#include "common/dataset.hpp"
+#include "common/evaluation.hpp"
+#include "common/model.hpp"
+#include "common/program.hpp"
+#include "common/progress.hpp"
+#include "common/report.hpp"
+#include "common/run_state.hpp"
+#include "common/signals.hpp"
+#include "common/word_problems.hpp"
+
+namespace {
+
+using namespace qdylora;
+using namespace qdylora::examples;
+
+struct Options {
+  std::string model, tokenizer, data, eval, out = "out";
+  bool toy = false, resume = false, no_chat = false, gates = false, checkpoint = false;
+  std::string ranks = "1,2,4,8,16,32,64", recipe_name = "auto", base = "nf4";
+  float alpha = 16.0f, dropout = 0.0f;
+  double lr = 1e-3;
+  std::int64_t steps = 80, save_every = 50;
+  Index batch = 8, seq_len = 256, examples = 2000, eval_examples = 48, answers = 32, new_tokens = 48;
+  int threads = 0;
+  std::uint64_t seed = 0;
+};
+
+void declare(CLI::App& app, Options& o) {
+  app.add_option("--model", o.model, "a .gguf file (Llama shapes), or a Hugging Face folder");
+  app.add_flag("--toy", o.toy, "a small random transformer instead of a model");
+  app.add_option("--tokenizer", o.tokenizer, "a .gguf file whose tokenizer to use");
+  app.add_option("--data", o.data, "JSON lines (prompt/response, question/answer, instruction/output, messages) or plain text; "
+                                   "default: generated word problems");
+  app.add_option("--eval", o.eval, "held-out data of the same kinds; default: the last of --data");
+  app.add_option("--ranks", o.ranks, "ranks the adapter is to work at")->capture_default_str();
+  app.add_option("--recipe", o.recipe_name, "auto, order-then-nest, qdylora, qdylora-frozen, per-row, qlora or qlora-svd")
+      ->capture_default_str();
+  app.add_flag("--gates", o.gates, "train a factor for every row at every rank (order-then-nest)");
+  app.add_option("--base", o.base, "base weights: nf4, fp4, int4, fp8 or float32")->capture_default_str();
+  app.add_option("--alpha", o.alpha, "LoRA's alpha")->capture_default_str();
+  app.add_option("--dropout", o.dropout, "on the adapters' inputs")->capture_default_str();
+  app.add_option("--lr", o.lr, "peak learning rate")->capture_default_str();
+  app.add_option("--steps", o.steps, "optimizer steps")->capture_default_str();
+  app.add_option("--batch", o.batch, "sequences a step")->capture_default_str();
+  app.add_option("--seq-len", o.seq_len, "tokens of a sequence at most")->capture_default_str();
+  app.add_option("--threads", o.threads, "0: one for each processor")->capture_default_str();
+  app.add_option("--seed", o.seed, "of adapters, data order and ranks")->capture_default_str();
+  app.add_option("--eval-examples", o.eval_examples, "held-out examples for the losses")->capture_default_str();
+  app.add_option("--answers", o.answers, "held-out examples to answer at every rank; 0: none")->capture_default_str();
+  app.add_option("--new-tokens", o.new_tokens, "tokens of an answer at most")->capture_default_str();
+  app.add_option("--save-every", o.save_every, "steps between saved states; 0: only when stopped")->capture_default_str();
+  app.add_flag("--checkpoint", o.checkpoint, "recompute activations: less memory, a third more work");
+  app.add_flag("--no-chat", o.no_chat, "no chat template around prompts");
+  app.add_flag("--resume", o.resume, "go on from the state in --out");
+  app.add_option("--out", o.out, "folder for results")->capture_default_str();
+}
+
+struct Data {
+  std::vector<Example> validation;
+  std::vector<Sample> train, held_back, validation_samples;
+};
+
+Data load_data(const Options& o, const OpenModel& model, bool needs_held_back) {
+  std::vector<Example> train;
+  Data data;
+  if (o.data.empty()) {
+    train = word_problems(Split::train, o.examples, o.seed);
+    data.validation = word_problems(Split::validation, std::max(o.eval_examples, o.answers), o.seed + 1);
+    // A short system message of our own: the template's default one would be a quarter of all tokens.
+    for (auto* set : {&train, &data.validation})
+      for (auto& example : *set)
+        if (model.chat) example.earlier = {{"system", "Solve the problem."}};
+  } else {
+    train = load_examples(o.data);
+    if (!o.eval.empty()) {
+      data.validation = load_examples(o.eval);
+    } else {
+      const auto count = std::min<std::size_t>(train.size() / 5, static_cast<std::size_t>(std::max(o.eval_examples, o.answers)));
+      data.validation.assign(train.end() - static_cast<std::ptrdiff_t>(count), train.end());
+      train.resize(train.size() - count);
+    }
+  }
+  const TokenizeOptions tokenize_options{.chat = model.chat, .max_length = o.seq_len};
+  auto samples = tokenize(train, model.need_tokenizer(), tokenize_options);
+  QDYLORA_EXPECTS(samples.samples.size() >= 2, bad_argument,
+                  "no example of the data has a scored token within --seq-len " + std::to_string(o.seq_len));
+  data.validation_samples = tokenize(data.validation, model.need_tokenizer(), tokenize_options).samples;
+  data.validation_samples.resize(std::min<std::size_t>(data.validation_samples.size(), static_cast<std::size_t>(o.eval_examples)));
+  data.validation.resize(std::min<std::size_t>(data.validation.size(), static_cast<std::size_t>(o.answers)));
+  data.train = std::move(samples.samples);
+  if (needs_held_back) {  // at most a tenth of the examples
+    const auto count = std::min<std::size_t>(static_cast<std::size_t>(o.batch) * 2, data.train.size() / 10);
+    data.held_back.assign(data.train.end() - static_cast<std::ptrdiff_t>(count), data.train.end());
+    data.train.resize(data.train.size() - count);
+  }
+  Index scored = 0, tokens = 0;
+  for (const auto& s : data.train) {
+    tokens += static_cast<Index>(s.ids.size());
+    scored += static_cast<Index>(s.ids.size()) - s.prompt_length;
+  }
+  std::printf("data       %zu training and %zu held-out examples, %.0f tokens each, %.0f %% scored", data.train.size(),
+              data.validation_samples.size(), static_cast<double>(tokens) / static_cast<double>(data.train.size()),
+              100.0 * static_cast<double>(scored) / static_cast<double>(tokens));
+  if (samples.truncated + samples.dropped > 0)
+    std::printf("; %lld cut, %lld left out (--seq-len %lld)", static_cast<long long>(samples.truncated),
+                static_cast<long long>(samples.dropped), static_cast<long long>(o.seq_len));
+  std::printf("\n");
+  return data;
+}
+
+// The samples of step t: every epoch is a permutation of its own, so the position in the data is a function of the step.
+std::vector<Sample> step_samples(const std::vector<Sample>& train, std::int64_t step, Index rows, std::uint64_t seed) {
+  std::vector<Sample> chosen;
+  std::vector<std::size_t> order;
+  std::int64_t order_epoch = -1;
+  for (std::int64_t n = step * rows; n < (step + 1) * rows; ++n) {
+    const auto size = static_cast<std::int64_t>(train.size());
+    if (n / size != order_epoch) {
+      order_epoch = n / size;
+      order.resize(train.size());
+      for (std::size_t i = 0; i < order.size(); ++i) order[i] = i;
+      Rng rng(seed, Purpose::shuffle, 0, static_cast<std::uint32_t>(order_epoch));
+      rng.shuffle(std::span<std::size_t>(order));
+    }
+    chosen.push_back(train[order[static_cast<std::size_t>(n % size)]]);
+  }
+  return chosen;
+}
+
+void show_answers(const std::vector<RankResult>& results, const std::vector<Example>& examples) {
+  const auto line = [](std::string text) {
+    std::replace(text.begin(), text.end(), '\n', ' ');
+    return text;
+  };
+  std::printf("\nSome answers\n");
+  for (std::size_t i = 0; i < std::min<std::size_t>(2, examples.size()); ++i) {
+    std::printf("  %s\n    %-8s %s\n", line(examples[i].prompt).c_str(), "expected", line(examples[i].response).c_str());
+    for (const auto& r : {results.front(), results[std::min<std::size_t>(1, results.size() - 1)], results.back()})
+      std::printf("    %-8s %s\n", r.rank == 0 ? "base" : ("rank " + std::to_string(r.rank)).c_str(), line(r.texts[i]).c_str());
+  }
+}
+
+int finetune(const Options& o) {
+  using Clock = std::chrono::steady_clock;
+  const auto seconds_since = [](Clock::time_point from) { return std::chrono::duration<double>(Clock::now() - from).count(); };
+  QDYLORA_EXPECTS(o.toy != !o.model.empty(), bad_argument, "give either --model or --toy");
+  QDYLORA_EXPECTS(o.batch >= 1 && o.steps >= 1 && o.seq_len >= 8, bad_argument, "--batch and --steps must be positive, --seq-len at least 8");
+  const Cpu cpu(o.threads);
+  const RankSet ranks = parse_ranks(o.ranks);
+  Recipe chosen = recipe(o.recipe_name);
+  chosen.gates = o.gates;
+
+  const auto start = Clock::now();
+  const BaseOptions base{.format = base_format(o.base)};
+  OpenModel model = o.toy ? toy_model(base, cpu) : open_model(o.model, o.tokenizer, base, cpu);
+  if (o.no_chat) model.chat = false;
+  const auto& w = *model.weights;
+  std::printf("model      %s: %lld blocks of width %lld, %.1f M linear weights in %s, %.3f bits each (%.0f MB), read in %.1f s\n",
+              model.name.c_str(), static_cast<long long>(w.config.layers), static_cast<long long>(w.config.width),
+              static_cast<double>(w.config.linear_weights()) / 1e6, o.base.c_str(),
+              8.0 * static_cast<double>(w.linear_bytes()) / static_cast<double>(w.config.linear_weights()),
+              static_cast<double>(w.linear_bytes()) / 1e6, seconds_since(start));
+  const Data data = load_data(o, model, chosen.measure);
+
+  auto lora = adapter_options(chosen, ranks, o.alpha, o.seed);
+  lora.dropout = o.dropout;
+  Decoder<float> decoder(model.weights, {.lora = lora, .checkpoint = o.checkpoint}, cpu);
+  Trainer<float> trainer(decoder, {.recipe = chosen, .ranks = ranks, .steps = o.steps, .lr = o.lr, .seed = o.seed});
+  if (!data.held_back.empty()) trainer.hold_back(to_batch(data.held_back));
+  Index trainable = 0;
+  for (const auto& p : decoder.parameters()) trainable += p->value.size();
+  std::printf("adapters   rank up to %lld on all %lld linear layers, %.1f M parameters, alpha %g, scale %s, recipe %s\n",
+              static_cast<long long>(ranks.max()), static_cast<long long>(7 * w.config.layers), static_cast<double>(trainable) / 1e6,
+              static_cast<double>(o.alpha), std::string(name(chosen.scale)).c_str(), o.recipe_name.c_str());
+  std::printf("machine    %d threads, %s\n", cpu.threads(), std::string(name(cpu.isa())).c_str());
+  std::fflush(stdout);
+
+  const std::filesystem::path out = o.out;
+  std::filesystem::create_directories(out);
+  const auto state_file = out / "state.safetensors";
+  // What a resumed run must share with the one that was stopped.
+  const std::string settings = Json{{"model", model.name},   {"data", o.data},       {"ranks", o.ranks},     {"recipe", o.recipe_name},
+                                    {"gates", o.gates},      {"base", o.base},       {"alpha", o.alpha},     {"dropout", o.dropout},
+                                    {"lr", o.lr},            {"steps", o.steps},     {"batch", o.batch},     {"seq_len", o.seq_len},
+                                    {"seed", o.seed},        {"chat", model.chat},   {"examples", data.train.size()}}
+                                   .dump();
+  RunReport report;
+  if (o.resume) {
+    load_run_state(state_file, settings, decoder, trainer, report.step_losses);
+    std::printf("resumed    at step %lld of %lld\n", static_cast<long long>(trainer.step_count()), static_cast<long long>(o.steps));
+  }
+
+  StopSignal signal;
+  const auto training_start = Clock::now();
+  Index trained_tokens = 0;
+  double best_seconds_per_token = 0.0;
+  {
+    Progress progress(o.steps, trainer.step_count());
+    while (!trainer.done() && !signal.requested()) {
+      const auto step_start = Clock::now();
+      const auto samples = step_samples(data.train, trainer.step_count(), o.batch, o.seed);
+      const auto result = trainer.step(to_batches(samples, 1024));
+      report.step_losses.push_back(result.loss);
+      trained_tokens += result.tokens;
+      const double rate = seconds_since(step_start) / static_cast<double>(result.tokens);
+      best_seconds_per_token = best_seconds_per_token > 0.0 ? std::min(best_seconds_per_token, rate) : rate;
+      progress.update(trainer.step_count(), result.tokens, result.loss, result.rank);
+      if (o.save_every > 0 && trainer.step_count() % o.save_every == 0 && !trainer.done())
+        save_run_state(state_file, settings, decoder, trainer, report.step_losses);
+    }
+  }
+  if (!trainer.done()) {
+    save_run_state(state_file, settings, decoder, trainer, report.step_losses);
+    std::printf("\nstopped at step %lld of %lld; the state is in %s, --resume goes on\n", static_cast<long long>(trainer.step_count()),
+                static_cast<long long>(o.steps), state_file.string().c_str());
+    return 130;
+  }
+  const double training_seconds = seconds_since(training_start);
+  const MemoryUse memory = memory_use();
+  save_run_state(state_file, settings, decoder, trainer, report.step_losses);
+  save_peft_adapter(out / "adapter", named_adapters(decoder), {.rank = ranks.max(), .base_model = model.name, .ranks = {ranks.begin(), ranks.end()}, .recipe = o.recipe_name});
+  std::printf("trained    %lld steps, %lld tokens in %.0f s (%.0f tokens/s); memory %.0f MB at most\n", static_cast<long long>(o.steps),
+              static_cast<long long>(trained_tokens), training_seconds, static_cast<double>(trained_tokens) / training_seconds,
+              static_cast<double>(memory.peak) / 1e6);
+  if (chosen.measure)
+    std::printf("auto       %.0f %% of the later rows went to low ranks; %s at the end\n", 100.0 * trainer.nested().share,
+                trainer.reordered_at_end() ? "re-ordered" : "not re-ordered");
+  std::printf("evaluating every rank ...\n");
+  std::fflush(stdout);
+
+  std::vector<Index> all = {0};
+  all.insert(all.end(), ranks.begin(), ranks.end());
+  const auto stop = [&] { return signal.requested(); };
+  report.ranks = evaluate_losses(decoder, data.validation_samples, all, stop);
+  const bool questions = std::any_of(data.validation.begin(), data.validation.end(), [](const Example& e) { return !e.prompt.empty(); });
+  if (questions && !stop())
+    evaluate_answers(decoder, model.need_tokenizer(), model.chat, data.validation, report.ranks, o.new_tokens, stop);
+  if (stop()) {
+    std::printf("stopped; the adapter is in %s\n", (out / "adapter").string().c_str());
+    return 130;
+  }
+
+  print_table(report.ranks);
+  if (questions && !report.ranks.front().texts.empty()) show_answers(report.ranks, data.validation);
+  report.settings = {{"model", model.name},
+                     {"recipe", o.recipe_name},
+                     {"base", o.base},
+                     {"alpha", o.alpha},
+                     {"lr", o.lr},
+                     {"steps", o.steps},
+                     {"batch", o.batch},
+                     {"seed", o.seed},
+                     {"threads", cpu.threads()},
+                     {"isa", std::string(name(cpu.isa()))},
+                     {"tokens", trained_tokens},
+                     {"training_seconds", training_seconds},
+                     {"tokens_per_second", static_cast<double>(trained_tokens) / training_seconds},
+                     {"base_bytes", w.linear_bytes()},
+                     {"adapter_parameters", trainable},
+                     {"activation_bytes", decoder.activation_bytes()},
+                     {"peak_memory_bytes", memory.peak},
+                     {"nested_share", trainer.nested().share},
+                     {"reordered_at_end", trainer.reordered_at_end()}};
+  write_report(out, report);
+  const auto worst = *std::max_element(report.ranks.begin() + 1, report.ranks.end(),
+                                       [](const RankResult& a, const RankResult& b) { return a.loss < b.loss; });
+  std::printf("\n%s: the worst rank, %lld, has %.3f nats a token, the base %.3f\n",
+              worst.loss < report.ranks.front().loss ? "Every rank beats the base" : "NOT every rank beats the base",
+              static_cast<long long>(worst.rank), worst.loss, report.ranks.front().loss);
+  std::printf("wrote      %s: report.json, report.csv, ranks.svg, adapter/ (PEFT, rank %lld), state.safetensors\n", out.string().c_str(),
+              static_cast<long long>(ranks.max()));
+  return 0;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  CLI::App app{"Fine-tunes adapters that work at every rank, in one run.", "finetune"};
+  Options options;
+  declare(app, options);
+  return run_program(app, argc, argv, [&] { return finetune(options); });
+}

@@ -1,0 +1,123 @@
+// LoRA adapters in the folders that Hugging Face PEFT writes and reads:
+//
+//   adapter_config.json         r, lora_alpha, target_modules, ...; rank_pattern and alpha_pattern for modules that differ
+//   adapter_model.safetensors   for each module M: base_model.model.M.lora_A.weight [r, in], base_model.model.M.lora_B.weight [out, r]
+//   qdylora_gates.safetensors   ours, only for a whole adapter with gates: M.gates, M.gated_ranks, M.lora_B.weight without gates
+//
+// A reader computes W x + (lora_alpha / r) B A x. What is saved at rank b is such that this is our function at rank b: r = b, lora_alpha
+// = b * s_b (the scale s_b holds whatever the policy), gates multiplied into B. What only we can use stands where others do not look:
+// in the tensor file's metadata under "qdylora.", and in the third file. Saved at its full rank an adapter is restored to the bit.
+// <qdylora/io/peft_save.hpp> writes such folders, <qdylora/io/peft_load.hpp> reads them; <qdylora/io/peft.hpp> is both.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include <qdylora/core/matrix.hpp>
+#include <qdylora/io/json.hpp>
+#include <qdylora/nn/lora_adapter.hpp>
+
+namespace qdylora {
+
+struct PeftConfig {
+  Index rank = 0;
+  double alpha = 0.0;
+  bool use_rslora = false;  // scale alpha / sqrt(r)
+  double dropout = 0.0;
+  std::string base_model;
+  std::string task_type;
+  std::vector<std::string> target_modules;  // empty if the file has a pattern instead of names
+};
+
+/// The adapter of one module, in our orientation.
+struct PeftModule {
+  std::string name;
+  Matrix<float> a;  // [r, in]
+  Matrix<float> b;  // [r, out], without gates
+  double alpha = 0.0;  // the scale at rank r is alpha / r
+  ScalePolicy policy = ScalePolicy::constant;  // of lower ranks
+  std::vector<Index> gated_ranks;
+  Matrix<float> gates;  // [gated ranks, r]
+
+  Index rank() const noexcept { return a.rows(); }
+  Index in() const noexcept { return a.cols(); }
+  Index out() const noexcept { return b.cols(); }
+};
+
+struct PeftAdapter {
+  PeftConfig config;
+  std::vector<PeftModule> modules;  // sorted by name
+  std::vector<Index> ranks;         // PeftOptions::ranks; empty if it is not ours
+  std::map<std::string, std::string, std::less<>> metadata;
+
+  const PeftModule* find(std::string_view module) const noexcept {
+    const auto at = std::ranges::lower_bound(modules, module, {}, &PeftModule::name);
+    return at != modules.end() && at->name == module ? &*at : nullptr;
+  }
+  Index max_rank() const noexcept {
+    Index most = 0;
+    for (const PeftModule& m : modules) most = std::max(most, m.rank());
+    return most;
+  }
+};
+
+namespace detail {
+
+inline constexpr std::string_view peft_config_file = "adapter_config.json";
+inline constexpr std::string_view peft_model_file = "adapter_model.safetensors";
+inline constexpr std::string_view peft_gates_file = "qdylora_gates.safetensors";
+inline constexpr std::string_view peft_prefix = "base_model.model.";
+inline constexpr std::string_view peft_a = ".lora_A.weight";
+inline constexpr std::string_view peft_b = ".lora_B.weight";
+
+/// Where output `o` of the interleaved layout stands in the half-split one. heads 0: in the same place.
+inline Index half_split_position(Index o, Index heads, Index out) {
+  if (heads == 0) return o;
+  const Index d = out / heads;
+  const Index i = o % d;
+  return o - i + i % 2 * (d / 2) + i / 2;
+}
+
+inline void expect_rope_heads(Index heads, Index out, const std::string& module) {
+  QDYLORA_EXPECTS(heads >= 0 && (heads == 0 || (out % heads == 0 && out / heads % 2 == 0)), shape_mismatch,
+                  module + ": " + std::to_string(out) + " outputs are not " + std::to_string(heads) + " heads of even size");
+}
+
+/// Gates of rank `rank`, 1 where it has none.
+inline std::vector<float> gates_at(std::span<const Index> gated_ranks, MatrixView<const float> gates, Index rank) {
+  std::vector<float> result(static_cast<std::size_t>(rank), 1.0f);
+  const auto at = std::ranges::find(gated_ranks, rank);
+  if (at != gated_ranks.end()) std::copy_n(gates.row(at - gated_ranks.begin()), rank, result.begin());
+  return result;
+}
+
+inline void expect_finite(MatrixView<const float> matrix, const ErrorPlace& place) {
+  for (Index i = 0; i < matrix.rows; ++i) {
+    for (Index j = 0; j < matrix.cols; ++j) {
+      if (!std::isfinite(matrix(i, j))) throw Error(Errc::non_finite, "element " + shape_text(i, j) + " is not finite", place);
+    }
+  }
+}
+
+inline std::string join(std::span<const Index> numbers) {
+  std::string text;
+  for (const Index n : numbers) text += (text.empty() ? "" : ",") + std::to_string(n);
+  return text;
+}
+
+/// A whole number without a fraction, as PEFT writes lora_alpha.
+inline Json short_number(double value) {
+  if (value == std::floor(value) && std::fabs(value) < 0x1p53) return static_cast<std::int64_t>(value);
+  return value;
+}
+
+}  // namespace detail
+
+}  // namespace qdylora

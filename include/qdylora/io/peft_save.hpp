@@ -1,0 +1,181 @@
+// Saves adapters, at any rank, as a folder for Hugging Face PEFT; see <qdylora/io/peft_format.hpp>.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <deque>
+#include <filesystem>
+#include <initializer_list>
+#include <iterator>
+#include <map>
+#include <span>
+#include <string>
+#include <string_view>
+#include <system_error>
+#include <utility>
+#include <vector>
+
+#include <qdylora/io/file.hpp>
+#include <qdylora/io/json.hpp>
+#include <qdylora/io/peft_format.hpp>
+#include <qdylora/io/safetensors.hpp>
+
+namespace qdylora {
+
+/// An adapter and the module it belongs to, e.g. "model.layers.0.self_attn.q_proj".
+struct NamedAdapter {
+  std::string module;
+  const LoRAAdapter<float>* adapter = nullptr;
+  /// For query and key projections trained in GGUF's layout, where rotary embedding turns the pairs (2i, 2i + 1) of each head: the
+  /// number of heads. Outputs are then saved in Hugging Face's layout, which turns (i, i + d / 2): [heads, d / 2, 2] becomes
+  /// [heads, 2, d / 2]. 0: saved as they are.
+  Index rope_heads = 0;
+};
+
+/// The adapters of layers under their names (LoRAOptions::name).
+template <class... Layers>
+std::vector<NamedAdapter> named(const Layers&... layers) {
+  return {NamedAdapter{layers.adapter().options().name, &layers.adapter(), 0}...};
+}
+
+struct PeftOptions {
+  Index rank = 0;  // to save at; modules of lower maximal rank are saved whole. 0: all whole
+  std::string base_model = "";
+  std::string task_type = "CAUSAL_LM";
+  std::vector<Index> ranks = {};  // the ranks the adapter was trained for; those above `rank` are left out
+  std::string recipe = "";        // how it was trained
+  std::map<std::string, std::string> metadata = {};  // of the tensor file, further entries
+};
+
+namespace detail {
+
+/// [r, out] to [out, r] with row i multiplied by factors[i], and outputs moved from interleaved to half-split.
+inline Matrix<float> to_peft_b(MatrixView<const float> b, std::span<const float> factors, Index heads) {
+  Matrix<float> result(b.cols, b.rows);
+  for (Index i = 0; i < b.rows; ++i) {
+    for (Index o = 0; o < b.cols; ++o) {
+      result(half_split_position(o, heads, b.cols), i) = factors[static_cast<std::size_t>(i)] * b(i, o);
+    }
+  }
+  return result;
+}
+
+}  // namespace detail
+
+/// Saves adapters as a folder for PEFT, which is made if it is absent; each file in it is replaced as a whole. A config that changes
+/// is removed before and written last: a crash leaves no new tensors under an old config.
+/// Errc::rank_range (rank above all adapters'), bad_argument, duplicate, shape_mismatch, non_finite, open, and those of AtomicFile.
+inline void save_peft_adapter(const std::filesystem::path& folder, std::span<const NamedAdapter> adapters,
+                              const PeftOptions& options = {}) {
+  QDYLORA_EXPECTS(!adapters.empty(), bad_argument, "save_peft_adapter: no adapters");
+  Index max_rank = 0;
+  bool gated = false, one_alpha = true;
+  for (const auto& [module, adapter, heads] : adapters) {
+    constexpr std::string_view allowed = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-.";
+    QDYLORA_EXPECTS(!module.empty() && module.find_first_not_of(allowed) == std::string::npos, bad_argument,
+                    "save_peft_adapter: '" + printable(module) + "' is not the name of a module");
+    QDYLORA_EXPECTS(adapter != nullptr, bad_argument, "save_peft_adapter: " + module + " has no adapter");
+    QDYLORA_EXPECTS(adapter->options().scale == adapters.front().adapter->options().scale, bad_argument,
+                    "save_peft_adapter: " + module + " has another scale policy than " + adapters.front().module);
+    detail::expect_rope_heads(heads, adapter->out(), module);
+    max_rank = std::max(max_rank, adapter->max_rank());
+    gated |= adapter->gated();
+    one_alpha &= adapter->options().alpha == adapters.front().adapter->options().alpha;
+  }
+  QDYLORA_EXPECTS(options.rank >= 0 && options.rank <= max_rank, rank_range,
+                  "save_peft_adapter: rank " + std::to_string(options.rank) + " is not in 1 ... " + std::to_string(max_rank));
+  const Index rank = options.rank == 0 ? max_rank : options.rank;
+  gated &= rank == max_rank;
+
+  SafetensorsWriter model, gates;
+  std::deque<Matrix<float>> kept;  // what the writers borrow
+  const auto keep = [&kept](Matrix<float> matrix) -> MatrixView<const float> { return kept.emplace_back(std::move(matrix)).view(); };
+  Json config = {{"peft_type", "LORA"}, {"bias", "none"}, {"fan_in_fan_out", false}, {"inference_mode", true},
+                 {"init_lora_weights", true}, {"lora_bias", false}, {"modules_to_save", nullptr}, {"use_dora", false},
+                 {"use_rslora", false}, {"rank_pattern", Json::object()}, {"alpha_pattern", Json::object()},
+                 {"target_modules", Json::array()}};
+  config["task_type"] = options.task_type.empty() ? Json() : Json(options.task_type);
+  config["base_model_name_or_path"] = options.base_model.empty() ? Json() : Json(options.base_model);
+  config["lora_dropout"] = static_cast<double>(adapters.front().adapter->options().dropout);
+
+  for (const auto& [module, adapter, heads] : adapters) {
+    const Index r = std::min(rank, adapter->max_rank());
+    const auto a = adapter->a().value.view().top_rows(r);
+    const auto b = adapter->b().value.view().top_rows(r);
+    const std::string key = std::string(detail::peft_prefix) + module;
+    detail::expect_finite(a, {.tensor = key + std::string(detail::peft_a)});
+    detail::expect_finite(b, {.tensor = key + std::string(detail::peft_b)});
+    auto factors = std::vector<float>(static_cast<std::size_t>(r), 1.0f);
+    if (adapter->gated()) {
+      const auto& values = adapter->gates().value;
+      detail::expect_finite(values.view(), {.tensor = module + ".gates"});
+      factors = detail::gates_at(adapter->options().gated_ranks, values.view(), r);
+      if (gated) {
+        const std::vector<float> ones(static_cast<std::size_t>(r), 1.0f);
+        const auto& ranks = adapter->options().gated_ranks;
+        gates.add(module + ".gates", values.view());
+        gates.add(module + ".gated_ranks", DType::I64, {static_cast<Index>(ranks.size())}, std::as_bytes(std::span(ranks)));
+        gates.add(module + std::string(detail::peft_b), keep(detail::to_peft_b(b, ones, heads)));
+      }
+    }
+    model.add(key + std::string(detail::peft_a), a);
+    model.add(key + std::string(detail::peft_b), keep(detail::to_peft_b(b, factors, heads)));
+
+    // lora_alpha = s_r * r
+    double alpha = static_cast<double>(adapter->options().alpha);
+    switch (adapter->options().scale) {
+      case ScalePolicy::constant: alpha = alpha * static_cast<double>(r) / static_cast<double>(adapter->max_rank()); break;
+      case ScalePolicy::over_rank: break;
+      case ScalePolicy::over_sqrt_rank: alpha *= std::sqrt(static_cast<double>(r)); break;
+    }
+    // The first module's values are the rule. A pattern is a regular expression for the end of a module's name, so it is anchored.
+    std::string pattern = "^";
+    for (const char c : module) pattern += c == '.' ? std::string("\\.") : std::string(1, c);
+    if (!config.contains("r")) {
+      config["r"] = r;
+      config["lora_alpha"] = detail::short_number(alpha);
+    }
+    if (config["r"] != Json(r)) config["rank_pattern"][pattern] = r;
+    if (config["lora_alpha"] != detail::short_number(alpha)) config["alpha_pattern"][pattern] = detail::short_number(alpha);
+    config["target_modules"].push_back(module);
+  }
+
+  std::vector<Index> ranks;
+  std::ranges::copy_if(options.ranks, std::back_inserter(ranks), [&](Index b) { return b <= rank; });
+  const auto& first = adapters.front().adapter->options();
+  for (const auto& [key, value] : options.metadata) model.metadata(key, value);
+  model.metadata("format", "pt");
+  model.metadata("qdylora.version", "1");
+  model.metadata("qdylora.scale", std::string(name(first.scale)));
+  if (one_alpha) model.metadata("qdylora.alpha", detail::short_number(static_cast<double>(first.alpha)).dump());
+  model.metadata("qdylora.max_rank", std::to_string(max_rank));
+  if (!ranks.empty()) model.metadata("qdylora.ranks", detail::join(ranks));
+  if (!options.recipe.empty()) model.metadata("qdylora.recipe", options.recipe);
+  if (gated) model.metadata("qdylora.gates", "true");
+
+  std::error_code error;
+  std::filesystem::create_directories(folder, error);
+  if (error) throw Error(Errc::open, "cannot make the folder: " + error.message(), {.file = folder.native()});
+  const auto remove = [&](std::string_view file) {
+    std::filesystem::remove(folder / file, error);
+    if (error) throw Error(Errc::write, "cannot remove: " + error.message(), {.file = (folder / file).native()});
+  };
+  const std::string text = config.dump(2) + "\n";
+  const std::filesystem::path config_path = folder / detail::peft_config_file;
+  if (std::filesystem::exists(config_path, error) && read_text(config_path) != text) remove(detail::peft_config_file);
+  if (gated) gates.write(folder / detail::peft_gates_file);
+  model.write(folder / detail::peft_model_file);
+  if (!gated) remove(detail::peft_gates_file);
+  replace_file(config_path, text);
+}
+inline void save_peft_adapter(const std::filesystem::path& folder, std::initializer_list<NamedAdapter> adapters,
+                              const PeftOptions& options = {}) {
+  save_peft_adapter(folder, std::span<const NamedAdapter>(adapters.begin(), adapters.size()), options);
+}
+/// At one rank, other options at their defaults.
+inline void save_peft_adapter(const std::filesystem::path& folder, std::span<const NamedAdapter> adapters, Index rank) {
+  QDYLORA_EXPECTS(rank >= 1, rank_range, "save_peft_adapter: rank " + std::to_string(rank) + " is below 1");
+  save_peft_adapter(folder, adapters, PeftOptions{.rank = rank});
+}
+
+}  // namespace qdylora

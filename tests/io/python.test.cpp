@@ -1,0 +1,269 @@
+// Files that the library writes, read by the programs they are for. The interpreter is $QDYLORA_PYTHON, or python3; a test whose
+// packages it lacks is skipped.
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <deque>
+#include <filesystem>
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <qdylora/cpu/cpu.hpp>
+#include <qdylora/io/bitsandbytes.hpp>
+#include <qdylora/io/peft.hpp>
+#include <qdylora/model/decoder.hpp>
+#include <qdylora/quant/quantize.hpp>
+
+#include "support/catch.hpp"
+#include "support/files.hpp"
+#include "support/random_data.hpp"
+
+namespace qd = qdylora;
+using qd::Index;
+
+namespace {
+
+std::string quoted(const std::string& text) {
+  std::string result = "'";
+  for (const char c : text) result += c == '\'' ? std::string("'\\''") : std::string(1, c);
+  return result + "'";
+}
+
+std::string interpreter() {
+  const char* set = std::getenv("QDYLORA_PYTHON");
+  return quoted(set != nullptr ? set : "python3");
+}
+
+/// Whether the interpreter is there and has all of these modules.
+bool has_python(const std::string& modules) {
+  return std::system((interpreter() + " -c 'import " + modules + "' >/dev/null 2>&1").c_str()) == 0;
+}
+
+/// The exit status of tests/python/<script> on a folder; its output stays visible.
+int run_python(const std::string& script, const std::filesystem::path& folder) {
+  const auto path = std::filesystem::path(QDYLORA_GOLDEN_DIR).parent_path() / "python" / script;
+  return std::system(("PYTHONDONTWRITEBYTECODE=1 HF_HUB_OFFLINE=1 " + interpreter() + " " + quoted(path.native()) + " " +
+                      quoted(folder.native()) + " 2>&1")
+                         .c_str());
+}
+
+qd::LoRAAdapter<float> trained_adapter(Index in, Index out, qd::LoRAOptions options, std::uint64_t seed) {
+  options.seed = seed;
+  qd::LoRAAdapter<float> adapter(in, out, std::move(options));
+  qd::Rng rng(seed);
+  test::fill_normal(adapter.b().value.view(), rng, 0.2);
+  if (adapter.gated())
+    for (float& g : adapter.gates().value.span()) g = rng.uniform(0.5f, 1.5f);
+  return adapter;
+}
+
+// y = x (W + delta W_rank)^T in double. x [tokens, in], w [out, in].
+qd::Matrix<double> linear(const qd::Matrix<double>& x, const qd::Matrix<float>& w, const qd::LoRAAdapter<float>* adapter, Index rank) {
+  qd::Matrix<double> y(x.rows(), w.rows());
+  std::vector<float> coefficients;
+  if (adapter != nullptr) coefficients = adapter->coefficients(rank, rank);
+  for (Index o = 0; o < w.rows(); ++o) {
+    for (Index k = 0; k < w.cols(); ++k) {
+      auto weight = static_cast<double>(w(o, k));
+      for (std::size_t i = 0; i < coefficients.size(); ++i) {
+        weight += static_cast<double>(coefficients[i]) * static_cast<double>(adapter->b().value(static_cast<Index>(i), o)) *
+                  static_cast<double>(adapter->a().value(static_cast<Index>(i), k));
+      }
+      for (Index t = 0; t < x.rows(); ++t) y(t, o) += x(t, k) * weight;
+    }
+  }
+  return y;
+}
+
+qd::Matrix<double> relu(qd::Matrix<double> x) {
+  for (double& v : x.span()) v = std::max(v, 0.0);
+  return x;
+}
+
+qd::Matrix<float> to_float(const qd::Matrix<double>& x) {
+  qd::Matrix<float> y(x.rows(), x.cols());
+  for (Index i = 0; i < x.size(); ++i) y.data()[i] = static_cast<float>(x.data()[i]);
+  return y;
+}
+
+}  // namespace
+
+TEST_CASE("bitsandbytes decodes 4-bit weights written here to our values, bit for bit", "[python]") {
+  if (!has_python("torch, bitsandbytes, safetensors.torch")) SKIP("no Python with torch, bitsandbytes and safetensors ($QDYLORA_PYTHON)");
+  test::TemporaryFolder folder;
+  qd::SafetensorsWriter weights, expected;
+  qd::BnbStates states;
+  std::deque<qd::WeightFor<qd::AnyFormat>> tensors;  // what the writers borrow
+  std::deque<qd::Matrix<float>> decoded;
+  std::deque<qd::Matrix<qd::bfloat16>> decoded_bfloat16;
+  const auto add = [&]<class Format, class Scales>(Index rows, Index cols, Index block, qd::DType dtype) {
+    const auto name = "layer." + std::to_string(tensors.size()) + ".weight";
+    const qd::Matrix<float> w = test::normal_matrix<float>(rows, cols, tensors.size() + 1, 0.05);
+    tensors.emplace_back(qd::quantize<Format, Scales>(w.view(), {.block_size = block}));
+    qd::add_bnb_4bit(weights, states, name, tensors.back(), dtype);
+    tensors.back().visit([&](const auto& view) {
+      if constexpr (requires { view.codes; }) {
+        if (dtype == qd::DType::BF16) {
+          qd::dequantize(view, decoded_bfloat16.emplace_back(rows, cols).view());
+          expected.add(name, std::as_const(decoded_bfloat16.back()).view());
+        } else {
+          qd::dequantize(view, decoded.emplace_back(rows, cols).view());
+          expected.add(name, std::as_const(decoded.back()).view());
+        }
+      }
+    });
+  };
+  using qd::DType;
+  for (const auto& [rows, cols] : {std::pair<Index, Index>{96, 128}, {5, 48}, {7, 101}, {300, 100}}) {
+    for (const Index block : {64, 128}) {
+      add.operator()<qd::NF4, qd::DoubleQuant<>>(rows, cols, block, DType::F32);
+      add.operator()<qd::NF4, qd::Float32Scales>(rows, cols, block, DType::F32);
+      add.operator()<qd::FP4, qd::DoubleQuant<>>(rows, cols, block, DType::F32);
+      add.operator()<qd::FP4, qd::Float32Scales>(rows, cols, block, DType::BF16);
+      add.operator()<qd::NF4, qd::DoubleQuant<>>(rows, cols, block, DType::BF16);
+    }
+  }
+  weights.write(folder / "weights.safetensors");
+  expected.write(folder / "expected.safetensors");
+  CHECK(run_python("check_bitsandbytes.py", folder.path()) == 0);
+}
+
+TEST_CASE("PEFT computes with saved adapters what we compute, at every rank, scale and gate", "[python]") {
+  if (!has_python("torch, peft, safetensors.torch")) SKIP("no Python with torch, peft and safetensors ($QDYLORA_PYTHON)");
+  test::TemporaryFolder folder;
+  const qd::Matrix<float> up = test::normal_matrix<float>(24, 16, 1, 0.25), block_up = test::normal_matrix<float>(20, 24, 2, 0.25),
+                          plain = test::normal_matrix<float>(6, 20, 3, 0.25), x = test::normal_matrix<float>(9, 16, 4);
+  qd::SafetensorsWriter model, expected;
+  model.add("up", up.view());
+  model.add("block.up", block_up.view());
+  model.add("plain", plain.view());
+  model.add("x", x.view());
+  model.write(folder / "model.safetensors");
+  qd::Matrix<double> input(x.rows(), x.cols());
+  for (Index i = 0; i < x.size(); ++i) input.data()[i] = static_cast<double>(x.data()[i]);
+
+  std::deque<qd::Matrix<float>> outputs;
+  int number = 0;
+  for (const auto policy : {qd::ScalePolicy::constant, qd::ScalePolicy::over_rank, qd::ScalePolicy::over_sqrt_rank}) {
+    for (const bool gated : {false, true}) {
+      const auto ranks = gated ? std::vector<Index>{1, 8, 16} : std::vector<Index>{};
+      const auto first = trained_adapter(16, 24, {.max_rank = 16, .alpha = 11.0f, .scale = policy, .gated_ranks = ranks}, 5);
+      const auto second = trained_adapter(24, 20, {.max_rank = gated ? 16 : 4, .alpha = 7.0f, .scale = policy, .gated_ranks = ranks}, 6);
+      for (const Index rank : {1, 3, 8, 16}) {
+        const std::string name = "adapter" + std::to_string(number++);
+        qd::save_peft_adapter(folder / name, {{"up", &first}, {"block.up", &second}}, {.rank = rank, .task_type = ""});
+        const auto hidden = relu(linear(input, up, &first, rank));
+        const auto last = relu(linear(hidden, block_up, &second, std::min(rank, second.max_rank())));
+        expected.add(name, std::as_const(outputs.emplace_back(to_float(linear(last, plain, nullptr, 0)))).view());
+      }
+    }
+  }
+  expected.write(folder / "expected.safetensors");
+  CHECK(run_python("check_peft.py", folder.path()) == 0);
+}
+
+TEST_CASE("transformers and PEFT compute our logits from saved adapters, whichever rotary layout they were trained in", "[python]") {
+  if (!has_python("torch, peft, transformers, safetensors.torch")) {
+    SKIP("no Python with torch, peft, transformers and safetensors ($QDYLORA_PYTHON)");
+  }
+  test::TemporaryFolder folder;
+  qd::DecoderConfig config;
+  config.vocab = 64;
+  config.width = 32;
+  config.mlp_width = 48;
+  config.layers = 2;
+  config.heads = {.heads = 4, .kv_heads = 2, .head_dim = 10};
+  config.context = 64;
+  config.norm_epsilon = 1e-6f;
+  config.tied_head = false;
+
+  // The model as a Hugging Face folder, and in our two layouts: q and k rows of a head are stored (i, i + d / 2) or (2i, 2i + 1).
+  qd::SafetensorsWriter base;
+  std::deque<qd::Matrix<float>> kept;
+  std::uint64_t seed = 1;
+  const auto random = [&](const std::string& name, Index rows, Index cols, double deviation, float mean = 0.0f) {
+    qd::Matrix<float> values = test::normal_matrix<float>(rows, cols, seed++, deviation);
+    for (float& v : values.span()) v += mean;
+    kept.push_back(qd::clone(values.view()));
+    if (rows == 1) base.add(name, qd::DType::F32, {cols}, std::as_bytes(std::as_const(kept.back()).span()));
+    else base.add(name, std::as_const(kept.back()).view());
+    return values;
+  };
+  const auto models = std::array{std::make_shared<qd::DecoderWeights<float>>(), std::make_shared<qd::DecoderWeights<float>>()};
+  models[0]->embedding = random("model.embed_tokens.weight", 64, 32, 1.0);
+  models[0]->head = random("lm_head.weight", 64, 32, 0.2);
+  models[0]->final_norm = random("model.norm.weight", 1, 32, 0.1, 1.0f);
+  models[0]->config = config;
+  models[1]->embedding = qd::clone(models[0]->embedding.view());
+  models[1]->head = qd::clone(models[0]->head.view());
+  models[1]->final_norm = qd::clone(models[0]->final_norm.view());
+  models[1]->config = config;
+  models[1]->config.rope_layout = qd::RopeLayout::interleaved;
+  const std::pair<Index, Index> shapes[7] = {{40, 32}, {20, 32}, {20, 32}, {32, 40}, {48, 32}, {48, 32}, {32, 48}};
+  for (Index layer = 0; layer < config.layers; ++layer) {
+    const std::string prefix = "model.layers." + std::to_string(layer) + ".";
+    const auto blocks = std::array{std::make_shared<qd::BlockWeights<float>>(), std::make_shared<qd::BlockWeights<float>>()};
+    const auto input_norm = random(prefix + "input_layernorm.weight", 1, 32, 0.1, 1.0f);
+    const auto mlp_norm = random(prefix + "post_attention_layernorm.weight", 1, 32, 0.1, 1.0f);
+    for (const auto& block : blocks) {
+      block->attention_norm = qd::clone(input_norm.view());
+      block->mlp_norm = qd::clone(mlp_norm.view());
+    }
+    for (std::size_t p = 0; p < 7; ++p) {
+      auto weight = random(prefix + qd::projection_names[p] + ".weight", shapes[p].first, shapes[p].second, 0.2);
+      auto other = qd::clone(weight.view());
+      if (p < 2) {
+        const Index d = config.heads.head_dim;
+        for (Index i = 0; i < weight.rows(); ++i) {
+          const Index source = i / d * d + i % d / 2 + i % 2 * (d / 2);
+          qd::copy(std::as_const(weight).view().middle_rows(source, 1), other.view().middle_rows(i, 1));
+        }
+      }
+      blocks[0]->linear[p] = std::make_shared<const qd::WeightFor<qd::AnyFormat>>(std::move(weight));
+      blocks[1]->linear[p] = std::make_shared<const qd::WeightFor<qd::AnyFormat>>(std::move(other));
+    }
+    for (std::size_t i = 0; i < 2; ++i) models[i]->blocks.push_back(blocks[i]);
+  }
+  std::filesystem::create_directory(folder / "base");
+  base.metadata("format", "pt");
+  base.write(folder / "base" / "model.safetensors");
+  test::write_file(folder / "base" / "config.json",
+                   R"({"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 64, "hidden_size": 32,
+                       "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+                       "head_dim": 10, "max_position_embeddings": 64, "rms_norm_eps": 1e-06, "hidden_act": "silu",
+                       "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}, "tie_word_embeddings": false,
+                       "attention_bias": false, "mlp_bias": false, "bos_token_id": 1, "eos_token_id": 2, "dtype": "float32"})");
+
+  qd::Batch batch;
+  qd::Rng rng(9);
+  std::vector<std::int32_t> text(30);
+  for (auto& id : text) id = static_cast<std::int32_t>(rng.below(64));
+  batch.add(text);
+  qd::SafetensorsWriter expected;
+  expected.add("ids", qd::DType::I32, {batch.tokens()}, std::as_bytes(std::span(batch.ids)));
+  std::deque<qd::Matrix<float>> logits;
+  for (const auto& weights : models) {
+    const bool interleaved = weights->config.rope_layout == qd::RopeLayout::interleaved;
+    qd::DecoderOptions options;
+    options.lora = {.max_rank = 16, .alpha = 16.0f, .scale = interleaved ? qd::ScalePolicy::constant : qd::ScalePolicy::over_rank};
+    qd::Decoder<float> decoder(weights, options);
+    std::vector<qd::NamedAdapter> adapters;
+    decoder.for_each_linear([&](auto& layer) {
+      test::fill_normal(layer.adapter().b().value.view(), rng, 0.1);
+      const std::string& name = layer.adapter().options().name;
+      const Index heads = name.ends_with("q_proj") ? 4 : name.ends_with("k_proj") ? 2 : 0;
+      adapters.push_back({name, &layer.adapter(), interleaved ? heads : 0});
+    });
+    for (const Index rank : {1, 8, 16}) {
+      const std::string name = (interleaved ? "interleaved" : "half_split") + std::to_string(rank);
+      qd::save_peft_adapter(folder / name, adapters, rank);
+      decoder.set_ranks(qd::RankPlan::uniform(rank));
+      expected.add(name, std::as_const(logits.emplace_back(decoder.logits(batch))).view());
+    }
+  }
+  expected.write(folder / "expected.safetensors");
+  CHECK(run_python("check_llama.py", folder.path()) == 0);
+}

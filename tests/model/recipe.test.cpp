@@ -1,0 +1,357 @@
+// Recipes: what they are called, what they do to the ranks, and that each of them learns.
+#include <cmath>
+#include <map>
+#include <string>
+#include <vector>
+
+#include <qdylora/cpu/cpu.hpp>
+#include <qdylora/model/trainer.hpp>
+
+#include "support/catch.hpp"
+#include "support/files.hpp"
+#include "support/tiny_model.hpp"
+
+namespace qd = qdylora;
+using qd::Errc;
+using qd::Index;
+using test::error_of;
+using Model = qd::Decoder<float>;
+using Trainer = qd::Trainer<float>;
+
+namespace {
+
+const qd::RankSet ranks{1, 2, 4, 8};
+
+qd::TrainerOptions options_of(const qd::Recipe& recipe, std::int64_t steps) {
+  qd::TrainerOptions options;
+  options.recipe = recipe;
+  options.ranks = ranks;
+  options.steps = steps;
+  options.lr = 1e-2;
+  options.warmup_steps = 2;
+  options.seed = 3;
+  return options;
+}
+
+Model make_model(const qd::Recipe& recipe) {
+  auto config = test::tiny_config();
+  config.width = 32;
+  return Model(test::tiny_weights<float>(config, false, {}), {.lora = qd::adapter_options(recipe, ranks, 8.0f, 1)}, qd::Cpu(1));
+}
+
+qd::Batch batch_of(std::uint64_t step) { return test::counting_batch(17, 8, 16, 100 + step); }
+qd::Batch held_back() { return test::counting_batch(17, 16, 16, 7); }
+
+qd::Recipe with_short_window(std::string_view name) {
+  auto recipe = qd::recipe(name);
+  recipe.collect_steps = 5;
+  recipe.rewarm_steps = 3;
+  return recipe;
+}
+
+}  // namespace
+
+TEST_CASE("recipes are found by their names, and an unknown name is answered with all of them") {
+  CHECK(qd::recipe_names.size() == 7);
+  for (const auto name : qd::recipe_names) CHECK(qd::recipe(name).name == name);
+  for (const char* name : {"", "Auto", "qlora ", "order_then_nest"}) {
+    const auto error = error_of([&] { qd::recipe(name); });
+    REQUIRE(error);
+    CHECK(error->code() == Errc::bad_argument);
+    for (const auto known : qd::recipe_names) CHECK(std::string(error->what()).find(known) != std::string::npos);
+  }
+}
+
+TEST_CASE("recipes are what their papers say") {
+  using Granularity = qd::SamplerOptions::Granularity;
+  const auto qlora = qd::recipe("qlora"), svd = qd::recipe("qlora-svd"), qdylora = qd::recipe("qdylora"), frozen = qd::recipe("qdylora-frozen"),
+             per_row = qd::recipe("per-row"), nest = qd::recipe("order-then-nest"), automatic = qd::recipe("auto");
+  for (const auto* recipe : {&qlora, &svd, &qdylora, &frozen, &per_row}) CHECK(recipe->order_at == 1.0);
+  for (const auto* recipe : {&qlora, &svd, &nest, &automatic}) CHECK_FALSE(recipe->draw_ranks);
+  for (const auto* recipe : {&qlora, &svd, &per_row, &nest, &automatic}) CHECK(recipe->scale == qd::ScalePolicy::constant);
+  CHECK(svd.order_at_end);
+  CHECK(svd.ordering == qd::Reordering::svd);
+  CHECK_FALSE(qlora.order_at_end);
+  for (const auto* recipe : {&qdylora, &frozen}) {
+    CHECK(recipe->draw_ranks);
+    CHECK(recipe->granularity == Granularity::step);
+    CHECK(recipe->scale == qd::ScalePolicy::over_rank);
+  }
+  CHECK(qdylora.gradient_rows == qd::GradientRows::prefix);
+  CHECK(frozen.gradient_rows == qd::GradientRows::last_row);
+  CHECK(per_row.draw_ranks);
+  CHECK(per_row.granularity == Granularity::row);
+  for (const auto* recipe : {&nest, &automatic}) {
+    CHECK(recipe->order_at == 0.5);
+    CHECK(recipe->ordering == qd::Reordering::gram);
+    CHECK(recipe->collect_steps == 20);
+  }
+  CHECK(nest.full_share == 0.25);
+  CHECK(nest.boost == 2.0);
+  CHECK(nest.head_boost == 12.0);
+  CHECK(nest.head_power == 2.0);
+  CHECK(automatic.measure);
+  CHECK_FALSE(nest.measure);
+}
+
+TEST_CASE("adapters are made as the recipe wants them") {
+  const auto qdylora = qd::adapter_options(qd::recipe("qdylora-frozen"), ranks, 4.0f, 9);
+  CHECK(qdylora.max_rank == 8);
+  CHECK(qdylora.alpha == 4.0f);
+  CHECK(qdylora.seed == 9);
+  CHECK(qdylora.scale == qd::ScalePolicy::over_rank);
+  CHECK(qdylora.gradient_rows == qd::GradientRows::last_row);
+  CHECK(qdylora.gated_ranks.empty());
+  auto gated = qd::recipe("order-then-nest");
+  gated.gates = true;
+  CHECK(qd::adapter_options(gated, ranks, 4.0f, 9).gated_ranks == std::vector<Index>{1, 2, 4, 8});
+}
+
+TEST_CASE("the nested share grows with the square root of the mean gap, up to three quarters of the rows") {
+  // Full rank gains 2 over the base; the gaps of ranks 1, 2 and 4 are 0.12, 0.08 and 0.04 of 2: 4 % on average.
+  const auto share = qd::nested_share({1.12, 1.08, 1.04, 1.0}, 3.0);
+  CHECK(share.strength == Approx(0.4));
+  CHECK(share.share == Approx(0.3));
+  REQUIRE(share.weights.size() == 4);
+  CHECK(share.weights[0] == Approx(0.5));
+  CHECK(share.weights[1] == Approx(1.0 / 3.0));
+  CHECK(share.weights[2] == Approx(1.0 / 6.0));
+  CHECK(share.weights[3] == 0.0);
+
+  const auto quarter = qd::nested_share({1.5, 1.5, 1.0}, 3.0), more = qd::nested_share({2.9, 2.9, 1.0}, 3.0);
+  for (const auto& s : {quarter, more}) {
+    CHECK(s.strength == Approx(1.0));
+    CHECK(s.share == Approx(0.75));
+    CHECK(s.weights[0] == Approx(0.5));
+  }
+}
+
+TEST_CASE("a rank that loses nothing gets no rows") {
+  const auto some = qd::nested_share({1.4, 0.9, 1.0}, 3.0);  // rank 2 is better than full rank
+  CHECK(some.weights[1] == 0.0);
+  CHECK(some.weights[0] == Approx(1.0));
+  CHECK(some.strength == Approx(std::sqrt(0.1 / 0.25)));
+  for (const auto& none : {qd::nested_share({1.0, 1.0, 1.0}, 3.0), qd::nested_share({0.9, 0.8, 1.0}, 3.0),
+                           qd::nested_share({1.5, 1.2, 1.0}, 1.0), qd::nested_share({1.5, 1.2, 1.0}, 0.5), qd::nested_share({1.0}, 3.0),
+                           qd::nested_share({1.5, 1.2, 1.0}, std::nan("")), qd::nested_share({1.5, 1.2, std::nan("")}, 3.0)}) {
+    CHECK(none.share == 0.0);
+    CHECK(none.strength == 0.0);
+  }
+}
+
+TEST_CASE("every recipe lowers the loss at full rank, and the nested ones at every rank") {
+  for (const auto name : qd::recipe_names) {
+    CAPTURE(std::string(name));
+    const auto recipe = with_short_window(name);
+    auto model = make_model(recipe);
+    Trainer trainer(model, options_of(recipe, 30));
+    trainer.hold_back(held_back());
+    double first = 0.0, last = 0.0;
+    while (!trainer.done()) {
+      const auto step = static_cast<std::uint64_t>(trainer.step_count());
+      const auto report = trainer.step(batch_of(step));
+      CHECK_FALSE(report.skipped);
+      CHECK(report.tokens == 8 * 15);
+      CHECK(report.gradient_norm > 0.0);
+      if (step < 3) first += report.loss / 3.0;
+      if (step >= 27) last += report.loss / 3.0;
+    }
+    CHECK(last < 0.9 * first);
+    CHECK(trainer.skipped_steps() == 0);
+    const auto losses = trainer.losses_by_rank(held_back());
+    REQUIRE(losses.size() == 5);
+    const double base = losses.back();
+    CHECK(losses[3] < 0.9 * base);
+    if (name == "qlora") continue;  // useless when cut
+    for (std::size_t i = 0; i < 3; ++i) {
+      CAPTURE(i, losses[i], base);
+      CHECK(losses[i] < base);
+    }
+  }
+}
+
+TEST_CASE("fixed-rank recipes stay at full rank, and the published one draws every rank for whole steps") {
+  for (const char* name : {"qlora", "qlora-svd", "qdylora", "per-row", "order-then-nest"}) {
+    CAPTURE(name);
+    const auto recipe = with_short_window(name);
+    auto model = make_model(recipe);
+    Trainer trainer(model, options_of(recipe, 40));
+    std::map<Index, int> largest;
+    const auto one = test::counting_batch(17, 1, 16, 1);  // of one sequence, whose rank is the step's
+    while (!trainer.done()) {
+      const bool first_half = trainer.step_count() < 20;
+      const Index rank = trainer.step(one).rank;
+      CHECK(ranks.contains(rank));
+      if (std::string(name) == "order-then-nest" && first_half) CHECK(rank == 8);
+      else ++largest[rank];
+    }
+    if (std::string(name).starts_with("qlora")) {
+      CHECK(largest == std::map<Index, int>{{8, 40}});
+    } else {
+      CHECK(largest.size() == 4);
+    }
+  }
+}
+
+TEST_CASE("re-ordering in the middle of a run leaves the loss at full rank as it was") {
+  for (const auto ordering : {qd::Reordering::gram, qd::Reordering::svd}) {
+    auto recipe = with_short_window("order-then-nest");
+    recipe.ordering = ordering;
+    recipe.full_share = 1.0;  // so that the step after it reports the loss at full rank, before its update
+    auto model = make_model(recipe);
+    Trainer trainer(model, options_of(recipe, 24));
+    while (trainer.step_count() < 12) trainer.step(batch_of(static_cast<std::uint64_t>(trainer.step_count())));
+    const auto next = batch_of(99);
+    const auto before = trainer.losses_by_rank(next);
+    model.set_ranks(qd::RankPlan::uniform(8));
+    const auto values = test::values(model);
+    const auto report = trainer.step(next);
+    CHECK(report.rank == 8);
+    CHECK(report.loss == Approx(before[3]).margin(1e-4));
+    CHECK(report.loss < 0.9 * before[4]);
+    CHECK(test::values(model) != values);
+  }
+}
+
+TEST_CASE("re-ordering moves what an adapter knows to its first rows and keeps its logits at full rank") {
+  for (const auto ordering : {qd::Reordering::gram, qd::Reordering::svd}) {
+    const auto recipe = qd::recipe("qlora");
+    auto model = make_model(recipe);
+    Trainer trainer(model, options_of(recipe, 30));
+    while (!trainer.done()) trainer.step(batch_of(static_cast<std::uint64_t>(trainer.step_count())));
+    if (ordering == qd::Reordering::gram) {
+      model.for_each_linear([](auto& linear) { linear.adapter().start_collecting(); });
+      for (std::uint64_t i = 0; i < 4; ++i) model.loss_and_gradient(batch_of(i), 1.0);
+    }
+    const auto batch = held_back();
+    const auto before = trainer.losses_by_rank(batch);
+    model.set_ranks(qd::RankPlan::uniform(8));
+    const auto logits = model.logits(batch);
+    model.for_each_linear([&](auto& linear) {
+      const auto sigma = qd::reorder(linear.adapter(), ordering);
+      linear.adapter().stop_collecting();
+      CHECK(std::is_sorted(sigma.rbegin(), sigma.rend()));
+    });
+    const auto after = trainer.losses_by_rank(batch);
+    model.set_ranks(qd::RankPlan::uniform(8));
+    const auto reordered = model.logits(batch);
+    float largest = 0.0f, scale = 0.0f;
+    for (std::size_t i = 0; i < logits.span().size(); ++i) {
+      largest = std::max(largest, std::fabs(logits.span()[i] - reordered.span()[i]));
+      scale = std::max(scale, std::fabs(logits.span()[i]));
+    }
+    CHECK(largest <= 1e-4f * scale);
+    CHECK(after[3] == Approx(before[3]).margin(1e-4));
+    CHECK(after[0] < before[0]);
+    CHECK(after[4] == before[4]);
+  }
+}
+
+TEST_CASE("qlora-svd is qlora but for the re-ordering at its end, which makes its cuts better") {
+  std::map<std::string, std::vector<double>> losses;
+  for (const char* name : {"qlora", "qlora-svd"}) {
+    const auto recipe = qd::recipe(name);
+    auto model = make_model(recipe);
+    Trainer trainer(model, options_of(recipe, 30));
+    while (!trainer.done()) {
+      const auto report = trainer.step(batch_of(static_cast<std::uint64_t>(trainer.step_count())));
+      losses[std::string(name) + " steps"].push_back(report.loss);
+    }
+    CHECK(trainer.reordered_at_end() == (recipe.name == "qlora-svd"));
+    losses[name] = trainer.losses_by_rank(held_back());
+  }
+  CHECK(losses["qlora steps"] == losses["qlora-svd steps"]);
+  CHECK(losses["qlora"][3] == Approx(losses["qlora-svd"][3]).margin(1e-4));
+  CHECK(losses["qlora"][4] == losses["qlora-svd"][4]);
+  for (std::size_t i = 0; i < 3; ++i) CHECK(losses["qlora-svd"][i] < losses["qlora"][i]);
+}
+
+TEST_CASE("auto measures what each rank loses after the re-ordering and deals out rows accordingly") {
+  auto recipe = with_short_window("auto");
+  recipe.rewarm_steps = 1'000'000'000;  // the second phase barely moves the weights, so that its measurement can be repeated
+  auto model = make_model(recipe);
+  constexpr std::int64_t steps = 400;
+  auto options = options_of(recipe, steps);
+  options.lr = 2e-3;
+  Trainer trainer(model, options);
+  trainer.hold_back(held_back());
+  const auto one = test::counting_batch(17, 1, 16, 1);
+  while (trainer.step_count() < steps / 2) {
+    CHECK(trainer.nested().weights.empty());
+    CHECK(trainer.step(trainer.step_count() < 30 ? batch_of(static_cast<std::uint64_t>(trainer.step_count())) : one).rank == 8);
+  }
+  std::map<Index, double> counts;
+  ++counts[trainer.step(one).rank];
+  auto losses = trainer.losses_by_rank(held_back());
+  const double base = losses.back();
+  losses.pop_back();
+  const auto expected = qd::nested_share(losses, base);
+  const auto found = trainer.nested();
+  REQUIRE(expected.share > 0.0);
+  CHECK(found.share == Approx(expected.share).epsilon(1e-3));
+  CHECK(found.strength == Approx(expected.strength).epsilon(1e-3));
+  for (std::size_t i = 0; i < 4; ++i) CHECK(found.weights[i] == Approx(expected.weights[i]).epsilon(1e-3).margin(1e-6));
+
+  while (!trainer.done()) ++counts[trainer.step(one).rank];
+  const double rows = steps / 2;
+  for (std::size_t i = 0; i < 4; ++i) {
+    const double share = i == 3 ? 1.0 - found.share : found.share * found.weights[i];
+    CAPTURE(i, share);
+    CHECK(std::fabs(counts[ranks[static_cast<Index>(i)]] - share * rows) <= 2.0);
+  }
+}
+
+TEST_CASE("auto without sequences held back has nothing to measure and stays at full rank") {
+  const auto recipe = with_short_window("auto");
+  auto model = make_model(recipe);
+  Trainer trainer(model, options_of(recipe, 20));
+  while (!trainer.done()) CHECK(trainer.step(batch_of(static_cast<std::uint64_t>(trainer.step_count()))).rank == 8);
+  CHECK(trainer.nested().share == 0.0);
+  CHECK_FALSE(trainer.reordered_at_end());
+}
+
+TEST_CASE("auto keeps the re-ordering at its end only where the ranks together gain by it") {
+  const auto recipe = with_short_window("auto");
+  bool kept = false, undone = false;
+  for (const double lr : {1e-5, 1e-3, 1e-2, 3e-2}) {
+    auto options = options_of(recipe, 30);
+    options.lr = lr;
+    auto model = make_model(recipe), shadow = make_model(recipe);
+    Trainer trainer(model, options), other(shadow, options);
+    trainer.hold_back(held_back());
+    while (!trainer.done()) trainer.step(batch_of(static_cast<std::uint64_t>(trainer.step_count())));
+    // The model as it ended, and with (another) re-ordering: keeping the better one means that this gains nothing.
+    auto ended = trainer.losses_by_rank(held_back());
+    for (std::size_t i = 0; i < model.parameters().size(); ++i)
+      qd::copy(std::as_const(model.parameters()[i]->value).view(), shadow.parameters()[i]->value.view());
+    shadow.for_each_linear([](auto& linear) { qd::reorder(linear.adapter()); });
+    auto reordered = other.losses_by_rank(held_back());
+    double sum_ended = 0.0, sum_reordered = 0.0;
+    for (std::size_t i = 0; i < 4; ++i) {
+      sum_ended += ended[i];
+      sum_reordered += reordered[i];
+    }
+    CAPTURE(lr, trainer.reordered_at_end());
+    CHECK(sum_ended <= sum_reordered + 1e-4);
+    (trainer.reordered_at_end() ? kept : undone) = true;
+  }
+  CHECK((kept || undone));
+}
+
+TEST_CASE("the gates of a recipe with gates move, in the second phase only") {
+  auto recipe = with_short_window("order-then-nest");
+  recipe.gates = true;
+  auto model = make_model(recipe);
+  Trainer trainer(model, options_of(recipe, 20));
+  const auto gates_moved = [&] {
+    bool moved = false;
+    model.for_each_linear([&](auto& linear) {
+      for (const float g : linear.adapter().gates().value.span()) moved = moved || g != 1.0f;
+    });
+    return moved;
+  };
+  while (trainer.step_count() < 10) trainer.step(batch_of(static_cast<std::uint64_t>(trainer.step_count())));
+  CHECK_FALSE(gates_moved());
+  while (!trainer.done()) trainer.step(batch_of(static_cast<std::uint64_t>(trainer.step_count())));
+  CHECK(gates_moved());
+}
