@@ -219,13 +219,13 @@ int compare(const Options& o) {
     model.weights = load_llama2c(o.model, {.format = base_format(o.base)}, cpu);
     QDYLORA_EXPECTS(text, bad_argument, "--data: a llama2.c model is compared on plain text (.txt)");
     const Llama2cTokenizer tokenizer(o.tokenizer);
-    // Word by word: merging by best score over a whole text would be quadratic, and words are where it does not cross anyway.
+    // Word by word (the tokenizer puts a space before each): merging by best score over a whole text would be quadratic.
     const auto content = read_text(o.data);
     for (std::size_t begin = 0; begin < content.size();) {
-      const auto end = std::min(content.find_first_of(" \n", begin + 1), content.size());
+      const auto end = std::min(content.find(' ', begin), content.size());
       const auto ids = tokenizer.encode(content.substr(begin, end - begin), false);
       stream.insert(stream.end(), ids.begin(), ids.end());
-      begin = end;
+      begin = end + 1;
     }
   } else {
     model = open_model(o.model, o.tokenizer, {.format = base_format(o.base)}, cpu);

@@ -2,9 +2,10 @@
 //
 //   checkpoint   7 x int32: width, mlp width, layers, heads, key-value heads, vocabulary, context
 //                (a negative vocabulary: the head is a matrix of its own, at the end)
-//                float32, layer by layer within each group: embedding [vocab, width] | attention norms [width] | q [width, width] |
-//                k, v [kv, width] | o [width, width] | mlp norms [width] | gate [mlp, width] | down [width, mlp] | up [mlp, width] |
-//                final norm [width] | two tables [context, head_dim / 2] of rotary positions, which are computed instead | head
+//                float32, layer by layer within each group: embedding [vocab, width] | attention norms [width] | q [width, width]
+//                | k, v [kv, width] | o [width, width] | mlp norms [width] | gate [mlp, width] | down [width, mlp]
+//                | up [mlp, width] | final norm [width] | two tables [context, head_dim / 2] of rotary positions, which are
+//                computed instead | head
 //   tokenizer    int32 longest token | { float32 score | int32 length | bytes } for each token
 //                0 is unknown, 1 begins and 2 ends a text, 3 ... 258 stand for the bytes 0 ... 255
 //
@@ -103,7 +104,8 @@ class Llama2cFile {
 /// Reads a checkpoint; linear weights are stored as `options` says while they are read.
 /// Errors: open, read, truncated, trailing, bad_config, non_finite; they name the file and, from the weights on, the tensor.
 template <class Backend = Cpu>
-std::shared_ptr<const DecoderWeights<float>> load_llama2c(const std::filesystem::path& path, BaseOptions options = {}, Backend backend = {}) {
+std::shared_ptr<const DecoderWeights<float>> load_llama2c(const std::filesystem::path& path, BaseOptions options = {},
+                                                          Backend backend = {}) {
   detail::Llama2cFile file(path);
   const DecoderConfig& c = file.config();
   auto weights = std::make_shared<DecoderWeights<float>>();
@@ -162,10 +164,12 @@ class Llama2cTokenizer {
     const auto longest = cursor.read<std::int32_t>();
     while (cursor.remaining() > 0) {
       const ErrorPlace place = cursor.place();
-      if (tokens_.size() == limits.vocabulary) throw Error(Errc::limit, "more than " + std::to_string(limits.vocabulary) + " tokens", place);
+      if (tokens_.size() == limits.vocabulary)
+        throw Error(Errc::limit, "more than " + std::to_string(limits.vocabulary) + " tokens", place);
       const auto score = cursor.read<float>();
       const auto length = cursor.read<std::int32_t>();
-      if (!std::isfinite(score)) throw Error(Errc::non_finite, "the score of token " + std::to_string(tokens_.size()) + " is not finite", place);
+      if (!std::isfinite(score))
+        throw Error(Errc::non_finite, "the score of token " + std::to_string(tokens_.size()) + " is not finite", place);
       if (length < 0 || length > longest)
         throw Error(Errc::limit,
                     "token " + std::to_string(tokens_.size()) + " has " + std::to_string(length) + " bytes, the longest " +
@@ -174,7 +178,8 @@ class Llama2cTokenizer {
       tokens_.push_back({cursor.text(static_cast<std::uint64_t>(length)), score});
     }
     if (tokens_.size() < first_byte + 256)
-      throw Error(Errc::bad_config, "expected at least " + std::to_string(first_byte + 256) + " tokens, found " + std::to_string(tokens_.size()),
+      throw Error(Errc::bad_config,
+                  "expected at least " + std::to_string(first_byte + 256) + " tokens, found " + std::to_string(tokens_.size()),
                   file.place(file.size()));
     for (std::size_t id = 0; id < tokens_.size(); ++id) ids_.try_emplace(tokens_[id].text, static_cast<std::int32_t>(id));
   }
@@ -208,7 +213,7 @@ class Llama2cTokenizer {
     return ids;
   }
 
-  /// The text of ids, without tokens 1 and 2 and without the space that follows token 1. Errc::bad_argument for an id that is no token.
+  /// The text of ids, without tokens 1 and 2 and the space that follows token 1. Errc::bad_argument for an id that is no token.
   std::string decode(std::span<const std::int32_t> ids) const {
     std::string text;
     std::int32_t previous = -1;

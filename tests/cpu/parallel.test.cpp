@@ -102,13 +102,15 @@ TEST_CASE("a loop inside a task runs in that task, of the same pool or of anothe
   std::atomic<int> runs{0}, elsewhere{0};
   pool.run(8, [&](Index) {
     const auto self = std::this_thread::get_id();
-    pool.run(16, [&](Index) {
+    const auto body = [&](Index) {
       ++runs;
       elsewhere += std::this_thread::get_id() != self;
-    });
-    other.run(4, [&](Index) { ++runs; });
+      std::this_thread::sleep_for(std::chrono::microseconds(100));  // time enough for another thread to take a task
+    };
+    pool.run(16, body);
+    other.run(16, body);
   });
-  CHECK(runs == 8 * 16 + 8 * 4);
+  CHECK(runs == 8 * 16 + 8 * 16);
   CHECK(elsewhere == 0);
 }
 

@@ -173,7 +173,9 @@ TEST_CASE("a weight read and written again is byte-identical to bitsandbytes' fi
 // All of it, nested codes too: bitsandbytes on the CPU takes them from a table of 65,536 bins, which for these 192 scales is the
 // nearest code each time. (It is not always: the cases of nested.safetensors are compared where quantization is tested.)
 TEST_CASE("a weight quantized here makes the very file that bitsandbytes made of it") {
-  const auto golden = [](const std::string& variant) { return test::read_file(test::golden("linear4bit_" + variant + ".safetensors")); };
+  const auto golden = [](const std::string& variant) {
+    return test::read_file(test::golden("linear4bit_" + variant + ".safetensors"));
+  };
   CHECK((own_file<qd::NF4, qd::Float32Scales>(DType::F32, true) == golden("nf4_nodq")));
   CHECK((own_file<qd::FP4, qd::Float32Scales>(DType::F32, true) == golden("fp4_nodq")));
   CHECK((own_file<qd::NF4, qd::DoubleQuant<>>(DType::F32, true) == golden("nf4_dq")));
@@ -237,16 +239,24 @@ TEST_CASE("every contradiction in a 4-bit weight is an error that names the tens
          e["up.weight"].data.pop_back();
          e["up.weight"].shape = {151, 1};
        }},
-      {"codes in two columns", Errc::shape_mismatch, "up.weight", [](Entries& e) { e["up.weight"].shape = {76, 2}; }},
+      {"codes in two columns", Errc::shape_mismatch, "up.weight",
+       [](Entries& e) {
+         e["up.weight"].shape = {76, 2};
+       }},
       {"codes as I8", Errc::dtype, "up.weight", [](Entries& e) { e["up.weight"].dtype = DType::I8; }},
       {"too few absmax", Errc::shape_mismatch, "up.weight.absmax",
        [](Entries& e) {
          e["up.weight.absmax"].data.pop_back();
          e["up.weight.absmax"].shape = {9};
        }},
-      {"absmax as a matrix", Errc::shape_mismatch, "up.weight.absmax", [](Entries& e) { e["up.weight.absmax"].shape = {10, 1}; }},
+      {"absmax as a matrix", Errc::shape_mismatch, "up.weight.absmax",
+       [](Entries& e) {
+         e["up.weight.absmax"].shape = {10, 1};
+       }},
       {"absmax of another type", Errc::dtype, "up.weight.absmax",
-       [](Entries& e) { e["up.weight.absmax"] = {DType::F32, {10}, std::string(40, '\0')}; }},
+       [](Entries& e) {
+         e["up.weight.absmax"] = {DType::F32, {10}, std::string(40, '\0')};
+       }},
       {"nested_absmax not finite", Errc::non_finite, "up.weight.nested_absmax",
        [](Entries& e) { e["up.weight.nested_absmax"].data = std::string("\0\0\xC0\x7F", 4); }},
       {"another quant_map", Errc::unsupported, "up.weight.quant_map", [](Entries& e) { e["up.weight.quant_map"].data[4] ^= 1; }},
@@ -269,7 +279,8 @@ TEST_CASE("every contradiction in a 4-bit weight is an error that names the tens
       {"an empty shape", Errc::bad_config, state_name, [](Entries& e) { replace_in(e, "[3, 101]", "[0, 101]"); }},
       {"a shape that overflows", Errc::overflow, state_name,
        [](Entries& e) { replace_in(e, "[3, 101]", "[4611686018427387904, 4]"); }},
-      {"a shape beyond the codes", Errc::shape_mismatch, "up.weight", [](Entries& e) { replace_in(e, "[3, 101]", "[3, 1010000]"); }},
+      {"a shape beyond the codes", Errc::shape_mismatch, "up.weight",
+       [](Entries& e) { replace_in(e, "[3, 101]", "[3, 1010000]"); }},
       {"nested_blocksize 128", Errc::unsupported, state_name, [](Entries& e) { replace_in(e, "256", "128"); }},
       {"nested_dtype float16", Errc::unsupported, state_name,
        [](Entries& e) { replace_in(e, "\"nested_dtype\": \"float32\"", "\"nested_dtype\": \"float16\""); }},
@@ -278,7 +289,8 @@ TEST_CASE("every contradiction in a 4-bit weight is an error that names the tens
          const std::string& text = e[state_name].data;
          set_text(e[state_name], text.substr(0, text.rfind(' ')) + " 1e39}");
        }},
-      {"nested_offset NaN", Errc::json, state_name, [](Entries& e) { replace_in(e, "\"nested_offset\": ", "\"nested_offset\": NaN"); }},
+      {"nested_offset NaN", Errc::json, state_name,
+       [](Entries& e) { replace_in(e, "\"nested_offset\": ", "\"nested_offset\": NaN"); }},
   };
   test::TemporaryFolder folder;
   const auto path = folder / "w.safetensors";

@@ -1,9 +1,8 @@
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <span>
 #include <string>
-#include <utility>
-#include <vector>
+#include <string_view>
 
 #include <qdylora/io/checksum.hpp>
 
@@ -15,6 +14,8 @@ TEST_CASE("checksums are XXH64's") {
   // Of the xxhash package for Python, seed 0.
   CHECK(qd::Xxh64().digest() == 0xEF46DB3751D8E999u);
   CHECK(qd::Xxh64().update("a").digest() == 0xD24EC4F1A98C6E5Bu);
+  CHECK(qd::Xxh64().update("abcd").digest() == 0xDE0327B0D25D92CCu);
+  CHECK(qd::Xxh64().update("message digest").digest() == 0x066ED728FCEEB3BEu);
   CHECK(qd::Xxh64().update("abc").digest() == 0x44BC2CF5AD770999u);
   CHECK(qd::Xxh64().update("Nobody inspects the spammish repetition").digest() == 0xFBCEA83C8A378BF1u);
 }

@@ -64,7 +64,8 @@ std::vector<double> foreign_delta(const std::filesystem::path& folder, const std
   for (Index o = 0; o < b.rows(); ++o)
     for (Index i = 0; i < a.rows(); ++i)
       for (Index k = 0; k < a.cols(); ++k)
-        result[static_cast<std::size_t>(o * a.cols() + k)] += alpha / r * static_cast<double>(b(o, i)) * static_cast<double>(a(i, k));
+        result[static_cast<std::size_t>(o * a.cols() + k)] +=
+            alpha / r * static_cast<double>(b(o, i)) * static_cast<double>(a(i, k));
   return result;
 }
 
@@ -213,7 +214,8 @@ TEST_CASE("query and key rows are moved from interleaved pairs to halves and bac
   for (Index o = 0; o < 12; ++o) adapter.b().value(0, o) = static_cast<float>(o + 1);
   test::TemporaryFolder folder;
   qd::save_peft_adapter(folder.path(), {{"q", &adapter, 2}});
-  const auto stored = test::load<float>(qd::SafetensorsFile(folder / "adapter_model.safetensors"), "base_model.model.q.lora_B.weight");
+  const auto stored =
+      test::load<float>(qd::SafetensorsFile(folder / "adapter_model.safetensors"), "base_model.model.q.lora_B.weight");
   CHECK(stored == std::vector<float>{1, 3, 5, 2, 4, 6, 7, 9, 11, 8, 10, 12});
   const auto loaded = qd::load_peft_adapter(folder.path());
   qd::LoRAAdapter<float> again(2, 12, {.max_rank = 1});
@@ -256,7 +258,8 @@ TEST_CASE("an adapter assigned to one of higher rank is the same function at its
   CHECK(relative_difference(delta(adapter, 3), delta(larger, 3)) <= 1e-6);
   CHECK(relative_difference(delta(adapter, 3), delta(larger, 8)) <= 1e-6);
 
-  qd::LoRAAdapter<float> smaller(9, 7, {.max_rank = 2}), other(7, 9, {.max_rank = 3}), gated(9, 7, {.max_rank = 3, .gated_ranks = {3}});
+  qd::LoRAAdapter<float> smaller(9, 7, {.max_rank = 2}), other(7, 9, {.max_rank = 3}),
+      gated(9, 7, {.max_rank = 3, .gated_ranks = {3}});
   CHECK(code_of([&] { qd::assign(loaded.modules[0], smaller); }) == Errc::rank_range);
   CHECK(code_of([&] { qd::assign(loaded.modules[0], other); }) == Errc::shape_mismatch);
   CHECK(code_of([&] { qd::assign(loaded.modules[0], gated); }) == Errc::bad_config);
@@ -324,13 +327,24 @@ TEST_CASE("a damaged or foreign adapter is an error that says what is wrong") {
       {"A without B", Errc::missing_tensor, "lora_B", [](Damaged& f) { f.tensors.erase("base_model.model.up.lora_B.weight"); }},
       {"B without A", Errc::missing_tensor, "lora_A", [](Damaged& f) { f.tensors.erase("base_model.model.up.lora_A.weight"); }},
       {"rank of A", Errc::shape_mismatch, "expected rank 2, found [3, 2]",
-       [](Damaged& f) { f.tensors["base_model.model.up.lora_A.weight"].shape = {3, 2}; }},
+       [](Damaged& f) {
+         f.tensors["base_model.model.up.lora_A.weight"].shape = {3, 2};
+       }},
       {"rank of B", Errc::shape_mismatch, "expected rank 2, found [2, 4]",
-       [](Damaged& f) { f.tensors["base_model.model.up.lora_B.weight"].shape = {2, 4}; }},
-      {"A of one dimension", Errc::shape, "up.lora_A", [](Damaged& f) { f.tensors["base_model.model.up.lora_A.weight"].shape = {6}; }},
+       [](Damaged& f) {
+         f.tensors["base_model.model.up.lora_B.weight"].shape = {2, 4};
+       }},
+      {"A of one dimension", Errc::shape, "up.lora_A",
+       [](Damaged& f) { f.tensors["base_model.model.up.lora_A.weight"].shape = {6}; }},
       {"r of the config", Errc::shape_mismatch, "expected rank 4", [](Damaged& f) { f.config["r"] = 4; }},
-      {"r in a pattern", Errc::shape_mismatch, "expected rank 4", [](Damaged& f) { f.config["rank_pattern"] = {{"up", 4}}; }},
-      {"r a half", Errc::shape_mismatch, "expected rank 1.5", [](Damaged& f) { f.config["rank_pattern"] = {{"up", 1.5}}; }},
+      {"r in a pattern", Errc::shape_mismatch, "expected rank 4",
+       [](Damaged& f) {
+         f.config["rank_pattern"] = {{"up", 4}};
+       }},
+      {"r a half", Errc::shape_mismatch, "expected rank 1.5",
+       [](Damaged& f) {
+         f.config["rank_pattern"] = {{"up", 1.5}};
+       }},
       {"no r", Errc::bad_config, "'r'", [](Damaged& f) { f.config.erase("r"); }},
       {"r zero", Errc::bad_config, "'r'", [](Damaged& f) { f.config["r"] = 0; }},
       {"r beyond the limit", Errc::bad_config, "'r'", [](Damaged& f) { f.config["r"] = 65536; }},
@@ -347,18 +361,33 @@ TEST_CASE("a damaged or foreign adapter is an error that says what is wrong") {
       {"a trained bias", Errc::unsupported, "lora_only", [](Damaged& f) { f.config["bias"] = "lora_only"; }},
       {"DoRA", Errc::unsupported, "use_dora", [](Damaged& f) { f.config["use_dora"] = true; }},
       {"transposed weights", Errc::unsupported, "fan_in_fan_out", [](Damaged& f) { f.config["fan_in_fan_out"] = true; }},
-      {"other trained modules", Errc::unsupported, "modules_to_save", [](Damaged& f) { f.config["modules_to_save"] = {"lm_head"}; }},
+      {"other trained modules", Errc::unsupported, "modules_to_save",
+       [](Damaged& f) { f.config["modules_to_save"] = {"lm_head"}; }},
       {"another base", Errc::unsupported, "pissa", [](Damaged& f) { f.config["init_lora_weights"] = "pissa_niter_4"; }},
       {"a regular expression", Errc::unsupported, "regular expression",
-       [](Damaged& f) { f.config["rank_pattern"] = {{"up|down", 2}}; }},
-      {"a pattern's value a text", Errc::bad_config, "alpha_pattern", [](Damaged& f) { f.config["alpha_pattern"] = {{"up", "2"}}; }},
-      {"patterns a list", Errc::bad_config, "alpha_pattern", [](Damaged& f) { f.config["alpha_pattern"] = {1, 2}; }},
+       [](Damaged& f) {
+         f.config["rank_pattern"] = {{"up|down", 2}};
+       }},
+      {"a pattern's value a text", Errc::bad_config, "alpha_pattern",
+       [](Damaged& f) {
+         f.config["alpha_pattern"] = {{"up", "2"}};
+       }},
+      {"patterns a list", Errc::bad_config, "alpha_pattern",
+       [](Damaged& f) {
+         f.config["alpha_pattern"] = {1, 2};
+       }},
       {"a tensor of another name", Errc::unexpected_tensor, "lora_embedding_A",
-       [](Damaged& f) { f.tensors["base_model.model.lora_embedding_A"] = {{1}, {1}}; }},
+       [](Damaged& f) {
+         f.tensors["base_model.model.lora_embedding_A"] = {{1}, {1}};
+       }},
       {"a tensor without prefix", Errc::unexpected_tensor, "up.lora_A.weight",
-       [](Damaged& f) { f.tensors["up.lora_A.weight"] = {{1}, {1}}; }},
+       [](Damaged& f) {
+         f.tensors["up.lora_A.weight"] = {{1}, {1}};
+       }},
       {"a tensor without module", Errc::unexpected_tensor, "model.lora_A.weight",
-       [](Damaged& f) { f.tensors["base_model.model.lora_A.weight"] = {{1}, {1}}; }},
+       [](Damaged& f) {
+         f.tensors["base_model.model.lora_A.weight"] = {{1}, {1}};
+       }},
       {"a later version", Errc::version, "qdylora.version", [](Damaged& f) { f.metadata["qdylora.version"] = "2"; }},
       {"an unknown scale", Errc::unsupported, "qdylora.scale", [](Damaged& f) { f.metadata["qdylora.scale"] = "alpha"; }},
       {"ranks that are none", Errc::bad_config, "qdylora.ranks", [](Damaged& f) { f.metadata["qdylora.ranks"] = "1,0"; }},
@@ -462,7 +491,9 @@ TEST_CASE("saving that fails half way leaves no new tensors under an old config"
   qd::save_peft_adapter(folder.path(), {{"lin", &adapter}}, {.rank = 2});
   std::filesystem::remove(folder / "adapter_model.safetensors");
   std::filesystem::create_directory(folder / "adapter_model.safetensors");  // which no file can replace
-  const auto save = [&](Index rank) { return code_of([&] { qd::save_peft_adapter(folder.path(), {{"lin", &adapter}}, {.rank = rank}); }); };
+  const auto save = [&](Index rank) {
+    return code_of([&] { qd::save_peft_adapter(folder.path(), {{"lin", &adapter}}, {.rank = rank}); });
+  };
   CHECK(save(2) == Errc::write);
   CHECK(std::filesystem::exists(folder / "adapter_config.json"));
   CHECK(save(4) == Errc::write);

@@ -61,7 +61,8 @@ qd::LoRAAdapter<float> trained_adapter(Index in, Index out, qd::LoRAOptions opti
 }
 
 // y = x (W + delta W_rank)^T in double. x [tokens, in], w [out, in].
-qd::Matrix<double> linear(const qd::Matrix<double>& x, const qd::Matrix<float>& w, const qd::LoRAAdapter<float>* adapter, Index rank) {
+qd::Matrix<double> linear(const qd::Matrix<double>& x, const qd::Matrix<float>& w, const qd::LoRAAdapter<float>* adapter,
+                          Index rank) {
   qd::Matrix<double> y(x.rows(), w.rows());
   std::vector<float> coefficients;
   if (adapter != nullptr) coefficients = adapter->coefficients(rank, rank);
@@ -92,7 +93,8 @@ qd::Matrix<float> to_float(const qd::Matrix<double>& x) {
 }  // namespace
 
 TEST_CASE("bitsandbytes decodes 4-bit weights written here to our values, bit for bit", "[python]") {
-  if (!has_python("torch, bitsandbytes, safetensors.torch")) SKIP("no Python with torch, bitsandbytes and safetensors ($QDYLORA_PYTHON)");
+  if (!has_python("torch, bitsandbytes, safetensors.torch"))
+    SKIP("no Python with torch, bitsandbytes and safetensors ($QDYLORA_PYTHON)");
   test::TemporaryFolder folder;
   qd::SafetensorsWriter weights, expected;
   qd::BnbStates states;
@@ -151,7 +153,8 @@ TEST_CASE("PEFT computes with saved adapters what we compute, at every rank, sca
     for (const bool gated : {false, true}) {
       const auto ranks = gated ? std::vector<Index>{1, 8, 16} : std::vector<Index>{};
       const auto first = trained_adapter(16, 24, {.max_rank = 16, .alpha = 11.0f, .scale = policy, .gated_ranks = ranks}, 5);
-      const auto second = trained_adapter(24, 20, {.max_rank = gated ? 16 : 4, .alpha = 7.0f, .scale = policy, .gated_ranks = ranks}, 6);
+      const auto second =
+          trained_adapter(24, 20, {.max_rank = gated ? 16 : 4, .alpha = 7.0f, .scale = policy, .gated_ranks = ranks}, 6);
       for (const Index rank : {1, 3, 8, 16}) {
         const std::string name = "adapter" + std::to_string(number++);
         qd::save_peft_adapter(folder / name, {{"up", &first}, {"block.up", &second}}, {.rank = rank, .task_type = ""});
@@ -165,7 +168,8 @@ TEST_CASE("PEFT computes with saved adapters what we compute, at every rank, sca
   CHECK(run_python("check_peft.py", folder.path()) == 0);
 }
 
-TEST_CASE("transformers and PEFT compute our logits from saved adapters, whichever rotary layout they were trained in", "[python]") {
+TEST_CASE("transformers and PEFT compute our logits from saved adapters, whichever rotary layout they were trained in",
+          "[python]") {
   if (!has_python("torch, peft, transformers, safetensors.torch")) {
     SKIP("no Python with torch, peft, transformers and safetensors ($QDYLORA_PYTHON)");
   }

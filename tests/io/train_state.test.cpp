@@ -193,12 +193,15 @@ TEST_CASE("whatever single byte of a checkpoint changes, it is refused or read a
     // Every bit, and what makes one kind of section another (F32 -> I32, I64 -> F64 ...).
     for (const int change : {1, 2, 4, 8, 16, 32, 64, 128, 'F' ^ 'I', '6' ^ '3', ' ' ^ '\t', '0' ^ '9', 255}) {
       put(at, static_cast<char>(bytes[at] ^ change));
-      const auto code = code_of([&] {
-        auto state = qd::load_train_state(folder / "state");
-        if (!is_small_state(state, matrix)) FAIL_CHECK("byte " << at << " xor " << change << " makes another state");
+      qd::TrainState state;
+      const auto code = code_of([&] { state = qd::load_train_state(folder / "state"); });
+      if (code) {
+        ++codes[*code];
+      } else {
+        INFO("byte " << at << " xor " << change);
+        REQUIRE(is_small_state(state, matrix));
         ++same;
-      });
-      if (code) ++codes[*code];
+      }
     }
     put(at, bytes[at]);
   }

@@ -207,7 +207,8 @@ TEST_CASE("logits, losses and streams of a batch belong together") {
     for (Index j = 0; j < 12; ++j) squares += model.stream(2)(t, j) * model.stream(2)(t, j);
     double logit = 0.0;
     for (Index j = 0; j < 12; ++j)
-      logit += model.stream(2)(t, j) / std::sqrt(squares / 12 + 1e-5) * model.weights()->final_norm(0, j) * model.weights()->head(4, j);
+      logit +=
+          model.stream(2)(t, j) / std::sqrt(squares / 12 + 1e-5) * model.weights()->final_norm(0, j) * model.weights()->head(4, j);
     CHECK(logit == Approx(logits(t, 4)).epsilon(1e-6).margin(1e-8));
   }
 }
@@ -240,7 +241,7 @@ TEST_CASE("the two rotary layouts are one model with the rows of q and k in anot
     block->attention_norm = test::tiny_norm<double>(config.width, 4 + 10 * static_cast<std::uint64_t>(layer));
     block->mlp_norm = test::tiny_norm<double>(config.width, 5 + 10 * static_cast<std::uint64_t>(layer));
     block->linear = half_split->blocks[static_cast<std::size_t>(layer)]->linear;
-    for (const std::size_t p : {0, 1}) {  // q and k
+    for (std::size_t p = 0; p < 2; ++p) {  // q and k
       const auto rows = test::tiny_linear(config, layer, p);
       qd::Matrix<float> permuted(rows.rows(), rows.cols());
       for (Index i = 0; i < rows.rows(); ++i) {

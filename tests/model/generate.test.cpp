@@ -63,7 +63,8 @@ std::vector<double> frequencies(const std::vector<float>& logits, float temperat
   qd::Rng rng(3, qd::Purpose::sample);
   std::vector<double> share(logits.size());
   for (Index i = 0; i < draws; ++i)
-    share[static_cast<std::size_t>(qd::sample(std::span<const float>(logits), temperature, rng))] += 1.0 / static_cast<double>(draws);
+    share[static_cast<std::size_t>(qd::sample(std::span<const float>(logits), temperature, rng))] +=
+        1.0 / static_cast<double>(draws);
   return share;
 }
 
@@ -162,8 +163,8 @@ TEST_CASE("sampled generation is a function of the seed, and equal prompts of a 
   CHECK(first[1] != first[2]);
   // A sequence's numbers are its own: they do not depend on when others end.
   const auto stop = first[0][3];
-  const auto stopped =
-      qd::generate(model, std::span(prompts), qd::RankPlan::uniform(2), {.max_tokens = 20, .temperature = 1.5f, .seed = 1, .stop_token = stop});
+  const auto stopped = qd::generate(model, std::span(prompts), qd::RankPlan::uniform(2),
+                                    {.max_tokens = 20, .temperature = 1.5f, .seed = 1, .stop_token = stop});
   for (std::size_t i = 0; i < 3; ++i) CHECK(stopped[i] == Ids(first[i].begin(), std::find(first[i].begin(), first[i].end(), stop)));
 }
 
@@ -210,8 +211,12 @@ TEST_CASE("tokens fed one by one give the logits of the whole text") {
   for (std::size_t t = 0;; ++t) {
     CHECK(caches[0].length == static_cast<Index>(5 + t));
     CHECK(caches[1].length == static_cast<Index>(3 + t));
-    CHECK(test::normalised_squared_error(logits.view().middle_rows(0, 1), whole.view().middle_rows(static_cast<Index>(4 + t), 1)) < 1e-24);
-    CHECK(test::normalised_squared_error(logits.view().middle_rows(1, 1), whole.view().middle_rows(static_cast<Index>(9 + 2 + t), 1)) < 1e-24);
+    const auto error = [&](Index sequence, std::size_t position) {
+      return test::normalised_squared_error(logits.view().middle_rows(sequence, 1),
+                                            whole.view().middle_rows(static_cast<Index>(position), 1));
+    };
+    CHECK(error(0, 4 + t) < 1e-24);
+    CHECK(error(1, 9 + 2 + t) < 1e-24);
     if (t == 4) break;
     logits = model.infer(of_ids({{first[5 + t]}, {second[3 + t]}}), caches);
   }

@@ -64,7 +64,8 @@ struct Fixture {
 
   void vector_or_matrix(const std::string& name, const Float& m) {
     const bool vector = name.find("norm") != std::string::npos || name.ends_with(".bias");
-    tensors[name] = {vector ? std::vector<Index>{m.cols()} : std::vector<Index>{m.rows(), m.cols()}, {m.span().begin(), m.span().end()}};
+    tensors[name] = {vector ? std::vector<Index>{m.cols()} : std::vector<Index>{m.rows(), m.cols()},
+                     {m.span().begin(), m.span().end()}};
   }
 
   void write(const std::filesystem::path& path) const {
@@ -225,7 +226,8 @@ TEST_CASE("a GGUF file whose numbers make no model is refused, and the key or fi
 
 TEST_CASE("a GGUF file that lacks a tensor, or has one of another shape, is refused by its name") {
   const Fixture whole(*test::tiny_weights<float>(config_of(false), true));
-  for (const auto& [name, tensor] : whole.tensors) {
+  for (const auto& item : whole.tensors) {
+    const std::string& name = item.first;
     CAPTURE(name);
     const bool optional = name == "output.weight" || name.ends_with(".bias");
     if (!optional) {
@@ -243,7 +245,8 @@ TEST_CASE("a GGUF file that lacks a tensor, or has one of another shape, is refu
     CHECK(longer.tensor() == name);
     CHECK(std::string(longer.what()).find("expected [") != std::string::npos);
   }
-  const auto transposed = refused([](Fixture& f) { std::swap(f.tensors["blk.0.ffn_up.weight"].shape[0], f.tensors["blk.0.ffn_up.weight"].shape[1]); });
+  const auto transposed =
+      refused([](Fixture& f) { std::swap(f.tensors["blk.0.ffn_up.weight"].shape[0], f.tensors["blk.0.ffn_up.weight"].shape[1]); });
   CHECK(transposed.code() == Errc::shape_mismatch);
   CHECK(transposed.tensor() == "blk.0.ffn_up.weight");
   const auto cube = refused([](Fixture& f) { f.tensors["blk.0.ffn_up.weight"].shape = {13, 12, 1}; });
@@ -266,12 +269,13 @@ TEST_CASE("a GGUF file with a linear weight that is not finite is refused by its
 
 TEST_CASE("a GGUF file with any weight that is not finite is refused by its name, in every format") {
   const Fixture whole(*test::tiny_weights<float>(config_of(false), true));
-  for (const auto& [name, tensor] : whole.tensors)
+  for (const auto& item : whole.tensors)
     for (const auto& options : {qd::BaseOptions{}, float32}) {
-      const auto error = refused([&](Fixture& f) { f.tensors[name].values[5] = std::numeric_limits<float>::quiet_NaN(); }, options);
-      CAPTURE(name);
+      const auto error =
+          refused([&](Fixture& f) { f.tensors[item.first].values[5] = std::numeric_limits<float>::quiet_NaN(); }, options);
+      CAPTURE(item.first);
       CHECK(error.code() == Errc::non_finite);
-      CHECK(error.tensor() == name);
+      CHECK(error.tensor() == item.first);
     }
 }
 

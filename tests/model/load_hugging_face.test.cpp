@@ -36,7 +36,8 @@ Tensors tensors_of(const qd::DecoderWeights<float>& w) {
   Tensors tensors;
   const auto add = [&](const std::string& name, const Float& m) {
     const bool vector = name.find("norm") != std::string::npos || name.ends_with(".bias");
-    tensors[name] = {vector ? std::vector<Index>{m.cols()} : std::vector<Index>{m.rows(), m.cols()}, {m.span().begin(), m.span().end()}};
+    tensors[name] = {vector ? std::vector<Index>{m.cols()} : std::vector<Index>{m.rows(), m.cols()},
+                     {m.span().begin(), m.span().end()}};
   };
   add("model.embed_tokens.weight", w.embedding);
   if (!w.config.tied_head) add("lm_head.weight", w.head);
@@ -144,7 +145,8 @@ TEST_CASE("a Hugging Face folder in half precision is the model of its rounded w
     fixture.write(folder.path());
     const auto found = logits_of(qd::load_hugging_face(folder.path(), float32));
     for (auto& [name, tensor] : fixture.tensors) {
-      for (float& x : tensor.values) x = dtype == qd::DType::F16 ? static_cast<float>(qd::half(x)) : static_cast<float>(qd::bfloat16(x));
+      for (float& x : tensor.values)
+        x = dtype == qd::DType::F16 ? static_cast<float>(qd::half(x)) : static_cast<float>(qd::bfloat16(x));
       tensor.dtype = qd::DType::F32;
     }
     fixture.write(folder.path());
@@ -176,9 +178,12 @@ TEST_CASE("shards are one checkpoint") {
     shards[shard][name] = tensor;
     map[name] = "model-0000" + std::to_string(shard + 1) + "-of-00003.safetensors";
   }
-  for (std::size_t i = 0; i < 3; ++i) write_tensors(folder / ("model-0000" + std::to_string(i + 1) + "-of-00003.safetensors"), shards[i]);
+  for (std::size_t i = 0; i < 3; ++i)
+    write_tensors(folder / ("model-0000" + std::to_string(i + 1) + "-of-00003.safetensors"), shards[i]);
   const auto index = folder / "model.safetensors.index.json";
-  const auto write_index = [&](const qd::Json& weight_map) { test::write_file(index, qd::Json{{"weight_map", weight_map}}.dump()); };
+  const auto write_index = [&](const qd::Json& weight_map) {
+    test::write_file(index, qd::Json{{"weight_map", weight_map}}.dump());
+  };
   write_index(map);
   CHECK(test::same_bits(logits_of(qd::load_hugging_face(folder.path(), float32)).view(), logits_of(weights).view()));
 
@@ -194,8 +199,9 @@ TEST_CASE("shards are one checkpoint") {
   const test::TemporaryFolder outside;
   write_tensors(outside / "model.safetensors", fixture.tensors);
   const auto relative = std::filesystem::relative(outside / "model.safetensors", folder.path()).native();
-  for (const std::string& path : {relative, (outside / "model.safetensors").native(), std::string("../x"), std::string("sub/x.safetensors"),
-                                  std::string(".."), std::string("."), std::string(), std::string("./model-00001-of-00003.safetensors")}) {
+  for (const std::string& path :
+       {relative, (outside / "model.safetensors").native(), std::string("../x"), std::string("sub/x.safetensors"),
+        std::string(".."), std::string("."), std::string(), std::string("./model-00001-of-00003.safetensors")}) {
     CAPTURE(path);
     const auto error = refused_map("model.norm.weight", path);
     CHECK(error.code() == Errc::bad_config);
@@ -207,8 +213,9 @@ TEST_CASE("shards are one checkpoint") {
   CHECK(absent.file() == (folder / "model-00004-of-00003.safetensors").native());
   // The shard that is named does not hold the tensor.
   const auto there = map["model.norm.weight"].get<std::string>();
-  const auto wrong = refused_map("model.norm.weight", there == "model-00001-of-00003.safetensors" ? "model-00002-of-00003.safetensors"
-                                                                                                   : "model-00001-of-00003.safetensors");
+  const auto wrong =
+      refused_map("model.norm.weight", there == "model-00001-of-00003.safetensors" ? "model-00002-of-00003.safetensors"
+                                                                                   : "model-00001-of-00003.safetensors");
   CHECK(wrong.code() == Errc::missing_tensor);
   CHECK(wrong.tensor() == "model.norm.weight");
 
@@ -254,7 +261,8 @@ TEST_CASE("a config.json that makes no model is refused, and the key or field is
     CAPTURE(std::string(error.what()), word);
     CHECK(std::string(error.what()).find(word) != std::string::npos);
   };
-  for (const char* key : {"model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}) {
+  for (const char* key :
+       {"model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}) {
     bad([&](auto& j) { j.erase(key); }, key);
     bad([&](auto& j) { j[key] = nullptr; }, key);
     bad([&](auto& j) { j[key] = qd::Json::array({1}); }, key);
@@ -281,7 +289,8 @@ TEST_CASE("a config.json that makes no model is refused, and the key or field is
 
 TEST_CASE("a Hugging Face folder that lacks a tensor, or has one of another shape, is refused by its name") {
   const Fixture whole(*test::tiny_weights<float>(config_of(false), true));
-  for (const auto& [name, tensor] : whole.tensors) {
+  for (const auto& item : whole.tensors) {
+    const std::string& name = item.first;
     CAPTURE(name);
     if (!name.ends_with(".bias")) {
       const auto missing = refused([&](Fixture& f) { f.tensors.erase(name); }, "model.safetensors");
@@ -305,7 +314,11 @@ TEST_CASE("a Hugging Face folder that lacks a tensor, or has one of another shap
       "model.safetensors");
   CHECK(integers.code() == Errc::dtype);
   CHECK(integers.tensor() == "model.layers.0.mlp.up_proj.weight");
-  const auto cube = refused([](Fixture& f) { f.tensors["model.layers.0.mlp.up_proj.weight"].shape = {13, 12, 1}; }, "model.safetensors");
+  const auto cube = refused(
+      [](Fixture& f) {
+        f.tensors["model.layers.0.mlp.up_proj.weight"].shape = {13, 12, 1};
+      },
+      "model.safetensors");
   CHECK(cube.code() == Errc::shape_mismatch);
 }
 
@@ -320,13 +333,13 @@ TEST_CASE("a Hugging Face folder with a linear weight that is not finite is refu
 
 TEST_CASE("a Hugging Face folder with any weight that is not finite is refused by its name, in every format") {
   const Fixture whole(*test::tiny_weights<float>(config_of(false), true));
-  for (const auto& [name, tensor] : whole.tensors)
+  for (const auto& item : whole.tensors)
     for (const auto& options : {qd::BaseOptions{}, float32}) {
-      const auto error = refused([&](Fixture& f) { f.tensors[name].values[5] = std::numeric_limits<float>::infinity(); }, "model.safetensors",
-                                 options);
-      CAPTURE(name);
+      const auto error = refused([&](Fixture& f) { f.tensors[item.first].values[5] = std::numeric_limits<float>::infinity(); },
+                                 "model.safetensors", options);
+      CAPTURE(item.first);
       CHECK(error.code() == Errc::non_finite);
-      CHECK(error.tensor() == name);
+      CHECK(error.tensor() == item.first);
     }
 }
 

@@ -64,8 +64,9 @@ TEST_CASE("recipes are found by their names, and an unknown name is answered wit
 
 TEST_CASE("recipes are what their papers say") {
   using Granularity = qd::SamplerOptions::Granularity;
-  const auto qlora = qd::recipe("qlora"), svd = qd::recipe("qlora-svd"), qdylora = qd::recipe("qdylora"), frozen = qd::recipe("qdylora-frozen"),
-             per_row = qd::recipe("per-row"), nest = qd::recipe("order-then-nest"), automatic = qd::recipe("auto");
+  const auto qlora = qd::recipe("qlora"), svd = qd::recipe("qlora-svd");
+  const auto qdylora = qd::recipe("qdylora"), frozen = qd::recipe("qdylora-frozen"), per_row = qd::recipe("per-row");
+  const auto nest = qd::recipe("order-then-nest"), automatic = qd::recipe("auto");
   for (const auto* recipe : {&qlora, &svd, &qdylora, &frozen, &per_row}) CHECK(recipe->order_at == 1.0);
   for (const auto* recipe : {&qlora, &svd, &nest, &automatic}) CHECK_FALSE(recipe->draw_ranks);
   for (const auto* recipe : {&qlora, &svd, &per_row, &nest, &automatic}) CHECK(recipe->scale == qd::ScalePolicy::constant);
@@ -131,9 +132,10 @@ TEST_CASE("a rank that loses nothing gets no rows") {
   CHECK(some.weights[1] == 0.0);
   CHECK(some.weights[0] == Approx(1.0));
   CHECK(some.strength == Approx(std::sqrt(0.1 / 0.25)));
-  for (const auto& none : {qd::nested_share({1.0, 1.0, 1.0}, 3.0), qd::nested_share({0.9, 0.8, 1.0}, 3.0),
-                           qd::nested_share({1.5, 1.2, 1.0}, 1.0), qd::nested_share({1.5, 1.2, 1.0}, 0.5), qd::nested_share({1.0}, 3.0),
-                           qd::nested_share({1.5, 1.2, 1.0}, std::nan("")), qd::nested_share({1.5, 1.2, std::nan("")}, 3.0)}) {
+  for (const auto& none :
+       {qd::nested_share({1.0, 1.0, 1.0}, 3.0), qd::nested_share({0.9, 0.8, 1.0}, 3.0), qd::nested_share({1.5, 1.2, 1.0}, 1.0),
+        qd::nested_share({1.5, 1.2, 1.0}, 0.5), qd::nested_share({1.0}, 3.0), qd::nested_share({1.5, 1.2, 1.0}, std::nan("")),
+        qd::nested_share({1.5, 1.2, std::nan("")}, 3.0)}) {
     CHECK(none.share == 0.0);
     CHECK(none.strength == 0.0);
   }

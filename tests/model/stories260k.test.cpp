@@ -50,7 +50,8 @@ qd::DecoderConfig fixture_config(bool tied) {
 Bytes checkpoint(const qd::DecoderWeights<float>& w) {
   const auto& c = w.config;
   Bytes bytes;
-  for (const Index field : {c.width, c.mlp_width, c.layers, c.heads.heads, c.heads.kv_heads, c.tied_head ? c.vocab : -c.vocab, c.context})
+  for (const Index field :
+       {c.width, c.mlp_width, c.layers, c.heads.heads, c.heads.kv_heads, c.tied_head ? c.vocab : -c.vocab, c.context})
     bytes.number(static_cast<std::int32_t>(field));
   const auto matrix = [&](const qd::Matrix<float>& m) {
     for (const float x : m.span()) bytes.number(x);
@@ -60,9 +61,9 @@ Bytes checkpoint(const qd::DecoderWeights<float>& w) {
   };
   matrix(w.embedding);
   for (const auto& block : w.blocks) matrix(block->attention_norm);
-  for (const std::size_t p : {0, 1, 2, 3}) linears(p);
+  for (std::size_t p = 0; p < 4; ++p) linears(p);
   for (const auto& block : w.blocks) matrix(block->mlp_norm);
-  for (const std::size_t p : {4, 6, 5}) linears(p);
+  for (const auto p : {qd::Projection::gate, qd::Projection::down, qd::Projection::up}) linears(static_cast<std::size_t>(p));
   matrix(w.final_norm);
   for (Index i = 0; i < c.context * c.heads.head_dim; ++i) bytes.number(7.0f);  // never used
   matrix(w.head);
@@ -72,7 +73,9 @@ Bytes checkpoint(const qd::DecoderWeights<float>& w) {
 Bytes tokenizer_file(const std::vector<std::pair<std::string, float>>& more, std::int32_t longest = 6) {
   Bytes bytes;
   bytes.number(longest);
-  const auto token = [&](std::string_view text, float score) { bytes.number(score).number(static_cast<std::int32_t>(text.size())).raw(text); };
+  const auto token = [&](std::string_view text, float score) {
+    bytes.number(score).number(static_cast<std::int32_t>(text.size())).raw(text);
+  };
   for (const char* special : {"<unk>", "<s>", "</s>"}) token(special, 0.0f);
   for (int byte = 0; byte < 256; ++byte) {
     char text[8];
@@ -219,7 +222,9 @@ TEST_CASE("the best-scored union is merged first, the leftmost on ties") {
   const test::TemporaryFolder folder;
   const auto path = folder / "tokenizer.bin";
   // 259 " ", 260 "a", 261 "b", 262 "c", then unions.
-  test::write_file(path, tokenizer_file({{" ", -1}, {"a", -1}, {"b", -1}, {"c", -1}, {"ab", -5}, {"bc", -4}, {"abc", -9}, {"aa", -6}, {"é", -1}}));
+  test::write_file(
+      path,
+      tokenizer_file({{" ", -1}, {"a", -1}, {"b", -1}, {"c", -1}, {"ab", -5}, {"bc", -4}, {"abc", -9}, {"aa", -6}, {"é", -1}}));
   const Llama2cTokenizer tokenizer(path);
   CHECK(tokenizer.size() == 268);
   CHECK(tokenizer.encode("") == Ids{});

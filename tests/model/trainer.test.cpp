@@ -47,7 +47,8 @@ struct Run {
   Model model;
   Trainer trainer;
 
-  explicit Run(const qd::Recipe& recipe, const qd::DecoderConfig& config = test::tiny_config(), float dropout = 0.0f, int threads = 1)
+  explicit Run(const qd::Recipe& recipe, const qd::DecoderConfig& config = test::tiny_config(), float dropout = 0.0f,
+               int threads = 1)
       : model(
             test::tiny_weights<float>(config, false, {}),
             [&] {
@@ -195,7 +196,8 @@ TEST_CASE("a step on micro-batches is a step on one batch") {
     const Index vocab = one.model.config().vocab;
     for (std::uint64_t step = 0; step < 3; ++step) {
       // Micro-batches of two, one and three sequences, of other lengths and with other prompts.
-      const std::vector<qd::Batch> parts{test::random_batch(vocab, {9, 5}, 10 * step, 2), test::random_batch(vocab, {12}, 10 * step + 3, 8),
+      const std::vector<qd::Batch> parts{test::random_batch(vocab, {9, 5}, 10 * step, 2),
+                                         test::random_batch(vocab, {12}, 10 * step + 3, 8),
                                          test::random_batch(vocab, {3, 4, 15}, 10 * step + 5)};
       qd::Batch all;
       for (const auto& part : parts) {
@@ -303,6 +305,13 @@ TEST_CASE("losses by rank are the means at every rank of the set, and without th
   }
 }
 
+TEST_CASE("losses by rank are without dropout, also before the first step") {
+  Run plain(short_recipe("qdylora")), dropped(short_recipe("qdylora"), test::tiny_config(), 0.5f);
+  for (auto* run : {&plain, &dropped}) test::randomize_adapters(run->model);
+  const auto batch = test::counting_batch(17, 5, 16, 1);
+  CHECK(dropped.trainer.losses_by_rank(batch) == plain.trainer.losses_by_rank(batch));
+}
+
 TEST_CASE("a trained model is left at full rank with dropout off") {
   Run run(short_recipe("per-row"), test::tiny_config(), 0.5f);
   std::vector<double> losses;
@@ -341,9 +350,17 @@ TEST_CASE("runs that cannot be are refused") {
   CHECK(code_of([&] { run.step(); }) == Errc::state_order);
 }
 
-TEST_CASE("a state of another rank set is refused") {
-  Run run(short_recipe("per-row"));
-  auto state = run.trainer.state();
-  state.sampler.carry.push_back(0.0);
-  CHECK(code_of([&] { run.trainer.restore(state); }) == Errc::shape_mismatch);
+TEST_CASE("a state of another run is refused") {
+  Run run(short_recipe("order-then-nest"));
+  const auto code = [&](auto change) {
+    auto state = run.trainer.state();
+    change(state);
+    return code_of([&] { run.trainer.restore(state); });
+  };
+  CHECK_FALSE(code([](auto&) {}));
+  CHECK(code([](auto& s) { s.sampler.carry.push_back(0.0); }) == Errc::shape_mismatch);
+  CHECK(code([](auto& s) { s.step = -1; }) == Errc::bad_argument);
+  CHECK(code([](auto& s) { s.step = 13; }) == Errc::bad_argument);
+  CHECK(code([](auto& s) { s.nesting = true; }) == Errc::bad_argument);  // before the re-ordering
+  CHECK(code([](auto& s) { s.step = 8; }) == Errc::bad_argument);       // after it, without nesting
 }

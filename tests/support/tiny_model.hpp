@@ -1,5 +1,5 @@
-// A random decoder small enough to differentiate number by number, and what tests of models share: texts, adapters that are not zero,
-// parameters as one row of numbers.
+// A random decoder small enough to differentiate number by number, and what tests of models share: texts, adapters that are not
+// zero, parameters as one row of numbers.
 #pragma once
 
 #include <memory>
@@ -103,7 +103,7 @@ void randomize_adapters(Model& model, double deviation = 0.3) {
   model.for_each_linear([&](auto& linear) {
     fill_normal(linear.adapter().b().value.view(), rng, deviation);
     if (linear.adapter().gated())
-      for (auto& gate : linear.adapter().gates().value.span()) gate = 1 + static_cast<std::remove_reference_t<decltype(gate)>>(0.2f * rng.normal());
+      for (auto& gate : linear.adapter().gates().value.span()) gate = static_cast<typename Model::Acc>(1.0f + 0.2f * rng.normal());
   });
 }
 

@@ -69,7 +69,21 @@ class Matrix {
   Matrix() = default;
   Matrix(Index rows, Index cols, Memory memory = {}) : memory_(memory) {
     resize(rows, cols);
-    if constexpr (Memory::host) std::memset(static_cast<void*>(storage_.data()), 0, storage_.bytes());
+    if constexpr (Memory::host)
+      if (storage_.size() > 0) std::memset(static_cast<void*>(storage_.data()), 0, storage_.bytes());
+  }
+  Matrix(Matrix&& other) noexcept
+      : memory_(other.memory_),
+        storage_(std::move(other.storage_)),
+        rows_(std::exchange(other.rows_, 0)),
+        cols_(std::exchange(other.cols_, 0)) {}
+  Matrix& operator=(Matrix&& other) noexcept {
+    memory_ = other.memory_;
+    storage_ = std::move(other.storage_);
+    const Index rows = std::exchange(other.rows_, 0), cols = std::exchange(other.cols_, 0);
+    rows_ = rows;
+    cols_ = cols;
+    return *this;
   }
 
   /// Gives the matrix a new shape. Keeps its storage while that is large enough; contents are unspecified afterwards.
@@ -77,7 +91,8 @@ class Matrix {
     QDYLORA_EXPECTS(rows >= 0 && cols >= 0 && (cols == 0 || rows <= std::numeric_limits<Index>::max() / cols), bad_argument,
                     "Matrix: " + detail::shape_text(rows, cols) + " is not a shape");
     if (rows * cols > storage_.size()) {
-      storage_ = {};  // give the old block back before asking for the new one
+      rows_ = cols_ = 0;  // what is left if memory runs out
+      storage_ = {};      // give the old block back before asking for the new one
       storage_ = Buffer<T, Memory>(rows * cols, memory_);
     }
     rows_ = rows;

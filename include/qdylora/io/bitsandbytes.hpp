@@ -59,8 +59,8 @@ inline std::span<const TensorInfo> tensors_under(const SafetensorsFile& file, st
   return {first, last};
 }
 
-inline void expect_bnb(bool condition, Errc code, const SafetensorsFile& file, const std::string& tensor, const std::string& expected,
-                       const std::string& found) {
+inline void expect_bnb(bool condition, Errc code, const SafetensorsFile& file, const std::string& tensor,
+                       const std::string& expected, const std::string& found) {
   if (!condition) throw Error(code, "expected " + expected + ", found " + found, {.file = file.name(), .tensor = tensor});
 }
 
@@ -214,7 +214,8 @@ inline BnbState bnb_4bit_state(const SafetensorsFile& file, std::string_view nam
   if (state.nested) {
     keys = 7;
     const Index nested_block = get_integer(json, "nested_blocksize", 1, std::numeric_limits<Index>::max(), place);
-    check(nested_block == DoubleQuant<>::nested_block_size, Errc::unsupported, "nested_blocksize 256", std::to_string(nested_block));
+    check(nested_block == DoubleQuant<>::nested_block_size, Errc::unsupported, "nested_blocksize 256",
+          std::to_string(nested_block));
     const std::string nested_dtype = get_string(json, "nested_dtype", place);
     check(nested_dtype == "float32", Errc::unsupported, "nested_dtype float32", "'" + printable(nested_dtype, 32) + "'");
     const double offset = get_number(json, "nested_offset", place);
@@ -272,9 +273,9 @@ void add_bnb_4bit(SafetensorsWriter& writer, BnbStates& states, const std::strin
   const auto add = [&](const std::string& key, DType type, std::vector<Index> shape, const auto& elements) {
     writer.add(name + key, type, std::move(shape), std::as_bytes(std::span(elements)));
   };
-  std::string state = "{\"quant_type\": \"" + std::string(Format::name) + "\", \"blocksize\": " + std::to_string(tensor.block_size()) +
-                      ", \"dtype\": \"" + std::string(known->second) + "\", \"shape\": [" + std::to_string(tensor.rows()) + ", " +
-                      std::to_string(tensor.cols()) + "]";
+  std::string state = "{\"quant_type\": \"" + std::string(Format::name) +
+                      "\", \"blocksize\": " + std::to_string(tensor.block_size()) + ", \"dtype\": \"" + std::string(known->second) +
+                      "\", \"shape\": [" + std::to_string(tensor.rows()) + ", " + std::to_string(tensor.cols()) + "]";
   add("", DType::U8, {tensor.codes().size(), 1}, tensor.codes().span());
   add(".quant_map", DType::F32, {16}, Format::values);
   const auto& scales = tensor.scales();
@@ -289,8 +290,8 @@ void add_bnb_4bit(SafetensorsWriter& writer, BnbStates& states, const std::strin
     add(".absmax", DType::F32, {scales.absmax.size()}, scales.absmax.span());
   }
   const auto text = states.keep(state + "}");
-  writer.add(name + "." + std::string(detail::bnb_state_key) + std::string(Format::name), DType::U8, {static_cast<Index>(text.size())},
-             text);
+  writer.add(name + "." + std::string(detail::bnb_state_key) + std::string(Format::name), DType::U8,
+             {static_cast<Index>(text.size())}, text);
 }
 template <class Format, class Scales, MemoryResource Memory>
 void add_bnb_4bit(SafetensorsWriter&, BnbStates&, const std::string&, QuantizedTensor<Format, Scales, Memory>&&,

@@ -1,5 +1,5 @@
-// XXH64 (Yann Collet's xxHash, 64 bits, seed 0): a checksum against torn and damaged files, about as fast as memory. Not a signature:
-// who means to can make files of equal checksums.
+// XXH64 (Yann Collet's xxHash, 64 bits, seed 0): a checksum against torn and damaged files, about as fast as memory. Not a
+// signature: who means to can make files of equal checksums.
 #pragma once
 
 #include <algorithm>

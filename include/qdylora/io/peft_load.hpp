@@ -108,7 +108,8 @@ inline void expect_plain_lora(const Json& config, const ErrorPlace& place) {
   const Json* init = find_key(config, "init_lora_weights", place);
   if (init != nullptr && init->is_string() && *init != "gaussian" && *init != "eva" && *init != "orthogonal") {
     throw Error(Errc::unsupported,
-                "init_lora_weights '" + printable(init->get<std::string>(), 32) + "' belongs to a base model that was changed too", place);
+                "init_lora_weights '" + printable(init->get<std::string>(), 32) + "' belongs to a base model that was changed too",
+                place);
   }
 }
 
@@ -196,12 +197,14 @@ inline PeftAdapter load_peft_adapter(const std::filesystem::path& folder, const 
   if (const auto* text = entry("qdylora.scale")) {
     constexpr std::array all{ScalePolicy::constant, ScalePolicy::over_rank, ScalePolicy::over_sqrt_rank};
     const auto at = std::ranges::find(all, std::string_view(*text), [](ScalePolicy p) { return name(p); });
-    if (at == all.end()) throw Error(Errc::unsupported, "unknown qdylora.scale '" + printable(*text, 32) + "'", {.file = file.name()});
+    if (at == all.end())
+      throw Error(Errc::unsupported, "unknown qdylora.scale '" + printable(*text, 32) + "'", {.file = file.name()});
     policy = *at;
   }
   if (const auto* text = entry("qdylora.ranks")) {
     const ErrorPlace at{.file = file.name()};
-    adapter.ranks = get_integers(parse_json("{\"qdylora.ranks\":[" + *text + "]}", at, options.limits), "qdylora.ranks", 1, most_ranks, at);
+    adapter.ranks =
+        get_integers(parse_json("{\"qdylora.ranks\":[" + *text + "]}", at, options.limits), "qdylora.ranks", 1, most_ranks, at);
   }
 
   for (const TensorInfo& tensor : file.tensors()) {
@@ -219,8 +222,9 @@ inline PeftAdapter load_peft_adapter(const std::filesystem::path& folder, const 
     if (tensor.shape.size() != 2) {
       throw Error(Errc::shape, "expected a matrix, found " + std::to_string(tensor.shape.size()) + " dimensions", at);
     }
-    const bool targeted = targets.is_string() || detail::PeftPatterns::for_each_ending(
-                                                     module, [&](std::string_view ending) { return target_names.contains(ending); });
+    const bool targeted = targets.is_string() || detail::PeftPatterns::for_each_ending(module, [&](std::string_view ending) {
+                            return target_names.contains(ending);
+                          });
     if (!targeted) throw Error(Errc::bad_config, "target_modules of the config names no such module", at);
     const double r = ranks.value_or(module, static_cast<double>(config.rank));
     const Index found = is_a ? tensor.shape[0] : tensor.shape[1];
@@ -273,8 +277,8 @@ inline PeftAdapter load_peft_adapter(const std::filesystem::path& folder, const 
 inline void assign(const PeftModule& module, LoRAAdapter<float>& adapter, Index rope_heads = 0) {
   const Index r = module.rank(), most = adapter.max_rank();
   QDYLORA_EXPECTS(module.in() == adapter.in() && module.out() == adapter.out(), shape_mismatch,
-                  module.name + ": an adapter of a weight " + detail::shape_text(module.out(), module.in()) + ", assigned to one of " +
-                      detail::shape_text(adapter.out(), adapter.in()));
+                  module.name + ": an adapter of a weight " + detail::shape_text(module.out(), module.in()) +
+                      ", assigned to one of " + detail::shape_text(adapter.out(), adapter.in()));
   QDYLORA_EXPECTS(r <= most, rank_range,
                   module.name + ": rank " + std::to_string(r) + " is above the adapter's " + std::to_string(most));
   QDYLORA_EXPECTS(module.gated_ranks == adapter.options().gated_ranks, bad_config,

@@ -89,7 +89,9 @@ inline void save_peft_adapter(const std::filesystem::path& folder, std::span<con
 
   SafetensorsWriter model, gates;
   std::deque<Matrix<float>> kept;  // what the writers borrow
-  const auto keep = [&kept](Matrix<float> matrix) -> MatrixView<const float> { return kept.emplace_back(std::move(matrix)).view(); };
+  const auto keep = [&kept](Matrix<float> matrix) -> MatrixView<const float> {
+    return kept.emplace_back(std::move(matrix)).view();
+  };
   Json config = {{"peft_type", "LORA"}, {"bias", "none"}, {"fan_in_fan_out", false}, {"inference_mode", true},
                  {"init_lora_weights", true}, {"lora_bias", false}, {"modules_to_save", nullptr}, {"use_dora", false},
                  {"use_rslora", false}, {"rank_pattern", Json::object()}, {"alpha_pattern", Json::object()},

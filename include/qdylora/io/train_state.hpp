@@ -1,10 +1,10 @@
 // The state of a training run between two steps, in one file: what it takes to go on as if it had never stopped.
 //
 // A TrainState is a set of named sections: matrices, 64-bit integers, doubles and texts, all kept to the bit. collect() adds an
-// adapter, optimizer, rank sampler or generator under a prefix, restore() puts it back; a trainer adds what is its own (step, place in
-// the data, phase of its recipe). The file is safetensors, F32 [rows, cols], I64 [n], F64 [n] and U8 [n], replaced as a whole. Its
-// metadata has "format", "version" and for each section "xxh64.<name>", the checksum of "<name> <dtype> <shape>" and the data: a torn
-// or damaged file is refused.
+// adapter, optimizer, rank sampler or generator under a prefix, restore() puts it back; a trainer adds what is its own (step, place
+// in the data, phase of its recipe). The file is safetensors, F32 [rows, cols], I64 [n], F64 [n] and U8 [n], replaced as a whole.
+// Its metadata has "format", "version" and for each section "xxh64.<name>", the checksum of "<dtype> <shape>" and the data: a torn or
+// damaged file is refused.
 #pragma once
 
 #include <algorithm>
@@ -120,10 +120,10 @@ namespace detail {
 inline constexpr std::string_view train_state_format = "qdylora.train_state";
 inline constexpr std::string_view train_state_checksum = "xxh64.";
 
-inline std::string section_checksum(std::string_view name, DType dtype, std::span<const Index> shape, MatrixView<const std::byte> data) {
+inline std::string section_checksum(DType dtype, std::span<const Index> shape, MatrixView<const std::byte> data) {
   constexpr char digits[] = "0123456789abcdef";
   Xxh64 hash;
-  hash.update(name).update(" ").update(qdylora::name(dtype)).update(" ").update(shape_text(shape));
+  hash.update(name(dtype)).update(" ").update(shape_text(shape));
   for (Index i = 0; i < data.rows; ++i) hash.update({data.row(i), static_cast<std::size_t>(data.cols)});
   std::string text(16, '0');
   for (std::uint64_t rest = hash.digest(), i = 16; i > 0; rest >>= 4) text[--i] = digits[rest & 15];
@@ -147,7 +147,7 @@ inline void save_train_state(const std::filesystem::path& path, const TrainState
   writer.metadata("version", "1");
   for (const auto& [name, section] : state.sections_) {
     const auto checksum = [&, &key = name](DType dtype, std::span<const Index> shape, MatrixView<const std::byte> data) {
-      writer.metadata(std::string(detail::train_state_checksum) + key, detail::section_checksum(key, dtype, shape, data));
+      writer.metadata(std::string(detail::train_state_checksum) + key, detail::section_checksum(dtype, shape, data));
     };
     const auto add_matrix = [&, &key = name](MatrixView<const float> view) {
       checksum(DType::F32, std::array{view.rows, view.cols}, detail::byte_view(view));
@@ -198,7 +198,7 @@ inline TrainState load_train_state(const std::filesystem::path& path, const Limi
       const std::string expected = entry(std::string(detail::train_state_checksum) + tensor.name);
       if (expected.empty()) throw Error(Errc::missing_tensor, "the section has no checksum", place);
       const std::string found =
-          detail::section_checksum(tensor.name, tensor.dtype, tensor.shape, {data.data(), 1, static_cast<Index>(data.size())});
+          detail::section_checksum(tensor.dtype, tensor.shape, {data.data(), 1, static_cast<Index>(data.size())});
       if (found != expected) {
         throw Error(Errc::read, "the section is damaged: expected checksum " + printable(expected, 32) + ", found " + found, place);
       }
@@ -222,9 +222,10 @@ inline TrainState load_train_state(const std::filesystem::path& path, const Limi
     } else if (tensor.dtype == DType::U8 && dimensions == 1) {
       state.add_text(tensor.name, run(std::string()));
     } else {
-      throw Error(Errc::dtype,
-                  "no section of a training state is " + detail::shape_text(tensor.shape) + " of " + std::string(name(tensor.dtype)),
-                  place);
+      throw Error(
+          Errc::dtype,
+          "no section of a training state is " + detail::shape_text(tensor.shape) + " of " + std::string(name(tensor.dtype)),
+          place);
     }
   }
   return state;
@@ -235,7 +236,8 @@ inline TrainState load_train_state(const std::filesystem::path& path, const Limi
 
 inline void collect(TrainState& state, const std::string& prefix, const Rng& rng) {
   const Rng::State& s = rng.state();
-  state.add_integers(prefix, {std::bit_cast<std::int64_t>(s.seed), std::bit_cast<std::int64_t>(s.position), s.purpose, s.stream, s.step});
+  state.add_integers(prefix,
+                     {std::bit_cast<std::int64_t>(s.seed), std::bit_cast<std::int64_t>(s.position), s.purpose, s.stream, s.step});
 }
 inline void restore(TrainState& state, const std::string& prefix, Rng& rng) {
   const auto& s = state.integers(prefix, 5);

@@ -16,7 +16,7 @@
 namespace qdylora {
 
 /// NaN or infinity among the weights. reject: Errc::non_finite, naming the first. propagate: NaN poisons its block (every element decodes
-/// to NaN); infinity makes its block's absmax infinite, as bitsandbytes on the CPU.
+/// to NaN) and, under double quantization, all blocks, whose scales share an offset; infinity makes its block's absmax infinite, as bitsandbytes on the CPU.
 enum class NonFinite { reject, propagate };
 
 struct QuantizeOptions {
@@ -79,7 +79,7 @@ void quantize_blockwise(std::span<const float> x, Index block_size, std::span<st
     const float reciprocal = 1.0f / largest;
     for (Index i = begin; i < end; ++i) {
       const auto at = static_cast<std::size_t>(i);
-      codes[at] = Code::encode(x[at] * reciprocal);
+      codes[at] = largest == 0.0f ? std::uint8_t{0} : Code::encode(x[at] * reciprocal);
     }
   }
 }
@@ -206,10 +206,10 @@ class Quantizer {
 };
 
 /// Quantizes a whole matrix.
-template <CodeFormat Format = NF4, class Scales = DoubleQuant<DynamicMap8>, Scalar T, class ParallelFor = SerialFor>
-QuantizedTensor<Format, Scales> quantize(MatrixView<const T> weight, QuantizeOptions options = {}, ParallelFor&& parallel_for = {}) {
+template <CodeFormat Format = NF4, class Scales = DoubleQuant<DynamicMap8>, class T, class ParallelFor = SerialFor>
+QuantizedTensor<Format, Scales> quantize(MatrixView<T> weight, QuantizeOptions options = {}, ParallelFor&& parallel_for = {}) {
   Quantizer<Format, Scales> quantizer(weight.rows, weight.cols, options);
-  quantizer.append(weight, parallel_for);
+  quantizer.append(MatrixView<const std::remove_const_t<T>>(weight), parallel_for);
   return std::move(quantizer).finish();
 }
 

@@ -1,0 +1,82 @@
+// A whole training step of a model of SmolLM2-135M's shape with random weights: forward, backward, clipping and AdamW, adapters of rank 64
+// on all linear layers, one sequence of 256 tokens. peers/train_step.py is the same step in PyTorch, PEFT and bitsandbytes.
+#include "common.hpp"
+
+#include <cstdio>
+#include <fstream>
+#include <string>
+
+#include <qdylora/model/base_weight.hpp>
+#include <qdylora/model/decoder.hpp>
+#include <qdylora/optim/adamw.hpp>
+
+namespace {
+
+using namespace qdylora;
+
+double peak_memory_mib() {
+  std::ifstream status("/proc/self/status");
+  for (std::string line; std::getline(status, line);)
+    if (line.starts_with("VmHWM:")) return std::stod(line.substr(6)) / 1024.0;
+  return 0.0;
+}
+
+std::shared_ptr<const DecoderWeights<float>> random_weights(const Cpu& cpu) {
+  auto weights = std::make_shared<DecoderWeights<float>>();
+  auto& c = weights->config;
+  c = {.vocab = 49152, .width = 576, .mlp_width = 1536, .layers = 30, .heads = {9, 3, 64}, .context = 2048};
+  Rng rng(1);
+  const auto ones = [&] {
+    Matrix<float> m(1, c.width);
+    for (float& x : m.span()) x = 1.0f;
+    return m;
+  };
+  weights->embedding = bench::normal_matrix(c.vocab, c.width, 0.02f, 2);
+  weights->final_norm = ones();
+  const Index q = c.query_width(), kv = c.kv_width();
+  const std::array<std::pair<Index, Index>, 7> shapes = {
+      {{q, c.width}, {kv, c.width}, {kv, c.width}, {c.width, q}, {c.mlp_width, c.width}, {c.mlp_width, c.width}, {c.width, c.mlp_width}}};
+  for (Index i = 0; i < c.layers; ++i) {
+    auto block = std::make_shared<BlockWeights<float>>();
+    block->attention_norm = ones();
+    block->mlp_norm = ones();
+    for (std::size_t p = 0; p < 7; ++p)
+      block->linear[p] = make_base_weight(
+          shapes[p].first, shapes[p].second, {},
+          [&](Index, MatrixView<float> out) {
+            for (Index r = 0; r < out.rows; ++r)
+              for (Index j = 0; j < out.cols; ++j) out(r, j) = 0.02f * rng.normal();
+          },
+          [&](Index count, auto&& f) { cpu.parallel_for(count, f); });
+    weights->blocks.push_back(std::move(block));
+  }
+  return weights;
+}
+
+void train_step(benchmark::State& state) {
+  const Cpu cpu(static_cast<int>(state.range(0)));
+  Decoder<float> model(random_weights(cpu), {.lora = {.max_rank = 64, .alpha = 16}, .checkpoint = state.range(1) != 0}, cpu);
+  AdamW<float> optimizer(model.parameters(), {.lr = 1e-4, .max_gradient_norm = 0.3}, cpu);
+  Rng rng(3);
+  std::vector<std::int32_t> ids(257);
+  for (auto& id : ids) id = static_cast<std::int32_t>(rng.below(49152));
+  Batch batch;
+  batch.add(ids);
+  const auto step = [&] {
+    optimizer.zero_grad();
+    benchmark::DoNotOptimize(model.loss_and_gradient(batch, 1.0 / 256.0));
+    optimizer.step();
+  };
+  step();
+  for (auto _ : state) step();
+  state.counters["tokens/s"] = benchmark::Counter(static_cast<double>(256 * state.iterations()), benchmark::Counter::kIsRate);
+  state.counters["peak MiB"] = peak_memory_mib();
+}
+
+// Fewest bytes first: the peak is the process's, and only grows.
+BENCHMARK(train_step)->ArgNames({"threads", "checkpoint"})->Args({2, 1})->Args({2, 0})->Args({1, 0})->Iterations(3)->Repetitions(3)
+    ->UseRealTime()->Unit(benchmark::kMillisecond);
+
+}  // namespace
+
+BENCHMARK_MAIN();
