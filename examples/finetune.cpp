@@ -62,6 +62,7 @@ void declare(CLI::App& app, Options& o) {
   app.add_option("--seq-len", o.seq_len, "tokens of a sequence at most")->capture_default_str();
   app.add_option("--threads", o.threads, "0: one for each processor")->capture_default_str();
   app.add_option("--seed", o.seed, "of adapters, data order and ranks")->capture_default_str();
+  app.add_option("--examples", o.examples, "training examples to generate where there is no --data")->capture_default_str();
   app.add_option("--eval-examples", o.eval_examples, "held-out examples for the losses")->capture_default_str();
   app.add_option("--answers", o.answers, "held-out examples to answer at every rank; 0: none")->capture_default_str();
   app.add_option("--new-tokens", o.new_tokens, "tokens of an answer at most")->capture_default_str();
@@ -210,17 +211,13 @@ int finetune(const Options& o) {
   StopSignal signal;
   const auto training_start = Clock::now();
   Index trained_tokens = 0;
-  double best_seconds_per_token = 0.0;
   {
     Progress progress(o.steps, trainer.step_count());
     while (!trainer.done() && !signal.requested()) {
-      const auto step_start = Clock::now();
       const auto samples = step_samples(data.train, trainer.step_count(), o.batch, o.seed);
       const auto result = trainer.step(to_batches(samples, 1024));
       report.step_losses.push_back(result.loss);
       trained_tokens += result.tokens;
-      const double rate = seconds_since(step_start) / static_cast<double>(result.tokens);
-      best_seconds_per_token = best_seconds_per_token > 0.0 ? std::min(best_seconds_per_token, rate) : rate;
       progress.update(trainer.step_count(), result.tokens, result.loss, result.rank);
       if (o.save_every > 0 && trainer.step_count() % o.save_every == 0 && !trainer.done())
         save_run_state(state_file, settings, decoder, trainer, report.step_losses);

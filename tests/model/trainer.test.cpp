@@ -272,6 +272,18 @@ TEST_CASE("rows learn faster at first after the re-ordering, the first ones most
   CHECK(run.model.parameters()[0]->row_lr[7] == Approx(1.5));
 }
 
+TEST_CASE("the re-ordering starts the optimizer and the warm-up anew") {
+  Run run(short_recipe("order-then-nest"));
+  std::vector<double> losses;
+  run.run_to(6, losses);
+  for (const auto& state : run.trainer.optimizer().states()) CHECK(state.steps == std::vector<std::int64_t>(8, 6));
+  const qd::Schedule schedule{qd::Schedule::Shape::cosine, steps, 3, 0.1};
+  CHECK(run.step().lr == Approx(5e-3 * schedule(6) / 2.0));
+  for (const auto& state : run.trainer.optimizer().states()) CHECK(state.steps == std::vector<std::int64_t>(8, 1));
+  CHECK(run.step().lr == Approx(5e-3 * schedule(7)));
+  CHECK(run.step().lr == Approx(5e-3 * schedule(8)));
+}
+
 TEST_CASE("a gradient that is not finite changes nothing and is counted") {
   Run run(short_recipe("qlora"));
   run.step();

@@ -96,7 +96,8 @@ TEST_CASE("dropout masks the adapter's input by seed, layer and step") {
   const qd::Cpu cpu;
   const auto x = test::normal_matrix<float>(tokens, in, 3);
   const qd::LoRAOptions options{.max_rank = 4, .alpha = 4.0f, .dropout = 0.25f, .seed = 11, .layer = 5};
-  Layer layer(test::normal_matrix<float>(out, in, 1), options), plain(layer.base(), {.max_rank = 4, .alpha = 4.0f, .seed = 11, .layer = 5});
+  Layer layer(test::normal_matrix<float>(out, in, 1), options);
+  Layer plain(layer.base(), {.max_rank = 4, .alpha = 4.0f, .seed = 11, .layer = 5});
   qd::Rng rng(2);
   test::fill_normal(layer.adapter().b().value.view(), rng);
   qd::copy<float>(layer.adapter().b().value, plain.adapter().b().value.view());

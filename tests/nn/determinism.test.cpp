@@ -1,4 +1,4 @@
-// Training gives the same bytes on any number of threads, on an executor of the caller's, and beside another training in the process.
+// Training gives the same bytes on any number of threads, on an executor of the caller's, and beside another training.
 #include <cstring>
 #include <functional>
 #include <thread>
@@ -24,7 +24,8 @@ std::vector<float> train(const qd::Cpu& cpu, std::uint64_t seed, int steps = 10)
   constexpr Index tokens = 45, width = 100, hidden = 160;
   using Layer = qd::DynamicLoRALinear<T>;
   const auto options = [&](std::uint32_t layer) {
-    return qd::LoRAOptions{.max_rank = 16, .alpha = 16.0f, .dropout = 0.1f, .seed = seed, .layer = layer, .gated_ranks = {1, 4, 16}};
+    return qd::LoRAOptions{
+        .max_rank = 16, .alpha = 16.0f, .dropout = 0.1f, .seed = seed, .layer = layer, .gated_ranks = {1, 4, 16}};
   };
   Layer up(test::normal_matrix<float>(hidden, width, seed, 0.1), options(0), {}, cpu);
   Layer down(test::normal_matrix<float>(width, hidden, seed + 1, 0.1), options(1), {}, cpu);

@@ -124,7 +124,8 @@ void check_layer(Layer& layer, const Options& options, Index tokens) {
       auto& gates = adapter.gates();
       CHECK_GRADIENT(test::check_gradient([&] { return loss(layer, x, c); }, gates.value.span(), gates.gradient.span()));
       for (Index g = 0; g < gates.value.rows(); ++g)  // a gate vector's elements beyond its rank
-        for (Index i = adapter.options().gated_ranks[static_cast<std::size_t>(g)]; i < max_rank; ++i) CHECK(gates.gradient(g, i) == 0.0);
+        for (Index i = adapter.options().gated_ranks[static_cast<std::size_t>(g)]; i < max_rank; ++i)
+          CHECK(gates.gradient(g, i) == 0.0);
     }
   }
 }
@@ -143,9 +144,13 @@ void check_format() {
 
 }  // namespace
 
-TEST_CASE("gradients of a layer on a dense weight agree with central differences at every rank") { check_format<qd::Dense<double>>(); }
+TEST_CASE("gradients of a layer on a dense weight agree with central differences at every rank") {
+  check_format<qd::Dense<double>>();
+}
 
-TEST_CASE("gradients of a layer on an NF4 weight agree with central differences at every rank") { check_format<qd::NF4>(); }
+TEST_CASE("gradients of a layer on an NF4 weight agree with central differences at every rank") {
+  check_format<qd::NF4>();
+}
 
 TEST_CASE("gradients of a layer larger than a tile agree with central differences") {
   // more than one panel of weight rows, slice of columns and panel of tokens, none of them full
@@ -206,7 +211,8 @@ TEST_CASE("a backward pass computes dx alone, gradients alone, or both, with the
   const float dropout = GENERATE(0.0f, 0.25f);
   constexpr Index tokens = 20;
   const auto make = [&] {
-    qd::DynamicLoRALinear<float> layer(test::normal_matrix<float>(48, 40, 1), {.max_rank = 6, .dropout = dropout, .gated_ranks = {6}});
+    const qd::LoRAOptions options{.max_rank = 6, .dropout = dropout, .gated_ranks = {6}};
+    qd::DynamicLoRALinear<float> layer(test::normal_matrix<float>(48, 40, 1), options);
     qd::Rng rng(2);
     test::fill_normal(layer.adapter().b().value.view(), rng);
     return layer;

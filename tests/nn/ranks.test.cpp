@@ -159,7 +159,8 @@ TEST_CASE("rows are dealt in the exact shares, and what is left over is carried"
   const Case example = GENERATE(
       Case{RankSet::powers_of_two(64), 16, {}, 0.25}, Case{RankSet::powers_of_two(64), 2, {}, 0.25},
       Case{RankSet::powers_of_two(64), 1, {}, 0.0}, Case{{1, 2, 4}, 4, {1, 1, 2}, 0.0}, Case{{1, 3, 9}, 5, {0.2, 0.0, 0.7}, 0.5},
-      Case{{1, 2}, 3, {}, 1.0}, Case{{5}, 3, {}, 0.0}, Case{{1, 2, 3, 4, 5, 6, 7, 8, 9, 10}, 7, {10, 9, 8, 7, 6, 5, 4, 3, 2, 1}, 0.1});
+      Case{{1, 2}, 3, {}, 1.0}, Case{{5}, 3, {}, 0.0},
+      Case{{1, 2, 3, 4, 5, 6, 7, 8, 9, 10}, 7, {10, 9, 8, 7, 6, 5, 4, 3, 2, 1}, 0.1});
   const auto& set = example.set;
   const auto& weights = example.weights;
   const Index rows = example.rows;

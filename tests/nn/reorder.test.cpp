@@ -63,8 +63,8 @@ struct Shape {
 }  // namespace
 
 TEST_CASE("re-ordering leaves the product as it was") {
-  const auto [in, out, rank] = GENERATE(Shape{40, 24, 8}, Shape{24, 40, 8}, Shape{5, 40, 8}, Shape{40, 5, 8}, Shape{3, 2, 8}, Shape{8, 8, 8},
-                                        Shape{1, 1, 4}, Shape{30, 20, 1}, Shape{96, 64, 64});
+  const auto [in, out, rank] = GENERATE(Shape{40, 24, 8}, Shape{24, 40, 8}, Shape{5, 40, 8}, Shape{40, 5, 8}, Shape{3, 2, 8},
+                                        Shape{8, 8, 8}, Shape{1, 1, 4}, Shape{30, 20, 1}, Shape{96, 64, 64});
   const auto kind = GENERATE(Reordering::svd, Reordering::gram);
   CAPTURE(in, out, rank, kind == Reordering::gram);
   qd::LoRAAdapter<float> adapter(in, out, {.max_rank = rank});
@@ -80,7 +80,8 @@ TEST_CASE("re-ordering leaves the product as it was") {
   if (kind == Reordering::gram) gather_moments(exact, 500, 5);
   const Dense before_exact = product(exact, rank);
   qd::reorder(exact, kind);
-  CHECK(relative(product(exact, rank), before_exact) < (kind == Reordering::svd ? 1e-12 : 1e-7));  // gram inverts moments, floored at 1e-9
+  // gram inverts moments, floored at 1e-9 of their largest eigenvalue
+  CHECK(relative(product(exact, rank), before_exact) < (kind == Reordering::svd ? 1e-12 : 1e-7));
 }
 
 TEST_CASE("a layer's output at full rank does not change by re-ordering") {
@@ -106,9 +107,11 @@ TEST_CASE("after svd every prefix is the best approximation of its rank") {
   const auto values = qd::reorder(adapter, Reordering::svd);
   const Index numerical = std::min({in, out, rank});
   REQUIRE(static_cast<Index>(values.size()) >= numerical);
-  for (Index i = 0; i < numerical; ++i) CHECK(values[static_cast<std::size_t>(i)] == Approx(svd.singularValues()[i]).epsilon(1e-10));
+  for (Index i = 0; i < numerical; ++i)
+    CHECK(values[static_cast<std::size_t>(i)] == Approx(svd.singularValues()[i]).epsilon(1e-10));
   for (Index b = 1; b <= numerical; ++b) {
-    const Dense best = svd.matrixU().leftCols(b) * svd.singularValues().head(b).asDiagonal() * svd.matrixV().leftCols(b).transpose();
+    const Dense best =
+        svd.matrixU().leftCols(b) * svd.singularValues().head(b).asDiagonal() * svd.matrixV().leftCols(b).transpose();
     CHECK((product(adapter, b) - best).norm() < 1e-10 * full.norm());
   }
 }
@@ -248,7 +251,8 @@ TEST_CASE("the layer gathers the moments of A x and B dy, unscaled, over passes 
   layer.adapter().collecting = false;
   layer.forward(x);
   layer.backward(dy.view());
-  const Dense z = dense(x) * dense(layer.adapter().a().value).transpose(), dz = dense(dy) * dense(layer.adapter().b().value).transpose();
+  const Dense z = dense(x) * dense(layer.adapter().a().value).transpose();
+  const Dense dz = dense(dy) * dense(layer.adapter().b().value).transpose();
   CHECK(relative(dense(layer.adapter().moment_a), 2.0 * z.transpose() * z) < 1e-12);
   CHECK(relative(dense(layer.adapter().moment_b), 2.0 * dz.transpose() * dz) < 1e-12);
   layer.adapter().start_collecting();  // anew

@@ -1,5 +1,6 @@
 // One base under several adapters, several passes in flight on one layer, and gradients gathered over micro-batches.
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include <qdylora/cpu/cpu.hpp>
@@ -114,7 +115,8 @@ TEST_CASE("a context serves pass after pass, of any size and rank") {
   fill_b(fresh, 6);
   Layer::Context reused;
   std::uint64_t seed = 10;
-  for (const auto& [tokens, rank] : std::vector<std::pair<Index, Index>>{{40, 8}, {3, 2}, {12, 0}, {60, 5}, {1, 8}, {0, 3}, {9, 4}}) {
+  const std::vector<std::pair<Index, Index>> passes = {{40, 8}, {3, 2}, {12, 0}, {60, 5}, {1, 8}, {0, 3}, {9, 4}};
+  for (const auto& [tokens, rank] : passes) {
     CAPTURE(tokens, rank);
     const Float x = test::normal_matrix<float>(tokens, in, seed++), dy = test::normal_matrix<float>(tokens, out, seed++);
     const bool training = seed % 4 != 0;  // with and without dropout
@@ -149,7 +151,8 @@ TEST_CASE("micro-batches accumulate to the gradient of the whole batch") {
     whole.backward(dy.view());
     const Index each = tokens / parts;
     for (Index part = 0; part < parts; ++part) {
-      const Float px = qd::clone(x.view().middle_rows(part * each, each)), pdy = qd::clone(dy.view().middle_rows(part * each, each));
+      const Float px = qd::clone(x.view().middle_rows(part * each, each));
+      const Float pdy = qd::clone(dy.view().middle_rows(part * each, each));
       split.forward(px);
       split.backward(pdy.view());
     }

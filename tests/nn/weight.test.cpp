@@ -105,7 +105,8 @@ void check_type(double rounding) {
   CHECK(error(found.dx, expected.dx) < 4.0 * rounding * rounding);
   CHECK(error(found.da, expected.da) < 1e-12);
   CHECK(error(found.db, expected.db) < 1e-12);
-  static_assert(std::is_same_v<std::remove_cvref_t<decltype(narrow.adapter().a().value(0, 0))>, float>);  // master weights stay float
+  // master weights stay float
+  static_assert(std::is_same_v<std::remove_cvref_t<decltype(narrow.adapter().a().value(0, 0))>, float>);
 }
 
 }  // namespace
@@ -123,7 +124,8 @@ TEST_CASE("a weight of any format gives the layer of what it decodes to") {
 TEST_CASE("a format known when compiling and one known when running give the same bits") {
   auto tensor = quantized<qd::NF4, qd::DoubleQuant<>>();
   qd::DynamicLoRALinear<float> fixed(test::normal_matrix<float>(out, in, 1, 0.1), options);
-  qd::DynamicLoRALinear<float, qd::Cpu, qd::AnyFormat> any(std::make_shared<const qd::WeightFor<qd::AnyFormat>>(std::move(tensor)), options);
+  const auto base = std::make_shared<const qd::WeightFor<qd::AnyFormat>>(std::move(tensor));
+  qd::DynamicLoRALinear<float, qd::Cpu, qd::AnyFormat> any(base, options);
   const Passed a = pass(fixed), b = pass(any);
   CHECK(same_bits(a.y.view(), b.y.view()));
   CHECK(same_bits(a.dx.view(), b.dx.view()));
@@ -147,7 +149,8 @@ TEST_CASE("the block size is the caller's") {
 }
 
 TEST_CASE("dense weights are kept in their own type, whatever the layer computes in") {
-  const Float weight = test::converted<float>(test::normal_matrix<qd::bfloat16>(out, in, 1, 0.1).view());  // exact in all types but half
+  // exact in all types but half
+  const Float weight = test::converted<float>(test::normal_matrix<qd::bfloat16>(out, in, 1, 0.1).view());
   qd::DynamicLoRALinear<float, qd::Cpu, qd::Dense<float>> plain(weight, options);
   qd::DynamicLoRALinear<float, qd::Cpu, qd::Dense<qd::bfloat16>> stored(weight, options);
   qd::DynamicLoRALinear<float, qd::Cpu, qd::Dense<double>> wide(weight, options);

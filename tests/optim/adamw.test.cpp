@@ -65,7 +65,8 @@ struct Snapshot {
   }
   bool operator==(const Snapshot& other) const {
     const auto equal = [](const auto& a, const auto& b) {
-      return std::equal(a.begin(), a.end(), b.begin(), b.end(), [](const auto& x, const auto& y) { return same_bits(x.view(), y.view()); });
+      return std::equal(a.begin(), a.end(), b.begin(), b.end(),
+                        [](const auto& x, const auto& y) { return same_bits(x.view(), y.view()); });
     };
     return equal(values, other.values) && equal(m, other.m) && equal(v, other.v) && steps == other.steps;
   }

@@ -19,7 +19,8 @@ ids = expected.pop("ids").reshape(1, -1)
 assert len(expected) > 1, "nothing to compare"
 for name, logits in expected.items():
     with torch.no_grad():
-        model = LlamaForCausalLM.from_pretrained(os.path.join(folder, "base"), dtype=torch.float32, attn_implementation="eager").eval()
+        model = LlamaForCausalLM.from_pretrained(os.path.join(folder, "base"), dtype=torch.float32, attn_implementation="eager")
+        model.eval()
         base = model(ids).logits[0]
         model = PeftModel.from_pretrained(model, os.path.join(folder, name)).eval()
         difference = (model(ids).logits[0] - logits).abs().max().item()

@@ -1,5 +1,5 @@
-// A third backend: the CPU's operations, counted. An ordinary class with the members that the Backend concept lists, no base and nothing
-// registered; it is also the shortest example of what a backend of one's own takes.
+// A third backend: the CPU's operations, counted. An ordinary class with the members that the Backend concept lists, no base and
+// nothing registered; it is also the shortest example of what a backend of one's own takes.
 #pragma once
 
 #include <memory>
@@ -109,7 +109,8 @@ class CountingBackend {
     cpu_.column_products(first, second, sums);
   }
   template <class T>
-  void dropout(qdylora::In<T> x, float probability, qdylora::DropoutKey key, qdylora::MatrixView<T> y, qdylora::Update update) const {
+  void dropout(qdylora::In<T> x, float probability, qdylora::DropoutKey key, qdylora::MatrixView<T> y,
+               qdylora::Update update) const {
     cpu_.dropout(x, probability, key, y, update);
   }
 

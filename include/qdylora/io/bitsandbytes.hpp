@@ -155,8 +155,8 @@ inline bool is_bnb_4bit(const SafetensorsFile& file, std::string_view name) {
   return std::ranges::any_of(detail::tensors_under(file, name), [&](const TensorInfo& t) { return t.name.starts_with(key); });
 }
 
-/// Reads and checks the state of the 4-bit weight `name`, but no codes or scales. Errc::missing_tensor, unexpected_tensor, unsupported,
-/// dtype, shape, block_size, bad_config, non_finite, overflow, and those of parse_json.
+/// Reads and checks the state of the 4-bit weight `name`, but no codes or scales. Errc::missing_tensor, unexpected_tensor,
+/// unsupported, dtype, shape, block_size, bad_config, non_finite, overflow, and those of parse_json.
 inline BnbState bnb_4bit_state(const SafetensorsFile& file, std::string_view name) {
   const std::string weight(name);
   const ErrorPlace weight_place{.file = file.name(), .tensor = weight};
@@ -258,8 +258,8 @@ class BnbStates {
   std::deque<std::string> texts_;  // a deque: elements stay where they are
 };
 
-/// Adds a weight under bitsandbytes' keys. `dtype` is that of the weight before quantization: F32, F16 or BF16. `tensor` and `states`
-/// must live until writer.write(). Errc::bad_argument, non_finite, and those of SafetensorsWriter::add.
+/// Adds a weight under bitsandbytes' keys. `dtype` is that of the weight before quantization: F32, F16 or BF16. `tensor` and
+/// `states` must live until writer.write(). Errc::bad_argument, non_finite, and those of SafetensorsWriter::add.
 template <class Format, class Scales, MemoryResource Memory>
   requires(Memory::host)
 void add_bnb_4bit(SafetensorsWriter& writer, BnbStates& states, const std::string& name,

@@ -1,12 +1,12 @@
 // LoRA adapters in the folders that Hugging Face PEFT writes and reads:
 //
 //   adapter_config.json         r, lora_alpha, target_modules, ...; rank_pattern and alpha_pattern for modules that differ
-//   adapter_model.safetensors   of each module M base_model.model.M.lora_A.weight [r, in], base_model.model.M.lora_B.weight [out, r]
+//   adapter_model.safetensors   of each module M: base_model.model.M.lora_A.weight [r, in] and ...lora_B.weight [out, r]
 //   qdylora_gates.safetensors   ours, only for a whole adapter with gates: M.gates, M.gated_ranks, M.lora_B.weight without gates
 //
 // A reader computes W x + (lora_alpha / r) B A x. What is saved at rank b is such that this is our function at rank b: r = b,
-// lora_alpha = b * s_b for the scale s_b of whatever policy, gates multiplied into B. What only we can use stands where others do not
-// look: in the tensor file's metadata under "qdylora.", and in the third file. Saved whole, an adapter comes back to the bit.
+// lora_alpha = b * s_b for the scale s_b of whatever policy, gates multiplied into B. What only we can use stands where others do
+// not look: in the tensor file's metadata under "qdylora.", and in the third file. Saved whole, an adapter comes back to the bit.
 // <qdylora/io/peft_save.hpp> writes such folders, <qdylora/io/peft_load.hpp> reads them; <qdylora/io/peft.hpp> is both.
 #pragma once
 

@@ -30,8 +30,8 @@ struct PeftLoadOptions {
 
 namespace detail {
 
-/// rank_pattern and alpha_pattern: module name -> value. PEFT takes a key for a regular expression that the name must end in, after a
-/// dot or from its start on; read here are keys that are names or ends of names, with or without '^' and escaped dots.
+/// rank_pattern and alpha_pattern: module name -> value. PEFT takes a key for a regular expression that the name must end in,
+/// after a dot or from its start on; read here are keys that are names or ends of names, with or without '^' and escaped dots.
 class PeftPatterns {
  public:
   PeftPatterns(const Json& config, std::string_view key, const ErrorPlace& place) : key_(key), place_(place) {
@@ -161,10 +161,10 @@ inline void load_peft_gates(const SafetensorsFile& file, PeftModule& module, std
 
 }  // namespace detail
 
-/// Reads an adapter folder of PEFT or of save_peft_adapter. All of it must be understood: a module without its pair, another tensor, a
-/// shape that is not the config's, a config that asks for more than LoRA are errors; keys unknown to us are not.
-/// Errc::bad_config, unsupported, version, missing_tensor, unexpected_tensor, shape, shape_mismatch, rank_range, non_finite, dtype,
-/// and those of read_json and SafetensorsFile.
+/// Reads an adapter folder of PEFT or of save_peft_adapter. All of it must be understood: a module without its pair, another
+/// tensor, a shape that is not the config's, a config that asks for more than LoRA are errors; keys unknown to us are not.
+/// Errc::bad_config, unsupported, version, missing_tensor, unexpected_tensor, shape, shape_mismatch, rank_range, non_finite,
+/// dtype, and those of read_json and SafetensorsFile.
 inline PeftAdapter load_peft_adapter(const std::filesystem::path& folder, const PeftLoadOptions& options = {}) {
   const std::filesystem::path config_path = folder / detail::peft_config_file;
   const ErrorPlace place{.file = config_path.native()};

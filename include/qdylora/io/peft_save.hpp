@@ -62,9 +62,9 @@ inline Matrix<float> to_peft_b(MatrixView<const float> b, std::span<const float>
 
 }  // namespace detail
 
-/// Saves adapters as a folder for PEFT, which is made if it is absent; each file in it is replaced as a whole. A config that changes
-/// is removed before and written last: a crash leaves no new tensors under an old config.
-/// Errc::rank_range (rank above all adapters'), bad_argument, duplicate, shape_mismatch, non_finite, open, and those of AtomicFile.
+/// Saves adapters as a folder for PEFT, which is made if it is absent; each file in it is replaced as a whole. A config that
+/// changes is removed before and written last: a crash leaves no new tensors under an old config. Errc::rank_range (rank above all
+/// adapters'), bad_argument, duplicate, shape_mismatch, non_finite, open, and those of AtomicFile.
 inline void save_peft_adapter(const std::filesystem::path& folder, std::span<const NamedAdapter> adapters,
                               const PeftOptions& options = {}) {
   QDYLORA_EXPECTS(!adapters.empty(), bad_argument, "save_peft_adapter: no adapters");

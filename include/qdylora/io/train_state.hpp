@@ -1,10 +1,10 @@
 // The state of a training run between two steps, in one file: what it takes to go on as if it had never stopped.
 //
 // A TrainState is a set of named sections: matrices, 64-bit integers, doubles and texts, all kept to the bit. collect() adds an
-// adapter, optimizer, rank sampler or generator under a prefix, restore() puts it back; a trainer adds what is its own (step, place
-// in the data, phase of its recipe). The file is safetensors, F32 [rows, cols], I64 [n], F64 [n] and U8 [n], replaced as a whole.
-// Its metadata has "format", "version" and for each section "xxh64.<name>", the checksum of "<dtype> <shape>" and the data: a torn or
-// damaged file is refused.
+// adapter, optimizer, rank sampler or generator under a prefix, restore() puts it back; a trainer adds what is its own (step,
+// place in the data, phase of its recipe). The file is safetensors, F32 [rows, cols], I64 [n], F64 [n] and U8 [n], replaced as a
+// whole. Its metadata has "format", "version" and for each section "xxh64.<name>", the checksum of "<dtype> <shape>" and the data:
+// a torn or damaged file is refused.
 #pragma once
 
 #include <algorithm>
@@ -168,8 +168,8 @@ inline void save_train_state(const std::filesystem::path& path, const TrainState
   writer.write(path);
 }
 
-/// Reads a file of save_train_state. Errc::magic (another kind of file), version, dtype, missing_tensor (a section without checksum or
-/// the reverse), read (a checksum that does not agree: the file is damaged), and those of SafetensorsFile.
+/// Reads a file of save_train_state. Errc::magic (another kind of file), version, dtype, missing_tensor (a section without
+/// checksum or the reverse), read (a checksum that does not agree: the file is damaged), and those of SafetensorsFile.
 inline TrainState load_train_state(const std::filesystem::path& path, const Limits& limits = {}) {
   const SafetensorsFile file(path, limits);
   const auto& metadata = file.metadata();
@@ -231,8 +231,8 @@ inline TrainState load_train_state(const std::filesystem::path& path, const Limi
   return state;
 }
 
-// collect(state, prefix, x) adds x; restore(state, prefix, x) puts it back into an x made the same way. restore() changes nothing of x
-// before all of it is known to fit. Errc::missing_tensor, dtype, shape_mismatch, bad_config.
+// collect(state, prefix, x) adds x; restore(state, prefix, x) puts it back into an x made the same way. restore() changes nothing
+// of x before all of it is known to fit. Errc::missing_tensor, dtype, shape_mismatch, bad_config.
 
 inline void collect(TrainState& state, const std::string& prefix, const Rng& rng) {
   const Rng::State& s = rng.state();

@@ -1,0 +1,268 @@
+// The programs as a user runs them: exit status, messages, files. They stand in QDYLORA_EXAMPLES_DIR; a test whose program has not been
+// built is skipped.
+#include <sys/wait.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <filesystem>
+#include <string>
+#include <vector>
+
+#include <qdylora/cpu/cpu.hpp>
+#include <qdylora/io.hpp>
+
+#include "support/catch.hpp"
+#include "support/files.hpp"
+#include "support/golden.hpp"
+#include "support/random_data.hpp"
+
+namespace qd = qdylora;
+using qd::Index;
+
+namespace {
+
+struct Run {
+  int status = -1;
+  std::string out, err;
+};
+
+bool built(const std::string& program) { return std::filesystem::exists(std::filesystem::path(QDYLORA_EXAMPLES_DIR) / program); }
+
+Run run(const std::string& program, const std::string& arguments) {
+  const test::TemporaryFolder folder;
+  const auto out = (folder / "out").native(), err = (folder / "err").native();
+  const std::string command =
+      "'" + std::string(QDYLORA_EXAMPLES_DIR) + "/" + program + "' " + arguments + " >'" + out + "' 2>'" + err + "' </dev/null";
+  const int result = std::system(command.c_str());
+  return {WIFEXITED(result) ? WEXITSTATUS(result) : 128, test::read_file(out), test::read_file(err)};
+}
+
+std::string quoted(const std::filesystem::path& path) { return "'" + path.native() + "'"; }
+
+// A run of the toy that takes seconds: 12 steps through all phases of the recipe.
+std::string toy(const std::filesystem::path& out, const std::string& more = "") {
+  return "--toy --steps 12 --batch 4 --ranks 1,4,16 --alpha 16 --lr 3e-3 --examples 200 --eval-examples 4 --answers 2 --new-tokens 8 "
+         "--save-every 1 --out " +
+         quoted(out) + " " + more;
+}
+
+}  // namespace
+
+TEST_CASE("programs: --help tells the options and succeeds") {
+  for (const std::string program : {"finetune", "evaluate", "quantize", "adapter", "compare"}) {
+    if (!built(program)) SKIP(program << " has not been built");
+    const auto result = run(program, "--help");
+    CAPTURE(program);
+    CHECK(result.status == 0);
+    CHECK(result.out.find("--help") != std::string::npos);
+    CHECK(result.err.empty());
+  }
+}
+
+TEST_CASE("programs: a wrong argument or file gives one line and status 2") {
+  const test::TemporaryFolder folder;
+  test::write_file(folder / "junk.gguf", "GGUF but not really");
+  test::write_file(folder / "junk.safetensors", "nothing");
+  test::write_file(folder / "bad.jsonl", "{\"prompt\": \"a\"}\n");
+  const auto junk = quoted(folder / "junk.gguf");
+  const struct {
+    std::string program, arguments, says;
+  } cases[] = {
+      {"finetune", "", "--model"},
+      {"finetune", "--nonsense", "nonsense"},
+      {"finetune", "--toy --ranks 1,2,two", "--ranks"},
+      {"finetune", "--toy --ranks 0,2", "rank 0"},
+      {"finetune", "--toy --ranks 4,4", "twice"},
+      {"finetune", "--toy --recipe best", "order-then-nest"},
+      {"finetune", "--toy --base nf5", "nf4"},
+      {"finetune", "--toy --alpha 0 --out " + quoted(folder / "x"), "alpha"},
+      {"finetune", "--toy --data /no/such/file.jsonl", "/no/such/file.jsonl"},
+      {"finetune", "--toy --data " + quoted(folder / "bad.jsonl"), "line 1"},
+      {"finetune", "--toy --resume --out " + quoted(folder / "absent"), "state.safetensors"},
+      {"finetune", "--model /no/such/model.gguf", "/no/such/model.gguf"},
+      {"finetune", "--model " + junk, "junk.gguf"},
+      {"evaluate", "--model " + junk + " --ids 1,2", "--logits"},
+      {"evaluate", "--ids 1,2 --logits x", "--model"},
+      {"evaluate", "--model " + quoted(test::golden("llama_tiny_bnb4")) + " --data " + quoted(folder / "bad.jsonl"), "line 1"},
+      {"evaluate", "--model " + quoted(test::golden("llama_tiny_bnb4")) + " --ids 1,2,99 --logits " + quoted(folder / "l"), "99"},
+      {"evaluate", "--model " + quoted(test::golden("llama_tiny_bnb4")) + " --rank 3 --ids 1 --logits " + quoted(folder / "l"), "rank 3"},
+      {"quantize", "in out --format int4", "int4"},
+      {"quantize", quoted(folder / "junk.safetensors") + " out", "junk.safetensors"},
+      {"quantize", quoted(test::golden("codes.safetensors")) + " out", "no matrix"},
+      {"quantize", quoted(test::golden("linear4bit_io.safetensors")) + " " + quoted(folder / "q") + " --block-size 48", "48"},
+      {"adapter", "", "subcommand"},
+      {"adapter", "info /no/such/folder", "/no/such/folder"},
+      {"adapter", "truncate " + quoted(test::golden("llama_tiny_adapter")) + " --rank 9 " + quoted(folder / "a"), "1 ... 8"},
+  };
+  for (const auto& c : cases) {
+    if (!built(c.program)) SKIP(c.program << " has not been built");
+    const auto result = run(c.program, c.arguments);
+    CAPTURE(c.program, c.arguments, result.err);
+    CHECK(result.status == 2);
+    CHECK(std::count(result.err.begin(), result.err.end(), '\n') == 1);
+    CHECK(result.err.find(c.says) != std::string::npos);
+    CHECK(result.err.starts_with(c.program + ": "));
+  }
+}
+
+TEST_CASE("programs: finetune writes its report and an adapter that loads") {
+  if (!built("finetune")) SKIP("finetune has not been built");
+  const test::TemporaryFolder folder;
+  const auto out = folder / "out";
+  const auto result = run("finetune", toy(out));
+  CAPTURE(result.out, result.err);
+  REQUIRE(result.status == 0);
+  CHECK(result.err.find("step 12/12") != std::string::npos);  // plain lines where stderr is no terminal
+  CHECK(result.out.find("beats the base") != std::string::npos);
+  const auto report = qd::read_json(out / "report.json");
+  REQUIRE(report.at("ranks").size() == 4);
+  CHECK(report.at("ranks")[0].at("rank") == 0);
+  CHECK(report.at("ranks")[3].at("rank") == 16);
+  CHECK(report.at("ranks")[3].at("loss").get<double>() < report.at("ranks")[0].at("loss").get<double>());
+  CHECK(report.at("step_losses").size() == 12);
+  CHECK(test::read_file(out / "report.csv").starts_with("rank,loss,perplexity,answers,correct\n0,"));
+  CHECK(test::read_file(out / "ranks.svg").find("</svg>") != std::string::npos);
+  const auto adapter = qd::load_peft_adapter(out / "adapter");
+  CHECK(adapter.modules.size() == 21);
+  CHECK(adapter.max_rank() == 16);
+  CHECK(adapter.ranks == std::vector<Index>{1, 4, 16});
+}
+
+TEST_CASE("programs: a run that was stopped resumes to the same bytes, on any number of threads") {
+  if (!built("finetune")) SKIP("finetune has not been built");
+  for (const std::string recipe : {"auto", "qdylora"}) {
+    const test::TemporaryFolder folder;
+    const auto more = "--dropout 0.1 --recipe " + recipe;
+    REQUIRE(run("finetune", toy(folder / "whole", more + " --threads 1")).status == 0);
+    // Stopped by a signal once the first state is there, wherever that finds it.
+    const std::string state = (folder / "parts" / "state.safetensors").native();
+    const std::string command = "'" + std::string(QDYLORA_EXAMPLES_DIR) + "/finetune' " + toy(folder / "parts", more + " --threads 2") +
+                                " >/dev/null 2>&1 & pid=$!; while [ ! -f '" + state + "' ] && kill -0 $pid 2>/dev/null; do sleep 0.01; done; " +
+                                "kill -TERM $pid; wait $pid";
+    const int stopped = std::system(("sh -c \"" + command + "\"").c_str());
+    CHECK((WIFEXITED(stopped) && (WEXITSTATUS(stopped) == 130 || WEXITSTATUS(stopped) == 0)));
+    const auto resumed = run("finetune", toy(folder / "parts", more + " --threads 4 --resume"));
+    CAPTURE(resumed.out, resumed.err);
+    REQUIRE(resumed.status == 0);
+    CHECK(test::read_file(folder / "whole" / "state.safetensors") == test::read_file(state));
+    CHECK(test::read_file(folder / "whole" / "adapter" / "adapter_model.safetensors") ==
+          test::read_file(folder / "parts" / "adapter" / "adapter_model.safetensors"));
+  }
+}
+
+TEST_CASE("programs: a run does not resume with other settings") {
+  if (!built("finetune")) SKIP("finetune has not been built");
+  const test::TemporaryFolder folder;
+  REQUIRE(run("finetune", toy(folder / "out")).status == 0);
+  const auto result = run("finetune", toy(folder / "out", "--resume --seed 3"));
+  CHECK(result.status == 2);
+  CHECK(result.err.find("other settings") != std::string::npos);
+}
+
+TEST_CASE("programs: evaluate's logits are those of transformers and PEFT") {
+  if (!built("evaluate")) SKIP("evaluate has not been built");
+  const test::TemporaryFolder folder;
+  const auto ids = test::load<std::int32_t>("llama_tiny_io.safetensors", "input_ids");
+  std::string list;
+  for (std::size_t i = 0; i < 12; ++i) list += (i > 0 ? "," : "") + std::to_string(ids[i]);
+  const struct {
+    std::string arguments, golden;
+  } cases[] = {{"--adapter " + quoted(test::golden("llama_tiny_adapter")), "logits"},
+               {"--adapter " + quoted(test::golden("llama_tiny_adapter")) + " --rank 0", "logits_base_only"},
+               {"", "logits_base_only"}};
+  for (const auto& c : cases) {
+    const auto out = folder / "logits.safetensors";
+    const auto result = run("evaluate", "--model " + quoted(test::golden("llama_tiny_bnb4")) + " " + c.arguments + " --ids " + list +
+                                            " --logits " + quoted(out));
+    CAPTURE(c.arguments, result.err);
+    REQUIRE(result.status == 0);
+    const auto logits = qd::SafetensorsFile(out).matrix("logits");
+    const auto expected = test::load<float>("llama_tiny_io.safetensors", c.golden);  // [2, 12, 64], the first sequence
+    REQUIRE(logits.rows() == 12);
+    REQUIRE(logits.cols() == 64);
+    double worst = 0.0;
+    for (Index i = 0; i < logits.size(); ++i)
+      worst = std::max(worst, std::fabs(static_cast<double>(logits.data()[i]) - static_cast<double>(expected[static_cast<std::size_t>(i)])));
+    CHECK(worst < 1e-4);
+  }
+}
+
+TEST_CASE("programs: quantize writes bitsandbytes' keys and copies the rest") {
+  if (!built("quantize")) SKIP("quantize has not been built");
+  const test::TemporaryFolder folder;
+  const auto weight = test::normal_matrix<float>(96, 128, 5);
+  const auto bias = test::normal_matrix<float>(1, 96, 6);
+  qd::SafetensorsWriter writer;
+  writer.add("a.weight", weight.view());
+  writer.add("a.bias", qd::DType::F32, {96}, std::as_bytes(bias.span()));
+  writer.metadata("format", "pt");
+  writer.write(folder / "in.safetensors");
+  for (const std::string format : {"nf4", "fp4"})
+    for (const std::string nested : {"on", "off"}) {
+      const auto result = run("quantize", quoted(folder / "in.safetensors") + " " + quoted(folder / "out.safetensors") + " --format " + format +
+                                              " --block-size 128 --double-quant " + nested);
+      CAPTURE(result.out, result.err);
+      REQUIRE(result.status == 0);
+      CHECK(result.out.find("1 matrices") != std::string::npos);
+      const qd::SafetensorsFile file(folder / "out.safetensors");
+      CHECK(test::load<float>(file, "a.bias") == std::vector<float>(bias.span().begin(), bias.span().end()));
+      CHECK(file.metadata().at("format") == "pt");
+      CHECK(file.contains("a.weight.quant_state.bitsandbytes__" + format));
+      CHECK(file.contains("a.weight.nested_absmax") == (nested == "on"));
+      const auto loaded = qd::load_bnb_4bit(file, "a.weight");
+      double error = 0.0, size = 0.0;
+      loaded.visit([&]<class View>(const View& view) {
+        if constexpr (requires { typename View::format; }) {
+          qd::Matrix<float> decoded(96, 128);
+          qd::dequantize(view, decoded.view());
+          CHECK(view.block_size == 128);
+          for (Index i = 0; i < decoded.size(); ++i) {
+            error += std::pow(static_cast<double>(decoded.data()[i] - weight.data()[i]), 2);
+            size += std::pow(static_cast<double>(weight.data()[i]), 2);
+          }
+        }
+      });
+      CHECK(size > 0.0);
+      CHECK(error / size < (format == "nf4" ? 0.012 : 0.02));
+    }
+}
+
+TEST_CASE("programs: adapter shows, truncates and resizes") {
+  if (!built("adapter")) SKIP("adapter has not been built");
+  const test::TemporaryFolder folder;
+  const auto source = quoted(test::golden("llama_tiny_adapter"));
+  const auto info = run("adapter", "info " + source);
+  CHECK(info.status == 0);
+  CHECK(info.out.find("14 modules, rank 8") != std::string::npos);
+  CHECK(info.out.find("model.layers.1.mlp.down_proj") != std::string::npos);
+
+  REQUIRE(run("adapter", "truncate " + source + " --rank 3 " + quoted(folder / "cut")).status == 0);
+  REQUIRE(run("adapter", "resize " + source + " --rank 3 " + quoted(folder / "best")).status == 0);
+  REQUIRE(run("adapter", "resize " + source + " --rank 8 " + quoted(folder / "whole")).status == 0);
+  const auto full = qd::load_peft_adapter(test::golden("llama_tiny_adapter"));
+  const auto cut = qd::load_peft_adapter(folder / "cut"), best = qd::load_peft_adapter(folder / "best"),
+             whole = qd::load_peft_adapter(folder / "whole");
+  const auto product = [](const qd::PeftModule& m, double scale) {  // scale * B^T A, flattened
+    std::vector<double> result(static_cast<std::size_t>(m.in() * m.out()));
+    for (Index r = 0; r < m.rank(); ++r)
+      for (Index o = 0; o < m.out(); ++o)
+        for (Index i = 0; i < m.in(); ++i)
+          result[static_cast<std::size_t>(o * m.in() + i)] += scale * static_cast<double>(m.b(r, o)) * static_cast<double>(m.a(r, i));
+    return result;
+  };
+  const auto distance = [](const std::vector<double>& x, const std::vector<double>& y) {
+    double sum = 0.0;
+    for (std::size_t i = 0; i < x.size(); ++i) sum += std::pow(x[i] - y[i], 2);
+    return std::sqrt(sum);
+  };
+  for (std::size_t i = 0; i < full.modules.size(); ++i) {
+    const auto& f = full.modules[i];
+    const auto expected = product(f, f.alpha / static_cast<double>(f.rank()));
+    const auto size = distance(expected, std::vector<double>(expected.size()));
+    const auto of = [&](const qd::PeftModule& m) { return product(m, m.alpha / static_cast<double>(m.rank())); };
+    CHECK(cut.modules[i].rank() == 3);
+    CHECK(distance(of(whole.modules[i]), expected) < 1e-5 * size);  // nothing is lost at full rank
+    CHECK(distance(of(best.modules[i]), expected) < distance(of(cut.modules[i]), expected));
+  }
+}
