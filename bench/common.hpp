@@ -24,7 +24,8 @@ inline Matrix<float> normal_matrix(Index rows, Index cols, float deviation, std:
 /// Weights of one shape, several copies, so that a loop over them streams more bytes than the last-level cache holds.
 class WeightCycle {
  public:
-  WeightCycle(Index rows, Index cols, const Cpu& cpu, std::size_t beyond_bytes = std::size_t{128} << 20) : dense_(normal_matrix(rows, cols, 0.02f, 1)) {
+  WeightCycle(Index rows, Index cols, const Cpu& cpu, std::size_t beyond_bytes = std::size_t{128} << 20)
+      : dense_(normal_matrix(rows, cols, 0.02f, 1)) {
     do copies_.push_back(cpu.quantize<NF4>(dense_.view()));
     while (copies_.size() * copies_.front().bytes() < beyond_bytes && copies_.size() < 512);
   }

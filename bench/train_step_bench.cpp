@@ -34,8 +34,13 @@ std::shared_ptr<const DecoderWeights<float>> random_weights(const Cpu& cpu) {
   weights->embedding = bench::normal_matrix(c.vocab, c.width, 0.02f, 2);
   weights->final_norm = ones();
   const Index q = c.query_width(), kv = c.kv_width();
-  const std::array<std::pair<Index, Index>, 7> shapes = {
-      {{q, c.width}, {kv, c.width}, {kv, c.width}, {c.width, q}, {c.mlp_width, c.width}, {c.mlp_width, c.width}, {c.width, c.mlp_width}}};
+  const std::array<std::pair<Index, Index>, 7> shapes = {{{q, c.width},
+                                                          {kv, c.width},
+                                                          {kv, c.width},
+                                                          {c.width, q},
+                                                          {c.mlp_width, c.width},
+                                                          {c.mlp_width, c.width},
+                                                          {c.width, c.mlp_width}}};
   for (Index i = 0; i < c.layers; ++i) {
     auto block = std::make_shared<BlockWeights<float>>();
     block->attention_norm = ones();
@@ -74,8 +79,15 @@ void train_step(benchmark::State& state) {
 }
 
 // Fewest bytes first: the peak is the process's, and only grows.
-BENCHMARK(train_step)->ArgNames({"threads", "checkpoint"})->Args({2, 1})->Args({2, 0})->Args({1, 0})->Iterations(3)->Repetitions(3)
-    ->UseRealTime()->Unit(benchmark::kMillisecond);
+BENCHMARK(train_step)
+    ->ArgNames({"threads", "checkpoint"})
+    ->Args({2, 1})
+    ->Args({2, 0})
+    ->Args({1, 0})
+    ->Iterations(3)
+    ->Repetitions(3)
+    ->UseRealTime()
+    ->Unit(benchmark::kMillisecond);
 
 }  // namespace
 

@@ -30,6 +30,7 @@ int main() {
   const double int4 = show<qd::INT4>("INT4, double-quantized", weight);
   show<qd::FP8E4M3>("FP8 E4M3, double-quantized", weight);
   const bool good = nf4 < fp4 && nf4 < int4 && nf4 < 1.005 * plain;
-  std::printf("%s\n", good ? "NF4 is the best 4-bit format here, and quantizing its scales costs next to nothing." : "UNEXPECTED ORDER");
+  std::printf("%s\n",
+              good ? "NF4 is the best 4-bit format here, and quantizing its scales costs next to nothing." : "UNEXPECTED ORDER");
   return good ? 0 : 1;
 }

@@ -30,7 +30,8 @@ int info(const std::string& folder) {
     for (const Index rank : adapter.ranks) std::printf(" %lld", static_cast<long long>(rank));
     std::printf("\n");
   }
-  std::printf("%-44s %6s %6s %5s %8s  %s\n", "module", "in", "out", "rank", "alpha/r", "share of |B.A| in the first 1, 2, 4 ... rows");
+  std::printf("%-44s %6s %6s %5s %8s  %s\n", "module", "in", "out", "rank", "alpha/r",
+              "share of |B.A| in the first 1, 2, 4 ... rows");
   for (const auto& m : adapter.modules) {
     std::printf("%-44s %6lld %6lld %5lld %8.4g ", printable(m.name, 44).c_str(), static_cast<long long>(m.in()),
                 static_cast<long long>(m.out()), static_cast<long long>(m.rank()), m.alpha / static_cast<double>(m.rank()));
@@ -64,7 +65,9 @@ int cut(const std::string& folder, Index rank, const std::string& out, bool reor
     }
     named.push_back({module.name, &adapters.back(), 0});
   }
-  save_peft_adapter(out, named, {.rank = rank, .base_model = source.config.base_model, .task_type = source.config.task_type, .ranks = source.ranks});
+  save_peft_adapter(
+      out, named,
+      {.rank = rank, .base_model = source.config.base_model, .task_type = source.config.task_type, .ranks = source.ranks});
   std::printf("wrote %s: %zu modules at rank %lld\n", out.c_str(), named.size(), static_cast<long long>(rank));
   return 0;
 }
@@ -85,5 +88,6 @@ int main(int argc, char** argv) {
     command->add_option("--rank", rank, "rows to keep")->required();
     command->add_option("OUT", out, "folder to write")->required();
   }
-  return run_program(app, argc, argv, [&] { return info_command->parsed() ? info(folder) : cut(folder, rank, out, resize_command->parsed()); });
+  return run_program(app, argc, argv,
+                     [&] { return info_command->parsed() ? info(folder) : cut(folder, rank, out, resize_command->parsed()); });
 }

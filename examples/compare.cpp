@@ -75,7 +75,9 @@ class Rows {
       for (Index i = 0; i < o.eval_rows; ++i) {
         const auto begin = static_cast<std::size_t>(split + i * o.seq_len);
         if (begin + window > stream.size()) break;
-        test_.push_back({{stream.begin() + static_cast<std::ptrdiff_t>(begin), stream.begin() + static_cast<std::ptrdiff_t>(begin + window)}, 1});
+        test_.push_back(
+            {{stream.begin() + static_cast<std::ptrdiff_t>(begin), stream.begin() + static_cast<std::ptrdiff_t>(begin + window)},
+             1});
       }
     } else {
       const auto examples = load_examples(o.data);
@@ -118,9 +120,17 @@ struct Result {
 
 // What tells runs apart; a line of --out with another key is of another comparison.
 Json key(const Options& o) {
-  return {{"model", std::filesystem::path(o.model).filename().string()}, {"data", std::filesystem::path(o.data).filename().string()},
-          {"base", o.base}, {"ranks", o.ranks}, {"alpha", o.alpha}, {"alpha_over_rank", o.alpha_over_rank}, {"lr", o.lr},
-          {"steps", o.steps}, {"batch", o.batch}, {"seq_len", o.seq_len}, {"eval_rows", o.eval_rows}};
+  return {{"model", std::filesystem::path(o.model).filename().string()},
+          {"data", std::filesystem::path(o.data).filename().string()},
+          {"base", o.base},
+          {"ranks", o.ranks},
+          {"alpha", o.alpha},
+          {"alpha_over_rank", o.alpha_over_rank},
+          {"lr", o.lr},
+          {"steps", o.steps},
+          {"batch", o.batch},
+          {"seq_len", o.seq_len},
+          {"eval_rows", o.eval_rows}};
 }
 
 std::vector<Result> read_results(const Options& o) {
@@ -236,12 +246,14 @@ int compare(const Options& o) {
   const StopSignal signal;
   for (const auto seed : o.seeds)
     for (const auto& name : o.recipes) {
-      if (std::any_of(results.begin(), results.end(), [&](const Result& r) { return r.recipe == name && r.seed == seed; })) continue;
+      if (std::any_of(results.begin(), results.end(), [&](const Result& r) { return r.recipe == name && r.seed == seed; }))
+        continue;
       std::fprintf(stderr, "%s, seed %llu\n", name.c_str(), static_cast<unsigned long long>(seed));
       results.push_back(train(o, model.weights, rows, ranks, name, seed, cpu, signal));
       const auto& r = results.back();
       std::ofstream file(o.out, std::ios::app);
-      file << Json{{"key", key(o)}, {"recipe", r.recipe}, {"seed", r.seed}, {"losses", r.losses}, {"share", r.share}}.dump() << std::endl;
+      file << Json{{"key", key(o)}, {"recipe", r.recipe}, {"seed", r.seed}, {"losses", r.losses}, {"share", r.share}}.dump()
+           << std::endl;
       QDYLORA_EXPECTS(file.good(), write, "cannot write " + o.out);
     }
   print_tables(o, results, ranks);

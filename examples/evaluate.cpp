@@ -85,9 +85,11 @@ int evaluate(const Options& o) {
     return 0;
   }
   auto examples = load_examples(o.data);
-  if (o.max_examples < static_cast<Index>(examples.size())) examples.resize(static_cast<std::size_t>(std::max<Index>(o.max_examples, 0)));
+  if (o.max_examples < static_cast<Index>(examples.size()))
+    examples.resize(static_cast<std::size_t>(std::max<Index>(o.max_examples, 0)));
   const auto samples = tokenize(examples, model.need_tokenizer(), {.chat = model.chat, .max_length = o.seq_len});
-  QDYLORA_EXPECTS(!samples.samples.empty(), bad_argument, "no example has a scored token within --seq-len " + std::to_string(o.seq_len));
+  QDYLORA_EXPECTS(!samples.samples.empty(), bad_argument,
+                  "no example has a scored token within --seq-len " + std::to_string(o.seq_len));
   const std::vector<Index> ranks = {rank};
   auto results = evaluate_losses(decoder, samples.samples, ranks);
   std::printf("rank %lld: loss %.4f nats a token, perplexity %.4f, on %zu examples", static_cast<long long>(rank), results[0].loss,
@@ -99,7 +101,8 @@ int evaluate(const Options& o) {
     std::erase_if(examples, [](const Example& e) { return e.prompt.empty(); });
     if (o.answers < static_cast<Index>(examples.size())) examples.resize(static_cast<std::size_t>(o.answers));
     evaluate_answers(decoder, model.need_tokenizer(), model.chat, examples, results, o.new_tokens);
-    std::printf("exact match: %lld of %lld\n", static_cast<long long>(results[0].correct), static_cast<long long>(results[0].answers));
+    std::printf("exact match: %lld of %lld\n", static_cast<long long>(results[0].correct),
+                static_cast<long long>(results[0].answers));
   }
   return 0;
 }

@@ -46,8 +46,9 @@ void declare(CLI::App& app, Options& o) {
   app.add_option("--model", o.model, "a .gguf file (Llama shapes), or a Hugging Face folder");
   app.add_flag("--toy", o.toy, "a small random transformer instead of a model");
   app.add_option("--tokenizer", o.tokenizer, "a .gguf file whose tokenizer to use");
-  app.add_option("--data", o.data, "JSON lines (prompt/response, question/answer, instruction/output, messages) or plain text; "
-                                   "default: generated word problems");
+  app.add_option("--data", o.data,
+                 "JSON lines (prompt/response, question/answer, instruction/output, messages) or plain text; "
+                 "default: generated word problems");
   app.add_option("--eval", o.eval, "held-out data of the same kinds; default: the last of --data");
   app.add_option("--ranks", o.ranks, "ranks the adapter is to work at")->capture_default_str();
   app.add_option("--recipe", o.recipe_name, "auto, order-then-nest, qdylora, qdylora-frozen, per-row, qlora or qlora-svd")
@@ -162,7 +163,8 @@ int finetune(const Options& o) {
   using Clock = std::chrono::steady_clock;
   const auto seconds_since = [](Clock::time_point from) { return std::chrono::duration<double>(Clock::now() - from).count(); };
   QDYLORA_EXPECTS(o.toy != !o.model.empty(), bad_argument, "give either --model or --toy");
-  QDYLORA_EXPECTS(o.batch >= 1 && o.steps >= 1 && o.seq_len >= 8, bad_argument, "--batch and --steps must be positive, --seq-len at least 8");
+  QDYLORA_EXPECTS(o.batch >= 1 && o.steps >= 1 && o.seq_len >= 8, bad_argument,
+                  "--batch and --steps must be positive, --seq-len at least 8");
   const Cpu cpu(o.threads);
   const RankSet ranks = parse_ranks(o.ranks);
   Recipe chosen = recipe(o.recipe_name);
@@ -188,8 +190,9 @@ int finetune(const Options& o) {
   Index trainable = 0;
   for (const auto& p : decoder.parameters()) trainable += p->value.size();
   std::printf("adapters   rank up to %lld on all %lld linear layers, %.1f M parameters, alpha %g, scale %s, recipe %s\n",
-              static_cast<long long>(ranks.max()), static_cast<long long>(7 * w.config.layers), static_cast<double>(trainable) / 1e6,
-              static_cast<double>(o.alpha), std::string(name(chosen.scale)).c_str(), o.recipe_name.c_str());
+              static_cast<long long>(ranks.max()), static_cast<long long>(7 * w.config.layers),
+              static_cast<double>(trainable) / 1e6, static_cast<double>(o.alpha), std::string(name(chosen.scale)).c_str(),
+              o.recipe_name.c_str());
   std::printf("machine    %d threads, %s\n", cpu.threads(), std::string(name(cpu.isa())).c_str());
   std::fflush(stdout);
 
@@ -197,10 +200,11 @@ int finetune(const Options& o) {
   std::filesystem::create_directories(out);
   const auto state_file = out / "state.safetensors";
   // What a resumed run must share with the one that was stopped.
-  const std::string settings = Json{{"model", model.name},   {"data", o.data},       {"ranks", o.ranks},     {"recipe", o.recipe_name},
-                                    {"gates", o.gates},      {"base", o.base},       {"alpha", o.alpha},     {"dropout", o.dropout},
-                                    {"lr", o.lr},            {"steps", o.steps},     {"batch", o.batch},     {"seq_len", o.seq_len},
-                                    {"seed", o.seed},        {"chat", model.chat},   {"examples", data.train.size()}}
+  const std::string settings = Json{{"model", model.name},     {"data", o.data},       {"ranks", o.ranks},
+                                    {"recipe", o.recipe_name}, {"gates", o.gates},     {"base", o.base},
+                                    {"alpha", o.alpha},        {"dropout", o.dropout}, {"lr", o.lr},
+                                    {"steps", o.steps},        {"batch", o.batch},     {"seq_len", o.seq_len},
+                                    {"seed", o.seed},          {"chat", model.chat},   {"examples", data.train.size()}}
                                    .dump();
   RunReport report;
   if (o.resume) {
@@ -225,17 +229,19 @@ int finetune(const Options& o) {
   }
   if (!trainer.done()) {
     save_run_state(state_file, settings, decoder, trainer, report.step_losses);
-    std::printf("\nstopped at step %lld of %lld; the state is in %s, --resume goes on\n", static_cast<long long>(trainer.step_count()),
-                static_cast<long long>(o.steps), state_file.string().c_str());
+    std::printf("\nstopped at step %lld of %lld; the state is in %s, --resume goes on\n",
+                static_cast<long long>(trainer.step_count()), static_cast<long long>(o.steps), state_file.string().c_str());
     return 130;
   }
   const double training_seconds = seconds_since(training_start);
   const MemoryUse memory = memory_use();
   save_run_state(state_file, settings, decoder, trainer, report.step_losses);
-  save_peft_adapter(out / "adapter", named_adapters(decoder), {.rank = ranks.max(), .base_model = model.name, .ranks = {ranks.begin(), ranks.end()}, .recipe = o.recipe_name});
-  std::printf("trained    %lld steps, %lld tokens in %.0f s (%.0f tokens/s); memory %.0f MB at most\n", static_cast<long long>(o.steps),
-              static_cast<long long>(trained_tokens), training_seconds, static_cast<double>(trained_tokens) / training_seconds,
-              static_cast<double>(memory.peak) / 1e6);
+  save_peft_adapter(
+      out / "adapter", named_adapters(decoder),
+      {.rank = ranks.max(), .base_model = model.name, .ranks = {ranks.begin(), ranks.end()}, .recipe = o.recipe_name});
+  std::printf("trained    %lld steps, %lld tokens in %.0f s (%.0f tokens/s); memory %.0f MB at most\n",
+              static_cast<long long>(o.steps), static_cast<long long>(trained_tokens), training_seconds,
+              static_cast<double>(trained_tokens) / training_seconds, static_cast<double>(memory.peak) / 1e6);
   if (chosen.measure)
     std::printf("auto       %.0f %% of the later rows went to low ranks; %s at the end\n", 100.0 * trainer.nested().share,
                 trainer.reordered_at_end() ? "re-ordered" : "not re-ordered");
@@ -246,7 +252,8 @@ int finetune(const Options& o) {
   all.insert(all.end(), ranks.begin(), ranks.end());
   const auto stop = [&] { return signal.requested(); };
   report.ranks = evaluate_losses(decoder, data.validation_samples, all, stop);
-  const bool questions = std::any_of(data.validation.begin(), data.validation.end(), [](const Example& e) { return !e.prompt.empty(); });
+  const bool questions =
+      std::any_of(data.validation.begin(), data.validation.end(), [](const Example& e) { return !e.prompt.empty(); });
   if (questions && !stop())
     evaluate_answers(decoder, model.need_tokenizer(), model.chat, data.validation, report.ranks, o.new_tokens, stop);
   if (stop()) {
@@ -281,8 +288,8 @@ int finetune(const Options& o) {
   std::printf("\n%s: the worst rank, %lld, has %.3f nats a token, the base %.3f\n",
               worst.loss < report.ranks.front().loss ? "Every rank beats the base" : "NOT every rank beats the base",
               static_cast<long long>(worst.rank), worst.loss, report.ranks.front().loss);
-  std::printf("wrote      %s: report.json, report.csv, ranks.svg, adapter/ (PEFT, rank %lld), state.safetensors\n", out.string().c_str(),
-              static_cast<long long>(ranks.max()));
+  std::printf("wrote      %s: report.json, report.csv, ranks.svg, adapter/ (PEFT, rank %lld), state.safetensors\n",
+              out.string().c_str(), static_cast<long long>(ranks.max()));
   return 0;
 }
 

@@ -19,7 +19,8 @@ using namespace qdylora;
 using namespace qdylora::examples;
 
 bool is_matrix(const TensorInfo& t) {
-  return t.shape.size() == 2 && t.shape[0] > 0 && t.shape[1] > 0 && (t.dtype == DType::F32 || t.dtype == DType::F16 || t.dtype == DType::BF16);
+  return t.shape.size() == 2 && t.shape[0] > 0 && t.shape[1] > 0 &&
+         (t.dtype == DType::F32 || t.dtype == DType::F16 || t.dtype == DType::BF16);
 }
 
 // Root mean square of what quantization changed, relative to that of the weight; the file is read again, some rows at a time.
@@ -95,7 +96,9 @@ int main(int argc, char** argv) {
   app.add_option("OUT", out, "safetensors file to write")->required();
   app.add_option("--format", format, "nf4 or fp4")->check(CLI::IsMember({"nf4", "fp4"}))->capture_default_str();
   app.add_option("--block-size", block_size, "weights that share a scale: 32, 64 ... 4096")->capture_default_str();
-  app.add_option("--double-quant", double_quant, "quantize the scales too: on or off")->check(CLI::IsMember({"on", "off"}))->capture_default_str();
+  app.add_option("--double-quant", double_quant, "quantize the scales too: on or off")
+      ->check(CLI::IsMember({"on", "off"}))
+      ->capture_default_str();
   return run_program(app, argc, argv, [&] {
     return quantize_file(in, out, {.format = base_format(format), .double_quant = double_quant == "on", .block_size = block_size});
   });

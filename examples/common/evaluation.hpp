@@ -30,17 +30,18 @@ inline std::vector<Batch> to_batches(std::span<const Sample> samples, Index toke
 }
 
 struct RankResult {
-  Index rank = 0;                       // 0: the base model
-  double loss = 0.0;                    // nats a scored token
-  std::vector<double> example_losses;   // the same of each example, for paired comparisons
-  Index answers = 0;                    // asked
-  Index correct = 0;                    // exact match of the final answer
-  std::vector<std::string> texts;       // the first answers written
+  Index rank = 0;                      // 0: the base model
+  double loss = 0.0;                   // nats a scored token
+  std::vector<double> example_losses;  // the same of each example, for paired comparisons
+  Index answers = 0;                   // asked
+  Index correct = 0;                   // exact match of the final answer
+  std::vector<std::string> texts;      // the first answers written
 };
 
 /// Loss at each of `ranks`.
-inline std::vector<RankResult> evaluate_losses(Decoder<float>& model, std::span<const Sample> samples, std::span<const Index> ranks,
-                                               const std::function<bool()>& stop = [] { return false; }) {
+inline std::vector<RankResult> evaluate_losses(
+    Decoder<float>& model, std::span<const Sample> samples, std::span<const Index> ranks,
+    const std::function<bool()>& stop = [] { return false; }) {
   std::vector<RankResult> results;
   const auto batches = to_batches(samples, 1024);
   for (const Index rank : ranks) {
@@ -73,8 +74,9 @@ inline std::vector<RankResult> evaluate_losses(Decoder<float>& model, std::span<
 }
 
 /// Writes an answer to every example at every rank, greedily, many ranks in one batch, and fills in answers, correct and texts.
-inline void evaluate_answers(Decoder<float>& model, const Tokenizer& tokenizer, bool chat, std::span<const Example> examples,
-                             std::vector<RankResult>& results, Index max_tokens, const std::function<bool()>& stop = [] { return false; }) {
+inline void evaluate_answers(
+    Decoder<float>& model, const Tokenizer& tokenizer, bool chat, std::span<const Example> examples,
+    std::vector<RankResult>& results, Index max_tokens, const std::function<bool()>& stop = [] { return false; }) {
   constexpr std::size_t examples_at_once = 16;
   for (std::size_t begin = 0; begin < examples.size(); begin += examples_at_once) {
     if (stop()) return;

@@ -21,13 +21,15 @@ struct OpenModel {
 
   /// Errc::unsupported where the model has no tokenizer.
   const Tokenizer& need_tokenizer() const {
-    QDYLORA_EXPECTS(tokenizer.has_value(), unsupported, name + ": a Hugging Face folder's tokenizer is not read; give --tokenizer FILE.gguf");
+    QDYLORA_EXPECTS(tokenizer.has_value(), unsupported,
+                    name + ": a Hugging Face folder's tokenizer is not read; give --tokenizer FILE.gguf");
     return *tokenizer;
   }
 };
 
 /// Opens a .gguf file or a Hugging Face folder; `tokenizer_file` is a GGUF file whose tokenizer is used instead, "" for none.
-inline OpenModel open_model(const std::filesystem::path& path, const std::string& tokenizer_file, BaseOptions options, const Cpu& cpu) {
+inline OpenModel open_model(const std::filesystem::path& path, const std::string& tokenizer_file, BaseOptions options,
+                            const Cpu& cpu) {
   OpenModel model;
   model.name = path.filename().string();
   if (!std::filesystem::exists(path)) throw Error(Errc::open, "no such file or folder", {.file = path.string()});
@@ -97,7 +99,8 @@ inline OpenModel toy_model(BaseOptions options, const Cpu& cpu, std::uint64_t se
     for (std::size_t p = 0; p < 7; ++p) {
       const auto w = normal(shapes[p].first, shapes[p].second, 0.6f / std::sqrt(static_cast<float>(shapes[p].second)));
       block->linear[p] = make_base_weight(
-          w.rows(), w.cols(), options, [&](Index first, MatrixView<float> out) { copy(w.view().middle_rows(first, out.rows), out); },
+          w.rows(), w.cols(), options,
+          [&](Index first, MatrixView<float> out) { copy(w.view().middle_rows(first, out.rows), out); },
           [&](Index count, auto&& f) { cpu.parallel_for(count, f); });
     }
     weights->blocks.push_back(std::move(block));
@@ -135,8 +138,9 @@ inline void assign_adapter(const PeftAdapter& adapter, Decoder<float>& model) {
         ++used;
       }
   });
-  QDYLORA_EXPECTS(used == adapter.modules.size(), missing_tensor,
-                  "the adapter has " + std::to_string(adapter.modules.size()) + " modules, of which the model has " + std::to_string(used));
+  QDYLORA_EXPECTS(
+      used == adapter.modules.size(), missing_tensor,
+      "the adapter has " + std::to_string(adapter.modules.size()) + " modules, of which the model has " + std::to_string(used));
 }
 
 }  // namespace qdylora::examples

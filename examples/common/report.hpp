@@ -18,12 +18,14 @@
 namespace qdylora::examples {
 
 struct RunReport {
-  Json settings;                     // what the run was told and found: model, recipe, steps, memory ...
-  std::vector<RankResult> ranks;     // rank 0 first
+  Json settings;                  // what the run was told and found: model, recipe, steps, memory ...
+  std::vector<RankResult> ranks;  // rank 0 first
   std::vector<double> step_losses;
 };
 
-inline double accuracy(const RankResult& r) { return r.answers > 0 ? static_cast<double>(r.correct) / static_cast<double>(r.answers) : 0.0; }
+inline double accuracy(const RankResult& r) {
+  return r.answers > 0 ? static_cast<double>(r.correct) / static_cast<double>(r.answers) : 0.0;
+}
 
 inline void print_table(const std::vector<RankResult>& ranks) {
   const bool answers = !ranks.empty() && ranks.front().answers > 0;
@@ -70,7 +72,8 @@ inline void write_report(const std::filesystem::path& folder, const RunReport& r
   write_text(folder / "report.json", json.dump(1) + "\n");
   write_text(folder / "report.csv", csv);
   std::vector<LineChart> charts;
-  charts.push_back({.title = "Loss at each rank, one run", .x_label = "rank", .y_label = "nats per token", .series = {loss}, .base = base_loss});
+  charts.push_back(
+      {.title = "Loss at each rank, one run", .x_label = "rank", .y_label = "nats per token", .series = {loss}, .base = base_loss});
   if (answers)
     charts.push_back({.title = "Exact match at each rank",
                       .x_label = "rank",

@@ -29,8 +29,8 @@ inline void save_run_state(const std::filesystem::path& path, const std::string&
 }
 
 /// Errc::bad_config where the run was started with other settings, and the errors of load_train_state.
-inline void load_run_state(const std::filesystem::path& path, const std::string& settings, Decoder<float>& model, Trainer<float>& trainer,
-                           std::vector<double>& step_losses) {
+inline void load_run_state(const std::filesystem::path& path, const std::string& settings, Decoder<float>& model,
+                           Trainer<float>& trainer, std::vector<double>& step_losses) {
   TrainState state = load_train_state(path);
   if (const auto& saved = state.text("settings"); saved != settings)
     throw Error(Errc::bad_config, "the run to resume had other settings: expected " + settings + ", found " + printable(saved, 600),

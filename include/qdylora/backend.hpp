@@ -26,11 +26,12 @@ class Cuda;  // cuda/cuda.cuh
 enum class Update { overwrite, accumulate };
 
 /// The identity of a dropout mask: element (i, j) of an activation [tokens, features] is kept where
-/// random_word(seed, Purpose::dropout, layer, step, i * features + j) >= probability * 2^32.
+/// random_word(seed, Purpose::dropout, layer, step, (first_row + i) * features + j) >= probability * 2^32.
 struct DropoutKey {
   std::uint64_t seed = 0;
   std::uint32_t layer = 0;
   std::uint32_t step = 0;
+  Index first_row = 0;  // tokens of the step before these: micro-batches together have the masks of one big batch
 };
 
 /// Which elements of a head rotary embedding rotates together. interleaved: (2i, 2i + 1), as Llama's own weights and GGUF files have

@@ -66,7 +66,7 @@ void dropout(const CpuRun& run, MatrixView<const T> x, float probability, Dropou
   run.parallel_ranges(x.rows, row_grain(x.cols), [&](Index begin, Index end) {
     for (Index i = begin; i < end; ++i)
       for (Index j = 0; j < x.cols; ++j) {
-        const auto element = static_cast<std::uint64_t>(i * x.cols + j);
+        const auto element = static_cast<std::uint64_t>((key.first_row + i) * x.cols + j);
         const bool keep = random_word(key.seed, Purpose::dropout, key.layer, key.step, element) >= threshold;
         const S value = keep ? static_cast<S>(x(i, j)) * keep_scale : S{};
         y(i, j) = static_cast<T>(update == Update::accumulate ? static_cast<S>(y(i, j)) + value : value);

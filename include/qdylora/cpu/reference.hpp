@@ -1,6 +1,6 @@
 // The reference: every operation of the Backend concept as plain loops that accumulate in double, and quantization written a second
 // time. It is the specification in code, the oracle of the tests; nothing calls it at run time and nothing here is optimized. Every
-// operation stands in this one file, hence its length, so that it reads beside backend.hpp.
+// operation stands in this one file so that it reads beside backend.hpp. (Long because of that.)
 //
 // Each argument has its own scalar type, so that one oracle serves every compute type: outputs in double are not rounded at all.
 // Where the concept passes a saved value (the scores' log-sum-exp) that the formula can do without, it is computed anew.
@@ -243,14 +243,14 @@ void column_products(MatrixView<A> a, MatrixView<B> b, MatrixView<Y> y) {
   }
 }
 
-/// y[i, j] (+)= kept ? x[i, j] / (1 - p) : 0,   kept = random_word(seed, dropout, layer, step, i * features + j) >= p * 2^32
+/// y[i, j] (+)= kept ? x[i, j] / (1 - p) : 0,   kept = random_word(seed, dropout, layer, step, (first_row + i) * features + j) >= p * 2^32
 template <class X, class Y>
 void dropout(MatrixView<X> x, float probability, DropoutKey key, MatrixView<Y> y, Update update) {
   expect_shape("x", x, y.rows, y.cols);
   const double p = static_cast<double>(probability);
   for (Index i = 0; i < y.rows; ++i)
     for (Index j = 0; j < y.cols; ++j) {
-      const auto at = static_cast<std::uint64_t>(i * y.cols + j);
+      const auto at = static_cast<std::uint64_t>((key.first_row + i) * y.cols + j);
       const bool kept = static_cast<double>(random_word(key.seed, Purpose::dropout, key.layer, key.step, at)) >= p * 0x1p32;
       put(y(i, j), kept ? static_cast<double>(x(i, j)) / (1.0 - p) : 0.0, update);
     }

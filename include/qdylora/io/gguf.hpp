@@ -8,7 +8,7 @@
 // ne[0] runs fastest; shapes here are in the usual order, slowest first. The alignment is the value of "general.alignment", or 32.
 // Offsets count from the start of the data and must be the running sum of padded sizes, as in the reference. Metadata is kept as
 // the bytes of the file, and turned into values where they are asked for, with the stored type and count checked there.
-// What follows the last tensor is ignored, as in the reference. (More than 400 lines: it is one parser, from types to placement.)
+// What follows the last tensor is ignored, as in the reference. (Long because it is one parser, from types to placement.)
 #pragma once
 
 #include <algorithm>

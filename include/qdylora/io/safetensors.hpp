@@ -6,8 +6,8 @@
 // int64, and anything over Limits. The writer's files are byte-identical to the reference's for at most one metadata entry; more
 // are sorted here and in no fixed order there.
 //
-// Data is only as aligned as the writer made it, so readers copy bytes and never cast pointers. Reader and writer stand in one
-// header of more than 400 lines because they share these rules.
+// Data is only as aligned as the writer made it, so readers copy bytes and never cast pointers. (Long because reader and
+// writer share these rules.)
 #pragma once
 
 #include <algorithm>

@@ -108,9 +108,9 @@ class Decoder {
     for_each_linear([&](Linear& linear) { linear.adapter().check_rank(plan.max_rank()); });
     plan_ = plan;
   }
-  /// Whether dropout acts, and the step its masks belong to.
-  void set_training(bool training, std::uint32_t step = 0) {
-    for_each_linear([&](Linear& linear) { linear.set_training(training, step); });
+  /// Whether dropout acts, the step its masks belong to, and the tokens of that step in earlier micro-batches.
+  void set_training(bool training, std::uint32_t step = 0, Index first_row = 0) {
+    for_each_linear([&](Linear& linear) { linear.set_training(training, step, first_row); });
   }
 
   /// Cross-entropy in nats of each scored position, in order; nothing is kept for a backward pass.

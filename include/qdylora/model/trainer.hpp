@@ -92,13 +92,14 @@ class Trainer {
 
     optimizer_.zero_grad();
     gate_optimizer_.zero_grad();
-    model_.set_training(true, static_cast<std::uint32_t>(step_));
     double sum = 0.0;
-    Index first = 0;
+    Index first = 0, first_token = 0;
     for (const auto& batch : batches) {
       model_.set_ranks(part(plan, first, batch.sequences()));
+      model_.set_training(true, static_cast<std::uint32_t>(step_), first_token);
       sum += model_.loss_and_gradient(batch, 1.0 / static_cast<double>(scored));
       first += batch.sequences();
+      first_token += batch.tokens();
     }
     model_.set_training(false);
     const auto result = optimizer_.step();

@@ -50,7 +50,7 @@ class DynamicLoRALinear {
       : DynamicLoRALinear(weight.view(), std::move(options), quantize, backend) {}
   /// On a base that exists, shared with other layers.
   DynamicLoRALinear(std::shared_ptr<const WeightType> base, LoRAOptions options, Backend backend = {})
-      : backend_(backend), base_(std::move(base)), adapter_(base_->cols(), base_->rows(), std::move(options)) {
+      : backend_(backend), base_(checked(std::move(base), options.name)), adapter_(base_->cols(), base_->rows(), std::move(options)) {
     set_rank(adapter_.max_rank());
   }
 
@@ -64,7 +64,7 @@ class DynamicLoRALinear {
 
   /// A frozen bias [1, out] added to the base output.
   void set_bias(MatrixView<const Acc> bias) {
-    expect_shape("bias", bias, 1, out());
+    expect_shape((adapter_.options().name + ": bias").c_str(), bias, 1, out());
     bias_ = Matrix<Acc, Memory>(1, out());
     backend_.copy(bias, bias_.view());
   }
@@ -79,38 +79,27 @@ class DynamicLoRALinear {
     adapter_.check_rank(rank);
     plan_ = RankPlan::uniform(rank);
   }
-  /// Dropout acts only while training; masks are a function of (seed, layer, step).
-  void set_training(bool training, std::uint32_t step = 0) noexcept {
+  /// Dropout acts only while training. Masks are a function of (seed, layer, step) and of a token's place in the step, whose first
+  /// `first_row` tokens came in other batches.
+  void set_training(bool training, std::uint32_t step = 0, Index first_row = 0) noexcept {
     training_ = training;
     step_ = step;
+    first_row_ = first_row;
   }
 
   void forward(In<T> x, MatrixView<T> y, Context& context) const {
+    context.ready = false;
     expect_shape((adapter_.options().name + ": x").c_str(), x, x.rows, in());
     expect_shape((adapter_.options().name + ": y").c_str(), y, x.rows, out());
+    QDYLORA_EXPECTS(plan_.is_uniform() || plan_.rows() == x.rows, shape_mismatch,
+                    adapter_.options().name + ": ranks for " + std::to_string(plan_.rows()) + " rows, x has " + std::to_string(x.rows));
     base_->visit([&](const auto& w) { backend_.matmul(x, w, y, Update::overwrite); });
     if (bias_.size() > 0) backend_.add_row(bias_.view(), y);
     context.x = x;
     context.plan = plan_;
-    context.ready = true;
     const Index rank = plan_.max_rank();
-    if (rank == 0) return;
-    const float probability = adapter_.options().dropout;
-    MatrixView<const T> input = x;
-    if (training_ && probability > 0.0f) {
-      context.dropout = {adapter_.options().seed, adapter_.options().layer, step_};
-      context.dropped.resize(x.rows, in());
-      backend_.dropout(x, probability, context.dropout, context.dropped.view(), Update::overwrite);
-      input = context.dropped.view();
-    } else {
-      context.dropped.resize(0, 0);
-    }
-    context.z.resize(x.rows, rank);
-    backend_.matmul(input, rows_of(adapter_.a().value, rank), context.z.view(), Update::overwrite);
-    Matrix<Acc, Memory> u;
-    u.resize(x.rows, rank);
-    scale_rows(context.z.view(), context.plan, u.view(), false);
-    backend_.matmul_transposed(as_const(u), rows_of(adapter_.b().value, rank), y, Update::accumulate);
+    if (rank > 0) add_adapter(y, context, rank);
+    context.ready = true;
   }
 
   /// An empty dx is not computed. Throws Errc::state_order unless `context` comes from a forward pass.
@@ -143,7 +132,10 @@ class DynamicLoRALinear {
     if (!want_dx) return;
     scale_rows(t.view(), context.plan, work.view(), false);
     if (!dropped) {
-      backend_.matmul_transposed(as_const(work), rows_of(adapter_.a().value, rank), dx, Update::accumulate);
+      for_each_active(context.plan, x.rows, [&](Index first, Index count) {
+        backend_.matmul_transposed(as_const(work).middle_rows(first, count), rows_of(adapter_.a().value, rank),
+                                   dx.middle_rows(first, count), Update::accumulate);
+      });
     } else {
       Matrix<T, Memory> through_adapter;
       through_adapter.resize(x.rows, in());
@@ -185,6 +177,48 @@ class DynamicLoRALinear {
   }
 
  private:
+  // y += u B, and what backward needs of it.
+  void add_adapter(MatrixView<T> y, Context& context, Index rank) const {
+    const auto x = context.x;
+    const float probability = adapter_.options().dropout;
+    MatrixView<const T> input = x;
+    if (training_ && probability > 0.0f) {
+      context.dropout = {adapter_.options().seed, adapter_.options().layer, step_, first_row_};
+      context.dropped.resize(x.rows, in());
+      backend_.dropout(x, probability, context.dropout, context.dropped.view(), Update::overwrite);
+      input = context.dropped.view();
+    } else {
+      context.dropped.resize(0, 0);
+    }
+    context.z.resize(x.rows, rank);
+    backend_.matmul(input, rows_of(adapter_.a().value, rank), context.z.view(), Update::overwrite);
+    Matrix<Acc, Memory> u;
+    u.resize(x.rows, rank);
+    scale_rows(context.z.view(), context.plan, u.view(), false);
+    for_each_active(context.plan, x.rows, [&](Index first, Index count) {
+      backend_.matmul_transposed(as_const(u).middle_rows(first, count), rows_of(adapter_.b().value, rank), y.middle_rows(first, count),
+                                 Update::accumulate);
+    });
+  }
+
+  // f(first row, rows) for each stretch of rows with a rank above 0. Adding the adapter's zeros elsewhere would turn -0 into +0.
+  template <class F>
+  static void for_each_active(const RankPlan& plan, Index rows, F&& f) {
+    Index begin = 0, end = 0;
+    plan.for_each_run(rows, [&](Index first, Index count, Index rank) {
+      if (rank == 0) {
+        if (begin < end) f(begin, end - begin);
+        begin = first + count;
+      }
+      end = first + count;
+    });
+    if (begin < end) f(begin, end - begin);
+  }
+  static std::shared_ptr<const WeightType> checked(std::shared_ptr<const WeightType> base, const std::string& name) {
+    QDYLORA_EXPECTS(base != nullptr, bad_argument, name + ": no base weight");
+    return base;
+  }
+
   template <class S, class M>
   static MatrixView<const S> as_const(const Matrix<S, M>& matrix) {
     return matrix.view();
@@ -264,6 +298,7 @@ class DynamicLoRALinear {
   RankPlan plan_;
   bool training_ = true;
   std::uint32_t step_ = 0;
+  Index first_row_ = 0;
   Context own_;
   Matrix<T, Memory> y_, dx_;
 };

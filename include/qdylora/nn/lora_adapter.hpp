@@ -62,7 +62,13 @@ class LoRAAdapter {
     a_ = std::make_shared<Param>(options_.name + ".lora_A", r, in);
     b_ = std::make_shared<Param>(options_.name + ".lora_B", r, out);
     if (!options_.gated_ranks.empty()) {
-      const RankSet ranks{options_.gated_ranks};
+      const RankSet ranks = [this] {
+        try {
+          return RankSet{options_.gated_ranks};
+        } catch (const Error& error) {
+          throw Error(error.code(), options_.name + ": gated_ranks: " + error.what());
+        }
+      }();
       QDYLORA_EXPECTS(ranks.max() <= r, rank_range, options_.name + ": gated rank " + std::to_string(ranks.max()) + " is above max_rank");
       options_.gated_ranks.assign(ranks.begin(), ranks.end());
       gates_ = std::make_shared<Param>(options_.name + ".lora_gates", ranks.size(), r);

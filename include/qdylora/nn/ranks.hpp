@@ -29,6 +29,7 @@ class RankSet {
   /// 1, 2, 4, ... up to `max_rank`, which is included.
   static RankSet powers_of_two(Index max_rank) {
     std::vector<Index> ranks;
+    QDYLORA_EXPECTS(max_rank <= 65535, rank_range, "RankSet: rank " + std::to_string(max_rank) + " is above 65535");
     for (Index rank = 1; rank < max_rank; rank *= 2) ranks.push_back(rank);
     ranks.push_back(max_rank);
     return RankSet(std::move(ranks));
@@ -83,6 +84,7 @@ class RankPlan {
       QDYLORA_EXPECTS(run.rows >= 0, bad_argument, "RankPlan: a run of " + std::to_string(run.rows) + " rows");
       plan.max_ = std::max(plan.max_, checked(run.rank));
     }
+    if (runs.empty()) runs.push_back({0, 0});  // for no rows, not for any number
     plan.runs_ = std::move(runs);
     return plan;
   }
@@ -169,6 +171,7 @@ class RankSampler {
 
   /// The plan of the next batch of `rows` rows.
   RankPlan next(Index rows) {
+    QDYLORA_EXPECTS(rows >= 0, bad_argument, "RankSampler: a batch of " + std::to_string(rows) + " rows");
     return options_.granularity == SamplerOptions::Granularity::step ? RankPlan::uniform(draw()) : deal(rows);
   }
 

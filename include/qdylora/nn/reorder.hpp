@@ -53,11 +53,16 @@ std::vector<double> reorder(LoRAAdapter<S, Memory>& adapter, Reordering kind = R
   const Index r = adapter.max_rank();
   const DoubleMatrix a = as_eigen(std::as_const(adapter.a().value).view()).template cast<double>();  // [r, in]
   const DoubleMatrix b = as_eigen(std::as_const(adapter.b().value).view()).template cast<double>();  // [r, out]
+  const std::string& name = adapter.options().name;
+  QDYLORA_EXPECTS(a.allFinite() && b.allFinite(), non_finite, name + ": reorder of an adapter that is not finite");
   DoubleMatrix new_a, new_b;  // B'^T diag(sigma) A' is the product
   Eigen::VectorXd sigma;
   if (kind == Reordering::gram) {
     QDYLORA_EXPECTS(adapter.moment_a.rows() == r && adapter.moment_b.rows() == r, state_order,
                     adapter.options().name + ": Reordering::gram needs moments; call start_collecting before some training steps");
+    QDYLORA_EXPECTS(as_eigen(std::as_const(adapter.moment_a).view()).allFinite() &&
+                        as_eigen(std::as_const(adapter.moment_b).view()).allFinite(),
+                    non_finite, name + ": reorder by moments that are not finite");
     const detail::MomentFactor fa(as_eigen(std::as_const(adapter.moment_a).view()).template cast<double>());
     const detail::MomentFactor fb(as_eigen(std::as_const(adapter.moment_b).view()).template cast<double>());
     const Eigen::JacobiSVD<DoubleMatrix> svd(fb.l.transpose() * fa.l, Eigen::ComputeFullU | Eigen::ComputeFullV);
@@ -88,7 +93,7 @@ std::vector<double> reorder(LoRAAdapter<S, Memory>& adapter, Reordering kind = R
     weight[i] = sigma[i] * new_a.row(i).norm() * new_b.row(i).norm();
     largest = std::max(largest, weight[i]);
   }
-  if (largest == 0.0) return values;  // B is still zero: nothing to order
+  if (largest == 0.0) return std::vector<double>(values.size());  // B is still zero: nothing to order
   for (Index i = 0; i < r; ++i) {
     const bool kept = i < sigma.size() && weight[i] > 1e-9 * largest;
     const double root = kept ? std::sqrt(weight[i]) : 0.0;

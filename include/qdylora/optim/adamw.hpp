@@ -35,6 +35,9 @@ class AdamW {
     QDYLORA_EXPECTS(options.lr >= 0.0 && std::isfinite(options.lr), bad_argument, "AdamW: lr must be finite and not negative");
     QDYLORA_EXPECTS(options.beta1 >= 0.0 && options.beta1 < 1.0 && options.beta2 >= 0.0 && options.beta2 < 1.0, bad_argument,
                     "AdamW: betas must be in [0, 1)");
+    for (const double value : {options.epsilon, options.weight_decay, options.max_gradient_norm})
+      QDYLORA_EXPECTS(value >= 0.0 && std::isfinite(value), bad_argument,
+                      "AdamW: epsilon, weight_decay and max_gradient_norm must be finite and not negative");
     for (const auto& p : parameters_) {
       const Index rows = p->value.rows();
       states_.push_back({Matrix<Acc, StateMemory>(rows, p->value.cols(), memory), Matrix<Acc, StateMemory>(rows, p->value.cols(), memory),
@@ -49,6 +52,10 @@ class AdamW {
 
   /// One update. A gradient with NaN or infinity changes nothing, is counted in skipped_steps() and reported.
   Report step() {
+    for (const auto& p : parameters_)
+      QDYLORA_EXPECTS(p->row_lr.empty() || p->row_lr.size() == p->touched.size(), shape_mismatch,
+                      p->name + ": row_lr has " + std::to_string(p->row_lr.size()) + " entries for " +
+                          std::to_string(p->touched.size()) + " rows");
     double squares = 0.0;
     for (const auto& p : parameters_) squares += backend_.sum_squares(std::as_const(p->gradient).view());
     Report report{std::sqrt(squares), false};
