@@ -1,4 +1,5 @@
-// Several adapters on one frozen base: the weight exists once, each adapter learns its own task, and rank 0 is the base itself, bit for bit.
+// Several adapters on one frozen base: the weight exists once, each adapter learns its own task, and rank 0 is the base itself, bit for
+// bit.
 #include <cmath>
 #include <cstdio>
 #include <cstring>

@@ -19,7 +19,7 @@ inline void save_run_state(const std::filesystem::path& path, const std::string&
   collect(state, "adamw", trainer.optimizer());
   collect(state, "gates.adamw", trainer.gate_optimizer());
   const auto s = trainer.state();
-  state.add_integers("trainer", {s.step, s.nesting});
+  state.add_integers("trainer", {s.step, s.nesting, s.reordered_at_end});
   collect(state, "sampler.rng", Rng(s.sampler.rng));
   state.add_numbers("sampler.carry", s.sampler.carry);
   state.add_numbers("nested", {s.nested.share, s.nested.strength});
@@ -39,9 +39,10 @@ inline void load_run_state(const std::filesystem::path& path, const std::string&
   restore(state, "adamw", trainer.optimizer());
   restore(state, "gates.adamw", trainer.gate_optimizer());
   Trainer<float>::State s;
-  const auto& counts = state.integers("trainer", 2);
+  const auto& counts = state.integers("trainer", 3);
   s.step = counts[0];
   s.nesting = counts[1] != 0;
+  s.reordered_at_end = counts[2] != 0;
   Rng rng;
   restore(state, "sampler.rng", rng);
   s.sampler.rng = rng.state();

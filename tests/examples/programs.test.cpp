@@ -138,8 +138,8 @@ TEST_CASE("programs: a run that was stopped resumes to the same bytes, on any nu
     // Stopped by a signal once the first state is there, wherever that finds it.
     const std::string state = (folder / "parts" / "state.safetensors").native();
     const std::string command = "'" + std::string(QDYLORA_EXAMPLES_DIR) + "/finetune' " + toy(folder / "parts", more + " --threads 2") +
-                                " >/dev/null 2>&1 & pid=$!; while [ ! -f '" + state + "' ] && kill -0 $pid 2>/dev/null; do sleep 0.01; done; " +
-                                "kill -TERM $pid; wait $pid";
+                                " >/dev/null 2>&1 & pid=$!; while [ ! -f '" + state +
+                                "' ] && kill -0 $pid 2>/dev/null; do sleep 0.01; done; kill -TERM $pid; wait $pid";
     const int stopped = std::system(command.c_str());
     CHECK((WIFEXITED(stopped) && (WEXITSTATUS(stopped) == 130 || WEXITSTATUS(stopped) == 0)));
     const auto resumed = run("finetune", toy(folder / "parts", more + " --threads 4 --resume"));
@@ -183,7 +183,7 @@ TEST_CASE("programs: evaluate's logits are those of transformers and PEFT") {
     REQUIRE(logits.cols() == 64);
     double worst = 0.0;
     for (Index i = 0; i < logits.size(); ++i)
-      worst = std::max(worst, std::fabs(static_cast<double>(logits.data()[i]) - static_cast<double>(expected[static_cast<std::size_t>(i)])));
+      worst = std::max(worst, std::fabs(static_cast<double>(logits.data()[i] - expected[static_cast<std::size_t>(i)])));
     CHECK(worst < 1e-4);
   }
 }
@@ -200,8 +200,8 @@ TEST_CASE("programs: quantize writes bitsandbytes' keys and copies the rest") {
   writer.write(folder / "in.safetensors");
   for (const std::string format : {"nf4", "fp4"})
     for (const std::string nested : {"on", "off"}) {
-      const auto result = run("quantize", quoted(folder / "in.safetensors") + " " + quoted(folder / "out.safetensors") + " --format " + format +
-                                              " --block-size 128 --double-quant " + nested);
+      const auto result = run("quantize", quoted(folder / "in.safetensors") + " " + quoted(folder / "out.safetensors") + " --format " +
+                                              format + " --block-size 128 --double-quant " + nested);
       CAPTURE(result.out, result.err);
       REQUIRE(result.status == 0);
       CHECK(result.out.find("1 matrices") != std::string::npos);

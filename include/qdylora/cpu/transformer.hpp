@@ -79,13 +79,14 @@ void rope(const CpuRun& run, MatrixView<T> x, std::span<const std::int32_t> posi
   });
 }
 
-// ---- attention: scores are made block by block of queries and never stored; the backward pass makes them again from the log-sum-exp ------
+// Attention: scores are made block by block of queries and never stored; the backward pass makes them again from the log-sum-exp.
 
 inline constexpr Index query_block = 64;
 
 inline void expect_attention(std::span<const Index> offsets, HeadShape shape, Index tokens, Index q_cols, Index kv_cols) {
   QDYLORA_EXPECTS(shape.heads > 0 && shape.kv_heads > 0 && shape.head_dim > 0 && shape.heads % shape.kv_heads == 0, bad_argument,
-                  "attention: " + std::to_string(shape.heads) + " heads cannot share " + std::to_string(shape.kv_heads) + " key-value heads");
+                  "attention: " + std::to_string(shape.heads) + " heads cannot share " + std::to_string(shape.kv_heads) +
+                      " key-value heads");
   QDYLORA_EXPECTS(q_cols == shape.heads * shape.head_dim && kv_cols == shape.kv_heads * shape.head_dim, shape_mismatch,
                   "attention: q has " + std::to_string(q_cols) + " and k, v " + std::to_string(kv_cols) + " columns; expected " +
                       std::to_string(shape.heads * shape.head_dim) + " and " + std::to_string(shape.kv_heads * shape.head_dim));

@@ -1,6 +1,7 @@
 // How the frozen linear weights of a model are stored, and their making from rows that a file hands out.
 #pragma once
 
+#include <cmath>
 #include <memory>
 #include <string>
 #include <utility>
@@ -39,6 +40,14 @@ struct BaseOptions {
   Index block_size = 64;
 };
 
+/// Throws Errc::non_finite naming the first element that is NaN or infinite; `first_row` is the number of the first row.
+inline void expect_finite(MatrixView<const float> weight, Index first_row = 0) {
+  for (Index i = 0; i < weight.rows; ++i)
+    for (Index j = 0; j < weight.cols; ++j)
+      QDYLORA_EXPECTS(std::isfinite(weight(i, j)), non_finite,
+                      "weight " + detail::shape_text(first_row + i, j) + " is not finite");
+}
+
 /// A weight [rows, cols] from read_rows(first_row, MatrixView<float>), which is called in order with at most 4 MiB at a time: the weight
 /// never exists in full precision unless the format is float32. Errors of the reader and of Quantizer pass through.
 template <class ReadRows, class ParallelFor>
@@ -65,8 +74,11 @@ std::shared_ptr<const WeightFor<AnyFormat>> make_base_weight(Index rows, Index c
     case BaseFormat::float32: break;
   }
   Matrix<float> dense(rows, cols);
-  for (Index first = 0; first < rows; first += step)
-    read_rows(first, dense.view().middle_rows(first, std::min(step, rows - first)));
+  for (Index first = 0; first < rows; first += step) {
+    const auto chunk = dense.view().middle_rows(first, std::min(step, rows - first));
+    read_rows(first, chunk);
+    expect_finite(chunk, first);
+  }
   return std::make_shared<const Any>(std::move(dense));
 }
 

@@ -24,6 +24,18 @@ struct Batch {
     return count;
   }
 
+  /// Throws Errc::bad_argument unless every sequence has a token, the sequences make up the tokens, and there is a target for each.
+  void validate() const {
+    QDYLORA_EXPECTS(!ids.empty(), bad_argument, "an empty batch");
+    QDYLORA_EXPECTS(targets.size() == ids.size(), bad_argument,
+                    "a batch of " + std::to_string(ids.size()) + " tokens with " + std::to_string(targets.size()) + " targets");
+    QDYLORA_EXPECTS(!offsets.empty() && offsets.front() == 0 && offsets.back() == tokens(), bad_argument,
+                    "the batch's offsets do not begin at 0 and end at its " + std::to_string(tokens()) + " tokens");
+    for (Index s = 0; s < sequences(); ++s)
+      QDYLORA_EXPECTS(offsets[static_cast<std::size_t>(s)] < offsets[static_cast<std::size_t>(s) + 1], bad_argument,
+                      "sequence " + std::to_string(s) + " of the batch has no tokens");
+  }
+
   /// Adds a text of n tokens: its first n - 1 are inputs, its last n - 1 targets, of which those from position `prompt_length` on are
   /// scored. Throws Errc::bad_argument for a text of fewer than two tokens.
   void add(std::span<const std::int32_t> text, Index prompt_length = 0) {

@@ -146,6 +146,7 @@ class Decoder {
   /// Feeds new tokens of several sequences and returns the logits of each one's last, [sequences, vocab]. Either all caches are empty
   /// (prompts of any length), or every sequence brings one token.
   Matrix<Acc, Memory> infer(const Batch& batch, std::span<Cache> caches) {
+    batch.validate();
     QDYLORA_EXPECTS(static_cast<Index>(caches.size()) == batch.sequences(), shape_mismatch,
                     "infer: " + std::to_string(caches.size()) + " caches for " + std::to_string(batch.sequences()) + " sequences");
     const bool prompts = std::all_of(caches.begin(), caches.end(), [](const Cache& c) { return c.length == 0; });
@@ -193,8 +194,7 @@ class Decoder {
   }
 
   void prepare(const Batch& batch, std::span<const Index> starts) {
-    QDYLORA_EXPECTS(batch.tokens() > 0, bad_argument, "an empty batch");
-    QDYLORA_EXPECTS(batch.offsets.back() == batch.tokens(), bad_argument, "the batch's offsets do not end at its tokens");
+    batch.validate();
     positions_.clear();
     for (Index s = 0; s < batch.sequences(); ++s) {
       const Index length = batch.offsets[static_cast<std::size_t>(s) + 1] - batch.offsets[static_cast<std::size_t>(s)];

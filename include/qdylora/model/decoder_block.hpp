@@ -113,7 +113,8 @@ class DecoderBlock {
     finish(x, y, context, work);
   }
 
-  /// d [tokens, width]: in, the gradient of y; out, the gradient of x (left undefined unless want_dx). Overwrites gate and up of the context.
+  /// d [tokens, width]: in, the gradient of y; out, the gradient of x (left undefined unless want_dx). Overwrites gate and up of the
+  /// context.
   void backward(MatrixView<const T> x, MatrixView<const Acc> rope_table, MatrixView<T> d, Context& context, Workspace& work, bool want_dx) {
     const Index tokens = x.rows;
     // y = mid + down(activated)

@@ -34,8 +34,8 @@ std::int32_t sample(std::span<const S> logits, float temperature, Rng& rng) {
   return static_cast<std::int32_t>(weights.size() - 1);
 }
 
-/// Continues every prompt. The ranks of the sequences are those of model.set_ranks, one for all or one each. Sequences that ended leave
-/// the batch. Throws Errc::bad_argument on an empty prompt or one that does not fit the context.
+/// Continues every prompt, at the rank that `ranks` gives it. Sequences that ended leave the batch. Leaves the model at full rank with
+/// dropout off. Throws Errc::bad_argument on an empty prompt or one that does not fit the context.
 template <class T, class Backend>
 std::vector<std::vector<std::int32_t>> generate(Decoder<T, Backend>& model, std::span<const std::vector<std::int32_t>> prompts,
                                                 const RankPlan& ranks, const GenerateOptions& options = {}) {
@@ -63,6 +63,7 @@ std::vector<std::vector<std::int32_t>> generate(Decoder<T, Backend>& model, std:
     running.push_back(i);
     rngs.emplace_back(options.seed, Purpose::sample, static_cast<std::uint32_t>(i));
   }
+  model.set_training(false);
   while (!running.empty()) {
     std::vector<Index> now;
     for (const auto i : running) now.push_back(rank_of[i]);
@@ -90,6 +91,7 @@ std::vector<std::vector<std::int32_t>> generate(Decoder<T, Backend>& model, std:
     caches = std::move(next_caches);
     running = std::move(next_running);
   }
+  model.set_ranks(RankPlan::uniform(model.options().lora.max_rank));
   return results;
 }
 

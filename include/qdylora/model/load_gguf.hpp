@@ -17,7 +17,8 @@ inline DecoderConfig gguf_config(const GgufFile& file) {
   const auto& metadata = file.metadata();
   const auto architecture = metadata.get<std::string>("general.architecture");
   if (architecture != "llama")
-    throw Error(Errc::unsupported, "general.architecture: expected 'llama', found '" + printable(architecture) + "'", {.file = file.name()});
+    throw Error(Errc::unsupported, "general.architecture: expected 'llama', found '" + printable(architecture) + "'",
+                {.file = file.name()});
   const auto number = [&](const char* key) { return static_cast<Index>(metadata.get<std::uint32_t>(std::string("llama.") + key)); };
   if (const auto scaling = metadata.get_or<std::string>("llama.rope.scaling.type", "none"); scaling != "none")
     throw Error(Errc::unsupported, "llama.rope.scaling.type: expected 'none', found '" + printable(scaling) + "'", {.file = file.name()});
@@ -58,6 +59,11 @@ std::shared_ptr<const DecoderWeights<float>> load_gguf(const GgufFile& file, Bas
       throw Error(Errc::shape_mismatch,
                   "expected " + detail::shape_text(rows, cols) + ", found " + detail::shape_text(matrix.rows(), matrix.cols()),
                   {.file = file.name(), .tensor = tensor});
+    try {
+      expect_finite(matrix.view());
+    } catch (const Error& error) {
+      throw Error(error.code(), error.what(), {.file = file.name(), .tensor = tensor});
+    }
     return matrix;
   };
   const auto linear = [&](const std::string& tensor, Index rows, Index cols) {

@@ -94,7 +94,8 @@ inline DecoderConfig hugging_face_config(const std::filesystem::path& config_fil
     config.rope_base = get_number_or(*rope, "rope_theta", 10000.0, place);
   } else {
     config.rope_base = get_number_or(json, "rope_theta", 10000.0, place);
-    if (const auto* scaling = detail::find_key(json, "rope_scaling", place); scaling != nullptr && scaling->is_object()) expect_plain(*scaling);
+    const auto* scaling = detail::find_key(json, "rope_scaling", place);
+    if (scaling != nullptr && scaling->is_object()) expect_plain(*scaling);
   }
   if (const auto act = get_string_or(json, "hidden_act", "silu", place); act != "silu")
     throw Error(Errc::unsupported, "hidden_act: expected 'silu', found '" + printable(act) + "'", place);
@@ -122,6 +123,11 @@ std::shared_ptr<const DecoderWeights<float>> load_hugging_face(const std::filesy
     const auto& file = files.file_of(tensor);
     auto matrix = file.matrix(tensor);
     if (matrix.rows() != rows || matrix.cols() != cols) throw mismatch(file, tensor, rows, cols, matrix.rows(), matrix.cols());
+    try {
+      expect_finite(matrix.view());
+    } catch (const Error& error) {
+      throw Error(error.code(), error.what(), {.file = file.name(), .tensor = tensor});
+    }
     return matrix;
   };
   const auto linear = [&](const std::string& tensor, Index rows, Index cols) {

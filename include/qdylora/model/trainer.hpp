@@ -50,6 +50,8 @@ class Trainer {
         schedule_{Schedule::Shape::cosine, options_.steps, options_.warmup_steps, options_.lr_floor},
         order_step_(static_cast<std::int64_t>(std::llround(options_.recipe.order_at * static_cast<double>(options_.steps)))) {
     QDYLORA_EXPECTS(options_.steps >= 1, bad_argument, "Trainer: steps must be positive");
+    QDYLORA_EXPECTS(options_.recipe.order_at >= 0.0 && options_.recipe.order_at <= 1.0, bad_argument,
+                    "Trainer: the recipe's order_at is a share of the steps, 0 ... 1");
     QDYLORA_EXPECTS(options_.ranks.max() == model.options().lora.max_rank, rank_range,
                     "Trainer: the largest rank is " + std::to_string(options_.ranks.max()) + ", the model's adapters have " +
                         std::to_string(model.options().lora.max_rank));
@@ -113,9 +115,10 @@ class Trainer {
   }
   Report step(const Batch& batch) { return step(std::span<const Batch>(&batch, 1)); }
 
-  /// Mean loss of the batch at each rank of the set, and without adapter at the end.
+  /// Mean loss of the batch at each rank of the set, and without adapter at the end; without dropout.
   std::vector<double> losses_by_rank(const Batch& batch) {
     std::vector<double> result;
+    model_.set_training(false);
     const auto mean = [&](Index rank) {
       model_.set_ranks(RankPlan::uniform(rank));
       const auto losses = model_.losses(batch);
@@ -142,19 +145,26 @@ class Trainer {
     bool nesting = false;
     RankSampler::State sampler;
     NestedShare nested;
+    bool reordered_at_end = false;
   };
-  State state() const { return {step_, nesting_, sampler_.state(), nested_share_}; }
+  State state() const { return {step_, nesting_, sampler_.state(), nested_share_, reordered_at_end_}; }
+  /// Throws Errc::bad_argument if the state cannot be of a run with these options, shape_mismatch if it is of other ranks.
   void restore(const State& state) {
+    QDYLORA_EXPECTS(state.step >= 0 && state.step <= options_.steps &&
+                        state.nesting == (order_step_ < options_.steps && state.step > order_step_),
+                    bad_argument, "Trainer::restore: the state at step " + std::to_string(state.step) + " is of another run");
     step_ = state.step;
     nesting_ = state.nesting;
     nested_share_ = state.nested;
+    reordered_at_end_ = state.reordered_at_end;
     sampler_ = RankSampler(options_.ranks, Rng(options_.seed), sampler_options());
     sampler_.restore(state.sampler);
   }
-  /// Whether moments for a re-ordering are being gathered at the next step, so that a checkpoint keeps them.
+  /// Whether moments were gathered for a re-ordering that is still to come, so that a checkpoint keeps them.
   bool collecting() const noexcept {
     const auto& r = options_.recipe;
-    return order_step_ < options_.steps && r.ordering == Reordering::gram && step_ < order_step_ && step_ > order_step_ - r.collect_steps;
+    return order_step_ < options_.steps && r.ordering == Reordering::gram && !nesting_ && step_ > 0 &&
+           step_ > order_step_ - r.collect_steps;
   }
 
  private:

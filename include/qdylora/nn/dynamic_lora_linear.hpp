@@ -5,8 +5,9 @@
 //              dB += u^T dy,   dA += dz^T dropout(x),   dg_b[i] += s_b sum z[:, i] t[:, i]
 //   x [tokens, in], y [tokens, out], W [out, in], A_b [b, in], B_b [b, out], z, u, t, dz [tokens, b]
 //
-// The base output does not depend on the adapter: at rank 0 it is the whole output, bit for bit. W is decoded anew in each pass; nothing of it
-// is kept in full precision. One layer serves any number of passes in flight: what backward needs lives in a Context of the caller's.
+// The base output does not depend on the adapter: at rank 0 it is the whole output, bit for bit. W is decoded anew in each pass; nothing
+// of it is kept in full precision. One layer serves any number of passes in flight: what backward needs lives in a Context of the
+// caller's.
 #pragma once
 
 #include <memory>
