@@ -49,6 +49,7 @@ function(name_of path result)
   endif()
 endfunction()
 
+get_filename_component(ROOT "${ROOT}" ABSOLUTE)
 file(GLOB_RECURSE files RELATIVE ${ROOT} ${ROOT}/*)
 list(SORT files)
 if(NOT files)

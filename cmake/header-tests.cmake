@@ -38,7 +38,7 @@ foreach(header IN LISTS headers)
 endforeach()
 file(CONFIGURE OUTPUT ${generated}/every_header.cpp CONTENT "${every_header}" @ONLY)
 if(CMAKE_CXX_COMPILER_ID STREQUAL GNU)
-  find_program(QDYLORA_OTHER_COMPILER NAMES clang++ DOC "A compiler that the headers are checked with as well")
+  find_program(QDYLORA_OTHER_COMPILER NAMES clang++ clang++-14 DOC "A compiler that the headers are checked with as well")
 else()
   find_program(QDYLORA_OTHER_COMPILER NAMES g++ DOC "A compiler that the headers are checked with as well")
 endif()
@@ -47,6 +47,8 @@ if(QDYLORA_OTHER_COMPILER)
            COMMAND ${QDYLORA_OTHER_COMPILER} -std=c++20 "${plain_flags}" -Wall -Wextra -Wpedantic -Wconversion -Wshadow -Werror
                    -fsyntax-only ${generated}/every_header.cpp
            COMMAND_EXPAND_LISTS)
+else()
+  message(STATUS "qdylora: there is no second compiler here, so the headers are checked with one")
 endif()
 
 add_test(NAME "headers: includes keep to the layers"

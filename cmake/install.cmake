@@ -3,7 +3,8 @@
 include(CMakePackageConfigHelpers)
 set(package_folder ${CMAKE_INSTALL_LIBDIR}/cmake/qdylora)
 
-install(DIRECTORY include/qdylora DESTINATION ${CMAKE_INSTALL_INCLUDEDIR})
+install(DIRECTORY include/qdylora DESTINATION ${CMAKE_INSTALL_INCLUDEDIR}
+        FILES_MATCHING PATTERN "*.hpp" PATTERN "*.cuh" PATTERN "*.inc")
 install(FILES LICENSE DESTINATION ${CMAKE_INSTALL_DOCDIR})
 
 foreach(component IN LISTS qdylora_components)

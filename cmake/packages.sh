@@ -23,9 +23,10 @@ install_missing() {
   fi
   say "Installing ${missing[*]}"
   if ((EUID != 0)); then
-    command -v sudo >/dev/null || { echo "neither root nor sudo: please install ${missing[*]} and call this again" >&2; exit 1; }
+    command -v sudo >/dev/null || { echo "neither root nor sudo: please install ${missing[*]} and call this again" >&2; return 1; }
     as_root=(sudo)
   fi
   "${as_root[@]}" apt-get update -qq || echo "The list of packages could not be renewed; trying with the one there is." >&2
-  "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+  "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null ||
+    { echo "could not install ${missing[*]}: the reason stands above" >&2; return 1; }
 }

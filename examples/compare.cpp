@@ -1,10 +1,10 @@
 // Trains every recipe on the same batches with the same budget and compares them rank by rank, seed by seed.
 //
 //   compare --model stories260K.bin --tokenizer tok512.bin --data shakespeare.txt --steps 300 --lr 3e-3 --alpha 64 --seeds 0,1,2
-//   compare --model SmolLM2.gguf --data gsm8k_train.jsonl --batch 2 --steps 120 --seeds 0
+//   compare --model SmolLM2.gguf --data gsm8k_train.jsonl --batch 2 --steps 120 --seq-len 384 --alpha 16 --lr 1e-3 --eval-rows 24
 //
 // Plain text is a stream of tokens: a row is a window of --seq-len tokens at a random place, the last tenth of the text is held out. JSON
-// lines are examples, as for finetune. Every run is a line of --out (JSON): runs that stand there already are not done again, so a long
+// lines are examples, as for finetune. Every run is a line of --results (JSON): runs that stand there already are not done again, so a long
 // comparison can be stopped and go on. The tables are printed in Markdown: means over seeds, then paired differences to a rival.
 #include <algorithm>
 #include <chrono>
@@ -12,6 +12,7 @@
 #include <cstdio>
 #include <filesystem>
 #include <fstream>
+#include <limits>
 #include <map>
 #include <string>
 #include <vector>
@@ -57,10 +58,10 @@ void declare(CLI::App& app, Options& o) {
   app.add_option("--batch", o.batch, "rows a step")->capture_default_str();
   app.add_option("--seq-len", o.seq_len, "tokens a row; of examples at most")->capture_default_str();
   app.add_option("--eval-rows", o.eval_rows, "held-out rows")->capture_default_str();
-  app.add_option("--base", o.base, "base weights")->capture_default_str();
+  app.add_option("--base-format", o.base, "base weights")->capture_default_str();
   app.add_option("--against", o.against, "the recipe that differences are taken to")->capture_default_str();
   app.add_option("--threads", o.threads, "0: one for each processor")->capture_default_str();
-  app.add_option("--out", o.out, "runs, one JSON line each")->capture_default_str();
+  app.add_option("--results", o.out, "runs, one JSON line each")->capture_default_str();
 }
 
 // Rows to train on and to test on.
@@ -71,13 +72,12 @@ class Rows {
       const auto split = static_cast<std::ptrdiff_t>(stream.size() * 9 / 10);
       stream_.assign(stream.begin(), stream.begin() + split);
       const auto window = static_cast<std::size_t>(o.seq_len) + 1;
-      QDYLORA_EXPECTS(stream_.size() > window, bad_argument, "--data: the text is shorter than a row");
+      QDYLORA_EXPECTS(stream_.size() > 4 * window, bad_argument, "--data: the text is shorter than a row");
       for (Index i = 0; i < o.eval_rows; ++i) {
         const auto begin = static_cast<std::size_t>(split + i * o.seq_len);
         if (begin + window > stream.size()) break;
         test_.push_back(
-            {{stream.begin() + static_cast<std::ptrdiff_t>(begin), stream.begin() + static_cast<std::ptrdiff_t>(begin + window)},
-             1});
+            {{stream.begin() + static_cast<std::ptrdiff_t>(begin), stream.begin() + static_cast<std::ptrdiff_t>(begin + window)}, 1});
       }
     } else {
       const auto examples = load_examples(o.data);
@@ -95,9 +95,10 @@ class Rows {
   /// Row n of a seed's training data; rows below 0 are held back from it.
   Sample row(std::uint64_t seed, std::int64_t n) const {
     Rng rng(seed, Purpose::data, n < 0 ? 1 : 0, static_cast<std::uint32_t>(n < 0 ? -n : n));
-    if (train_.empty()) {
+    if (train_.empty()) {  // held-back windows lie in the first 64th of the text, which other rows never reach
       const auto window = static_cast<std::size_t>(options_.seq_len) + 1;
-      const auto begin = static_cast<std::ptrdiff_t>(rng.below(stream_.size() - window));
+      const std::size_t back = std::max(window + 1, stream_.size() / 64), front = stream_.size() - back;
+      const auto begin = static_cast<std::ptrdiff_t>(n < 0 ? rng.below(back - window) : back + rng.below(front - window));
       return {{stream_.begin() + begin, stream_.begin() + begin + static_cast<std::ptrdiff_t>(window)}, 1};
     }
     // Examples: held-back rows are the last 64th of the training set, which other rows never draw.
@@ -118,7 +119,7 @@ struct Result {
   double share = 0.0;
 };
 
-// What tells runs apart; a line of --out with another key is of another comparison.
+// What tells runs apart; a line of --results with another key is of another comparison.
 Json key(const Options& o) {
   return {{"model", std::filesystem::path(o.model).filename().string()},
           {"data", std::filesystem::path(o.data).filename().string()},
@@ -133,14 +134,17 @@ Json key(const Options& o) {
           {"eval_rows", o.eval_rows}};
 }
 
-std::vector<Result> read_results(const Options& o) {
+std::vector<Result> read_results(const Options& o, const RankSet& ranks) {
   std::vector<Result> results;
   std::ifstream file(o.out);
   for (std::string line; std::getline(file, line);) {
-    if (line.empty()) continue;
+    if (line.empty() || file.eof()) continue;  // a last line without its end was cut by a stop
     const Json json = parse_json(line, {.file = o.out});
-    if (json.at("key") == key(o))
-      results.push_back({json.at("recipe"), json.at("seed"), json.at("losses").get<std::vector<double>>(), json.at("share")});
+    if (get_object(json, "key", {.file = o.out}) != key(o)) continue;
+    Result result{get_string(json, "recipe", {.file = o.out}), 0, {}, get_number(json, "share", {.file = o.out})};
+    result.seed = static_cast<std::uint64_t>(get_integer(json, "seed", 0, std::numeric_limits<std::int64_t>::max(), {.file = o.out}));
+    for (const auto& loss : json.value("losses", Json::array())) result.losses.push_back(loss.get<double>());
+    if (result.losses.size() == static_cast<std::size_t>(ranks.size()) + 1) results.push_back(std::move(result));
   }
   return results;
 }
@@ -150,19 +154,17 @@ Result train(const Options& o, const std::shared_ptr<const DecoderWeights<float>
   const Recipe chosen = recipe(name);
   const float alpha = chosen.scale == ScalePolicy::over_rank ? o.alpha_over_rank : o.alpha;
   Decoder<float> decoder(weights, {.lora = adapter_options(chosen, ranks, alpha, seed)}, cpu);
-  // Measuring is paid for: a forward pass costs a third of a training row, and held-back rows are run at every rank three times.
-  const Index held_back = chosen.measure ? o.batch : 0;
-  const std::int64_t steps = o.steps - (held_back * (ranks.size() + 1) + o.batch - 1) / o.batch;
+  // Measuring is paid for: a forward pass costs a third of a training row, and every held-back row is run at every rank and without.
+  const Index held_back = chosen.measure ? held_back_rows(o.steps * o.batch, ranks.size()) : 0;
+  const std::int64_t steps = o.steps - (held_back * (ranks.size() + 1) + 3 * o.batch - 1) / (3 * o.batch);
+  QDYLORA_EXPECTS(steps >= 1, bad_argument, "--steps: too few to pay for what " + name + " measures");
   Trainer<float> trainer(decoder, {.recipe = chosen, .ranks = ranks, .steps = steps, .lr = o.lr, .seed = seed});
-  Batch back;
-  for (Index i = 0; i < held_back; ++i) {
-    const auto sample = rows.row(seed, -1 - i);
-    back.add(sample.ids, sample.prompt_length);
-  }
-  trainer.hold_back(back);
+  std::vector<Sample> back;
+  for (Index i = 0; i < held_back; ++i) back.push_back(rows.row(seed, -1 - i));
+  trainer.hold_back(to_batches(back, 2048));
   Progress progress(steps);
   while (!trainer.done()) {
-    if (signal.requested()) throw Error(Errc::state_order, "stopped; the finished runs are in " + o.out);
+    if (signal.requested()) return {};
     std::vector<Sample> samples;
     for (Index i = 0; i < o.batch; ++i) samples.push_back(rows.row(seed, trainer.step_count() * o.batch + i));
     const auto report = trainer.step(to_batches(samples, 2048));
@@ -242,18 +244,20 @@ int compare(const Options& o) {
     if (text) stream = model.need_tokenizer().encode(read_text(o.data), {.parse_special = false});
   }
   const Rows rows(o, text ? nullptr : &model, stream);
-  auto results = read_results(o);
+  auto results = read_results(o, ranks);
   const StopSignal signal;
   for (const auto seed : o.seeds)
     for (const auto& name : o.recipes) {
-      if (std::any_of(results.begin(), results.end(), [&](const Result& r) { return r.recipe == name && r.seed == seed; }))
-        continue;
+      if (std::any_of(results.begin(), results.end(), [&](const Result& r) { return r.recipe == name && r.seed == seed; })) continue;
       std::fprintf(stderr, "%s, seed %llu\n", name.c_str(), static_cast<unsigned long long>(seed));
       results.push_back(train(o, model.weights, rows, ranks, name, seed, cpu, signal));
       const auto& r = results.back();
+      if (r.losses.empty()) {
+        std::printf("stopped; the finished runs are in %s\n", o.out.c_str());
+        return 130;
+      }
       std::ofstream file(o.out, std::ios::app);
-      file << Json{{"key", key(o)}, {"recipe", r.recipe}, {"seed", r.seed}, {"losses", r.losses}, {"share", r.share}}.dump()
-           << std::endl;
+      file << Json{{"key", key(o)}, {"recipe", r.recipe}, {"seed", r.seed}, {"losses", r.losses}, {"share", r.share}}.dump() << std::endl;
       QDYLORA_EXPECTS(file.good(), write, "cannot write " + o.out);
     }
   print_tables(o, results, ranks);

@@ -33,7 +33,7 @@ struct Options {
 void declare(CLI::App& app, Options& o) {
   app.add_option("--model", o.model, "a .gguf file (Llama shapes), or a Hugging Face folder")->required();
   app.add_option("--tokenizer", o.tokenizer, "a .gguf file whose tokenizer to use");
-  app.add_option("--base", o.base, "base weights: nf4, fp4, int4, fp8 or float32; those already in 4 bits stay as they are")
+  app.add_option("--base-format", o.base, "base weights: nf4, fp4, int4, fp8 or float32; those already in 4 bits stay as they are")
       ->capture_default_str();
   app.add_option("--adapter", o.adapter, "a PEFT adapter folder");
   app.add_option("--rank", o.rank, "use this many rows of the adapter; default: all, 0: none");
@@ -43,12 +43,12 @@ void declare(CLI::App& app, Options& o) {
   data->excludes(ids);
   ids->needs(logits);
   logits->needs(ids);
-  app.add_option("--examples", o.max_examples, "use this many examples of the data at most");
+  app.add_option("--max-examples", o.max_examples, "use this many examples of the data at most");
   app.add_option("--answers", o.answers, "examples of the data to answer and compare")->capture_default_str();
-  app.add_option("--new-tokens", o.new_tokens, "tokens of an answer at most")->capture_default_str();
+  app.add_option("--max-new-tokens", o.new_tokens, "tokens of an answer at most")->capture_default_str();
   app.add_option("--seq-len", o.seq_len, "tokens of a sequence at most")->capture_default_str();
   app.add_option("--threads", o.threads, "0: one for each processor")->capture_default_str();
-  app.add_flag("--no-chat", o.no_chat, "no chat template around prompts");
+  app.add_flag("--no-chat-template", o.no_chat, "no chat template around prompts");
 }
 
 void write_logits(Decoder<float>& decoder, const Options& o) {
@@ -71,6 +71,7 @@ int evaluate(const Options& o) {
   if (o.no_chat) model.chat = false;
   std::optional<PeftAdapter> adapter;
   if (!o.adapter.empty()) adapter = load_peft_adapter(o.adapter);
+  QDYLORA_EXPECTS(adapter || o.rank.value_or(0) == 0, rank_range, "--rank " + std::to_string(*o.rank) + " needs --adapter");
   const Index max_rank = adapter ? adapter->max_rank() : 1;
   const Index rank = o.rank.value_or(adapter ? max_rank : 0);
   QDYLORA_EXPECTS(rank >= 0 && rank <= (adapter ? max_rank : 0), rank_range,
@@ -85,11 +86,9 @@ int evaluate(const Options& o) {
     return 0;
   }
   auto examples = load_examples(o.data);
-  if (o.max_examples < static_cast<Index>(examples.size()))
-    examples.resize(static_cast<std::size_t>(std::max<Index>(o.max_examples, 0)));
+  if (o.max_examples < static_cast<Index>(examples.size())) examples.resize(static_cast<std::size_t>(std::max<Index>(o.max_examples, 0)));
   const auto samples = tokenize(examples, model.need_tokenizer(), {.chat = model.chat, .max_length = o.seq_len});
-  QDYLORA_EXPECTS(!samples.samples.empty(), bad_argument,
-                  "no example has a scored token within --seq-len " + std::to_string(o.seq_len));
+  QDYLORA_EXPECTS(!samples.samples.empty(), bad_argument, "no example has a scored token within --seq-len " + std::to_string(o.seq_len));
   const std::vector<Index> ranks = {rank};
   auto results = evaluate_losses(decoder, samples.samples, ranks);
   std::printf("rank %lld: loss %.4f nats a token, perplexity %.4f, on %zu examples", static_cast<long long>(rank), results[0].loss,
@@ -101,8 +100,7 @@ int evaluate(const Options& o) {
     std::erase_if(examples, [](const Example& e) { return e.prompt.empty(); });
     if (o.answers < static_cast<Index>(examples.size())) examples.resize(static_cast<std::size_t>(o.answers));
     evaluate_answers(decoder, model.need_tokenizer(), model.chat, examples, results, o.new_tokens);
-    std::printf("exact match: %lld of %lld\n", static_cast<long long>(results[0].correct),
-                static_cast<long long>(results[0].answers));
+    std::printf("exact match: %lld of %lld\n", static_cast<long long>(results[0].correct), static_cast<long long>(results[0].answers));
   }
   return 0;
 }

@@ -54,7 +54,7 @@ void declare(CLI::App& app, Options& o) {
   app.add_option("--recipe", o.recipe_name, "auto, order-then-nest, qdylora, qdylora-frozen, per-row, qlora or qlora-svd")
       ->capture_default_str();
   app.add_flag("--gates", o.gates, "train a factor for every row at every rank (order-then-nest)");
-  app.add_option("--base", o.base, "base weights: nf4, fp4, int4, fp8 or float32")->capture_default_str();
+  app.add_option("--base-format", o.base, "base weights: nf4, fp4, int4, fp8 or float32")->capture_default_str();
   app.add_option("--alpha", o.alpha, "LoRA's alpha")->capture_default_str();
   app.add_option("--dropout", o.dropout, "on the adapters' inputs")->capture_default_str();
   app.add_option("--lr", o.lr, "peak learning rate")->capture_default_str();
@@ -63,13 +63,13 @@ void declare(CLI::App& app, Options& o) {
   app.add_option("--seq-len", o.seq_len, "tokens of a sequence at most")->capture_default_str();
   app.add_option("--threads", o.threads, "0: one for each processor")->capture_default_str();
   app.add_option("--seed", o.seed, "of adapters, data order and ranks")->capture_default_str();
-  app.add_option("--examples", o.examples, "training examples to generate where there is no --data")->capture_default_str();
+  app.add_option("--train-examples", o.examples, "training examples to generate where there is no --data")->capture_default_str();
   app.add_option("--eval-examples", o.eval_examples, "held-out examples for the losses")->capture_default_str();
   app.add_option("--answers", o.answers, "held-out examples to answer at every rank; 0: none")->capture_default_str();
-  app.add_option("--new-tokens", o.new_tokens, "tokens of an answer at most")->capture_default_str();
+  app.add_option("--max-new-tokens", o.new_tokens, "tokens of an answer at most")->capture_default_str();
   app.add_option("--save-every", o.save_every, "steps between saved states; 0: only when stopped")->capture_default_str();
-  app.add_flag("--checkpoint", o.checkpoint, "recompute activations: less memory, a third more work");
-  app.add_flag("--no-chat", o.no_chat, "no chat template around prompts");
+  app.add_flag("--gradient-checkpointing", o.checkpoint, "recompute activations: less memory, a third more work");
+  app.add_flag("--no-chat-template", o.no_chat, "no chat template around prompts");
   app.add_flag("--resume", o.resume, "go on from the state in --out");
   app.add_option("--out", o.out, "folder for results")->capture_default_str();
 }
@@ -79,7 +79,7 @@ struct Data {
   std::vector<Sample> train, held_back, validation_samples;
 };
 
-Data load_data(const Options& o, const OpenModel& model, bool needs_held_back) {
+Data load_data(const Options& o, const OpenModel& model, Index held_back) {
   std::vector<Example> train;
   Data data;
   if (o.data.empty()) {
@@ -102,15 +102,22 @@ Data load_data(const Options& o, const OpenModel& model, bool needs_held_back) {
   const TokenizeOptions tokenize_options{.chat = model.chat, .max_length = o.seq_len};
   auto samples = tokenize(train, model.need_tokenizer(), tokenize_options);
   QDYLORA_EXPECTS(samples.samples.size() >= 2, bad_argument,
-                  "no example of the data has a scored token within --seq-len " + std::to_string(o.seq_len));
+                  "--data: expected at least two examples with a response within --seq-len " + std::to_string(o.seq_len) + ", found " +
+                      std::to_string(samples.samples.size()));
   data.validation_samples = tokenize(data.validation, model.need_tokenizer(), tokenize_options).samples;
   data.validation_samples.resize(std::min<std::size_t>(data.validation_samples.size(), static_cast<std::size_t>(o.eval_examples)));
+  QDYLORA_EXPECTS(!data.validation_samples.empty(), bad_argument,
+                  "no held-out example fits --seq-len " + std::to_string(o.seq_len) + "; give more data, or --eval FILE");
+  std::erase_if(data.validation, [&](const Example& e) {  // a prompt without room for an answer
+    return !e.prompt.empty() && static_cast<Index>(prompt_ids(e, model.need_tokenizer(), model.chat).size()) >= o.seq_len;
+  });
   data.validation.resize(std::min<std::size_t>(data.validation.size(), static_cast<std::size_t>(o.answers)));
   data.train = std::move(samples.samples);
-  if (needs_held_back) {  // at most a tenth of the examples
-    const auto count = std::min<std::size_t>(static_cast<std::size_t>(o.batch) * 2, data.train.size() / 10);
+  if (held_back > 0) {  // at most a tenth of the examples
+    const auto count = std::min<std::size_t>(static_cast<std::size_t>(held_back), data.train.size() / 10);
     data.held_back.assign(data.train.end() - static_cast<std::ptrdiff_t>(count), data.train.end());
     data.train.resize(data.train.size() - count);
+    if (count == 0) std::printf("data       too few examples to hold some back: auto spends on low ranks what order-then-nest does\n");
   }
   Index scored = 0, tokens = 0;
   for (const auto& s : data.train) {
@@ -169,6 +176,8 @@ int finetune(const Options& o) {
   const RankSet ranks = parse_ranks(o.ranks);
   Recipe chosen = recipe(o.recipe_name);
   chosen.gates = o.gates;
+  QDYLORA_EXPECTS(!o.gates || chosen.order_at < 1.0, bad_argument,
+                  "--gates: the recipe " + o.recipe_name + " has no second phase to train them in; auto and order-then-nest have");
 
   const auto start = Clock::now();
   const BaseOptions base{.format = base_format(o.base)};
@@ -180,19 +189,20 @@ int finetune(const Options& o) {
               static_cast<double>(w.config.linear_weights()) / 1e6, o.base.c_str(),
               8.0 * static_cast<double>(w.linear_bytes()) / static_cast<double>(w.config.linear_weights()),
               static_cast<double>(w.linear_bytes()) / 1e6, seconds_since(start));
-  const Data data = load_data(o, model, chosen.measure);
+  QDYLORA_EXPECTS(o.seq_len <= w.config.context + 1, bad_argument,
+                  "--seq-len " + std::to_string(o.seq_len) + ": the model's context is " + std::to_string(w.config.context));
+  const Data data = load_data(o, model, chosen.measure ? held_back_rows(o.steps * o.batch, ranks.size()) : 0);
 
   auto lora = adapter_options(chosen, ranks, o.alpha, o.seed);
   lora.dropout = o.dropout;
   Decoder<float> decoder(model.weights, {.lora = lora, .checkpoint = o.checkpoint}, cpu);
   Trainer<float> trainer(decoder, {.recipe = chosen, .ranks = ranks, .steps = o.steps, .lr = o.lr, .seed = o.seed});
-  if (!data.held_back.empty()) trainer.hold_back(to_batch(data.held_back));
+  trainer.hold_back(to_batches(data.held_back, 1024));
   Index trainable = 0;
   for (const auto& p : decoder.parameters()) trainable += p->value.size();
   std::printf("adapters   rank up to %lld on all %lld linear layers, %.1f M parameters, alpha %g, scale %s, recipe %s\n",
-              static_cast<long long>(ranks.max()), static_cast<long long>(7 * w.config.layers),
-              static_cast<double>(trainable) / 1e6, static_cast<double>(o.alpha), std::string(name(chosen.scale)).c_str(),
-              o.recipe_name.c_str());
+              static_cast<long long>(ranks.max()), static_cast<long long>(7 * w.config.layers), static_cast<double>(trainable) / 1e6,
+              static_cast<double>(o.alpha), std::string(name(chosen.scale)).c_str(), o.recipe_name.c_str());
   std::printf("machine    %d threads, %s\n", cpu.threads(), std::string(name(cpu.isa())).c_str());
   std::fflush(stdout);
 
@@ -229,19 +239,19 @@ int finetune(const Options& o) {
   }
   if (!trainer.done()) {
     save_run_state(state_file, settings, decoder, trainer, report.step_losses);
-    std::printf("\nstopped at step %lld of %lld; the state is in %s, --resume goes on\n",
-                static_cast<long long>(trainer.step_count()), static_cast<long long>(o.steps), state_file.string().c_str());
+    std::printf("\nstopped at step %lld of %lld; the state is in %s, --resume goes on\n", static_cast<long long>(trainer.step_count()),
+                static_cast<long long>(o.steps), state_file.string().c_str());
     return 130;
   }
   const double training_seconds = seconds_since(training_start);
   const MemoryUse memory = memory_use();
+  const auto activation_bytes = decoder.activation_bytes();  // evaluation needs less
   save_run_state(state_file, settings, decoder, trainer, report.step_losses);
-  save_peft_adapter(
-      out / "adapter", named_adapters(decoder),
-      {.rank = ranks.max(), .base_model = model.name, .ranks = {ranks.begin(), ranks.end()}, .recipe = o.recipe_name});
-  std::printf("trained    %lld steps, %lld tokens in %.0f s (%.0f tokens/s); memory %.0f MB at most\n",
-              static_cast<long long>(o.steps), static_cast<long long>(trained_tokens), training_seconds,
-              static_cast<double>(trained_tokens) / training_seconds, static_cast<double>(memory.peak) / 1e6);
+  save_peft_adapter(out / "adapter", named_adapters(decoder),
+                    {.rank = ranks.max(), .base_model = model.name, .ranks = {ranks.begin(), ranks.end()}, .recipe = o.recipe_name});
+  std::printf("trained    %lld steps, %lld tokens in %.0f s (%.0f tokens/s); memory %.0f MB at most\n", static_cast<long long>(o.steps),
+              static_cast<long long>(trained_tokens), training_seconds, static_cast<double>(trained_tokens) / training_seconds,
+              static_cast<double>(memory.peak) / 1e6);
   if (chosen.measure)
     std::printf("auto       %.0f %% of the later rows went to low ranks; %s at the end\n", 100.0 * trainer.nested().share,
                 trainer.reordered_at_end() ? "re-ordered" : "not re-ordered");
@@ -252,8 +262,7 @@ int finetune(const Options& o) {
   all.insert(all.end(), ranks.begin(), ranks.end());
   const auto stop = [&] { return signal.requested(); };
   report.ranks = evaluate_losses(decoder, data.validation_samples, all, stop);
-  const bool questions =
-      std::any_of(data.validation.begin(), data.validation.end(), [](const Example& e) { return !e.prompt.empty(); });
+  const bool questions = std::any_of(data.validation.begin(), data.validation.end(), [](const Example& e) { return !e.prompt.empty(); });
   if (questions && !stop())
     evaluate_answers(decoder, model.need_tokenizer(), model.chat, data.validation, report.ranks, o.new_tokens, stop);
   if (stop()) {
@@ -278,7 +287,7 @@ int finetune(const Options& o) {
                      {"tokens_per_second", static_cast<double>(trained_tokens) / training_seconds},
                      {"base_bytes", w.linear_bytes()},
                      {"adapter_parameters", trainable},
-                     {"activation_bytes", decoder.activation_bytes()},
+                     {"activation_bytes", activation_bytes},
                      {"peak_memory_bytes", memory.peak},
                      {"nested_share", trainer.nested().share},
                      {"reordered_at_end", trainer.reordered_at_end()}};
@@ -288,8 +297,8 @@ int finetune(const Options& o) {
   std::printf("\n%s: the worst rank, %lld, has %.3f nats a token, the base %.3f\n",
               worst.loss < report.ranks.front().loss ? "Every rank beats the base" : "NOT every rank beats the base",
               static_cast<long long>(worst.rank), worst.loss, report.ranks.front().loss);
-  std::printf("wrote      %s: report.json, report.csv, ranks.svg, adapter/ (PEFT, rank %lld), state.safetensors\n",
-              out.string().c_str(), static_cast<long long>(ranks.max()));
+  std::printf("wrote      %s: report.json, report.csv, ranks.svg, adapter/ (PEFT, rank %lld), state.safetensors\n", out.string().c_str(),
+              static_cast<long long>(ranks.max()));
   return 0;
 }
 

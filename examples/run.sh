@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Fine-tunes a language model on this machine:  bash examples/run.sh [MODEL] [options of finetune]
-# Installs what is missing, builds the programs in Release, gets SmolLM2-135M-Instruct (98 MB, kept for the next time) unless MODEL
+# Installs what is missing, builds finetune in Release, gets SmolLM2-135M-Instruct (98 MB, kept for the next time) unless MODEL
 # names a .gguf file or a Hugging Face folder, and runs build/examples/finetune on it. Results go to out/, or where --out says.
 # Ctrl-C saves and stops.
 #   BUILD_DIR   where to build (build)        JOBS   how many compilers at once (one for each processor)
@@ -11,7 +11,7 @@ source "$root/cmake/packages.sh"
 
 build=${BUILD_DIR:-$root/build}
 jobs=${JOBS:-$(nproc)}
-cache=${XDG_CACHE_HOME:-$HOME/.cache}/qdylora
+cache=${XDG_CACHE_HOME:-${HOME:-/var/tmp}/.cache}/qdylora
 smollm2=$cache/SmolLM2-135M-Instruct.Q4_1.gguf
 smollm2_sha256=b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 
@@ -41,22 +41,24 @@ if (($# > 0)) && [[ $1 != -* ]]; then
   model=(--model "$1")
   ours=no
   shift
-elif [[ " $* " == *" --model"* || " $* " == *" --toy "* ]]; then
+elif [[ " $* " == *" --model"* || " $* " == *" --toy "* || " $* " == *" --help "* || " $* " == *" -h "* ]]; then
   ours=no
 fi
 
 packages=(g++:g++ cmake:cmake ninja:ninja-build libeigen3-dev nlohmann-json3-dev libcli11-dev)
-if [[ $ours == yes ]] && ! is_smollm2 "$smollm2" && ! python3 -m pip --version >/dev/null 2>&1; then packages+=(python3-pip); fi
 install_missing "${packages[@]}"
+if [[ $ours == yes ]] && ! is_smollm2 "$smollm2" && ! python3 -m pip --version >/dev/null 2>&1; then
+  install_missing python3-pip || true  # without it the toy transformer runs
+fi
 
-say "Building the programs in $build"
+say "Building finetune in $build"
 options=(-D CMAKE_BUILD_TYPE=Release)
 if [[ ! -f $build/CMakeCache.txt ]]; then
   options+=(-D QDYLORA_BUILD_TESTS=OFF -D QDYLORA_BUILD_BENCHMARKS=OFF)
   if command -v ninja >/dev/null; then options+=(-G Ninja); fi
 fi
 cmake -S "$root" -B "$build" "${options[@]}"
-cmake --build "$build" --parallel "$jobs" --target qdylora_programs
+cmake --build "$build" --parallel "$jobs" --target example_finetune
 
 if [[ $ours == yes ]]; then
   if get_smollm2; then
@@ -70,7 +72,14 @@ fi
 
 out=()
 if [[ " $* " != *" --out"* ]]; then
-  out=(--out "$root/out/$(basename "${model[1]:-toy}" .gguf)")
+  name=toy previous=
+  if ((${#model[@]} == 2)); then name=$(basename "${model[1]}" .gguf); fi
+  for argument in "$@"; do
+    case $argument in --model=*) name=$(basename "${argument#--model=}" .gguf) ;; esac
+    if [[ $previous == --model ]]; then name=$(basename "$argument" .gguf); fi
+    previous=$argument
+  done
+  out=(--out "$root/out/$name")
 fi
 say "Running $build/examples/finetune ${model[*]} ${out[*]} $*"
 exec "$build/examples/finetune" "${model[@]}" "${out[@]}" "$@"  # in this script's place, so that Ctrl-C reaches it

@@ -3,6 +3,7 @@
 #   BUILD_DIR   where to build (build)        JOBS   how many things at once (one for each processor)
 # It writes into the build folder alone.
 set -euo pipefail
+[[ -z ${BUILD_DIR:-} ]] || BUILD_DIR=$(realpath -m "$BUILD_DIR")
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source cmake/packages.sh
 

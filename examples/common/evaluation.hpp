@@ -13,12 +13,6 @@
 
 namespace qdylora::examples {
 
-inline Batch to_batch(std::span<const Sample> samples) {
-  Batch batch;
-  for (const auto& sample : samples) batch.add(sample.ids, sample.prompt_length);
-  return batch;
-}
-
 /// Cuts samples into batches of at most `tokens` tokens (a longer sample stands alone).
 inline std::vector<Batch> to_batches(std::span<const Sample> samples, Index tokens) {
   std::vector<Batch> batches;
@@ -42,6 +36,7 @@ struct RankResult {
 inline std::vector<RankResult> evaluate_losses(
     Decoder<float>& model, std::span<const Sample> samples, std::span<const Index> ranks,
     const std::function<bool()>& stop = [] { return false; }) {
+  model.set_training(false);
   std::vector<RankResult> results;
   const auto batches = to_batches(samples, 1024);
   for (const Index rank : ranks) {
@@ -75,9 +70,10 @@ inline std::vector<RankResult> evaluate_losses(
 
 /// Writes an answer to every example at every rank, greedily, many ranks in one batch, and fills in answers, correct and texts.
 inline void evaluate_answers(
-    Decoder<float>& model, const Tokenizer& tokenizer, bool chat, std::span<const Example> examples,
-    std::vector<RankResult>& results, Index max_tokens, const std::function<bool()>& stop = [] { return false; }) {
-  constexpr std::size_t examples_at_once = 16;
+    Decoder<float>& model, const Tokenizer& tokenizer, bool chat, std::span<const Example> examples, std::vector<RankResult>& results,
+    Index max_tokens, const std::function<bool()>& stop = [] { return false; }) {
+  // About as many sequences at once as keep the caches of a small model below the memory of training.
+  const std::size_t examples_at_once = std::max<std::size_t>(1, 64 / std::max<std::size_t>(results.size(), 1));
   for (std::size_t begin = 0; begin < examples.size(); begin += examples_at_once) {
     if (stop()) return;
     const auto part = examples.subspan(begin, std::min(examples_at_once, examples.size() - begin));

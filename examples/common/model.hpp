@@ -28,10 +28,9 @@ struct OpenModel {
 };
 
 /// Opens a .gguf file or a Hugging Face folder; `tokenizer_file` is a GGUF file whose tokenizer is used instead, "" for none.
-inline OpenModel open_model(const std::filesystem::path& path, const std::string& tokenizer_file, BaseOptions options,
-                            const Cpu& cpu) {
+inline OpenModel open_model(const std::filesystem::path& path, const std::string& tokenizer_file, BaseOptions options, const Cpu& cpu) {
   OpenModel model;
-  model.name = path.filename().string();
+  model.name = (path.has_filename() ? path : path.parent_path()).filename().string();
   if (!std::filesystem::exists(path)) throw Error(Errc::open, "no such file or folder", {.file = path.string()});
   if (std::filesystem::is_directory(path)) {
     model.weights = load_hugging_face(path, options, cpu);
@@ -85,13 +84,8 @@ inline OpenModel toy_model(BaseOptions options, const Cpu& cpu, std::uint64_t se
   weights->embedding = normal(c.vocab, c.width, 0.3f);
   weights->final_norm = ones(c.width);
   const Index q = c.query_width(), kv = c.kv_width();
-  const std::array<std::pair<Index, Index>, 7> shapes = {{{q, c.width},
-                                                          {kv, c.width},
-                                                          {kv, c.width},
-                                                          {c.width, q},
-                                                          {c.mlp_width, c.width},
-                                                          {c.mlp_width, c.width},
-                                                          {c.width, c.mlp_width}}};
+  const std::array<std::pair<Index, Index>, 7> shapes = {
+      {{q, c.width}, {kv, c.width}, {kv, c.width}, {c.width, q}, {c.mlp_width, c.width}, {c.mlp_width, c.width}, {c.width, c.mlp_width}}};
   for (Index i = 0; i < c.layers; ++i) {
     auto block = std::make_shared<BlockWeights<float>>();
     block->attention_norm = ones(c.width);
@@ -99,8 +93,7 @@ inline OpenModel toy_model(BaseOptions options, const Cpu& cpu, std::uint64_t se
     for (std::size_t p = 0; p < 7; ++p) {
       const auto w = normal(shapes[p].first, shapes[p].second, 0.6f / std::sqrt(static_cast<float>(shapes[p].second)));
       block->linear[p] = make_base_weight(
-          w.rows(), w.cols(), options,
-          [&](Index first, MatrixView<float> out) { copy(w.view().middle_rows(first, out.rows), out); },
+          w.rows(), w.cols(), options, [&](Index first, MatrixView<float> out) { copy(w.view().middle_rows(first, out.rows), out); },
           [&](Index count, auto&& f) { cpu.parallel_for(count, f); });
     }
     weights->blocks.push_back(std::move(block));
@@ -138,9 +131,8 @@ inline void assign_adapter(const PeftAdapter& adapter, Decoder<float>& model) {
         ++used;
       }
   });
-  QDYLORA_EXPECTS(
-      used == adapter.modules.size(), missing_tensor,
-      "the adapter has " + std::to_string(adapter.modules.size()) + " modules, of which the model has " + std::to_string(used));
+  QDYLORA_EXPECTS(used == adapter.modules.size(), missing_tensor,
+                  "the adapter has " + std::to_string(adapter.modules.size()) + " modules, of which the model has " + std::to_string(used));
 }
 
 }  // namespace qdylora::examples

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include <qdylora/io/json.hpp>
 #include <qdylora/io/train_state.hpp>
 #include <qdylora/model/trainer.hpp>
 
@@ -29,12 +30,18 @@ inline void save_run_state(const std::filesystem::path& path, const std::string&
 }
 
 /// Errc::bad_config where the run was started with other settings, and the errors of load_train_state.
-inline void load_run_state(const std::filesystem::path& path, const std::string& settings, Decoder<float>& model,
-                           Trainer<float>& trainer, std::vector<double>& step_losses) {
+inline void load_run_state(const std::filesystem::path& path, const std::string& settings, Decoder<float>& model, Trainer<float>& trainer,
+                           std::vector<double>& step_losses) {
   TrainState state = load_train_state(path);
-  if (const auto& saved = state.text("settings"); saved != settings)
-    throw Error(Errc::bad_config, "the run to resume had other settings: expected " + settings + ", found " + printable(saved, 600),
-                {.file = path.string()});
+  if (const auto& saved = state.text("settings"); saved != settings) {
+    const Json then = parse_json(saved, {.file = path.string()}), now = parse_json(settings, {});
+    std::string differences;
+    for (const auto& [key, value] : now.items())
+      if (!then.contains(key) || then.at(key) != value)
+        differences += (differences.empty() ? "" : ", ") + key + " was " + (then.contains(key) ? then.at(key).dump() : "absent") + ", is " +
+                       value.dump();
+    throw Error(Errc::bad_config, "the run to resume had other settings: " + printable(differences, 600), {.file = path.string()});
+  }
   model.for_each_linear([&](auto& linear) { restore(state, linear.adapter().options().name, linear.adapter()); });
   restore(state, "adamw", trainer.optimizer());
   restore(state, "gates.adamw", trainer.gate_optimizer());

@@ -168,6 +168,12 @@ concept HasCrossEntropy = requires(const B b, MatrixView<Accumulator<T>> logits,
   b.cross_entropy(logits, targets, 1.0, losses);  // losses [rows, 1]; logits become scale * d(loss) / d(logits)
 };
 
+/// Work of the host beside the operations, such as decoding a file's rows.
+template <class B>
+concept HasHostLoop = requires(const B b, void (*f)(Index)) {
+  b.parallel_for(Index{1}, f);  // f(0) ... f(count - 1), each once, on the host's threads; returns when all are done
+};
+
 /// What layers and optimizers need.
 template <class B, class T>
 concept Backend = std::copyable<B> && Scalar<T> && HasMemory<B, T> && HasQuantize<B, T> && HasQuantizedMatmul<B, T> && HasGemm<B, T> &&
@@ -176,6 +182,6 @@ concept Backend = std::copyable<B> && Scalar<T> && HasMemory<B, T> && HasQuantiz
 /// What a transformer needs on top.
 template <class B, class T>
 concept TransformerBackend = Backend<B, T> && HasNorm<B, T> && HasRope<B, T> && HasAttention<B, T> && HasActivation<B, T> &&
-                             HasEmbedding<B, T> && HasRowSelection<B, T> && HasCrossEntropy<B, T>;
+                             HasEmbedding<B, T> && HasRowSelection<B, T> && HasCrossEntropy<B, T> && HasHostLoop<B>;
 
 }  // namespace qdylora

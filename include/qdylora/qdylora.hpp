@@ -1,5 +1,5 @@
 // qdylora: fine-tune large models from C++ with quantized weights and adapters that work at every rank.
-// This front door needs Eigen only. Others: <qdylora/io.hpp> file formats, <qdylora/model.hpp> the transformer, <qdylora/cuda.hpp> GPUs.
+// This front door needs Eigen only. Others: <qdylora/io.hpp> file formats, <qdylora/model.hpp> the transformer.
 #pragma once
 
 #include <qdylora/version.hpp>

@@ -42,7 +42,7 @@ std::string quoted(const std::filesystem::path& path) { return "'" + path.native
 
 // A run of the toy that takes seconds: 12 steps through all phases of the recipe.
 std::string toy(const std::filesystem::path& out, const std::string& more = "") {
-  return "--toy --steps 12 --batch 4 --ranks 1,4,16 --alpha 16 --lr 3e-3 --examples 200 --eval-examples 4 --answers 2 --new-tokens 8 "
+  return "--toy --steps 12 --batch 4 --ranks 1,4,16 --alpha 16 --lr 3e-3 --train-examples 200 --eval-examples 4 --answers 2 --max-new-tokens 8 "
          "--save-every 1 --out " +
          quoted(out) + " " + more;
 }
@@ -75,7 +75,7 @@ TEST_CASE("programs: a wrong argument or file gives one line and status 2") {
       {"finetune", "--toy --ranks 0,2", "rank 0"},
       {"finetune", "--toy --ranks 4,4", "twice"},
       {"finetune", "--toy --recipe best", "order-then-nest"},
-      {"finetune", "--toy --base nf5", "nf4"},
+      {"finetune", "--toy --base-format nf5", "nf4"},
       {"finetune", "--toy --alpha 0 --out " + quoted(folder / "x"), "alpha"},
       {"finetune", "--toy --data /no/such/file.jsonl", "/no/such/file.jsonl"},
       {"finetune", "--toy --data " + quoted(folder / "bad.jsonl"), "line 1"},

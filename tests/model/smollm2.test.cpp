@@ -53,7 +53,7 @@ std::optional<Files> find_files() {
   return Files{*model, qd::read_json(*reference), *logits, *hidden};
 }
 
-constexpr const char* absent = "SmolLM2 (set QDYLORA_MODEL) or its reference data (set QDYLORA_SHARED) is absent";
+constexpr const char* absent = "SmolLM2 (set QDYLORA_MODEL) or its reference data (set QDYLORA_REFERENCE) is absent";
 
 Model load(const Files& files, qd::BaseOptions options) {
   return Model(qd::load_gguf(qd::GgufFile(files.model), options), {.lora = {.max_rank = 1}, .checkpoint = true});

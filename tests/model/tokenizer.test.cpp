@@ -101,9 +101,9 @@ std::string read_file(const std::filesystem::path& path) {
 }
 
 std::filesystem::path shared_file(const char* name) {
-  const char* folder = std::getenv("QDYLORA_SHARED");
-#if defined(QDYLORA_SHARED_DIR)
-  if (folder == nullptr) folder = QDYLORA_SHARED_DIR;
+  const char* folder = std::getenv("QDYLORA_REFERENCE");
+#if defined(QDYLORA_REFERENCE_DIR)
+  if (folder == nullptr) folder = QDYLORA_REFERENCE_DIR;
 #endif
   if (folder == nullptr || *folder == '\0') return {};
   const auto path = std::filesystem::path(folder) / "data" / name;
@@ -358,7 +358,7 @@ TEST_CASE("a conversation's ids are those of its text, and its contents cannot e
 TEST_CASE("SmolLM2's ids equal the reference's, and decode to the same bytes", "[tokenizer][model]") {
   if (model_file().empty()) SKIP(no_model);
   const auto reference_file = shared_file("ref_smollm2.json");
-  if (reference_file.empty()) SKIP("no ref_smollm2.json: set QDYLORA_SHARED");
+  if (reference_file.empty()) SKIP("no ref_smollm2.json: set QDYLORA_REFERENCE");
   const qd::Tokenizer tokenizer = qd::load_tokenizer(qd::GgufFile(model_file()));
   const auto reference = nlohmann::json::parse(read_file(reference_file));
   for (const char* prompt : {"plain", "chat"}) {

@@ -20,14 +20,14 @@ namespace test {
 /// The path of a golden file, e.g. golden("codes.safetensors").
 inline std::filesystem::path golden(const std::string& name) { return std::filesystem::path(QDYLORA_GOLDEN_DIR) / name; }
 
-/// The path of a file of the large reference data, from the folder the environment variable QDYLORA_SHARED or the build names;
+/// The path of a file of the large reference data, from the folder the environment variable QDYLORA_REFERENCE or the build names;
 /// nothing where it is absent: then the test skips.
 inline std::optional<std::filesystem::path> shared(const std::string& name) {
   std::filesystem::path folder;
-#if defined(QDYLORA_SHARED_DIR)
-  folder = QDYLORA_SHARED_DIR;
+#if defined(QDYLORA_REFERENCE_DIR)
+  folder = QDYLORA_REFERENCE_DIR;
 #endif
-  if (const char* set = std::getenv("QDYLORA_SHARED")) folder = set;
+  if (const char* set = std::getenv("QDYLORA_REFERENCE")) folder = set;
   if (folder.empty() || !std::filesystem::exists(folder / name)) return std::nullopt;
   return folder / name;
 }

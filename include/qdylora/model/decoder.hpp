@@ -77,6 +77,7 @@ class Decoder {
     for (Index i = 0; i < c.layers; ++i)
       blocks_.emplace_back(c, weights_->blocks[static_cast<std::size_t>(i)], i, options_.lora, backend_);
     set_ranks(RankPlan::uniform(options_.lora.max_rank));
+    set_training(false);
   }
 
   const DecoderConfig& config() const noexcept { return weights_->config; }
@@ -108,7 +109,7 @@ class Decoder {
     for_each_linear([&](Linear& linear) { linear.adapter().check_rank(plan.max_rank()); });
     plan_ = plan;
   }
-  /// Whether dropout acts, the step its masks belong to, and the tokens of that step in earlier micro-batches.
+  /// Whether dropout acts (not until told so), the step its masks belong to, and the tokens of that step in earlier micro-batches.
   void set_training(bool training, std::uint32_t step = 0, Index first_row = 0) {
     for_each_linear([&](Linear& linear) { linear.set_training(training, step, first_row); });
   }
@@ -166,6 +167,23 @@ class Decoder {
     selected_.resize(batch.sequences(), config().width);
     backend_.gather_rows(x, std::span<const Index>(last), selected_.view());
     return project_head(std::as_const(selected_).view());
+  }
+
+  /// Throws Errc::bad_argument unless the batch is one this model can run: valid, ids within the vocabulary, sequences within the context.
+  void check(const Batch& batch) const {
+    batch.validate();
+    for (Index s = 0; s < batch.sequences(); ++s) {
+      const Index length = batch.offsets[static_cast<std::size_t>(s) + 1] - batch.offsets[static_cast<std::size_t>(s)];
+      QDYLORA_EXPECTS(length <= config().context, bad_argument,
+                      "sequence " + std::to_string(s) + " has " + std::to_string(length) + " tokens, the model's context is " +
+                          std::to_string(config().context));
+    }
+    for (const auto id : batch.ids)
+      QDYLORA_EXPECTS(id >= 0 && id < config().vocab, bad_argument,
+                      "token id " + std::to_string(id) + " is outside the vocabulary of " + std::to_string(config().vocab));
+    for (const auto id : batch.targets)
+      QDYLORA_EXPECTS(id >= -1 && id < config().vocab, bad_argument,
+                      "target " + std::to_string(id) + " is outside the vocabulary of " + std::to_string(config().vocab));
   }
 
   /// The residual stream [tokens, width] after `layer` blocks of the last loss_and_gradient.

@@ -22,6 +22,9 @@ inline DecoderConfig gguf_config(const GgufFile& file) {
   const auto number = [&](const char* key) { return static_cast<Index>(metadata.get<std::uint32_t>(std::string("llama.") + key)); };
   if (const auto scaling = metadata.get_or<std::string>("llama.rope.scaling.type", "none"); scaling != "none")
     throw Error(Errc::unsupported, "llama.rope.scaling.type: expected 'none', found '" + printable(scaling) + "'", {.file = file.name()});
+  // Llama 3.1 and later store the scaling of their rotary positions as a tensor.
+  if (file.contains("rope_freqs.weight"))
+    throw Error(Errc::unsupported, "scaled rotary positions", {.file = file.name(), .tensor = "rope_freqs.weight"});
   DecoderConfig config;
   config.width = number("embedding_length");
   config.mlp_width = number("feed_forward_length");

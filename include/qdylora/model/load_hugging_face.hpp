@@ -121,7 +121,16 @@ std::shared_ptr<const DecoderWeights<float>> load_hugging_face(const std::filesy
   };
   const auto dense = [&](const std::string& tensor, Index rows, Index cols) {
     const auto& file = files.file_of(tensor);
-    auto matrix = file.matrix(tensor);
+    Matrix<float> matrix;
+    if (is_bnb_4bit(file, tensor)) {  // an embedding or a head in 4 bits is used decoded
+      const auto weight = load_bnb_4bit(file, tensor);
+      matrix = Matrix<float>(weight.rows(), weight.cols());
+      weight.visit([&]<class View>(const View& view) {
+        if constexpr (requires { typename View::format; }) backend.dequantize(view, matrix.view());
+      });
+    } else {
+      matrix = file.matrix(tensor);
+    }
     if (matrix.rows() != rows || matrix.cols() != cols) throw mismatch(file, tensor, rows, cols, matrix.rows(), matrix.cols());
     try {
       expect_finite(matrix.view());

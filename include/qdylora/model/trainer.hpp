@@ -66,8 +66,17 @@ class Trainer {
     bool skipped = false;        // the gradient was not finite
   };
 
-  /// Sequences that measure what each rank loses (recipes that measure); they should not be trained on.
-  void hold_back(Batch batch) { held_back_ = std::move(batch); }
+  /// Sequences that measure what each rank loses, for recipes that measure; they should not be trained on. Without any, such a recipe
+  /// spends what order-then-nest does.
+  void hold_back(std::vector<Batch> batches) {
+    for (const auto& batch : batches) model_.check(batch);
+    held_back_ = std::move(batches);
+  }
+  void hold_back(Batch batch) {
+    std::vector<Batch> one;
+    one.push_back(std::move(batch));
+    hold_back(std::move(one));
+  }
 
   std::int64_t steps() const noexcept { return options_.steps; }
   std::int64_t step_count() const noexcept { return step_; }
@@ -81,12 +90,13 @@ class Trainer {
     Index sequences = 0, scored = 0;
     Report report;
     for (const auto& batch : batches) {
+      model_.check(batch);  // before anything changes
       sequences += batch.sequences();
       scored += batch.scored();
       report.tokens += batch.tokens();
     }
     QDYLORA_EXPECTS(scored > 0, bad_argument, "Trainer: no token of the batch is scored");
-    if (step_ == order_step_) begin_nesting();
+    if (step_ == order_step_ && !nesting_) begin_nesting();
     collect();
     const RankPlan plan = next_plan(sequences);
     report.rank = plan.max_rank();
@@ -115,21 +125,27 @@ class Trainer {
   }
   Report step(const Batch& batch) { return step(std::span<const Batch>(&batch, 1)); }
 
-  /// Mean loss of the batch at each rank of the set, and without adapter at the end; without dropout.
-  std::vector<double> losses_by_rank(const Batch& batch) {
+  /// Mean loss of the batches at each rank of the set, and without adapter at the end; without dropout.
+  std::vector<double> losses_by_rank(std::span<const Batch> batches) {
     std::vector<double> result;
     model_.set_training(false);
     const auto mean = [&](Index rank) {
       model_.set_ranks(RankPlan::uniform(rank));
-      const auto losses = model_.losses(batch);
       double sum = 0.0;
-      for (const double loss : losses) sum += loss;
-      result.push_back(sum / static_cast<double>(std::max<std::size_t>(losses.size(), 1)));
+      std::size_t scored = 0;
+      for (const auto& batch : batches) {
+        const auto losses = model_.losses(batch);
+        for (const double loss : losses) sum += loss;
+        scored += losses.size();
+      }
+      result.push_back(sum / static_cast<double>(std::max<std::size_t>(scored, 1)));
     };
     for (const Index rank : options_.ranks) mean(rank);
     mean(0);
     return result;
   }
+
+  std::vector<double> losses_by_rank(const Batch& batch) { return losses_by_rank(std::span<const Batch>(&batch, 1)); }
 
   /// What `auto` decided, for reports; empty weights before it did.
   const NestedShare& nested() const noexcept { return nested_share_; }
@@ -189,11 +205,14 @@ class Trainer {
     return all;
   }
 
+  // Whether the gaps of the ranks are known (auto, from the re-ordering on); without held-back sequences they never are.
+  bool measured() const noexcept { return !nested_share_.weights.empty(); }
+
   SamplerOptions sampler_options() const {
     SamplerOptions options;
     options.granularity = options_.recipe.granularity;
     options.full_share = options_.recipe.full_share;
-    if (options_.recipe.measure && nested_share_.share > 0.0) {
+    if (measured() && nested_share_.share > 0.0) {
       options.full_share = 1.0 - nested_share_.share;
       options.weights = nested_share_.weights;
     }
@@ -201,7 +220,7 @@ class Trainer {
   }
 
   RankPlan next_plan(Index sequences) {
-    const bool draw = nesting_ ? !options_.recipe.measure || nested_share_.share > 0.0 : options_.recipe.draw_ranks;
+    const bool draw = nesting_ ? !measured() || nested_share_.share > 0.0 : options_.recipe.draw_ranks;
     return draw ? sampler_.next(sequences) : RankPlan::uniform(options_.ranks.max());
   }
 
@@ -244,7 +263,7 @@ class Trainer {
     model_.for_each_linear([](auto& linear) { linear.adapter().stop_collecting(); });
     optimizer_.reset_state();
     nesting_ = true;
-    if (r.measure && held_back_.scored() > 0) {
+    if (r.measure && !held_back_.empty()) {
       auto losses = losses_by_rank(held_back_);
       const double base = losses.back();
       losses.pop_back();
@@ -263,7 +282,7 @@ class Trainer {
     std::vector<float> multipliers;
     if (nesting_) {
       const double progress = static_cast<double>(step_ - order_step_) / static_cast<double>(options_.steps - order_step_);
-      const double strength = r.measure ? nested_share_.strength : 1.0;
+      const double strength = measured() ? nested_share_.strength : 1.0;
       for (Index i = 0; i < options_.ranks.max(); ++i) {
         const double head = std::max(1.0, r.head_boost * std::pow(static_cast<double>(i + 1), -r.head_power));
         multipliers.push_back(static_cast<float>(1.0 + strength * (r.boost * head - 1.0) * (1.0 - progress)));
@@ -275,25 +294,12 @@ class Trainer {
 
   void finish() {
     const auto& r = options_.recipe;
-    if (r.order_at_end) {
+    // Where next to nothing was spent on low ranks, what training did after the first re-ordering is ordered as well; where much was, its
+    // prefixes are better than those of any re-ordering.
+    const bool nearly_free = measured() && nested_share_.share < 0.3 && !r.gates;
+    if (r.order_at_end || nearly_free) {
       reorder_all(Reordering::svd);
       reordered_at_end_ = true;
-    } else if (r.measure && held_back_.scored() > 0 && !r.gates) {
-      // Keep the re-ordering only where the ranks together do better with it.
-      const auto mean = [&] {
-        auto losses = losses_by_rank(held_back_);
-        losses.pop_back();
-        double sum = 0.0;
-        for (const double loss : losses) sum += loss;
-        return sum;
-      };
-      const double before = mean();
-      std::vector<Matrix<Acc>> kept;
-      for (const auto& p : optimizer_.parameters()) kept.push_back(clone(std::as_const(p->value).view()));
-      reorder_all(Reordering::svd);
-      reordered_at_end_ = mean() < before;
-      if (!reordered_at_end_)
-        for (std::size_t i = 0; i < kept.size(); ++i) copy(std::as_const(kept[i]).view(), optimizer_.parameters()[i]->value.view());
     }
     model_.set_ranks(RankPlan::uniform(options_.ranks.max()));
   }
@@ -309,7 +315,7 @@ class Trainer {
   std::int64_t step_ = 0;
   bool nesting_ = false;
   bool reordered_at_end_ = false;
-  Batch held_back_;
+  std::vector<Batch> held_back_;
 };
 
 }  // namespace qdylora

@@ -10,8 +10,8 @@
 // caller's.
 #pragma once
 
+#include <cmath>
 #include <memory>
-#include <optional>
 #include <utility>
 
 #include <qdylora/backend.hpp>
@@ -277,6 +277,8 @@ class DynamicLoRALinear {
   }
 
   void collect(const Context& context, MatrixView<const Acc> t) {
+    // The optimizer skips a step that is not finite; the moments must not keep it either.
+    if (!std::isfinite(backend_.sum_squares(context.z.view()) + backend_.sum_squares(t))) return;
     const Index width = t.cols;
     const auto part = [width](Matrix<Acc>& moment) { return moment.view().top_rows(width).left_cols(width); };
     backend_.weight_gradient(context.z.view(), context.z.view(), part(adapter_.moment_a), Update::accumulate);

@@ -31,7 +31,7 @@ struct LoRAOptions {
   float alpha = 16.0f;
   ScalePolicy scale = ScalePolicy::constant;
   GradientRows gradient_rows = GradientRows::prefix;
-  float dropout = 0.0f;          // on the adapter's input only
+  float dropout = 0.0f;          // on the adapter's input only; see DynamicLoRALinear::set_training
   std::uint64_t seed = 0;        // of A's initial values and of dropout masks
   std::uint32_t layer = 0;       // tells layers of one seed apart
   std::string name = "adapter";

@@ -49,7 +49,7 @@ std::vector<double> reorder(LoRAAdapter<S, Memory>& adapter, Reordering kind = R
   using detail::DoubleMatrix;
   if (adapter.gated())
     for (const S g : adapter.gates().value.span())
-      QDYLORA_EXPECTS(g == S{1}, state_order, adapter.options().name + ": reorder after the gates were trained");
+      QDYLORA_EXPECTS(g == S{1}, state_order, adapter.options().name + ": has trained gates, which a re-ordering cannot keep");
   const Index r = adapter.max_rank();
   const DoubleMatrix a = as_eigen(std::as_const(adapter.a().value).view()).template cast<double>();  // [r, in]
   const DoubleMatrix b = as_eigen(std::as_const(adapter.b().value).view()).template cast<double>();  // [r, out]
