@@ -33,14 +33,7 @@ std::shared_ptr<const DecoderWeights<float>> random_weights(const Cpu& cpu) {
   };
   weights->embedding = bench::normal_matrix(c.vocab, c.width, 0.02f, 2);
   weights->final_norm = ones();
-  const Index q = c.query_width(), kv = c.kv_width();
-  const std::array<std::pair<Index, Index>, 7> shapes = {{{q, c.width},
-                                                          {kv, c.width},
-                                                          {kv, c.width},
-                                                          {c.width, q},
-                                                          {c.mlp_width, c.width},
-                                                          {c.mlp_width, c.width},
-                                                          {c.width, c.mlp_width}}};
+  const auto shapes = c.linear_shapes();
   for (Index i = 0; i < c.layers; ++i) {
     auto block = std::make_shared<BlockWeights<float>>();
     block->attention_norm = ones();

@@ -83,9 +83,7 @@ inline OpenModel toy_model(BaseOptions options, const Cpu& cpu, std::uint64_t se
   };
   weights->embedding = normal(c.vocab, c.width, 0.3f);
   weights->final_norm = ones(c.width);
-  const Index q = c.query_width(), kv = c.kv_width();
-  const std::array<std::pair<Index, Index>, 7> shapes = {
-      {{q, c.width}, {kv, c.width}, {kv, c.width}, {c.width, q}, {c.mlp_width, c.width}, {c.mlp_width, c.width}, {c.width, c.mlp_width}}};
+  const auto shapes = c.linear_shapes();
   for (Index i = 0; i < c.layers; ++i) {
     auto block = std::make_shared<BlockWeights<float>>();
     block->attention_norm = ones(c.width);

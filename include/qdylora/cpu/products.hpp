@@ -1,6 +1,6 @@
 // The matrix products of the CPU backend. Weights are decoded panel by panel into a thread's cache and multiplied from there; a weight is
-// decoded once per call and never stored in full. Tiles are cut by shape alone, one task owns each output element, and sums run in
-// ascending order: the bits do not depend on the number of threads.
+// decoded once per call and never stored in full. Tiles are cut by shape alone, one task owns each output element, and the
+// order of a sum is fixed: the bits do not depend on the number of threads. They do on whether there are fewer than few_tokens rows.
 #pragma once
 
 #include <qdylora/backend.hpp>

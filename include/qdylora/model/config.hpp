@@ -2,7 +2,9 @@
 // rotary positions and a SwiGLU multilayer perceptron, RMS norms, no biases unless a file has them.
 #pragma once
 
+#include <array>
 #include <string>
+#include <utility>
 
 #include <qdylora/backend.hpp>
 
@@ -22,6 +24,11 @@ struct DecoderConfig {
 
   Index query_width() const noexcept { return heads.heads * heads.head_dim; }
   Index kv_width() const noexcept { return heads.kv_heads * heads.head_dim; }
+  /// [out, in] of a block's linear layers q, k, v, o, gate, up, down.
+  std::array<std::pair<Index, Index>, 7> linear_shapes() const noexcept {
+    const Index q = query_width(), kv = kv_width();
+    return {{{q, width}, {kv, width}, {kv, width}, {width, q}, {mlp_width, width}, {mlp_width, width}, {width, mlp_width}}};
+  }
   /// Linear weights of the blocks, which are the ones that are quantized.
   Index linear_weights() const noexcept {
     return layers * (width * (query_width() + 2 * kv_width()) + query_width() * width + 3 * width * mlp_width);

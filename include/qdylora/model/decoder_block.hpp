@@ -53,13 +53,7 @@ class DecoderBlock {
   DecoderBlock(const DecoderConfig& config, std::shared_ptr<const BlockWeights<Acc, Memory>> weights, Index index, LoRAOptions lora,
                Backend backend)
       : config_(config), weights_(std::move(weights)), backend_(backend) {
-    const std::array<std::pair<Index, Index>, 7> shapes = {{{config.query_width(), config.width},
-                                                            {config.kv_width(), config.width},
-                                                            {config.kv_width(), config.width},
-                                                            {config.width, config.query_width()},
-                                                            {config.mlp_width, config.width},
-                                                            {config.mlp_width, config.width},
-                                                            {config.width, config.mlp_width}}};
+    const auto shapes = config.linear_shapes();
     linear_.reserve(7);
     for (std::size_t i = 0; i < 7; ++i) {
       auto options = lora;

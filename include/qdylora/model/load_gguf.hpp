@@ -96,20 +96,17 @@ std::shared_ptr<const DecoderWeights<float>> load_gguf(const GgufFile& file, Bas
   weights->embedding = dense("token_embd.weight", config.vocab, config.width);
   if (!config.tied_head) weights->head = dense("output.weight", config.vocab, config.width);
   weights->final_norm = dense("output_norm.weight", 1, config.width);
-  const Index q = config.query_width(), kv = config.kv_width(), width = config.width, mlp = config.mlp_width;
+  constexpr std::array<const char*, 7> names = {"attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"};
+  const auto shapes = config.linear_shapes();
   for (Index i = 0; i < config.layers; ++i) {
     const std::string prefix = "blk." + std::to_string(i) + ".";
     auto block = std::make_shared<BlockWeights<float>>();
-    block->attention_norm = dense(prefix + "attn_norm.weight", 1, width);
-    block->mlp_norm = dense(prefix + "ffn_norm.weight", 1, width);
-    block->linear = {linear(prefix + "attn_q.weight", q, width),      linear(prefix + "attn_k.weight", kv, width),
-                     linear(prefix + "attn_v.weight", kv, width),     linear(prefix + "attn_output.weight", width, q),
-                     linear(prefix + "ffn_gate.weight", mlp, width),  linear(prefix + "ffn_up.weight", mlp, width),
-                     linear(prefix + "ffn_down.weight", width, mlp)};
-    constexpr const char* bias_names[] = {"attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"};
-    for (std::size_t p = 0; p < 7; ++p)
-      if (const auto bias = prefix + bias_names[p] + ".bias"; file.contains(bias))
-        block->bias[p] = dense(bias, 1, block->linear[p]->rows());
+    block->attention_norm = dense(prefix + "attn_norm.weight", 1, config.width);
+    block->mlp_norm = dense(prefix + "ffn_norm.weight", 1, config.width);
+    for (std::size_t p = 0; p < 7; ++p) {
+      block->linear[p] = linear(prefix + names[p] + ".weight", shapes[p].first, shapes[p].second);
+      if (const auto bias = prefix + names[p] + ".bias"; file.contains(bias)) block->bias[p] = dense(bias, 1, shapes[p].first);
+    }
     weights->blocks.push_back(std::move(block));
   }
   return weights;

@@ -161,14 +161,12 @@ std::shared_ptr<const DecoderWeights<float>> load_hugging_face(const std::filesy
   weights->embedding = dense("model.embed_tokens.weight", config.vocab, config.width);
   if (!config.tied_head) weights->head = dense("lm_head.weight", config.vocab, config.width);
   weights->final_norm = dense("model.norm.weight", 1, config.width);
-  const Index q = config.query_width(), kv = config.kv_width(), width = config.width, mlp = config.mlp_width;
-  const std::array<std::pair<Index, Index>, 7> shapes = {
-      {{q, width}, {kv, width}, {kv, width}, {width, q}, {mlp, width}, {mlp, width}, {width, mlp}}};
+  const auto shapes = config.linear_shapes();
   for (Index i = 0; i < config.layers; ++i) {
     const std::string prefix = "model.layers." + std::to_string(i) + ".";
     auto block = std::make_shared<BlockWeights<float>>();
-    block->attention_norm = dense(prefix + "input_layernorm.weight", 1, width);
-    block->mlp_norm = dense(prefix + "post_attention_layernorm.weight", 1, width);
+    block->attention_norm = dense(prefix + "input_layernorm.weight", 1, config.width);
+    block->mlp_norm = dense(prefix + "post_attention_layernorm.weight", 1, config.width);
     for (std::size_t p = 0; p < 7; ++p) {
       const std::string name = prefix + projection_names[p];
       block->linear[p] = linear(name + ".weight", shapes[p].first, shapes[p].second);
