@@ -42,7 +42,8 @@ std::string quoted(const std::filesystem::path& path) { return "'" + path.native
 
 // A run of the toy that takes seconds: 12 steps through all phases of the recipe.
 std::string toy(const std::filesystem::path& out, const std::string& more = "") {
-  return "--toy --steps 12 --batch 4 --ranks 1,4,16 --alpha 16 --lr 3e-3 --train-examples 200 --eval-examples 4 --answers 2 --max-new-tokens 8 "
+  return "--toy --steps 12 --batch 4 --ranks 1,4,16 --alpha 16 --lr 3e-3 --train-examples 200 --eval-examples 4 --answers 2 "
+         "--max-new-tokens 8 "
          "--save-every 1 --out " +
          quoted(out) + " " + more;
 }
@@ -226,6 +227,27 @@ TEST_CASE("programs: quantize writes bitsandbytes' keys and copies the rest") {
       CHECK(size > 0.0);
       CHECK(error / size < (format == "nf4" ? 0.012 : 0.02));
     }
+}
+
+TEST_CASE("programs: a model whose embedding and head are in 4 bits as well is read") {
+  if (!built("quantize") || !built("evaluate")) SKIP("quantize or evaluate has not been built");
+  const test::TemporaryFolder folder;
+  const auto source = test::golden("llama_tiny_bnb4");
+  std::filesystem::copy_file(source / "config.json", folder / "config.json");
+  REQUIRE(run("quantize", quoted(source / "model.safetensors") + " " + quoted(folder / "model.safetensors")).status == 0);
+  CHECK(qd::is_bnb_4bit(qd::SafetensorsFile(folder / "model.safetensors"), "lm_head.weight"));
+  const auto logits = [&](const std::filesystem::path& model, const char* out) {
+    REQUIRE(run("evaluate", "--model " + quoted(model) + " --ids 1,5,9 --logits " + quoted(folder / out)).status == 0);
+    return qd::SafetensorsFile(folder / out).matrix("logits");
+  };
+  const auto exact = logits(source, "exact"), coarse = logits(folder.path(), "coarse");
+  double error = 0.0, size = 0.0;
+  for (Index i = 0; i < exact.size(); ++i) {
+    error += std::pow(static_cast<double>(coarse.data()[i] - exact.data()[i]), 2);
+    size += std::pow(static_cast<double>(exact.data()[i]), 2);
+  }
+  CHECK(error > 0.0);
+  CHECK(error < 0.1 * size);
 }
 
 TEST_CASE("programs: adapter shows, truncates and resizes") {
