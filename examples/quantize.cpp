@@ -62,14 +62,11 @@ int quantize_file(const std::string& in, const std::string& out, BaseOptions opt
       writer.add(t.name, t.dtype, t.shape, copies.back().span());
       continue;
     }
-    try {
-      weights.push_back(make_base_weight(
+    weights.push_back(at_tensor(in, t.name, [&] {
+      return make_base_weight(
           t.shape[0], t.shape[1], options, [&](Index first, MatrixView<float> rows) { file.read_rows(t.name, first, rows); },
-          [&](Index tasks, auto&& f) { cpu.parallel_for(tasks, f); }));
-    } catch (const Error& error) {
-      if (!error.file().empty()) throw;
-      throw Error(error.code(), error.what(), {.file = in, .tensor = t.name});
-    }
+          [&](Index tasks, auto&& f) { cpu.parallel_for(tasks, f); });
+    }));
     const auto& weight = *weights.back();
     add_bnb_4bit(writer, states, t.name, weight, t.dtype);
     const Index size = t.shape[0] * t.shape[1];

@@ -100,34 +100,36 @@ inline OpenModel toy_model(BaseOptions options, const Cpu& cpu, std::uint64_t se
   return model;
 }
 
+/// f(layer, heads) for every linear layer: heads is what save_peft_adapter and assign take as rope_heads, which is 0 but for q and k in
+/// GGUF's rotary layout.
+template <class Model, class F>
+void for_each_adapter(Model& model, F&& f) {
+  const auto& c = model.config();
+  Index at = 0;
+  model.for_each_linear([&](auto& linear) {
+    const auto p = static_cast<Projection>(at++ % 7);
+    const bool turned = c.rope_layout == RopeLayout::interleaved && (p == Projection::q || p == Projection::k);
+    f(linear, !turned ? 0 : p == Projection::q ? c.heads.heads : c.heads.kv_heads);
+  });
+}
+
 /// The adapters of a decoder as save_peft_adapter takes them: those of q and k leave GGUF's rotary layout.
 inline std::vector<NamedAdapter> named_adapters(const Decoder<float>& model) {
   std::vector<NamedAdapter> adapters;
-  const auto& c = model.config();
-  Index at = 0;
-  model.for_each_linear([&](const auto& linear) {
-    const auto p = static_cast<Projection>(at++ % 7);
-    const bool turned = c.rope_layout == RopeLayout::interleaved && (p == Projection::q || p == Projection::k);
-    const Index heads = p == Projection::q ? c.heads.heads : c.heads.kv_heads;
-    adapters.push_back({linear.adapter().options().name, &linear.adapter(), turned ? heads : 0});
+  for_each_adapter(model, [&](const auto& linear, Index heads) {
+    adapters.push_back({linear.adapter().options().name, &linear.adapter(), heads});
   });
   return adapters;
 }
 
 /// Loads an adapter folder into a decoder. Errors: those of load_peft_adapter, and missing_tensor for a module the model lacks.
 inline void assign_adapter(const PeftAdapter& adapter, Decoder<float>& model) {
-  const auto& c = model.config();
   std::size_t used = 0;
-  Index at = 0;
-  model.for_each_linear([&](auto& linear) {
-    const auto p = static_cast<Projection>(at++ % 7);
-    const bool turned = c.rope_layout == RopeLayout::interleaved && (p == Projection::q || p == Projection::k);
-    const Index heads = p == Projection::q ? c.heads.heads : c.heads.kv_heads;
-    for (const auto& module : adapter.modules)
-      if (module.name == linear.adapter().options().name) {
-        assign(module, linear.adapter(), turned ? heads : 0);
-        ++used;
-      }
+  for_each_adapter(model, [&](auto& linear, Index heads) {
+    const auto* module = adapter.find(linear.adapter().options().name);
+    if (module == nullptr) return;
+    assign(*module, linear.adapter(), heads);
+    ++used;
   });
   QDYLORA_EXPECTS(used == adapter.modules.size(), missing_tensor,
                   "the adapter has " + std::to_string(adapter.modules.size()) + " modules, of which the model has " + std::to_string(used));

@@ -95,6 +95,12 @@ struct StoredMatrix {
   Index cols = 0;
 };
 
+inline std::string shape_text(std::span<const Index> shape) {
+  std::string text = "[";
+  for (const Index n : shape) text += (text.size() > 1 ? ", " : "") + std::to_string(n);
+  return text + "]";
+}
+
 /// The shape of a tensor seen as a matrix: [n] is one row. Errc::shape for other ranks than 1 and 2.
 inline std::array<Index, 2> matrix_shape(std::span<const Index> shape, const ErrorPlace& place) {
   if (shape.size() == 1) return {1, shape[0]};

@@ -45,12 +45,6 @@ struct TensorInfo {
 
 namespace detail {
 
-inline std::string shape_text(std::span<const Index> shape) {
-  std::string text = "[";
-  for (const Index n : shape) text += (text.size() > 1 ? ", " : "") + std::to_string(n);
-  return text + "]";
-}
-
 /// Bytes of a tensor. Errc::overflow, and Errc::shape when packed elements do not fill whole bytes.
 inline std::uint64_t tensor_bytes(DType dtype, std::span<const Index> shape, const ErrorPlace& place) {
   std::uint64_t count = 1;

@@ -48,6 +48,27 @@ inline void expect_finite(MatrixView<const float> weight, Index first_row = 0) {
                       "weight " + detail::shape_text(first_row + i, j) + " is not finite");
 }
 
+/// f(), with file and tensor added to an Error that does not name its file yet.
+template <class F>
+auto at_tensor(const std::string& file, const std::string& tensor, F&& f) {
+  try {
+    return f();
+  } catch (const Error& error) {
+    if (!error.file().empty()) throw;
+    throw Error(error.code(), error.what(), {.file = file, .tensor = tensor});
+  }
+}
+
+/// A matrix that a file held, once it is known to be [rows, cols] and finite. Errc::shape_mismatch, non_finite.
+inline Matrix<float> checked_weight(Matrix<float> matrix, Index rows, Index cols, const std::string& file, const std::string& tensor) {
+  if (matrix.rows() != rows || matrix.cols() != cols)
+    throw Error(Errc::shape_mismatch,
+                "expected " + detail::shape_text(rows, cols) + ", found " + detail::shape_text(matrix.rows(), matrix.cols()),
+                {.file = file, .tensor = tensor});
+  at_tensor(file, tensor, [&] { expect_finite(matrix.view()); });
+  return matrix;
+}
+
 /// A weight [rows, cols] from read_rows(first_row, MatrixView<float>), which is called in order with at most 4 MiB at a time: the weight
 /// never exists in full precision unless the format is float32. Errors of the reader and of Quantizer pass through.
 template <class ReadRows, class ParallelFor>

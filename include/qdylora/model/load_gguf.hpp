@@ -57,27 +57,14 @@ std::shared_ptr<const DecoderWeights<float>> load_gguf(const GgufFile& file, Bas
   auto weights = std::make_shared<DecoderWeights<float>>();
   const auto config = weights->config = gguf_config(file);
   const auto dense = [&](const std::string& tensor, Index rows, Index cols) {
-    auto matrix = file.matrix(tensor);
-    if (matrix.rows() != rows || matrix.cols() != cols)
-      throw Error(Errc::shape_mismatch,
-                  "expected " + detail::shape_text(rows, cols) + ", found " + detail::shape_text(matrix.rows(), matrix.cols()),
-                  {.file = file.name(), .tensor = tensor});
-    try {
-      expect_finite(matrix.view());
-    } catch (const Error& error) {
-      throw Error(error.code(), error.what(), {.file = file.name(), .tensor = tensor});
-    }
-    return matrix;
+    return checked_weight(file.matrix(tensor), rows, cols, file.name(), tensor);
   };
   const auto linear = [&](const std::string& tensor, Index rows, Index cols) {
     const auto& shape = file.info(tensor).shape;
-    if (shape != std::vector<Index>{rows, cols}) {
-      std::string found;
-      for (const Index n : shape) found += (found.empty() ? "[" : ", ") + std::to_string(n);
-      throw Error(Errc::shape_mismatch, "expected " + detail::shape_text(rows, cols) + ", found " + found + "]",
+    if (shape != std::vector<Index>{rows, cols})
+      throw Error(Errc::shape_mismatch, "expected " + detail::shape_text(rows, cols) + ", found " + detail::shape_text(shape),
                   {.file = file.name(), .tensor = tensor});
-    }
-    try {
+    return at_tensor(file.name(), tensor, [&] {
       return make_base_weight(
           rows, cols, options,
           [&](Index first, MatrixView<float> out) {  // decoding is the slow part of reading: share it out
@@ -88,10 +75,7 @@ std::shared_ptr<const DecoderWeights<float>> load_gguf(const GgufFile& file, Bas
             });
           },
           [&](Index count, auto&& f) { backend.parallel_for(count, f); });
-    } catch (const Error& error) {
-      if (!error.file().empty()) throw;
-      throw Error(error.code(), error.what(), {.file = file.name(), .tensor = tensor});
-    }
+    });
   };
   weights->embedding = dense("token_embd.weight", config.vocab, config.width);
   if (!config.tied_head) weights->head = dense("output.weight", config.vocab, config.width);

@@ -131,13 +131,7 @@ std::shared_ptr<const DecoderWeights<float>> load_hugging_face(const std::filesy
     } else {
       matrix = file.matrix(tensor);
     }
-    if (matrix.rows() != rows || matrix.cols() != cols) throw mismatch(file, tensor, rows, cols, matrix.rows(), matrix.cols());
-    try {
-      expect_finite(matrix.view());
-    } catch (const Error& error) {
-      throw Error(error.code(), error.what(), {.file = file.name(), .tensor = tensor});
-    }
-    return matrix;
+    return checked_weight(std::move(matrix), rows, cols, file.name(), tensor);
   };
   const auto linear = [&](const std::string& tensor, Index rows, Index cols) {
     const auto& file = files.file_of(tensor);
@@ -149,14 +143,11 @@ std::shared_ptr<const DecoderWeights<float>> load_hugging_face(const std::filesy
     const auto& shape = file.info(tensor).shape;
     if (shape.size() != 2 || shape[0] != rows || shape[1] != cols)
       throw mismatch(file, tensor, rows, cols, shape.empty() ? 0 : shape[0], shape.size() < 2 ? 1 : shape[1]);
-    try {
+    return at_tensor(file.name(), tensor, [&] {
       return make_base_weight(
           rows, cols, options, [&](Index first, MatrixView<float> out) { file.read_rows(tensor, first, out); },
           [&](Index count, auto&& f) { backend.parallel_for(count, f); });
-    } catch (const Error& error) {
-      if (!error.file().empty()) throw;
-      throw Error(error.code(), error.what(), {.file = file.name(), .tensor = tensor});
-    }
+    });
   };
   weights->embedding = dense("model.embed_tokens.weight", config.vocab, config.width);
   if (!config.tied_head) weights->head = dense("lm_head.weight", config.vocab, config.width);
