@@ -30,6 +30,13 @@ class Cpu {
     return other;
   }
   Isa isa() const noexcept { return run_.isa; }
+  /// The same threads with another arithmetic of products: Cpu{}.with_compute(Compute::bits16).
+  Cpu with_compute(Compute compute) const {
+    Cpu other = *this;
+    other.run_.compute = compute;
+    return other;
+  }
+  Compute compute() const noexcept { return run_.compute; }
   /// 0 where an Executor decides.
   int threads() const noexcept { return run_.pool ? run_.pool->threads() : 0; }
 
@@ -68,8 +75,7 @@ class Cpu {
   template <class T, CodeFormat Format, class Scales>
   void dequantize(const QuantizedView<Format, Scales>& weight, MatrixView<T> y) const {
     expect_shape("dequantize: y", y, weight.rows, weight.cols);
-    run_.parallel_ranges(y.rows, detail::row_grain(y.cols),
-                         [&](Index begin, Index end) { qdylora::dequantize(weight, y.middle_rows(begin, end - begin), begin); });
+    detail::dequantize(run_, weight, y);
   }
 
   // products
@@ -182,7 +188,7 @@ class Cpu {
 
  private:
   Cpu(std::shared_ptr<ThreadPool> pool, std::shared_ptr<const Executor> executor)
-      : run_{std::move(pool), std::move(executor), best_isa()} {}
+      : run_{std::move(pool), std::move(executor), best_isa(), Compute::automatic} {}
 
   static std::shared_ptr<ThreadPool> shared_pool() {
     static const auto pool = std::make_shared<ThreadPool>();

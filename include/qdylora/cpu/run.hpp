@@ -1,12 +1,26 @@
-// How a CPU operation runs: on which threads, with which instruction set, in which scratch memory.
+// How a CPU operation runs: on which threads, with which instruction set and arithmetic, in which scratch memory.
 #pragma once
 
 #include <memory>
+#include <type_traits>
 #include <utility>
 
 #include <qdylora/core/matrix.hpp>
 #include <qdylora/cpu/kernels/kernels.hpp>
 #include <qdylora/cpu/parallel.hpp>
+
+namespace qdylora {
+
+/// The arithmetic of matrix products of floats. Relative errors are of normal data, root mean square, against exact products of the decoded
+/// weights. Products in double are exact in every class.
+enum class Compute {
+  automatic,  // bits16 where activations are bfloat16, else exact
+  exact,      // float32: 3e-7
+  bits16,     // 16-bit factors, float32 sums: bfloat16 (2e-3) where the machine has it, else integers (2e-4) or float32
+  int8,       // for inference: activations in 8 bits, a scale for 64 of them (1e-2); products with quantized weights alone, no gradients
+};
+
+}  // namespace qdylora
 
 namespace qdylora::detail {
 
@@ -14,6 +28,7 @@ struct CpuRun {
   std::shared_ptr<ThreadPool> pool;
   std::shared_ptr<const Executor> executor;  // instead of the pool, where given
   Isa isa = Isa::generic;
+  Compute compute = Compute::automatic;
 
   template <class F>
   void parallel_for(Index count, F&& f) const {
@@ -30,6 +45,14 @@ struct CpuRun {
   template <class S>
   const KernelTable<S>& kernels() const noexcept {
     return detail::kernels<S>(isa);
+  }
+  const CodeKernels& codes() const noexcept { return code_kernels(isa); }
+
+  /// The class of a product of activations T.
+  template <class T>
+  Compute compute_of() const noexcept {
+    if (compute != Compute::automatic) return compute;
+    return std::is_same_v<T, bfloat16> ? Compute::bits16 : Compute::exact;
   }
 };
 

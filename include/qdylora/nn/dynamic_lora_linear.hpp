@@ -10,6 +10,7 @@
 // caller's.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <memory>
 #include <utility>
@@ -118,14 +119,14 @@ class DynamicLoRALinear {
     Matrix<Acc, Memory> t, work;
     t.resize(x.rows, rank);
     work.resize(x.rows, rank);
-    backend_.matmul(dy, rows_of(adapter_.b().value, rank), t.view(), Update::overwrite);
+    through_ranks(dy, adapter_.b().value, context.plan, t.view());
     const bool dropped = context.dropped.size() > 0;
     if (mode == GradientMode::accumulate) {
       const MatrixView<const T> input = dropped ? as_const(context.dropped) : x;
       scale_rows(context.z.view(), context.plan, work.view(), true);
-      backend_.weight_gradient(as_const(work), dy, adapter_.b().gradient.view().top_rows(rank), Update::accumulate);
+      add_gradient(as_const(work), dy, context.plan, adapter_.b().gradient.view());
       scale_rows(t.view(), context.plan, work.view(), true);
-      backend_.weight_gradient(as_const(work), input, adapter_.a().gradient.view().top_rows(rank), Update::accumulate);
+      add_gradient(as_const(work), input, context.plan, adapter_.a().gradient.view());
       if (adapter_.gated()) gate_gradients(context, t.view());
       if (adapter_.collecting) collect(context, t.view());
       touch(context.plan);
@@ -133,9 +134,9 @@ class DynamicLoRALinear {
     if (!want_dx) return;
     scale_rows(t.view(), context.plan, work.view(), false);
     if (!dropped) {
-      for_each_active(context.plan, x.rows, [&](Index first, Index count) {
-        backend_.matmul_transposed(as_const(work).middle_rows(first, count), rows_of(adapter_.a().value, rank),
-                                   dx.middle_rows(first, count), Update::accumulate);
+      for_each_part(context.plan, x.rows, [&](Index first, Index count, Index part_rank) {
+        backend_.matmul_transposed(as_const(work).middle_rows(first, count).left_cols(part_rank),
+                                   rows_of(adapter_.a().value, part_rank), dx.middle_rows(first, count), Update::accumulate);
       });
     } else {
       Matrix<T, Memory> through_adapter;
@@ -192,28 +193,59 @@ class DynamicLoRALinear {
       context.dropped.resize(0, 0);
     }
     context.z.resize(x.rows, rank);
-    backend_.matmul(input, rows_of(adapter_.a().value, rank), context.z.view(), Update::overwrite);
+    through_ranks(input, adapter_.a().value, context.plan, context.z.view());
     Matrix<Acc, Memory> u;
     u.resize(x.rows, rank);
     scale_rows(context.z.view(), context.plan, u.view(), false);
-    for_each_active(context.plan, x.rows, [&](Index first, Index count) {
-      backend_.matmul_transposed(as_const(u).middle_rows(first, count), rows_of(adapter_.b().value, rank), y.middle_rows(first, count),
-                                 Update::accumulate);
+    for_each_part(context.plan, x.rows, [&](Index first, Index count, Index part_rank) {
+      backend_.matmul_transposed(as_const(u).middle_rows(first, count).left_cols(part_rank), rows_of(adapter_.b().value, part_rank),
+                                 y.middle_rows(first, count), Update::accumulate);
     });
   }
 
-  // f(first row, rows) for each stretch of rows with a rank above 0. Adding the adapter's zeros elsewhere would turn -0 into +0.
+  // Whether the runs of a plan are all long enough to be worth products of their own, so that a row costs what its own rank costs. Else
+  // they are computed together at the largest rank.
+  static bool by_run(const RankPlan& plan) {
+    return !plan.is_uniform() && std::all_of(plan.runs().begin(), plan.runs().end(),
+                                             [](const auto& run) { return run.rank == 0 || run.rows >= 16; });
+  }
+
+  // f(first row, rows, rank) for each part of a batch to be computed at one rank. Rows of rank 0 are in none: adding the adapter's zeros
+  // would turn -0 into +0.
   template <class F>
-  static void for_each_active(const RankPlan& plan, Index rows, F&& f) {
+  static void for_each_part(const RankPlan& plan, Index rows, F&& f) {
+    const bool apart = by_run(plan);
     Index begin = 0, end = 0;
+    const auto flush = [&] {
+      if (begin < end) f(begin, end - begin, plan.max_rank());
+    };
     plan.for_each_run(rows, [&](Index first, Index count, Index rank) {
-      if (rank == 0) {
-        if (begin < end) f(begin, end - begin);
-        begin = first + count;
-      }
+      if (rank == 0) flush();
+      else if (apart) f(first, count, rank);
+      if (rank == 0 || apart) begin = first + count;
       end = first + count;
     });
-    if (begin < end) f(begin, end - begin);
+    flush();
+  }
+
+  // out [tokens, largest rank] = x A^T, in each row up to its rank at least.
+  void through_ranks(MatrixView<const T> x, const Matrix<Acc, Memory>& a, const RankPlan& plan, MatrixView<Acc> out) const {
+    if (!by_run(plan)) {
+      backend_.matmul(x, rows_of(a, plan.max_rank()), out, Update::overwrite);
+      return;
+    }
+    backend_.fill(out, Acc{});
+    for_each_part(plan, x.rows, [&](Index first, Index count, Index rank) {
+      backend_.matmul(x.middle_rows(first, count), rows_of(a, rank), out.middle_rows(first, count).left_cols(rank), Update::overwrite);
+    });
+  }
+
+  // gradient [max rank, features] += u^T x
+  void add_gradient(MatrixView<const Acc> u, MatrixView<const T> x, const RankPlan& plan, MatrixView<Acc> gradient) const {
+    for_each_part(plan, x.rows, [&](Index first, Index count, Index rank) {
+      backend_.weight_gradient(u.middle_rows(first, count).left_cols(rank), x.middle_rows(first, count), gradient.top_rows(rank),
+                               Update::accumulate);
+    });
   }
   static std::shared_ptr<const WeightType> checked(std::shared_ptr<const WeightType> base, const std::string& name) {
     QDYLORA_EXPECTS(base != nullptr, bad_argument, name + ": no base weight");

@@ -2,34 +2,44 @@
 // chosen at run time: a generic -O2 build runs at full speed, and a test can force any set the machine has.
 #pragma once
 
+#include <array>
 #include <string_view>
 
 namespace qdylora {
 
 enum class Isa {
-  generic,  // whatever the compiler targets by default
-  avx2,     // AVX2 + FMA
-  avx512,   // AVX-512 F, BW, DQ, VL
+  generic,      // whatever the compiler targets by default
+  avx2,         // AVX2 + FMA
+  avx512,       // AVX-512 F, BW, DQ, VL (Skylake-X)
+  avx512_vnni,  // + VBMI, VNNI (Ice Lake): byte look-ups, sums of 8- and 16-bit products
+  avx512_bf16,  // + BF16 (Sapphire Rapids, Zen 4)
 };
+
+inline constexpr std::array all_isas = {Isa::generic, Isa::avx2, Isa::avx512, Isa::avx512_vnni, Isa::avx512_bf16};
 
 constexpr std::string_view name(Isa isa) noexcept {
   switch (isa) {
     case Isa::generic: return "generic";
     case Isa::avx2: return "avx2";
     case Isa::avx512: return "avx512";
+    case Isa::avx512_vnni: return "avx512_vnni";
+    case Isa::avx512_bf16: return "avx512_bf16";
   }
   return "unknown";
 }
 
-/// Whether this machine (and its operating system) runs the set.
+/// Whether this machine (and its operating system) runs the set. Each contains the ones before it.
 inline bool supported(Isa isa) noexcept {
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
   switch (isa) {
     case Isa::generic: return true;
     case Isa::avx2: return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     case Isa::avx512:
-      return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
+      return supported(Isa::avx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    case Isa::avx512_vnni:
+      return supported(Isa::avx512) && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni");
+    case Isa::avx512_bf16: return supported(Isa::avx512_vnni) && __builtin_cpu_supports("avx512bf16");
   }
   return false;
 #else
@@ -38,9 +48,13 @@ inline bool supported(Isa isa) noexcept {
 }
 
 inline Isa best_isa() noexcept {
-  if (supported(Isa::avx512)) return Isa::avx512;
-  if (supported(Isa::avx2)) return Isa::avx2;
-  return Isa::generic;
+  static const Isa best = [] {
+    Isa found = Isa::generic;
+    for (const Isa isa : all_isas)
+      if (supported(isa)) found = isa;
+    return found;
+  }();
+  return best;
 }
 
 }  // namespace qdylora
@@ -56,4 +70,20 @@ inline Isa best_isa() noexcept {
 #define QDYLORA_TARGET_BEGIN(set) _Pragma("GCC push_options") QDYLORA_TARGET_PRAGMA(GCC target(set))
 #define QDYLORA_TARGET_END _Pragma("GCC pop_options")
 #define QDYLORA_X86_TARGETS 1
+#endif
+
+#if defined(QDYLORA_X86_TARGETS)
+// g++ 12 takes the undefined operands inside its own AVX-512 headers for uninitialized variables.
+#pragma GCC diagnostic push
+#if !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+
+#define QDYLORA_AVX2 "avx2,fma"
+#define QDYLORA_AVX512 "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl"
+#define QDYLORA_AVX512_VNNI "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni"
+#define QDYLORA_AVX512_BF16 "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,avx512bf16"
 #endif

@@ -1,14 +1,21 @@
-// The CPU kernels behind one table per scalar and instruction set, float and double.
+// The CPU kernels behind tables, one per instruction set: of dense arithmetic in float and double, and of products with quantized weights.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
+#include <limits>
 #include <type_traits>
+#include <utility>
 
 #include <qdylora/core/scalar.hpp>
+#include <qdylora/cpu/kernels/coded_weight.hpp>
 #include <qdylora/cpu/kernels/isa.hpp>
 
 namespace qdylora::detail {
+
+/// Outputs that stand side by side in a panel, the form in which products take a weight: [depth][panel_width].
+inline constexpr Index panel_width = 32;
 
 template <class S>
 struct KernelTable {
@@ -20,50 +27,190 @@ struct KernelTable {
   void (*sigmoid)(Index count, const S* x, S* y);
 };
 
+/// Forward products of few tokens in one class of arithmetic, by 1, 4 or 16 tokens (kernels/few.inc). Empty where the set has none.
+struct FewKernels {
+  std::size_t cell_bytes = 0;  // of x, for each token and step
+  Index steps = 0;             // in eight elements
+  Index unit = 0;              // elements that share a scale of x, at most the block size
+  /// One token's x as cells, and their scales and starts.
+  void (*row)(const float* x, Index dwords, Index block_size, void* cells, float* scales, std::int32_t* starts) = nullptr;
+  /// Rows of cells to cells[i * tokens + m].
+  void (*interleave[3])(const void* rows, Index stride, Index tokens, Index count, void* cells) = {};
+  void (*forward[3])(const CodedWeight&, const float* row_scales, Index row, Index rows, const void* cells, const float* scales,
+                     const std::int32_t* starts, float* workspace, float* total) = {};
+  explicit operator bool() const noexcept { return steps > 0; }
+};
+inline constexpr Index few_tile[3] = {1, 4, 16};
+
+/// Products of panels of pairs in bfloat16.
+struct PairKernels {
+  void (*forward)(const CodedWeight&, const float* row_scales, Index row, Index rows, Index col, Index depth, std::uint32_t* out) = nullptr;
+  void (*backward)(const CodedWeight&, const float* all_scales, Index row, Index depth, Index col, std::uint32_t* out) = nullptr;
+  void (*pair_rows)(const float* panel, Index depth, std::uint32_t* out) = nullptr;
+  void (*round)(const float* x, Index count, std::uint32_t* out) = nullptr;
+  void (*gemm)(Index m, Index n, Index depth, const std::uint32_t* a, Index a_row, Index a_depth, const std::uint32_t* b, Index b_depth,
+               float* c, Index c_row, bool accumulate) = nullptr;
+  explicit operator bool() const noexcept { return gemm != nullptr; }
+};
+
+/// Products of panels of bytes: weights unsigned, x signed, as few_int8 makes it.
+struct ByteKernels {
+  void (*forward)(const CodedWeight&, const float* row_scales, Index row, Index rows, Index col, Index depth, std::uint32_t* out,
+                  float* scales) = nullptr;
+  void (*gemm)(Index m, Index units, Index cells, const std::uint32_t* a, Index a_row, const float* a_scale, const std::int32_t* a_start,
+               Index unit_row, const std::uint32_t* b, const float* b_scale, float* c, Index c_row, bool accumulate) = nullptr;
+  explicit operator bool() const noexcept { return gemm != nullptr; }
+};
+
+struct CodeKernels {
+  void (*scales)(const CodedWeight&, Index first, Index count, float* out);
+  void (*decode)(const CodedWeight&, Index begin, Index count, float* out);
+  void (*forward_panel)(const CodedWeight&, const float* row_scales, Index row, Index rows, Index col, Index depth, float* out);
+  void (*backward_panel)(const CodedWeight&, const float* all_scales, Index row, Index depth, Index col, Index cols, float* out);
+  void (*dense_panel)(const float* w, Index stride, Index rows, Index depth, float* out);
+  void (*few_backward[3])(const CodedWeight&, const float* all_scales, Index col, Index width, const float* dy, float* total);
+  FewKernels few_float32, few_bits16, few_int8;
+  PairKernels pairs;
+  ByteKernels bytes;
+};
+
+#define QDYLORA_FEW_KERNELS(Class)                                                                                        \
+  {                                                                                                                       \
+    sizeof(Class::Cell), Class::steps, Class::unit, few_row<Class>,                                                       \
+        {few_interleave<Class::Cell, 1>, few_interleave<Class::Cell, 4>, few_interleave<Class::Cell, 16>}, {              \
+      few_forward<Class, 1>, few_forward<Class, 4>, few_forward<Class, 16>                                                \
+    }                                                                                                                     \
+  }
+
 namespace generic {
 #define QDYLORA_VECTOR_BYTES 16
 #define QDYLORA_TILE_ROWS 4
 #define QDYLORA_TILE_VECTORS 2
 #include <qdylora/cpu/kernels/body.inc>
+#include <qdylora/cpu/kernels/generic.inc>
+#include <qdylora/cpu/kernels/codes.inc>
 #undef QDYLORA_VECTOR_BYTES
 #undef QDYLORA_TILE_ROWS
 #undef QDYLORA_TILE_VECTORS
+inline constexpr CodeKernels code_table = {
+    scales, decode, forward_panel, backward_panel, dense_panel, {few_backward<1>, few_backward<4>, few_backward<16>}, {}, {}, {}, {}, {}};
 }  // namespace generic
 
 #if defined(QDYLORA_X86_TARGETS)
-QDYLORA_TARGET_BEGIN("avx2,fma")
+QDYLORA_TARGET_BEGIN(QDYLORA_AVX2)
 namespace avx2 {
 #define QDYLORA_VECTOR_BYTES 32
 #define QDYLORA_TILE_ROWS 6
 #define QDYLORA_TILE_VECTORS 2
 #include <qdylora/cpu/kernels/body.inc>
+#include <qdylora/cpu/kernels/avx2.inc>
+#include <qdylora/cpu/kernels/codes.inc>
+#include <qdylora/cpu/kernels/few.inc>
 #undef QDYLORA_VECTOR_BYTES
 #undef QDYLORA_TILE_ROWS
 #undef QDYLORA_TILE_VECTORS
+inline constexpr CodeKernels code_table = {scales,
+                                           decode,
+                                           forward_panel,
+                                           backward_panel,
+                                           dense_panel,
+                                           {few_backward<1>, few_backward<4>, few_backward<16>},
+                                           QDYLORA_FEW_KERNELS(FewFloat32),
+                                           QDYLORA_FEW_KERNELS(FewInt16),
+                                           {},
+                                           {},
+                                           {}};
 }  // namespace avx2
 QDYLORA_TARGET_END
 
-QDYLORA_TARGET_BEGIN("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")
+QDYLORA_TARGET_BEGIN(QDYLORA_AVX512)
 namespace avx512 {
 #define QDYLORA_VECTOR_BYTES 64
-#define QDYLORA_TILE_ROWS 12
+#define QDYLORA_TILE_ROWS 14
 #define QDYLORA_TILE_VECTORS 2
 #include <qdylora/cpu/kernels/body.inc>
+#include <qdylora/cpu/kernels/avx512.inc>
+#include <qdylora/cpu/kernels/avx512_gather.inc>
+#include <qdylora/cpu/kernels/codes.inc>
+#include <qdylora/cpu/kernels/few.inc>
+inline constexpr CodeKernels code_table = {scales,
+                                           decode,
+                                           forward_panel,
+                                           backward_panel,
+                                           dense_panel,
+                                           {few_backward<1>, few_backward<4>, few_backward<16>},
+                                           QDYLORA_FEW_KERNELS(FewFloat32),
+                                           {},
+                                           {},
+                                           {},
+                                           {}};
+}  // namespace avx512
+QDYLORA_TARGET_END
+
+QDYLORA_TARGET_BEGIN(QDYLORA_AVX512_VNNI)
+namespace avx512_vnni {
+using avx512::bytes_in_order, avx512::chunk_dwords, avx512::code_columns, avx512::Codes, avx512::columns, avx512::first_lanes;
+using avx512::has_columns, avx512::lanes, avx512::rounded_product, avx512::transpose_rows, avx512::Vec;
+#include <qdylora/cpu/kernels/avx512_vnni.inc>
+#include <qdylora/cpu/kernels/codes.inc>
+#include <qdylora/cpu/kernels/few.inc>
+inline constexpr CodeKernels code_table = {scales,
+                                           decode,
+                                           forward_panel,
+                                           backward_panel,
+                                           dense_panel,
+                                           {few_backward<1>, few_backward<4>, few_backward<16>},
+                                           avx512::code_table.few_float32,
+                                           QDYLORA_FEW_KERNELS(FewInt16),
+                                           QDYLORA_FEW_KERNELS(FewInt8),
+                                           {},
+                                           {byte_columns, byte_gemm}};
+}  // namespace avx512_vnni
+QDYLORA_TARGET_END
+
+QDYLORA_TARGET_BEGIN(QDYLORA_AVX512_BF16)
+namespace avx512_bf16 {
+#include <qdylora/cpu/kernels/body.inc>
+using avx512::chunk_dwords, avx512::code_columns, avx512::Codes, avx512::lanes, avx512::transpose_rows;
+using avx512_vnni::in_order, avx512_vnni::load, avx512_vnni::store, avx512_vnni::V, avx512_vnni::Values;
+#include <qdylora/cpu/kernels/avx512_bf16.inc>
+#include <qdylora/cpu/kernels/few.inc>
 #undef QDYLORA_VECTOR_BYTES
 #undef QDYLORA_TILE_ROWS
 #undef QDYLORA_TILE_VECTORS
-}  // namespace avx512
+inline constexpr CodeKernels code_table = [] {
+  CodeKernels table = avx512_vnni::code_table;
+  table.few_bits16 = QDYLORA_FEW_KERNELS(FewBfloat16);
+  table.pairs = {columns, backward_pairs, pair_rows, to_bfloat16, gemm<PairDot>};
+  return table;
+}();
+}  // namespace avx512_bf16
 QDYLORA_TARGET_END
 #endif
+#undef QDYLORA_FEW_KERNELS
 
 template <class S>
 const KernelTable<S>& kernels(Isa isa) noexcept {
 #if defined(QDYLORA_X86_TARGETS)
-  if (isa == Isa::avx512) return avx512::table<S>;
+  if (isa >= Isa::avx512) return avx512::table<S>;
   if (isa == Isa::avx2) return avx2::table<S>;
 #endif
   static_cast<void>(isa);
   return generic::table<S>;
+}
+
+inline const CodeKernels& code_kernels(Isa isa) noexcept {
+#if defined(QDYLORA_X86_TARGETS)
+  switch (isa) {
+    case Isa::avx512_bf16: return avx512_bf16::code_table;
+    case Isa::avx512_vnni: return avx512_vnni::code_table;
+    case Isa::avx512: return avx512::code_table;
+    case Isa::avx2: return avx2::code_table;
+    case Isa::generic: break;
+  }
+#endif
+  static_cast<void>(isa);
+  return generic::code_table;
 }
 
 }  // namespace qdylora::detail

@@ -1,0 +1,68 @@
+// A quantized weight as the kernels read it: formats and scales as tables, so that one compiled kernel serves all of them.
+#pragma once
+
+#include <bit>
+
+#include <qdylora/quant/quantized_tensor.hpp>
+
+namespace qdylora::detail {
+
+struct CodedWeight {
+  const std::uint8_t* codes = nullptr;
+  const float* values = nullptr;  // of each code: 16 or 256
+  int bits = 4;
+  Index rows = 0, cols = 0, block_size = 64;
+  // absmax of block i: absmax[i], or where that is null  scale_values[scale_codes[i]] * nested_absmax[i / 256] + offset
+  const float* absmax = nullptr;
+  const std::uint8_t* scale_codes = nullptr;
+  const float* scale_values = nullptr;
+  const std::uint8_t* scale_planes = nullptr;  // scale_values byte by byte: byte b of value v at 256 b + v
+  const float* nested_absmax = nullptr;
+  float offset = 0.0f;
+
+  /// Whether rows are made of whole blocks. Then they start at a byte, and every row has the same blocks.
+  bool whole_blocks() const noexcept { return cols % block_size == 0; }
+  Index row_blocks() const noexcept { return cols / block_size; }
+  Index row_bytes() const noexcept { return cols * bits / 8; }
+
+  float scale(Index block) const noexcept {
+    return absmax != nullptr ? absmax[block] : rounded(scale_values[scale_codes[block]] * nested_absmax[block >> 8]) + offset;
+  }
+  float value(Index i) const noexcept {
+    if (bits == 8) return values[codes[i]];
+    return values[(i & 1) ? codes[i >> 1] & 15 : codes[i >> 1] >> 4];
+  }
+};
+
+template <CodeFormat Code>
+inline constexpr auto byte_planes = [] {
+  std::array<std::uint8_t, 1024> planes{};
+  for (std::size_t v = 0; v < 256; ++v)
+    for (std::size_t byte = 0; byte < 4; ++byte)
+      planes[256 * byte + v] = static_cast<std::uint8_t>(std::bit_cast<std::uint32_t>(Code::values[v]) >> (8 * byte));
+  return planes;
+}();
+
+template <CodeFormat Format, class Scales>
+CodedWeight coded(const QuantizedView<Format, Scales>& w) noexcept {
+  CodedWeight c;
+  c.codes = w.codes;
+  c.values = Format::values.data();
+  c.bits = Format::bits;
+  c.rows = w.rows;
+  c.cols = w.cols;
+  c.block_size = w.block_size;
+  if constexpr (Scales::nested) {
+    static_assert(Scales::nested_block_size == 256);
+    c.scale_codes = w.scales.codes;
+    c.scale_values = Scales::SecondLevel::values.data();
+    c.scale_planes = byte_planes<typename Scales::SecondLevel>.data();
+    c.nested_absmax = w.scales.nested_absmax;
+    c.offset = w.scales.offset;
+  } else {
+    c.absmax = w.scales.absmax;
+  }
+  return c;
+}
+
+}  // namespace qdylora::detail
