@@ -1,5 +1,6 @@
 // A whole training step of a model of SmolLM2-135M's shape with random weights: forward, backward, clipping and AdamW, adapters of rank 64
-// on all linear layers, one sequence of 256 tokens. peers/train_step.py is the same step in PyTorch, PEFT and bitsandbytes.
+// on all linear layers, one sequence of 256 tokens, in float32 or with 16-bit products. peers/train_step.py is the same step in PyTorch,
+// PEFT and bitsandbytes.
 #include "common.hpp"
 
 #include <cstdio>
@@ -52,7 +53,7 @@ std::shared_ptr<const DecoderWeights<float>> random_weights(const Cpu& cpu) {
 }
 
 void train_step(benchmark::State& state) {
-  const Cpu cpu(static_cast<int>(state.range(0)));
+  const Cpu cpu = Cpu(static_cast<int>(state.range(0))).with_compute(state.range(2) != 0 ? Compute::bits16 : Compute::exact);
   Decoder<float> model(random_weights(cpu), {.lora = {.max_rank = 64, .alpha = 16}, .checkpoint = state.range(1) != 0}, cpu);
   AdamW<float> optimizer(model.parameters(), {.lr = 1e-4, .max_gradient_norm = 0.3}, cpu);
   Rng rng(3);
@@ -73,10 +74,13 @@ void train_step(benchmark::State& state) {
 
 // Fewest bytes first: the peak is the process's, and only grows.
 BENCHMARK(train_step)
-    ->ArgNames({"threads", "checkpoint"})
-    ->Args({2, 1})
-    ->Args({2, 0})
-    ->Args({1, 0})
+    ->ArgNames({"threads", "checkpoint", "bits16"})
+    ->Args({2, 1, 0})
+    ->Args({2, 1, 1})
+    ->Args({2, 0, 0})
+    ->Args({2, 0, 1})
+    ->Args({1, 0, 0})
+    ->Args({1, 0, 1})
     ->Iterations(3)
     ->Repetitions(3)
     ->UseRealTime()
