@@ -321,17 +321,19 @@ class Decoder {
                       inverse_rms_.view());
     for (Index first = 0; first < scored; first += head_chunk) {
       const Index count = std::min(head_chunk, scored - first);
-      logits_.resize(count, config().vocab);
+      // Rows a multiple of 4 KiB apart would crowd into few sets of a cache.
+      logits_.resize(count, config().vocab + 16);
+      const auto logits = logits_.view().left_cols(config().vocab);
       row_losses_.resize(count, 1);
       const auto normed = normed_.view().middle_rows(first, count);
-      backend_.matmul(normed, head_weight(), logits_.view(), Update::overwrite);
-      backend_.cross_entropy(logits_.view(), std::span<const std::int32_t>(targets).subspan(static_cast<std::size_t>(first),
+      backend_.matmul(normed, head_weight(), logits, Update::overwrite);
+      backend_.cross_entropy(logits, std::span<const std::int32_t>(targets).subspan(static_cast<std::size_t>(first),
                                                                                             static_cast<std::size_t>(count)),
                              scale, row_losses_.view());
       Matrix<Acc> host(count, 1);
       backend_.download(row_losses_.view(), host.view());
       for (const Acc loss : host.span()) result.push_back(static_cast<double>(loss));
-      if (dx.data != nullptr) backend_.matmul_transposed(std::as_const(logits_).view(), head_weight(), normed, Update::overwrite);
+      if (dx.data != nullptr) backend_.matmul_transposed(MatrixView<const Acc>(logits), head_weight(), normed, Update::overwrite);
     }
     if (dx.data != nullptr) {
       Matrix<T, Memory> d_selected;

@@ -58,6 +58,7 @@ struct NF4 {
   static constexpr std::array<float, 16> values = {
       -1.0f,          -0.696192801f, -0.525073051f, -0.394917488f, -0.284441382f, -0.18477343f, -0.0910500363f, 0.0f,
       0.0795802996f,  0.160930201f,  0.246112302f,  0.337915242f,  0.440709829f,  0.562617004f, 0.722956836f,   1.0f};
+  static constexpr std::array<std::uint8_t, 16> ascending = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};  // codes by value
   static constexpr auto thresholds = detail::midpoints(values);
 
   QDYLORA_HD static constexpr std::uint8_t encode(float v) noexcept { return detail::thresholds_below(v, thresholds); }
@@ -88,6 +89,7 @@ struct INT4 {
     for (int code = 0; code < 16; ++code) table[static_cast<std::size_t>(code)] = static_cast<float>(code - 8) / 7.0f;
     return table;
   }();
+  static constexpr std::array<std::uint8_t, 15> ascending = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   static constexpr auto thresholds = [] {
     std::array<float, 14> result{};
     for (std::size_t i = 0; i < 14; ++i) result[i] = (values[i + 1] + values[i + 2]) / 2.0f;

@@ -59,19 +59,38 @@ float encode_block(const float* x, Index count, bool partial, std::uint8_t* code
   return partial ? divisor : absmax;
 }
 
+// How a Quantizer encodes a block where it is not told better: packed(x, count, partial, out) writes codes as a tensor stores them and
+// returns the absmax to store. A backend's kernels do the same.
+template <CodeFormat Format>
+struct BlockEncoder {
+  // Not inline: g++ 12 would warn of writes to a tensor of no elements, which are never made.
+  [[gnu::noinline]] float operator()(const float* x, Index count, bool partial, std::uint8_t* out) const noexcept {
+    if constexpr (Format::bits == 8) {
+      return encode_block<Format>(x, count, partial, out);
+    } else {
+      std::uint8_t codes[4097];  // the largest block, and one to fill the last byte
+      const float absmax = encode_block<Format>(x, count, partial, codes);
+      if (count & 1) codes[count] = Format::encode(0.0f);
+      for (Index i = 0; i < count; i += 2) out[i / 2] = static_cast<std::uint8_t>((codes[i] << 4) | codes[i + 1]);
+      return absmax;
+    }
+  }
+};
+
 }  // namespace detail
 
 /// 8-bit blockwise quantization (bitsandbytes quantize_blockwise, exact nearest): codes[i] for x[i] / absmax of its block of
 /// `block_size`, no clamping of the divisor: a block of zeros has absmax 0 and code 0, which decodes to 0.
-template <CodeFormat Code>
-void quantize_blockwise(std::span<const float> x, Index block_size, std::span<std::uint8_t> codes, std::span<float> absmax) {
+template <CodeFormat Code, class ParallelFor = SerialFor>
+void quantize_blockwise(std::span<const float> x, Index block_size, std::span<std::uint8_t> codes, std::span<float> absmax,
+                        ParallelFor&& parallel_for = {}) {
   static_assert(Code::bits == 8);
   const auto count = static_cast<Index>(x.size());
   QDYLORA_EXPECTS(block_size > 0, block_size, "quantize_blockwise: block size must be positive");
   const Index blocks = count / block_size + (count % block_size != 0);
   QDYLORA_EXPECTS(static_cast<Index>(codes.size()) == count && static_cast<Index>(absmax.size()) == blocks, shape_mismatch,
                   "quantize_blockwise: expected " + std::to_string(count) + " codes and " + std::to_string(blocks) + " absmax");
-  for (Index block = 0; block < blocks; ++block) {
+  parallel_for(blocks, [&](Index block) {
     const Index begin = block * block_size;
     const Index end = std::min(count, begin + block_size);
     float largest = 0.0f;
@@ -82,12 +101,12 @@ void quantize_blockwise(std::span<const float> x, Index block_size, std::span<st
       const auto at = static_cast<std::size_t>(i);
       codes[at] = largest == 0.0f ? std::uint8_t{0} : Code::encode(x[at] * reciprocal);
     }
-  }
+  });
 }
 
 /// First-level absmax -> their stored form. The offset is the mean, summed in double.
-template <class Scales, MemoryResource Memory = HostMemory>
-typename Scales::template Storage<Memory> make_scales(std::span<const float> absmax) {
+template <class Scales, MemoryResource Memory = HostMemory, class ParallelFor = SerialFor>
+typename Scales::template Storage<Memory> make_scales(std::span<const float> absmax, ParallelFor&& parallel_for = {}) {
   typename Scales::template Storage<Memory> storage;
   const auto blocks = static_cast<Index>(absmax.size());
   if constexpr (Scales::nested) {
@@ -99,7 +118,8 @@ typename Scales::template Storage<Memory> make_scales(std::span<const float> abs
     constexpr Index nested_block = Scales::nested_block_size;
     storage.codes = Buffer<std::uint8_t, Memory>(blocks);
     storage.nested_absmax = Buffer<float, Memory>((blocks + nested_block - 1) / nested_block);
-    quantize_blockwise<typename Scales::SecondLevel>(centred, nested_block, storage.codes.span(), storage.nested_absmax.span());
+    quantize_blockwise<typename Scales::SecondLevel>(centred, nested_block, storage.codes.span(), storage.nested_absmax.span(),
+                                                     parallel_for);
   } else {
     storage.absmax = Buffer<float, Memory>(blocks);
     std::copy(absmax.begin(), absmax.end(), storage.absmax.data());
@@ -123,77 +143,72 @@ class Quantizer {
   }
 
   /// The next rows, [any, cols]. Throws Errc::non_finite (policy reject) before anything of the chunk is kept.
-  template <Scalar T, class ParallelFor = SerialFor>
-  void append(MatrixView<const T> chunk, ParallelFor&& parallel_for = {}) {
+  template <Scalar T, class ParallelFor = SerialFor, class Encoder = detail::BlockEncoder<Format>>
+  void append(MatrixView<const T> chunk, ParallelFor&& parallel_for = {}, const Encoder& encode = {}) {
     QDYLORA_EXPECTS(chunk.cols == cols_ && chunk.rows <= rows_ - received_ / std::max<Index>(cols_, 1), shape_mismatch,
                     "Quantizer::append: chunk " + shape_text(chunk) + " does not fit the remaining rows of " +
                         detail::shape_text(rows_, cols_));
     const auto carried = static_cast<Index>(carry_.size());
-    std::vector<float> staged(static_cast<std::size_t>(carried + chunk.size()));
-    std::copy(carry_.begin(), carry_.end(), staged.begin());
-    constexpr Index rows_per_task = 16;
-    std::atomic<Index> first_bad{-1};
-    parallel_for((chunk.rows + rows_per_task - 1) / rows_per_task, [&](Index task) {
-      for (Index i = task * rows_per_task; i < std::min(chunk.rows, (task + 1) * rows_per_task); ++i) {
-        float* out = staged.data() + carried + i * cols_;
-        bool finite = true;
-        for (Index j = 0; j < cols_; ++j) {
-          out[j] = static_cast<float>(chunk(i, j));
-          finite &= std::fabs(out[j]) <= std::numeric_limits<float>::max();
-        }
-        if (!finite) note_bad(first_bad, received_ + i * cols_, out);
-      }
-    });
-    if (const Index bad = first_bad.load(); bad >= 0 && options_.non_finite == NonFinite::reject)
-      detail::raise(Errc::non_finite, "weight [" + std::to_string(bad / cols_) + ", " + std::to_string(bad % cols_) +
-                                          "] is not finite; NonFinite::propagate would keep it");
+    const float* source = nullptr;
+    if constexpr (std::is_same_v<T, float>)
+      if (carried == 0 && chunk.contiguous()) source = chunk.data;
+    Buffer<float> staged;
+    if (source == nullptr) {
+      staged = Buffer<float>(carried + chunk.size());
+      std::copy(carry_.begin(), carry_.end(), staged.data());
+      constexpr Index rows_per_task = 16;
+      parallel_for((chunk.rows + rows_per_task - 1) / rows_per_task, [&](Index task) {
+        for (Index i = task * rows_per_task; i < std::min(chunk.rows, (task + 1) * rows_per_task); ++i)
+          for (Index j = 0; j < cols_; ++j) staged[carried + i * cols_ + j] = static_cast<float>(chunk(i, j));
+      });
+      source = staged.data();
+    }
 
-    received_ += chunk.size();
     const Index block = options_.block_size;
-    const bool last = received_ == rows_ * cols_;
-    const auto staged_size = static_cast<Index>(staged.size());
-    const Index whole = staged_size / block;
-    const Index encoded = last ? staged_size : whole * block;
+    const Index count = carried + chunk.size();
+    const bool last = received_ + chunk.size() == rows_ * cols_;
+    const Index whole = count / block;
+    const Index encoded = last ? count : whole * block;
     constexpr Index blocks_per_task = 256;
-    const Index blocks = last ? (staged_size + block - 1) / block : whole;
+    const Index blocks = last ? (count + block - 1) / block : whole;
     const Index first_block = done_ / block;
+    std::atomic<Index> first_bad{count};
     parallel_for((blocks + blocks_per_task - 1) / blocks_per_task, [&](Index task) {
-      std::vector<std::uint8_t> codes(static_cast<std::size_t>(block) + 1);
       for (Index b = task * blocks_per_task; b < std::min(blocks, (task + 1) * blocks_per_task); ++b) {
-        const Index count = std::min(block, staged_size - b * block);
-        absmax_[static_cast<std::size_t>(first_block + b)] =
-            detail::encode_block<Format>(staged.data() + b * block, count, count < block, codes.data());
-        store(codes.data(), done_ + b * block, count);
+        const Index size = std::min(block, count - b * block);
+        // Blocks start at even elements, so they never share a byte.
+        std::uint8_t* out = codes_.data() + (done_ + b * block) * Format::bits / 8;
+        const float absmax = encode(source + b * block, size, size < block, out);
+        absmax_[static_cast<std::size_t>(first_block + b)] = absmax;
+        if (!(absmax <= std::numeric_limits<float>::max())) note_bad(first_bad, source, b * block);
       }
     });
+    for (Index i = encoded; i < count; ++i)
+      if (!(std::fabs(source[i]) <= std::numeric_limits<float>::max())) note_bad(first_bad, source, i);
+    if (const Index bad = first_bad.load(); bad < count && options_.non_finite == NonFinite::reject) {
+      const Index element = received_ - carried + bad;
+      detail::raise(Errc::non_finite, "weight [" + std::to_string(element / cols_) + ", " + std::to_string(element % cols_) +
+                                          "] is not finite; NonFinite::propagate would keep it");
+    }
+    received_ += chunk.size();
     done_ += encoded;
-    carry_.assign(staged.begin() + encoded, staged.end());
+    carry_.assign(source + encoded, source + count);
   }
 
   /// The tensor. Throws Errc::state_order unless every row has arrived.
-  QuantizedTensor<Format, Scales> finish() && {
+  template <class ParallelFor = SerialFor>
+  QuantizedTensor<Format, Scales> finish(ParallelFor&& parallel_for = {}) && {
     QDYLORA_EXPECTS(done_ == rows_ * cols_, state_order,
                     "Quantizer::finish: " + std::to_string(received_) + " of " + std::to_string(rows_ * cols_) + " elements arrived");
-    return {rows_, cols_, options_.block_size, std::move(codes_), make_scales<Scales>(absmax_)};
+    return {rows_, cols_, options_.block_size, std::move(codes_), make_scales<Scales>(absmax_, parallel_for)};
   }
 
  private:
-  void note_bad(std::atomic<Index>& first, Index row_start, const float* row) const {
-    Index j = 0;
-    while (std::fabs(row[j]) <= std::numeric_limits<float>::max()) ++j;
+  // The first element from `begin` on that is not finite; there is one.
+  static void note_bad(std::atomic<Index>& first, const float* source, Index begin) {
+    while (std::fabs(source[begin]) <= std::numeric_limits<float>::max()) ++begin;
     Index seen = first.load();
-    while ((seen < 0 || row_start + j < seen) && !first.compare_exchange_weak(seen, row_start + j)) {
-    }
-  }
-
-  // `begin` is a multiple of the block size, so even: blocks never share a byte.
-  void store(std::uint8_t* codes, Index begin, Index count) noexcept {
-    if constexpr (Format::bits == 8) {
-      std::copy_n(codes, count, codes_.data() + begin);
-    } else {
-      if (count & 1) codes[count] = Format::encode(0.0f);
-      std::uint8_t* out = codes_.data() + begin / 2;
-      for (Index i = 0; i < count; i += 2) out[i / 2] = static_cast<std::uint8_t>((codes[i] << 4) | codes[i + 1]);
+    while (begin < seen && !first.compare_exchange_weak(seen, begin)) {
     }
   }
 
@@ -207,11 +222,13 @@ class Quantizer {
 };
 
 /// Quantizes a whole matrix.
-template <CodeFormat Format = NF4, class Scales = DoubleQuant<DynamicMap8>, class T, class ParallelFor = SerialFor>
-QuantizedTensor<Format, Scales> quantize(MatrixView<T> weight, QuantizeOptions options = {}, ParallelFor&& parallel_for = {}) {
+template <CodeFormat Format = NF4, class Scales = DoubleQuant<DynamicMap8>, class T, class ParallelFor = SerialFor,
+          class Encoder = detail::BlockEncoder<Format>>
+QuantizedTensor<Format, Scales> quantize(MatrixView<T> weight, QuantizeOptions options = {}, ParallelFor&& parallel_for = {},
+                                         const Encoder& encode = {}) {
   Quantizer<Format, Scales> quantizer(weight.rows, weight.cols, options);
-  quantizer.append(MatrixView<const std::remove_const_t<T>>(weight), parallel_for);
-  return std::move(quantizer).finish();
+  quantizer.append(MatrixView<const std::remove_const_t<T>>(weight), parallel_for, encode);
+  return std::move(quantizer).finish(parallel_for);
 }
 
 namespace detail {

@@ -11,6 +11,7 @@
 #include <qdylora/core/scalar.hpp>
 #include <qdylora/cpu/kernels/coded_weight.hpp>
 #include <qdylora/cpu/kernels/isa.hpp>
+#include <qdylora/quant/quantize.hpp>
 
 namespace qdylora::detail {
 
@@ -34,6 +35,8 @@ struct FewKernels {
   Index unit = 0;              // elements that share a scale of x, at most the block size
   /// One token's x as cells, and their scales and starts.
   void (*row)(const float* x, Index dwords, Index block_size, void* cells, float* scales, std::int32_t* starts) = nullptr;
+  /// The same of a token alone; it may have a scale and a start for every eight elements, and fill up the last 128.
+  void (*single)(const float* x, Index dwords, Index block_size, void* cells, float* scales, std::int32_t* starts) = nullptr;
   /// Rows of cells to cells[i * tokens + m].
   void (*interleave[3])(const void* rows, Index stride, Index tokens, Index count, void* cells) = {};
   void (*forward[3])(const CodedWeight&, const float* row_scales, Index row, Index rows, const void* cells, const float* scales,
@@ -65,6 +68,8 @@ struct ByteKernels {
 struct CodeKernels {
   void (*scales)(const CodedWeight&, Index first, Index count, float* out);
   void (*decode)(const CodedWeight&, Index begin, Index count, float* out);
+  float (*encode)(const float* x, Index count, bool partial, const float* thresholds, Index number, const std::uint8_t* ascending,
+                  std::uint8_t* out);
   void (*forward_panel)(const CodedWeight&, const float* row_scales, Index row, Index rows, Index col, Index depth, float* out);
   void (*backward_panel)(const CodedWeight&, const float* all_scales, Index row, Index depth, Index col, Index cols, float* out);
   void (*dense_panel)(const float* w, Index stride, Index rows, Index depth, float* out);
@@ -74,13 +79,14 @@ struct CodeKernels {
   ByteKernels bytes;
 };
 
-#define QDYLORA_FEW_KERNELS(Class)                                                                                        \
-  {                                                                                                                       \
-    sizeof(Class::Cell), Class::steps, Class::unit, few_row<Class>,                                                       \
-        {few_interleave<Class::Cell, 1>, few_interleave<Class::Cell, 4>, few_interleave<Class::Cell, 16>}, {              \
-      few_forward<Class, 1>, few_forward<Class, 4>, few_forward<Class, 16>                                                \
-    }                                                                                                                     \
+#define QDYLORA_FEW_KERNELS(Class, single, forward)                                                                \
+  {                                                                                                                \
+    sizeof(Class::Cell), Class::steps, Class::unit, few_row<Class>, single<Class>,                                 \
+        {nullptr, few_interleave<Class::Cell, 4>, few_interleave<Class::Cell, 16>}, {                              \
+      forward, few_forward<Class, 4>, few_forward<Class, 16>                                                       \
+    }                                                                                                              \
   }
+#define QDYLORA_FEW_STREAMED(Class) QDYLORA_FEW_KERNELS(Class, few_row_stream, few_stream<Class>)
 
 namespace generic {
 #define QDYLORA_VECTOR_BYTES 16
@@ -93,7 +99,7 @@ namespace generic {
 #undef QDYLORA_TILE_ROWS
 #undef QDYLORA_TILE_VECTORS
 inline constexpr CodeKernels code_table = {
-    scales, decode, forward_panel, backward_panel, dense_panel, {few_backward<1>, few_backward<4>, few_backward<16>}, {}, {}, {}, {}, {}};
+    scales, decode, encode, forward_panel, backward_panel, dense_panel, {few_backward<1>, few_backward<4>, few_backward<16>}, {}, {}, {}, {}, {}};
 }  // namespace generic
 
 #if defined(QDYLORA_X86_TARGETS)
@@ -111,12 +117,13 @@ namespace avx2 {
 #undef QDYLORA_TILE_VECTORS
 inline constexpr CodeKernels code_table = {scales,
                                            decode,
+                                           encode,
                                            forward_panel,
                                            backward_panel,
                                            dense_panel,
                                            {few_backward<1>, few_backward<4>, few_backward<16>},
-                                           QDYLORA_FEW_KERNELS(FewFloat32),
-                                           QDYLORA_FEW_KERNELS(FewInt16),
+                                           QDYLORA_FEW_KERNELS(FewFloat32, few_row, (few_forward<FewFloat32, 1>)),
+                                           QDYLORA_FEW_KERNELS(FewInt16, few_row, (few_forward<FewInt16, 1>)),
                                            {},
                                            {},
                                            {}};
@@ -135,11 +142,12 @@ namespace avx512 {
 #include <qdylora/cpu/kernels/few.inc>
 inline constexpr CodeKernels code_table = {scales,
                                            decode,
+                                           encode,
                                            forward_panel,
                                            backward_panel,
                                            dense_panel,
                                            {few_backward<1>, few_backward<4>, few_backward<16>},
-                                           QDYLORA_FEW_KERNELS(FewFloat32),
+                                           QDYLORA_FEW_STREAMED(FewFloat32),
                                            {},
                                            {},
                                            {},
@@ -156,13 +164,14 @@ using avx512::has_columns, avx512::lanes, avx512::rounded_product, avx512::trans
 #include <qdylora/cpu/kernels/few.inc>
 inline constexpr CodeKernels code_table = {scales,
                                            decode,
+                                           encode,
                                            forward_panel,
                                            backward_panel,
                                            dense_panel,
                                            {few_backward<1>, few_backward<4>, few_backward<16>},
                                            avx512::code_table.few_float32,
-                                           QDYLORA_FEW_KERNELS(FewInt16),
-                                           QDYLORA_FEW_KERNELS(FewInt8),
+                                           QDYLORA_FEW_STREAMED(FewInt16),
+                                           QDYLORA_FEW_STREAMED(FewInt8),
                                            {},
                                            {byte_columns, byte_gemm}};
 }  // namespace avx512_vnni
@@ -180,13 +189,14 @@ using avx512_vnni::in_order, avx512_vnni::load, avx512_vnni::store, avx512_vnni:
 #undef QDYLORA_TILE_VECTORS
 inline constexpr CodeKernels code_table = [] {
   CodeKernels table = avx512_vnni::code_table;
-  table.few_bits16 = QDYLORA_FEW_KERNELS(FewBfloat16);
+  table.few_bits16 = QDYLORA_FEW_STREAMED(FewBfloat16);
   table.pairs = {columns, backward_pairs, pair_rows, to_bfloat16, gemm<PairDot>};
   return table;
 }();
 }  // namespace avx512_bf16
 QDYLORA_TARGET_END
 #endif
+#undef QDYLORA_FEW_STREAMED
 #undef QDYLORA_FEW_KERNELS
 
 template <class S>

@@ -1,0 +1,228 @@
+// Products with quantized weights. Few tokens with a 4-bit weight need no panel: codes go from memory through registers into sums
+// (kernels/few.inc, few_backward). All others go by panels, in the arithmetic of the class. A weight is decoded once a call and never stored in
+// full.
+#pragma once
+
+#include <cmath>
+
+#include <qdylora/cpu/panels.hpp>
+
+namespace qdylora::detail {
+
+inline constexpr Index few_tokens = 16;     // at most this many tokens go without panels
+inline constexpr Index few_tokens_in_pairs = 4;  // the same where panels would be of bfloat16 and these kernels are float32
+
+/// Every scale of a weight, where kernels read them as a table.
+inline const float* all_scales(const CpuRun& run, const CodedWeight& w) {
+  if (w.bits != 4 || !w.whole_blocks()) return nullptr;
+  if (w.absmax != nullptr) return w.absmax;
+  const Index count = w.rows * w.row_blocks();
+  float* scales = scratch<float, 11>(count);
+  run.parallel_ranges(count, 8192, [&](Index begin, Index end) { run.codes().scales(w, begin, end - begin, scales + begin); });
+  return scales;
+}
+
+/// The smallest of 1, 4 and 16 that takes all of the next tokens at once, as an index of kernels by tokens.
+constexpr int few_kernel(Index tokens) noexcept { return tokens == 1 ? 0 : tokens <= 8 ? 1 : 2; }
+
+template <class Y>
+void few_forward(const CpuRun& run, const FewKernels& few, MatrixView<const float> x, const CodedWeight& w, MatrixView<Y> y, Update update) {
+  constexpr Index scale_rows = 32;  // whose scales are decoded together
+  // Kernels fetch the rows after theirs ahead of time, for themselves if the task goes on there.
+  const Index task_rows = w.rows >= 2048 ? 256 : 32;
+  const Index dwords = w.cols / 8, blocks = w.row_blocks();
+  for (Index token = 0; token < x.rows;) {
+    const int size_index = few_kernel(x.rows - token);
+    const Index tile = few_tile[size_index], tokens = std::min(tile, x.rows - token);
+    const Index units = w.cols / std::min(w.block_size, few.unit);
+    const Index count = dwords * few.steps, bytes = count * static_cast<Index>(few.cell_bytes);
+    auto* token_rows = reinterpret_cast<std::byte*>(scratch<std::uint64_t, 2>(tokens * bytes / 8 + 1));
+    constexpr Index padding = 16;  // dwords that a single token may be filled up to
+    auto* cells = reinterpret_cast<std::byte*>(scratch<std::uint64_t, 3>(tile * bytes / 8 + padding * few.steps));
+    const Index scales_of_x = std::max(2 * units * tile, dwords + padding);
+    float* x_scales = scratch<float, 4>(scales_of_x);
+    std::int32_t* starts = scratch<std::int32_t, 5>(scales_of_x);
+    if (tile == 1) {
+      few.single(x.row(token), dwords, w.block_size, cells, x_scales, starts);
+    } else {
+      run.parallel_for(tokens, [&](Index t) {
+        few.row(x.row(token + t), dwords, w.block_size, token_rows + t * bytes, x_scales + (tile + t) * units, starts + (tile + t) * units);
+      });
+      constexpr Index part = 1024;
+      run.parallel_ranges(count, part, [&](Index begin, Index end) {
+        const auto size = static_cast<Index>(few.cell_bytes);
+        few.interleave[size_index](token_rows + begin * size, count, tokens, end - begin, cells + begin * size * tile);
+      });
+      for (Index u = 0; u < units; ++u)
+        for (Index t = 0; t < tile; ++t) {
+          x_scales[u * tile + t] = t < tokens ? x_scales[(tile + t) * units + u] : 0.0f;
+          starts[u * tile + t] = t < tokens ? starts[(tile + t) * units + u] : 0;
+        }
+    }
+    run.parallel_ranges(w.rows, task_rows, [&](Index task_begin, Index task_end) {
+      float* scales = scratch<float, 6>(scale_rows * blocks + 16);
+      std::fill_n(scales + scale_rows * blocks, 16, 0.0f);
+      float* workspace = scratch<float, 7>(16 * blocks);
+      alignas(64) float total[16 * 16];
+      for (Index begin = task_begin; begin < task_end; begin += scale_rows) {
+        const Index end = std::min(task_end, begin + scale_rows);
+        run.codes().scales(w, begin * blocks, (end - begin) * blocks, scales);
+        for (Index row = begin; row < end; row += 16) {
+          const Index rows = std::min<Index>(16, end - row);
+          few.forward[size_index](w, scales + (row - begin) * blocks, row, rows, cells, x_scales, starts, workspace, total);
+          for (Index t = 0; t < tokens; ++t)
+            for (Index i = 0; i < rows; ++i) store(y(token + t, row + i), total[16 * t + i], update);
+        }
+      }
+    });
+    token += tokens;
+  }
+}
+
+template <class Y>
+void few_backward(const CpuRun& run, MatrixView<const float> dy, const CodedWeight& w, MatrixView<Y> dx, Update update) {
+  const Index strip = w.cols >= 2048 ? 128 : w.cols >= 1024 ? 64 : 32;
+  const float* scales = all_scales(run, w);
+  const Index blocks = w.row_blocks();
+  for (Index token = 0; token < dy.rows;) {
+    const int size = few_kernel(dy.rows - token);
+    const Index tile = few_tile[size], tokens = std::min(tile, dy.rows - token);
+    float* factors;  // of each row of the weight: its dy for every token, or for one token its scales times dy
+    if (tile == 1) {
+      factors = scratch<float, 3>(w.rows * blocks);
+      for (Index n = 0; n < w.rows; ++n)
+        for (Index b = 0; b < blocks; ++b) factors[n * blocks + b] = scales[n * blocks + b] * dy(token, n);
+    } else {
+      factors = scratch<float, 3>(w.rows * tile);
+      for (Index n = 0; n < w.rows; ++n)
+        for (Index m = 0; m < tile; ++m) factors[n * tile + m] = m < tokens ? dy(token + m, n) : 0.0f;
+    }
+    run.parallel_ranges(w.cols, strip, [&](Index begin, Index end) {
+      const Index width = end - begin;
+      alignas(64) float total[16 * 128];
+      run.codes().few_backward[size](w, tile == 1 ? factors : scales, begin, width, factors, total);
+      for (Index t = 0; t < tokens; ++t)
+        for (Index j = 0; j < width; ++j) store(dx(token + t, begin + j), total[t * width + j], update);
+    });
+    token += tokens;
+  }
+}
+
+/// y [m, rows] (+)= x [m, cols] . w^T in bytes.
+template <class T, class Y>
+void multiply_bytes(const CpuRun& run, const CodedWeight& w, MatrixView<const T> x, MatrixView<Y> y, Update update) {
+  constexpr Index task_rows = 64;
+  const CodeKernels& kernels = run.codes();
+  const Index blocks = w.row_blocks(), unit = std::min(w.block_size, kernels.few_int8.unit), units = w.cols / unit;
+  const Index cols = w.cols / 4, stride = uncrowded_stride<std::uint32_t>(cols);
+  std::uint32_t* cells = scratch<std::uint32_t, 10>(x.rows * stride);
+  float* x_scales = scratch<float, 4>(x.rows * units);
+  std::int32_t* starts = scratch<std::int32_t, 5>(x.rows * units);
+  run.parallel_ranges(x.rows, row_grain(x.cols), [&](Index begin, Index end) {
+    for (Index i = begin; i < end; ++i) {
+      const float* row;
+      if constexpr (std::is_same_v<T, float>) {
+        row = x.row(i);
+      } else {
+        float* converted = scratch<float, 2>(x.cols);
+        for (Index j = 0; j < x.cols; ++j) converted[j] = static_cast<float>(x(i, j));
+        row = converted;
+      }
+      kernels.few_int8.row(row, w.cols / 8, w.block_size, cells + i * stride, x_scales + i * units, starts + i * units);
+    }
+  });
+  const Index groups = (x.rows + token_group - 1) / token_group;
+  run.parallel_for((w.rows + task_rows - 1) / task_rows * groups, [&](Index task) {
+    const Index first = task / groups * task_rows, width = std::min(task_rows, w.rows - first);
+    const Index token = task % groups * token_group, tokens = std::min(token_group, x.rows - token);
+    constexpr Index part = 1024;  // of the sum: 32 KiB of bytes for 32 outputs
+    float* scales = scratch<float, 6>(task_rows * blocks);
+    kernels.scales(w, first * blocks, width * blocks, scales);
+    std::uint32_t* panel = scratch<std::uint32_t, 0>(task_rows * part / 4);
+    float* panel_scales = scratch<float, 7>(task_rows * part / 32);
+    float* out = scratch<float, 1>(tokens * task_rows);
+    for (Index k = 0; k < w.cols; k += part) {
+      const Index depth = std::min(part, w.cols - k);
+      for (Index p = 0; p < width; p += panel_width)
+        kernels.bytes.forward(w, scales + p * blocks, first + p, std::min(panel_width, width - p), k, depth, panel + p * part / 4,
+                              panel_scales + p * part / 32);
+      for (Index m = 0; m < tokens; m += token_block)
+        for (Index p = 0; p < width; p += panel_width)
+          kernels.bytes.gemm(std::min(token_block, tokens - m), depth / unit, unit / 4, cells + (token + m) * stride + k / 4, stride,
+                             x_scales + (token + m) * units + k / unit, starts + (token + m) * units + k / unit, units,
+                             panel + p * part / 4, panel_scales + p * part / 32, out + m * task_rows + p, task_rows, k > 0);
+    }
+    for (Index m = 0; m < tokens; ++m)
+      for (Index j = 0; j < width; ++j) store(y(token + m, first + j), out[m * task_rows + j], update);
+  });
+}
+
+/// Outputs of a task: enough that a line of codes or a panel serves many, few enough that there are tasks for all threads.
+constexpr Index task_outputs(Direction direction, Index outputs) noexcept {
+  static_cast<void>(direction);
+  return outputs >= 2048 ? 128 : outputs >= 1024 ? 64 : 32;
+}
+
+template <class T, class W, class Y>
+void matmul(const CpuRun& run, MatrixView<const T> x, const W& w, MatrixView<Y> y, Update update);
+
+/// The int8 class without kernels for it: x rounded to 8 bits, multiplied in float32.
+template <class T, class W, class Y>
+void multiply_rounded(const CpuRun& run, MatrixView<const T> x, const W& w, MatrixView<Y> y, Update update) {
+  constexpr Index group = 64;
+  Matrix<float> rounded;
+  rounded.resize(x.rows, x.cols);
+  run.parallel_ranges(x.rows, row_grain(x.cols), [&](Index begin, Index end) {
+    for (Index i = begin; i < end; ++i)
+      for (Index k = 0; k < x.cols; k += group) {
+        const Index stop = std::min(x.cols, k + group);
+        float most = 0.0f;
+        for (Index j = k; j < stop; ++j) most = std::max(most, std::fabs(static_cast<float>(x(i, j))));
+        const float step = most / 127.0f;
+        for (Index j = k; j < stop; ++j) {
+          const float value = static_cast<float>(x(i, j));
+          const float steps = std::nearbyint(value / step);  // NaN where the group is zero or not finite
+          rounded(i, j) = std::isfinite(value) && steps * 0.0f == 0.0f ? steps * step : value;
+        }
+      }
+  });
+  CpuRun exact = run;
+  exact.compute = Compute::exact;
+  matmul(exact, std::as_const(rounded).view(), w, y, update);
+}
+
+template <Direction direction, class T, class W, class Y>
+void multiply_coded(const CpuRun& run, MatrixView<const T> x, const W& weight, MatrixView<Y> y, Update update) {
+  const CodedWeight w = coded(weight);
+  const CodeKernels& kernels = run.codes();
+  const Compute compute = run.compute_of<T>();
+  const bool bits16 = compute == Compute::bits16;
+  QDYLORA_EXPECTS(direction == Direction::forward || compute != Compute::int8, unsupported,
+                  "matmul_transposed: Compute::int8 is for inference; gradients need exact or bits16");
+  const bool plain_codes = w.bits == 4 && w.whole_blocks() && w.cols > 0;
+  const Index few = direction == Direction::backward && bits16 && kernels.pairs ? few_tokens_in_pairs : few_tokens;
+  if (plain_codes && x.rows <= few && w.rows > 0) {
+    const FewKernels& kernel = compute == Compute::int8               ? kernels.few_int8
+                               : bits16 && kernels.few_bits16.steps > 0 ? kernels.few_bits16
+                                                                        : kernels.few_float32;
+    if (direction == Direction::backward || kernel) {
+      Matrix<float> storage;
+      const MatrixView<const float> input = as_scalar<float>(x, storage);
+      if constexpr (direction == Direction::forward) few_forward(run, kernel, input, w, y, update);
+      else few_backward(run, input, w, y, update);
+      return;
+    }
+  }
+  if constexpr (direction == Direction::forward)
+    if (compute == Compute::int8) {
+      if (plain_codes && kernels.bytes) return multiply_bytes(run, w, x, y, update);
+      return multiply_rounded(run, x, weight, y, update);
+    }
+  const CodedPanels<direction> panels{kernels, w, all_scales(run, w)};
+  if (bits16 && kernels.pairs)
+    multiply_panels<float>(run, PairCells{kernels.pairs}, panels, task_outputs(direction, panels.outputs()), token_group, x, y, update);
+  else
+    multiply_panels<float>(run, PlainCells<float>{run.kernels<float>()}, panels, task_outputs(direction, panels.outputs()), token_group, x, y, update);
+}
+
+}  // namespace qdylora::detail

@@ -1,0 +1,202 @@
+// Products by panels, in both directions one algorithm: a weight is decoded 32 outputs side by side into a thread's cache, and rows of x are
+// multiplied with it from there; the direction decides what a panel is cut from.
+//
+// Work is cut by shape alone, one task owns each output element, and a sum's order depends on its length alone: the bits depend neither on the
+// number of threads nor on the other rows of x.
+#pragma once
+
+#include <cstring>
+
+#include <qdylora/backend.hpp>
+#include <qdylora/cpu/run.hpp>
+
+namespace qdylora::detail {
+
+inline constexpr Index panel_cells = 256;   // of a sum, decoded at a time: with 32 outputs 32 KiB
+inline constexpr Index token_block = 112;   // tokens that pass over the panels of a task together: a multiple of the tiles' rows
+inline constexpr Index token_group = 512;   // tokens of a task: a quantized weight is decoded once for so many
+inline constexpr Index dense_group = 128;   // the same of a dense weight, which costs little to look at twice
+
+template <class W>
+inline constexpr bool is_dense = false;
+template <class S>
+inline constexpr bool is_dense<MatrixView<S>> = true;
+
+/// Whether rows `stride` bytes apart crowd into few sets of a first-level cache of 4 KiB a way.
+constexpr bool crowds_cache(Index stride) noexcept { return stride % 4096 == 0; }
+template <class S>
+constexpr Index uncrowded_stride(Index cols) noexcept {
+  constexpr Index line = 64 / static_cast<Index>(sizeof(S));
+  const Index stride = (cols + line - 1) / line * line;
+  return crowds_cache(stride * static_cast<Index>(sizeof(S))) ? stride + line : stride;
+}
+
+template <class Y, class S>
+void store(Y& target, S value, Update update) noexcept {
+  target = static_cast<Y>(update == Update::accumulate ? static_cast<S>(target) + value : value);
+}
+
+// ---- what panels are cut from: fill(first output, outputs, begin, depth, out [depth][32]) ------------------------------------------
+
+enum class Direction { forward, backward };
+
+/// Forward, the outputs of a product are a weight's rows and its sums run along columns; backward it is the other way.
+template <Direction direction>
+struct CodedPanels {
+  const CodeKernels& kernels;
+  const CodedWeight& w;
+  const float* scales;  // of the whole weight
+
+  Index outputs() const noexcept { return direction == Direction::forward ? w.rows : w.cols; }
+  Index depth() const noexcept { return direction == Direction::forward ? w.cols : w.rows; }
+  void fill(Index first, Index count, Index begin, Index part, float* out) const {
+    if constexpr (direction == Direction::forward)
+      kernels.forward_panel(w, scales + first * w.row_blocks(), first, count, begin, part, out);
+    else kernels.backward_panel(w, scales, begin, part, first, count, out);
+  }
+  void fill(Index first, Index count, Index begin, Index part, std::uint32_t* out) const {
+    if (w.bits != 4 || !w.whole_blocks()) {
+      float* panel = scratch<float, 9>(part * panel_width);
+      fill(first, count, begin, part, panel);
+      kernels.pairs.pair_rows(panel, part, out);
+    } else if constexpr (direction == Direction::forward) {
+      if (count < panel_width) std::fill_n(out, (part + 1) / 2 * panel_width, 0u);
+      kernels.pairs.forward(w, scales + first * w.row_blocks(), first, count, begin, part, out);
+    } else {
+      kernels.pairs.backward(w, scales, begin, part, first, out);
+    }
+  }
+};
+
+/// Of a dense weight, or a quantized one in double: element by element.
+template <Direction direction, class W>
+struct ElementPanels {
+  const CodeKernels& kernels;
+  W w;
+
+  Index outputs() const noexcept { return direction == Direction::forward ? w.rows : w.cols; }
+  Index depth() const noexcept { return direction == Direction::forward ? w.cols : w.rows; }
+  template <class S>
+  void fill(Index first, Index count, Index begin, Index part, S* out) const {
+    if constexpr (std::is_same_v<S, float> && direction == Direction::forward && std::is_same_v<W, MatrixView<const float>>) {
+      kernels.dense_panel(w.data + first * w.stride + begin, w.stride, count, part, out);
+    } else if constexpr (direction == Direction::backward && std::is_same_v<W, MatrixView<const S>>) {
+      const S* row = w.row(begin) + first;
+      for (Index k = 0; k < part; ++k, row += w.stride, out += panel_width) {
+        if (count == panel_width) {
+          std::memcpy(out, row, panel_width * sizeof(S));
+        } else {
+          std::copy_n(row, count, out);
+          std::fill(out + count, out + panel_width, S{});
+        }
+      }
+    } else {
+      for (Index k = 0; k < part; ++k) {
+        for (Index j = 0; j < count; ++j)
+          out[k * panel_width + j] =
+              static_cast<S>(direction == Direction::forward ? w(first + j, begin + k) : w(begin + k, first + j));
+        std::fill(out + k * panel_width + count, out + (k + 1) * panel_width, S{});
+      }
+    }
+  }
+  void fill(Index first, Index count, Index begin, Index part, std::uint32_t* out) const {
+    float* panel = scratch<float, 9>(part * panel_width);
+    fill(first, count, begin, part, panel);
+    kernels.pairs.pair_rows(panel, part, out);
+  }
+};
+
+// ---- the arithmetic of a product by panels: what a cell of x and of a panel is -----------------------------------------------------
+
+template <class S>
+struct PlainCells {
+  using Cell = S;
+  static constexpr Index numbers = 1;  // of the sum in a cell
+  const KernelTable<S>& kernels;
+
+  /// Rows of x as cells: its own memory where that serves, else the calling thread's.
+  template <class T>
+  MatrixView<const Cell> prepare(const CpuRun& run, MatrixView<const T> x) const {
+    if constexpr (std::is_same_v<T, S>)
+      if (x.rows <= 2 || !crowds_cache(x.stride * static_cast<Index>(sizeof(S)))) return x;
+    const Index stride = uncrowded_stride<Cell>(x.cols);
+    const MatrixView<Cell> cells{scratch<Cell, 10>(x.rows * stride), x.rows, x.cols, stride};
+    run.parallel_ranges(x.rows, row_grain(x.cols), [&](Index begin, Index end) {
+      for (Index i = begin; i < end; ++i)
+        for (Index j = 0; j < x.cols; ++j) cells(i, j) = static_cast<S>(x(i, j));
+    });
+    return cells;
+  }
+  void gemm(Index m, Index n, Index depth, const Cell* a, Index a_row, const Cell* b, S* c, Index c_row, bool accumulate) const {
+    kernels.gemm(m, n, depth, a, a_row, 1, b, panel_width, c, c_row, accumulate);
+  }
+};
+
+struct PairCells {
+  using Cell = std::uint32_t;
+  static constexpr Index numbers = 2;
+  const PairKernels& kernels;
+
+  template <class T>
+  MatrixView<const Cell> prepare(const CpuRun& run, MatrixView<const T> x) const {
+    const Index cols = (x.cols + 1) / 2, stride = uncrowded_stride<Cell>(cols);
+    const MatrixView<Cell> cells{scratch<Cell, 10>(x.rows * stride), x.rows, cols, stride};
+    run.parallel_ranges(x.rows, row_grain(x.cols), [&](Index begin, Index end) {
+      for (Index i = begin; i < end; ++i) {
+        if constexpr (std::is_same_v<T, float>) {
+          kernels.round(x.row(i), x.cols, cells.row(i));
+        } else {
+          float* row = scratch<float, 2>(x.cols);
+          for (Index j = 0; j < x.cols; ++j) row[j] = static_cast<float>(x(i, j));
+          kernels.round(row, x.cols, cells.row(i));
+        }
+      }
+    });
+    return cells;
+  }
+  void gemm(Index m, Index n, Index depth, const Cell* a, Index a_row, const Cell* b, float* c, Index c_row, bool accumulate) const {
+    kernels.gemm(m, n, depth, a, a_row, 1, b, panel_width, c, c_row, accumulate);
+  }
+};
+
+/// y [m, outputs] (+)= x [m, depth] . panels
+template <class S, class Cells, class Panels, class T, class Y>
+void multiply_panels(const CpuRun& run, const Cells& cells, const Panels& panels, Index task_outputs, Index group_tokens,
+                     MatrixView<const T> x, MatrixView<Y> y, Update update) {
+  using Cell = typename Cells::Cell;
+  const MatrixView<const Cell> input = cells.prepare(run, x);
+  const Index outputs = panels.outputs(), depth = panels.depth();
+  const Index blocks = (outputs + task_outputs - 1) / task_outputs;
+  const Index groups = (x.rows + group_tokens - 1) / group_tokens;
+  run.parallel_for(blocks * groups, [&](Index task) {
+    const Index first = task / groups * task_outputs;
+    const Index width = std::min(task_outputs, outputs - first);
+    const Index token = task % groups * group_tokens;
+    const Index tokens = std::min(group_tokens, x.rows - token);
+    const bool direct =
+        std::is_same_v<Y, S> && width % panel_width == 0 && !crowds_cache(y.stride * static_cast<Index>(sizeof(S)));
+    const Index padded = (width + panel_width - 1) / panel_width * panel_width;
+    MatrixView<S> out;
+    if constexpr (std::is_same_v<Y, S>)
+      if (direct) out = {y.row(token) + first, tokens, width, y.stride};
+    if (!direct) out = {scratch<S, 1>(tokens * padded), tokens, padded};
+    constexpr Index panel_depth = panel_cells * Cells::numbers;
+    Cell* panel = scratch<Cell, 0>(padded * panel_cells);
+    for (Index k = 0; k < std::max<Index>(depth, 1); k += panel_depth) {
+      const Index part = std::min(panel_depth, depth - k);
+      const Index here = (part + Cells::numbers - 1) / Cells::numbers;
+      for (Index p = 0; p < width; p += panel_width)
+        panels.fill(first + p, std::min(panel_width, width - p), k, part, panel + p * panel_cells);
+      const bool add = k > 0 || (direct && update == Update::accumulate);
+      for (Index m = 0; m < tokens; m += token_block)
+        for (Index p = 0; p < width; p += panel_width)
+          cells.gemm(std::min(token_block, tokens - m), width - p > panel_width / 2 ? panel_width : panel_width / 2, here, input.row(token + m) + k / Cells::numbers, input.stride,
+                     panel + p * panel_cells, out.row(m) + p, out.stride, add);
+    }
+    if (!direct)
+      for (Index m = 0; m < tokens; ++m)
+        for (Index j = 0; j < width; ++j) store(y(token + m, first + j), out(m, j), update);
+  });
+}
+
+}  // namespace qdylora::detail
