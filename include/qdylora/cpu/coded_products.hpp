@@ -158,8 +158,7 @@ void multiply_bytes(const CpuRun& run, const CodedWeight& w, MatrixView<const T>
 }
 
 /// Outputs of a task: enough that a line of codes or a panel serves many, few enough that there are tasks for all threads.
-constexpr Index task_outputs(Direction direction, Index outputs) noexcept {
-  static_cast<void>(direction);
+constexpr Index task_outputs(Index outputs) noexcept {
   return outputs >= 2048 ? 128 : outputs >= 1024 ? 64 : 32;
 }
 
@@ -220,9 +219,9 @@ void multiply_coded(const CpuRun& run, MatrixView<const T> x, const W& weight, M
     }
   const CodedPanels<direction> panels{kernels, w, all_scales(run, w)};
   if (bits16 && kernels.pairs)
-    multiply_panels<float>(run, PairCells{kernels.pairs}, panels, task_outputs(direction, panels.outputs()), token_group, x, y, update);
+    multiply_panels<float>(run, PairCells{kernels.pairs}, panels, task_outputs(panels.outputs()), token_group, x, y, update);
   else
-    multiply_panels<float>(run, PlainCells<float>{run.kernels<float>()}, panels, task_outputs(direction, panels.outputs()), token_group, x, y, update);
+    multiply_panels<float>(run, PlainCells<float>{run.kernels<float>()}, panels, task_outputs(panels.outputs()), token_group, x, y, update);
 }
 
 }  // namespace qdylora::detail

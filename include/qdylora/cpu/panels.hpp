@@ -45,13 +45,13 @@ template <Direction direction>
 struct CodedPanels {
   const CodeKernels& kernels;
   const CodedWeight& w;
-  const float* scales;  // of the whole weight
+  const float* scales;  // of the whole weight; null where kernels do not read them
 
   Index outputs() const noexcept { return direction == Direction::forward ? w.rows : w.cols; }
   Index depth() const noexcept { return direction == Direction::forward ? w.cols : w.rows; }
   void fill(Index first, Index count, Index begin, Index part, float* out) const {
     if constexpr (direction == Direction::forward)
-      kernels.forward_panel(w, scales + first * w.row_blocks(), first, count, begin, part, out);
+      kernels.forward_panel(w, scales_from(first), first, count, begin, part, out);
     else kernels.backward_panel(w, scales, begin, part, first, count, out);
   }
   void fill(Index first, Index count, Index begin, Index part, std::uint32_t* out) const {
@@ -61,11 +61,14 @@ struct CodedPanels {
       kernels.pairs.pair_rows(panel, part, out);
     } else if constexpr (direction == Direction::forward) {
       if (count < panel_width) std::fill_n(out, (part + 1) / 2 * panel_width, 0u);
-      kernels.pairs.forward(w, scales + first * w.row_blocks(), first, count, begin, part, out);
+      kernels.pairs.forward(w, scales_from(first), first, count, begin, part, out);
     } else {
       kernels.pairs.backward(w, scales, begin, part, first, out);
     }
   }
+
+ private:
+  const float* scales_from(Index row) const noexcept { return scales == nullptr ? nullptr : scales + row * w.row_blocks(); }
 };
 
 /// Of a dense weight, or a quantized one in double: element by element.
