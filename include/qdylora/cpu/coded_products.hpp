@@ -119,17 +119,8 @@ void multiply_bytes(const CpuRun& run, const CodedWeight& w, MatrixView<const T>
   float* x_scales = scratch<float, 4>(x.rows * units);
   std::int32_t* starts = scratch<std::int32_t, 5>(x.rows * units);
   run.parallel_ranges(x.rows, row_grain(x.cols), [&](Index begin, Index end) {
-    for (Index i = begin; i < end; ++i) {
-      const float* row;
-      if constexpr (std::is_same_v<T, float>) {
-        row = x.row(i);
-      } else {
-        float* converted = scratch<float, 2>(x.cols);
-        for (Index j = 0; j < x.cols; ++j) converted[j] = static_cast<float>(x(i, j));
-        row = converted;
-      }
-      kernels.few_int8.row(row, w.cols / 8, w.block_size, cells + i * stride, x_scales + i * units, starts + i * units);
-    }
+    for (Index i = begin; i < end; ++i)
+      kernels.few_int8.row(row_as<float, 2>(x, i), w.cols / 8, w.block_size, cells + i * stride, x_scales + i * units, starts + i * units);
   });
   const Index groups = (x.rows + token_group - 1) / token_group;
   run.parallel_for((w.rows + task_rows - 1) / task_rows * groups, [&](Index task) {

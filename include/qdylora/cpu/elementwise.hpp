@@ -24,7 +24,7 @@ void add(const CpuRun& run, MatrixView<const T> x, MatrixView<T> y) {
   expect_shape("add: x", x, y.rows, y.cols);
   run.parallel_ranges(y.rows, row_grain(y.cols), [&](Index begin, Index end) {
     for (Index i = begin; i < end; ++i)
-      for (Index j = 0; j < y.cols; ++j) y(i, j) = static_cast<T>(static_cast<S>(y(i, j)) + static_cast<S>(x(i, j)));
+      write_row<S, 2>(y, i, Update::accumulate, [&](S* sum) { run.kernels<S>().add(y.cols, row_as<S, 3>(x, i), sum); });
   });
 }
 
@@ -33,7 +33,7 @@ void add_row(const CpuRun& run, MatrixView<const S> row, MatrixView<T> y) {
   expect_shape("add_row: row", row, 1, y.cols);
   run.parallel_ranges(y.rows, row_grain(y.cols), [&](Index begin, Index end) {
     for (Index i = begin; i < end; ++i)
-      for (Index j = 0; j < y.cols; ++j) y(i, j) = static_cast<T>(static_cast<S>(y(i, j)) + row(0, j));
+      write_row<S, 2>(y, i, Update::accumulate, [&](S* sum) { run.kernels<S>().add(y.cols, row.data, sum); });
   });
 }
 
@@ -42,8 +42,7 @@ void scale_columns(const CpuRun& run, MatrixView<const S> x, MatrixView<const S>
   expect_shape("scale_columns: factors", factors, 1, x.cols);
   expect_shape("scale_columns: y", y, x.rows, x.cols);
   run.parallel_ranges(y.rows, row_grain(y.cols), [&](Index begin, Index end) {
-    for (Index i = begin; i < end; ++i)
-      for (Index j = 0; j < y.cols; ++j) y(i, j) = x(i, j) * factors(0, j);
+    for (Index i = begin; i < end; ++i) run.kernels<S>().multiply(x.cols, x.row(i), factors.data, y.row(i));
   });
 }
 
@@ -80,13 +79,10 @@ void swiglu(const CpuRun& run, MatrixView<const T> gate, MatrixView<const T> up,
   expect_shape("swiglu: up", up, gate.rows, gate.cols);
   expect_shape("swiglu: y", y, gate.rows, gate.cols);
   run.parallel_ranges(y.rows, row_grain(y.cols), [&](Index begin, Index end) {
-    S* g = scratch<S, 2>(2 * y.cols);
-    S* s = g + y.cols;
-    for (Index i = begin; i < end; ++i) {
-      for (Index j = 0; j < y.cols; ++j) g[j] = static_cast<S>(gate(i, j));
-      run.kernels<S>().sigmoid(y.cols, g, s);
-      for (Index j = 0; j < y.cols; ++j) y(i, j) = static_cast<T>(g[j] * s[j] * static_cast<S>(up(i, j)));
-    }
+    for (Index i = begin; i < end; ++i)
+      write_row<S, 2>(y, i, Update::overwrite, [&](S* out) {
+        run.kernels<S>().swiglu(y.cols, row_as<S, 3>(gate, i), row_as<S, 4>(up, i), out);
+      });
   });
 }
 
@@ -99,18 +95,11 @@ void swiglu_backward(const CpuRun& run, MatrixView<const T> dy, MatrixView<const
   expect_shape("swiglu_backward: dgate", dgate, dy.rows, dy.cols);
   expect_shape("swiglu_backward: dup", dup, dy.rows, dy.cols);
   run.parallel_ranges(dy.rows, row_grain(dy.cols), [&](Index begin, Index end) {
-    S* g = scratch<S, 2>(2 * dy.cols);
-    S* s = g + dy.cols;
     for (Index i = begin; i < end; ++i) {
-      for (Index j = 0; j < dy.cols; ++j) g[j] = static_cast<S>(gate(i, j));
-      run.kernels<S>().sigmoid(dy.cols, g, s);
-      for (Index j = 0; j < dy.cols; ++j) {
-        const S d = static_cast<S>(dy(i, j));
-        const S u = static_cast<S>(up(i, j));  // read before dup, which may share its memory, is written
-        const S silu = g[j] * s[j];
-        dgate(i, j) = static_cast<T>(d * u * (s[j] + silu * (S{1} - s[j])));
-        dup(i, j) = static_cast<T>(d * silu);
-      }
+      const S *d = row_as<S, 2>(dy, i), *g = row_as<S, 3>(gate, i), *u = row_as<S, 4>(up, i);
+      write_row<S, 5>(dgate, i, Update::overwrite, [&](S* dg) {
+        write_row<S, 6>(dup, i, Update::overwrite, [&](S* du) { run.kernels<S>().swiglu_backward(dy.cols, d, g, u, dg, du); });
+      });
     }
   });
 }
@@ -199,23 +188,16 @@ void adamw(const CpuRun& run, MatrixView<S> p, MatrixView<const S> g, MatrixView
       const auto row = static_cast<std::size_t>(i);
       const double lr = update.lr * (update.row_lr.empty() ? 1.0 : static_cast<double>(update.row_lr[row]));
       const auto step = static_cast<double>(update.row_steps.empty() ? update.step : update.row_steps[row]);
-      const S decay = static_cast<S>(1.0 - lr * update.weight_decay);
-      const S keep1 = static_cast<S>(update.beta1), take1 = static_cast<S>(1.0 - update.beta1);
-      const S keep2 = static_cast<S>(update.beta2), take2 = static_cast<S>(1.0 - update.beta2);
-      const S step_size = static_cast<S>(lr / (1.0 - std::pow(update.beta1, step)));
-      const S correction2 = static_cast<S>(std::sqrt(1.0 - std::pow(update.beta2, step)));
-      const S epsilon = static_cast<S>(update.epsilon);
-      const S scale = static_cast<S>(update.gradient_scale);
-      S* QDYLORA_RESTRICT pi = p.row(i);
-      S* QDYLORA_RESTRICT mi = m.row(i);
-      S* QDYLORA_RESTRICT vi = v.row(i);
-      const S* QDYLORA_RESTRICT gi = g.row(i);
-      for (Index j = 0; j < p.cols; ++j) {
-        const S gradient = gi[j] * scale;
-        mi[j] = keep1 * mi[j] + take1 * gradient;
-        vi[j] = keep2 * vi[j] + take2 * gradient * gradient;
-        pi[j] = pi[j] * decay - step_size * (mi[j] / (std::sqrt(vi[j]) / correction2 + epsilon));
-      }
+      const AdamWRow<S> a = {.gradient_scale = static_cast<S>(update.gradient_scale),
+                             .decay = static_cast<S>(1.0 - lr * update.weight_decay),
+                             .keep1 = static_cast<S>(update.beta1),
+                             .take1 = static_cast<S>(1.0 - update.beta1),
+                             .keep2 = static_cast<S>(update.beta2),
+                             .take2 = static_cast<S>(1.0 - update.beta2),
+                             .step_size = static_cast<S>(lr / (1.0 - std::pow(update.beta1, step))),
+                             .correction2 = static_cast<S>(std::sqrt(1.0 - std::pow(update.beta2, step))),
+                             .epsilon = static_cast<S>(update.epsilon)};
+      run.kernels<S>().adamw(p.cols, a, p.row(i), g.row(i), m.row(i), v.row(i));
     }
   });
 }
@@ -226,15 +208,7 @@ double sum_squares(const CpuRun& run, MatrixView<const S> x) {
   std::vector<double> partial(static_cast<std::size_t>((x.rows + grain - 1) / grain));
   run.parallel_ranges(x.rows, grain, [&](Index begin, Index end) {
     double sum = 0.0;
-    for (Index i = begin; i < end; ++i) {
-      double lanes[8] = {};  // eight interleaved sums: one would wait for every addition
-      const S* row = x.row(i);
-      Index j = 0;
-      for (; j + 8 <= x.cols; j += 8)
-        for (int l = 0; l < 8; ++l) lanes[l] += static_cast<double>(row[j + l]) * static_cast<double>(row[j + l]);
-      for (; j < x.cols; ++j) lanes[0] += static_cast<double>(row[j]) * static_cast<double>(row[j]);
-      for (const double lane : lanes) sum += lane;
-    }
+    for (Index i = begin; i < end; ++i) sum += run.kernels<S>().squares(x.cols, x.row(i));
     partial[static_cast<std::size_t>(begin / grain)] = sum;
   });
   double total = 0.0;

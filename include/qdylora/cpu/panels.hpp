@@ -145,15 +145,7 @@ struct PairCells {
     const Index cols = (x.cols + 1) / 2, stride = uncrowded_stride<Cell>(cols);
     const MatrixView<Cell> cells{scratch<Cell, 10>(x.rows * stride), x.rows, cols, stride};
     run.parallel_ranges(x.rows, row_grain(x.cols), [&](Index begin, Index end) {
-      for (Index i = begin; i < end; ++i) {
-        if constexpr (std::is_same_v<T, float>) {
-          kernels.round(x.row(i), x.cols, cells.row(i));
-        } else {
-          float* row = scratch<float, 2>(x.cols);
-          for (Index j = 0; j < x.cols; ++j) row[j] = static_cast<float>(x(i, j));
-          kernels.round(row, x.cols, cells.row(i));
-        }
-      }
+      for (Index i = begin; i < end; ++i) kernels.round(row_as<float, 2>(x, i), x.cols, cells.row(i));
     });
     return cells;
   }

@@ -51,15 +51,8 @@ template <CodeFormat Format, class Scales, class T>
 void dequantize(const CpuRun& run, const QuantizedView<Format, Scales>& weight, MatrixView<T> y) {
   const CodedWeight w = coded(weight);
   run.parallel_ranges(y.rows, row_grain(y.cols), [&](Index begin, Index end) {
-    for (Index i = begin; i < end; ++i) {
-      if constexpr (std::is_same_v<T, float>) {
-        run.codes().decode(w, i * w.cols, w.cols, y.row(i));
-      } else {
-        float* row = scratch<float, 2>(w.cols);
-        run.codes().decode(w, i * w.cols, w.cols, row);
-        for (Index j = 0; j < w.cols; ++j) y(i, j) = static_cast<T>(row[j]);
-      }
-    }
+    for (Index i = begin; i < end; ++i)
+      write_row<float, 2>(y, i, Update::overwrite, [&](float* row) { run.codes().decode(w, i * w.cols, w.cols, row); });
   });
 }
 

@@ -5,6 +5,7 @@
 #include <type_traits>
 #include <utility>
 
+#include <qdylora/backend.hpp>
 #include <qdylora/core/matrix.hpp>
 #include <qdylora/cpu/kernels/kernels.hpp>
 #include <qdylora/cpu/parallel.hpp>
@@ -69,6 +70,32 @@ S* scratch(Index size) {
     block = Buffer<S>(size);
   }
   return block.data();
+}
+
+/// Row i of a view as S: in its place where it is that, else converted into scratch memory.
+template <class S, int Slot, class T>
+const S* row_as(MatrixView<const T> view, Index i) {
+  if constexpr (std::is_same_v<S, T>) {
+    return view.row(i);
+  } else {
+    S* row = scratch<S, Slot>(view.cols);
+    for (Index j = 0; j < view.cols; ++j) row[j] = static_cast<S>(view(i, j));
+    return row;
+  }
+}
+
+/// f(row) writes row i of a view as S; if it adds to what is there, `update` says so.
+template <class S, int Slot, class T, class F>
+void write_row(MatrixView<T> view, Index i, Update update, F&& f) {
+  if constexpr (std::is_same_v<S, T>) {
+    f(view.row(i));
+  } else {
+    S* row = scratch<S, Slot>(view.cols);
+    if (update == Update::accumulate)
+      for (Index j = 0; j < view.cols; ++j) row[j] = static_cast<S>(view(i, j));
+    f(row);
+    for (Index j = 0; j < view.cols; ++j) view(i, j) = static_cast<T>(row[j]);
+  }
 }
 
 /// The elements of `view` as S: the view itself where it has them, else converted into `storage`.

@@ -16,11 +16,11 @@ void rms_norm(const CpuRun& run, MatrixView<const T> x, MatrixView<const S> weig
   expect_shape("rms_norm: inverse rms", inverse, x.rows, 1);
   run.parallel_ranges(x.rows, row_grain(x.cols), [&](Index begin, Index end) {
     for (Index i = begin; i < end; ++i) {
-      double squares = 0.0;  // the residual stream of a real model reaches 2e4: its square needs the range
-      for (Index j = 0; j < x.cols; ++j) squares += static_cast<double>(x(i, j)) * static_cast<double>(x(i, j));
-      const S r = static_cast<S>(1.0 / std::sqrt(squares / static_cast<double>(x.cols) + static_cast<double>(epsilon)));
+      const S* row = row_as<S, 2>(x, i);
+      const double mean = run.kernels<S>().squares(x.cols, row) / static_cast<double>(x.cols);
+      const S r = static_cast<S>(1.0 / std::sqrt(mean + static_cast<double>(epsilon)));
       inverse(i, 0) = r;
-      for (Index j = 0; j < x.cols; ++j) y(i, j) = static_cast<T>(static_cast<S>(x(i, j)) * r * weight(0, j));
+      write_row<S, 3>(y, i, Update::overwrite, [&](S* out) { run.kernels<S>().normalize(x.cols, row, r, weight.data, out); });
     }
   });
 }
@@ -35,14 +35,12 @@ void rms_norm_backward(const CpuRun& run, MatrixView<const T> dy, MatrixView<con
   run.parallel_ranges(x.rows, row_grain(x.cols), [&](Index begin, Index end) {
     for (Index i = begin; i < end; ++i) {
       const S r = inverse(i, 0);
-      double dot = 0.0;
-      for (Index j = 0; j < x.cols; ++j)
-        dot += static_cast<double>(dy(i, j)) * static_cast<double>(weight(0, j)) * static_cast<double>(x(i, j));
-      const S mean = static_cast<S>(dot / static_cast<double>(x.cols)) * r * r;
-      for (Index j = 0; j < x.cols; ++j) {
-        const S value = r * (static_cast<S>(dy(i, j)) * weight(0, j) - static_cast<S>(x(i, j)) * mean);
-        dx(i, j) = static_cast<T>(update == Update::accumulate ? static_cast<S>(dx(i, j)) + value : value);
-      }
+      const S *d = row_as<S, 2>(dy, i), *row = row_as<S, 3>(x, i);
+      const double products = run.kernels<S>().triple_products(x.cols, d, weight.data, row);
+      const S mean = static_cast<S>(products / static_cast<double>(x.cols)) * r * r;
+      write_row<S, 4>(dx, i, update, [&](S* out) {
+        run.kernels<S>().normalize_backward(x.cols, d, row, weight.data, r, mean, out, update == Update::accumulate);
+      });
     }
   });
 }
@@ -156,10 +154,10 @@ void attention(const CpuRun& run, MatrixView<const T> q, MatrixView<const T> k, 
     for (Index i = 0; i < rows; ++i) {
       S* row = p + i * keys;
       const Index visible = block.begin + i + 1;
-      const S shift = *std::max_element(row, row + visible) * scale;
+      const S shift = kernels.largest(visible, row) * scale;
       const S sum = kernels.exp_sum(visible, row, scale, shift);
       std::fill(row + visible, row + keys, S{});
-      for (Index j = 0; j < visible; ++j) row[j] /= sum;
+      kernels.scale(visible, S{1} / sum, row);
       lse(start + block.begin + i, block.head) = shift + std::log(sum);
     }
     MatrixView<T> out{y.row(start + block.begin) + block.head * d, rows, d, y.stride};
@@ -222,9 +220,8 @@ void attention_backward(const CpuRun& run, MatrixView<const T> dy, MatrixView<co
         S* dpi = dp + i * keys;
         kernels.exp_sum(visible, pi, scale, lse(t, head));
         std::fill(pi + visible, pi + keys, S{});
-        S delta{};
-        for (Index j = 0; j < d; ++j) delta += dys(i, j) * static_cast<S>(y(t, head * d + j));
-        for (Index j = 0; j < visible; ++j) dpi[j] = pi[j] * (dpi[j] - delta) * scale;
+        const S delta = kernels.dot(d, dys.row(i), row_as<S, 9>(y.middle_cols(head * d, d), t));
+        kernels.softmax_backward(visible, pi, delta, scale, dpi);
         std::fill(dpi + visible, dpi + keys, S{});
       }
       kernels.gemm(keys, d, rows, p, 1, keys, dys.data, dys.stride, dvs.data, dvs.stride, true);
@@ -276,9 +273,9 @@ void attention_decode(const CpuRun& run, MatrixView<const T> q, std::span<const 
     const auto vs = head_part<S, 4>(cache_v, 0, length, head / group, d);
     S* p = scratch<S, 6>(length);
     for (Index j = 0; j < length; ++j) p[j] = kernels.dot(d, qs.data, ks.row(j));
-    const S shift = *std::max_element(p, p + length) * scale;
+    const S shift = kernels.largest(length, p) * scale;
     const S sum = kernels.exp_sum(length, p, scale, shift);
-    for (Index j = 0; j < length; ++j) p[j] /= sum;
+    kernels.scale(length, S{1} / sum, p);
     S* result = scratch<S, 7>(d);
     kernels.gemm(1, d, length, p, length, 1, vs.data, vs.stride, result, d, false);
     for (Index j = 0; j < d; ++j) y(s, head * d + j) = static_cast<T>(result[j]);
@@ -302,11 +299,11 @@ void cross_entropy(const CpuRun& run, MatrixView<S> logits, std::span<const std:
       return;
     }
     const S chosen = row[target];
-    const S shift = *std::max_element(row, row + logits.cols);
-    const S sum = run.kernels<S>().exp_sum(logits.cols, row, S{1}, shift);
+    const auto& kernels = run.kernels<S>();
+    const S shift = kernels.largest(logits.cols, row);
+    const S sum = kernels.exp_sum(logits.cols, row, S{1}, shift);
     losses(i, 0) = shift - chosen + std::log(sum);
-    const S factor = static_cast<S>(scale) / sum;
-    for (Index j = 0; j < logits.cols; ++j) row[j] *= factor;
+    kernels.scale(logits.cols, static_cast<S>(scale) / sum, row);
     row[target] -= static_cast<S>(scale);
   });
 }

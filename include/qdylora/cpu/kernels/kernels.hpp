@@ -18,14 +18,32 @@ namespace qdylora::detail {
 /// Outputs that stand side by side in a panel, the form in which products take a weight: [depth][panel_width].
 inline constexpr Index panel_width = 32;
 
+/// What AdamWUpdate (backend.hpp) means for one row.
+template <class S>
+struct AdamWRow {
+  S gradient_scale, decay, keep1, take1, keep2, take2, step_size, correction2, epsilon;
+};
+
 template <class S>
 struct KernelTable {
   /// c[m, n] (+)= sum_k a[m * a_row + k * a_depth] * b[k * b_depth + n]
   void (*gemm)(Index m, Index n, Index depth, const S* a, Index a_row, Index a_depth, const S* b, Index b_depth, S* c, Index c_row,
                bool accumulate);
+  // along rows: kernels/rows.inc
   S (*dot)(Index count, const S* a, const S* b);
+  double (*squares)(Index count, const S* x);
+  double (*triple_products)(Index count, const S* a, const S* b, const S* c);
+  S (*largest)(Index count, const S* x);
   S (*exp_sum)(Index count, S* x, S scale, S shift);
-  void (*sigmoid)(Index count, const S* x, S* y);
+  void (*softmax_backward)(Index count, const S* p, S delta, S scale, S* dx);
+  void (*scale)(Index count, S factor, S* x);
+  void (*add)(Index count, const S* x, S* y);
+  void (*multiply)(Index count, const S* a, const S* b, S* y);
+  void (*normalize)(Index count, const S* x, S r, const S* w, S* y);
+  void (*normalize_backward)(Index count, const S* dy, const S* x, const S* w, S r, S mean, S* dx, bool accumulate);
+  void (*swiglu)(Index count, const S* gate, const S* up, S* y);
+  void (*swiglu_backward)(Index count, const S* dy, const S* gate, const S* up, S* dgate, S* dup);
+  void (*adamw)(Index count, const AdamWRow<S>& row, S* p, const S* gradient, S* m, S* v);
 };
 
 /// Forward products of few tokens in one class of arithmetic, by 1, 4 or 16 tokens (kernels/few.inc). Empty where the set has none.
@@ -94,6 +112,7 @@ namespace generic {
 #define QDYLORA_TILE_VECTORS 2
 #include <qdylora/cpu/kernels/body.inc>
 #include <qdylora/cpu/kernels/generic.inc>
+#include <qdylora/cpu/kernels/rows.inc>
 #include <qdylora/cpu/kernels/codes.inc>
 #undef QDYLORA_VECTOR_BYTES
 #undef QDYLORA_TILE_ROWS
@@ -110,6 +129,7 @@ namespace avx2 {
 #define QDYLORA_TILE_VECTORS 2
 #include <qdylora/cpu/kernels/body.inc>
 #include <qdylora/cpu/kernels/avx2.inc>
+#include <qdylora/cpu/kernels/rows.inc>
 #include <qdylora/cpu/kernels/codes.inc>
 #include <qdylora/cpu/kernels/few.inc>
 #undef QDYLORA_VECTOR_BYTES
@@ -137,6 +157,7 @@ namespace avx512 {
 #define QDYLORA_TILE_VECTORS 2
 #include <qdylora/cpu/kernels/body.inc>
 #include <qdylora/cpu/kernels/avx512.inc>
+#include <qdylora/cpu/kernels/rows.inc>
 #include <qdylora/cpu/kernels/avx512_gather.inc>
 #include <qdylora/cpu/kernels/codes.inc>
 #include <qdylora/cpu/kernels/few.inc>
