@@ -1,5 +1,5 @@
-// A whole training step of a model of SmolLM2-135M's shape with random weights: forward, backward, clipping and AdamW, adapters of rank 64
-// on all linear layers, one sequence of 256 tokens, in float32 or with 16-bit products. peers/train_step.py is the same step in PyTorch,
+// A whole training step of a model of SmolLM2-135M's shape with random weights, its embedding in the 8 bits of its GGUF file: forward,
+// backward, clipping and AdamW, adapters of rank 64 on all linear layers, one sequence of 256 tokens, in float32 or with 16-bit products. peers/train_step.py is the same step in PyTorch,
 // PEFT and bitsandbytes.
 #include "common.hpp"
 
@@ -32,7 +32,7 @@ std::shared_ptr<const DecoderWeights<float>> random_weights(const Cpu& cpu) {
     for (float& x : m.span()) x = 1.0f;
     return m;
   };
-  weights->embedding = bench::normal_matrix(c.vocab, c.width, 0.02f, 2);
+  weights->embedding = quantize<INT8, Float32Scales>(bench::normal_matrix(c.vocab, c.width, 0.02f, 2).view(), {.block_size = 32});
   weights->final_norm = ones();
   const auto shapes = c.linear_shapes();
   for (Index i = 0; i < c.layers; ++i) {
@@ -46,7 +46,7 @@ std::shared_ptr<const DecoderWeights<float>> random_weights(const Cpu& cpu) {
             for (Index r = 0; r < out.rows; ++r)
               for (Index j = 0; j < out.cols; ++j) out(r, j) = 0.02f * rng.normal();
           },
-          [&](Index count, auto&& f) { cpu.parallel_for(count, f); });
+          cpu);
     weights->blocks.push_back(std::move(block));
   }
   return weights;

@@ -64,8 +64,7 @@ int quantize_file(const std::string& in, const std::string& out, BaseOptions opt
     }
     weights.push_back(at_tensor(in, t.name, [&] {
       return make_base_weight(
-          t.shape[0], t.shape[1], options, [&](Index first, MatrixView<float> rows) { file.read_rows(t.name, first, rows); },
-          [&](Index tasks, auto&& f) { cpu.parallel_for(tasks, f); });
+          t.shape[0], t.shape[1], options, [&](Index first, MatrixView<float> rows) { file.read_rows(t.name, first, rows); }, cpu);
     }));
     const auto& weight = *weights.back();
     add_bnb_4bit(writer, states, t.name, weight, t.dtype);

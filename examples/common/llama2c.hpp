@@ -131,7 +131,7 @@ std::shared_ptr<const DecoderWeights<float>> load_llama2c(const std::filesystem:
           [&](Index first, MatrixView<float> out) {
             file.read(begin + 4 * static_cast<std::uint64_t>(first) * static_cast<std::uint64_t>(cols), out, tensor);
           },
-          [&](Index count, auto&& f) { backend.parallel_for(count, f); });
+          backend);
     }
   };
   weights->embedding = dense("embedding", c.vocab, c.width);

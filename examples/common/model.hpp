@@ -92,7 +92,7 @@ inline OpenModel toy_model(BaseOptions options, const Cpu& cpu, std::uint64_t se
       const auto w = normal(shapes[p].first, shapes[p].second, 0.6f / std::sqrt(static_cast<float>(shapes[p].second)));
       block->linear[p] = make_base_weight(
           w.rows(), w.cols(), options, [&](Index first, MatrixView<float> out) { copy(w.view().middle_rows(first, out.rows), out); },
-          [&](Index count, auto&& f) { cpu.parallel_for(count, f); });
+          cpu);
     }
     weights->blocks.push_back(std::move(block));
   }

@@ -150,8 +150,10 @@ concept HasActivation = requires(const B b, MatrixView<const T> x, MatrixView<T>
 };
 
 template <class B, class T>
-concept HasEmbedding = requires(const B b, std::span<const std::int32_t> ids, MatrixView<const Accumulator<T>> table, MatrixView<T> y) {
-  b.embed(ids, table, y);      // y[i] = table[ids[i]]; an id outside the table is Errc::bad_argument
+concept HasEmbedding = requires(const B b, std::span<const std::int32_t> ids, MatrixView<const Accumulator<T>> table,
+                                const QuantizedView<INT8, Float32Scales> coded, MatrixView<T> y) {
+  b.embed(ids, table, y);  // y[i] = table[ids[i]]; an id outside the table is Errc::bad_argument
+  b.embed(ids, coded, y);
 };
 
 /// Some rows of an activation: the positions whose loss counts.

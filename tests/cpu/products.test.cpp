@@ -7,6 +7,10 @@ TEMPLATE_TEST_CASE("products with quantized weights are the reference's", "[cpu]
   each_isa([](const qd::Cpu& cpu) { test::quantized_products<qd::Cpu, TestType>(cpu); });
 }
 
+TEMPLATE_TEST_CASE("products of few outputs and long sums are the reference's", "[cpu]", float, qd::bfloat16) {
+  each_isa([](const qd::Cpu& cpu) { test::products_of_long_sums<qd::Cpu, TestType>(cpu); });
+}
+
 TEMPLATE_TEST_CASE("products with dense weights are the reference's", "[cpu]", float, double, qd::bfloat16, qd::half) {
   each_isa([](const qd::Cpu& cpu) {
     test::dense_products<qd::Cpu, TestType>(cpu);

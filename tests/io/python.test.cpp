@@ -201,8 +201,8 @@ TEST_CASE("transformers and PEFT compute our logits from saved adapters, whichev
   models[0]->head = random("lm_head.weight", 64, 32, 0.2);
   models[0]->final_norm = random("model.norm.weight", 1, 32, 0.1, 1.0f);
   models[0]->config = config;
-  models[1]->embedding = qd::clone(models[0]->embedding.view());
-  models[1]->head = qd::clone(models[0]->head.view());
+  models[1]->embedding = qd::clone(models[0]->embedding.get<qd::Matrix<float>>().view());
+  models[1]->head = qd::clone(models[0]->head.get<qd::Matrix<float>>().view());
   models[1]->final_norm = qd::clone(models[0]->final_norm.view());
   models[1]->config = config;
   models[1]->config.rope_layout = qd::RopeLayout::interleaved;

@@ -34,7 +34,7 @@ std::shared_ptr<const Any> store(const qd::Matrix<float>& dense, qd::BaseOptions
         if (calls != nullptr) calls->push_back({first, out.rows});
         qd::copy(dense.view().middle_rows(first, out.rows), out);
       },
-      [&](Index count, auto&& f) { cpu.parallel_for(count, f); });
+      cpu);
 }
 
 template <class Tensor>
@@ -114,7 +114,7 @@ TEST_CASE("what a base weight cannot be made of is refused") {
   // The reader's errors pass.
   CHECK(code_of([&] {
           qd::make_base_weight(
-              4, 64, {}, [](Index, qd::MatrixView<float>) { throw qd::Error(Errc::read, "no"); }, qd::SerialFor{});
+              4, 64, {}, [](Index, qd::MatrixView<float>) { throw qd::Error(Errc::read, "no"); }, qd::Cpu{});
         }) == Errc::read);
 }
 

@@ -200,7 +200,7 @@ TEST_CASE("logits, losses and streams of a batch belong together") {
   model.loss_and_gradient(batch, 1.0);
   for (Index t = 0; t < batch.tokens(); ++t)
     for (Index j = 0; j < 12; ++j)
-      CHECK(model.stream(0)(t, j) == model.weights()->embedding(batch.ids[static_cast<std::size_t>(t)], j));
+      CHECK(model.stream(0)(t, j) == model.weights()->embedding.template get<qd::Matrix<double>>()(batch.ids[static_cast<std::size_t>(t)], j));
   // The head's input is the last stream, normalized.
   for (Index t = 0; t < batch.tokens(); ++t) {
     double squares = 0.0;
@@ -208,7 +208,7 @@ TEST_CASE("logits, losses and streams of a batch belong together") {
     double logit = 0.0;
     for (Index j = 0; j < 12; ++j)
       logit +=
-          model.stream(2)(t, j) / std::sqrt(squares / 12 + 1e-5) * model.weights()->final_norm(0, j) * model.weights()->head(4, j);
+          model.stream(2)(t, j) / std::sqrt(squares / 12 + 1e-5) * model.weights()->final_norm(0, j) * model.weights()->head.get<qd::Matrix<double>>()(4, j);
     CHECK(logit == Approx(logits(t, 4)).epsilon(1e-6).margin(1e-8));
   }
 }
@@ -297,7 +297,7 @@ TEST_CASE("a decoder of weights that do not fit its shape is refused") {
     CHECK(std::string(error->what()).find(word) != std::string::npos);
   };
   using Weights = qd::DecoderWeights<float>;
-  refused([](Weights& w) { w.embedding.resize(16, 12); }, Errc::shape_mismatch, "embedding");
+  refused([](Weights& w) { w.embedding = qd::Matrix<float>(16, 12); }, Errc::shape_mismatch, "embedding");
   refused([](Weights& w) { w.final_norm.resize(1, 11); }, Errc::shape_mismatch, "final norm");
   refused([](Weights& w) { w.config.tied_head = false; }, Errc::shape_mismatch, "head");
   refused([](Weights& w) { w.blocks.pop_back(); }, Errc::bad_config, "blocks");

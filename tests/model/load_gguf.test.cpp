@@ -23,7 +23,7 @@ using Float = qd::Matrix<float>;
 namespace {
 
 constexpr qd::BaseOptions float32{.format = qd::BaseFormat::float32, .double_quant = true, .block_size = 64};
-constexpr std::uint32_t f32 = 0, f16 = 1, bf16 = 30;  // ggml's numbers of types
+constexpr std::uint32_t f32 = 0, f16 = 1, q8_0 = 8, bf16 = 30;  // ggml's numbers of types
 
 struct Tensor {
   std::vector<Index> shape;  // slowest first
@@ -47,8 +47,8 @@ struct Fixture {
                {"llama.rope.dimension_count", u32(c.heads.head_dim)}};
     reals = {{"llama.rope.freq_base", static_cast<float>(c.rope_base)}, {"llama.attention.layer_norm_rms_epsilon", c.norm_epsilon}};
     texts = {{"general.architecture", "llama"}};
-    vector_or_matrix("token_embd.weight", w.embedding);
-    if (!c.tied_head) vector_or_matrix("output.weight", w.head);
+    vector_or_matrix("token_embd.weight", w.embedding.get<Float>());
+    if (!c.tied_head) vector_or_matrix("output.weight", w.head.get<Float>());
     vector_or_matrix("output_norm.weight", w.final_norm);
     constexpr const char* names[] = {"attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"};
     for (std::size_t i = 0; i < w.blocks.size(); ++i) {
@@ -78,8 +78,12 @@ struct Fixture {
       bytes.text(name).u32(static_cast<std::uint32_t>(tensor.shape.size()));
       for (std::size_t d = tensor.shape.size(); d-- > 0;) bytes.u64(static_cast<std::uint64_t>(tensor.shape[d]));
       bytes.u32(tensor.type).u64(data.size());
-      for (const float x : tensor.values) {
-        if (tensor.type == f32) data.number(x);
+      for (std::size_t i = 0; i < tensor.values.size(); ++i) {
+        const float x = tensor.values[i];
+        if (tensor.type == q8_0) {  // values are a scale, then 32 codes
+          if (i % 33 == 0) data.number(qd::half(x).bits);
+          else data.number(static_cast<std::int8_t>(x));
+        } else if (tensor.type == f32) data.number(x);
         else data.number(tensor.type == f16 ? qd::half(x).bits : qd::bfloat16(x).bits);
       }
       data.pad(32);
@@ -151,6 +155,57 @@ TEST_CASE("a GGUF file in half precision is the model of its rounded weights") {
     CHECK(test::same_bits(found.view(), expected.view()));
     CHECK_FALSE(test::same_bits(found.view(), logits_of(weights).view()));
   }
+}
+
+TEST_CASE("tables in Q8_0 stay in 8 bits and keep their values") {
+  const test::TemporaryFolder folder;
+  auto config = config_of(false);
+  config.width = 32;
+  config.heads = {4, 2, 8};
+  Fixture coded(*test::tiny_weights<float>(config)), decoded = coded;
+  qd::Rng rng(5);
+  for (const char* name : {"token_embd.weight", "output.weight"}) {
+    auto& q = coded.tensors[name];
+    auto& x = decoded.tensors[name].values;
+    q.type = q8_0;
+    q.values.clear();
+    for (std::size_t row = 0; row < 17; ++row) {
+      const auto d = static_cast<float>(qd::half(row == 3 ? 0.0f : 0.01f * rng.uniform()));
+      q.values.push_back(d);
+      for (std::size_t j = 0; j < 32; ++j) {
+        q.values.push_back(static_cast<float>(rng.below(256)) - 128.0f);
+        x[32 * row + j] = d * q.values.back();
+      }
+    }
+  }
+  coded.write(folder / "coded.gguf");
+  decoded.write(folder / "decoded.gguf");
+  const auto weights = qd::load_gguf(qd::GgufFile(folder / "coded.gguf"), float32);
+  const auto expected = qd::load_gguf(qd::GgufFile(folder / "decoded.gguf"), float32);
+  using Coded = qd::QuantizedTensor<qd::INT8, qd::Float32Scales>;
+  double worst = 0.0;
+  for (const auto table : {&qd::DecoderWeights<float>::embedding, &qd::DecoderWeights<float>::head}) {
+    const auto& found = ((*weights).*table).get<Coded>();
+    const auto& dense = ((*expected).*table).get<Float>();
+    for (Index i = 0; i < 17; ++i)
+      for (Index j = 0; j < 32; ++j)
+        worst = std::max(worst, std::fabs(static_cast<double>(found.view()(i, j)) - static_cast<double>(dense(i, j))) /
+                                    std::max(1e-30, std::fabs(static_cast<double>(dense(i, j)))));
+  }
+  CHECK(worst < 2.5e-7);
+  CHECK(weights->table_bytes() == 2 * (17 * 32 + 17 * 4));
+  const auto a = logits_of(weights), b = logits_of(expected);
+  double distance = 0.0;
+  for (Index i = 0; i < a.size(); ++i) distance = std::max(distance, static_cast<double>(std::fabs(a.data()[i] - b.data()[i])));
+  CHECK(distance < 1e-5);
+
+  coded.tensors["output.weight"].values[33] = std::numeric_limits<float>::infinity();
+  coded.write(folder / "coded.gguf");
+  const auto error = error_of([&] { qd::load_gguf(qd::GgufFile(folder / "coded.gguf"), float32); });
+  REQUIRE(error);
+  CHECK(error->code() == Errc::non_finite);
+  CHECK(error->tensor() == "output.weight");
+  CHECK(std::string(error->what()).find("block 1") != std::string::npos);
 }
 
 TEST_CASE("a GGUF file is quantized while it is read, as its weights would be") {

@@ -39,8 +39,8 @@ Tensors tensors_of(const qd::DecoderWeights<float>& w) {
     tensors[name] = {vector ? std::vector<Index>{m.cols()} : std::vector<Index>{m.rows(), m.cols()},
                      {m.span().begin(), m.span().end()}};
   };
-  add("model.embed_tokens.weight", w.embedding);
-  if (!w.config.tied_head) add("lm_head.weight", w.head);
+  add("model.embed_tokens.weight", w.embedding.get<Float>());
+  if (!w.config.tied_head) add("lm_head.weight", w.head.get<Float>());
   add("model.norm.weight", w.final_norm);
   for (std::size_t i = 0; i < w.blocks.size(); ++i) {
     const std::string prefix = "model.layers." + std::to_string(i) + ".";

@@ -59,14 +59,14 @@ Bytes checkpoint(const qd::DecoderWeights<float>& w) {
   const auto linears = [&](std::size_t p) {
     for (const auto& block : w.blocks) matrix(std::get<qd::Matrix<float>>(block->linear[p]->storage()));
   };
-  matrix(w.embedding);
+  matrix(w.embedding.get<qd::Matrix<float>>());
   for (const auto& block : w.blocks) matrix(block->attention_norm);
   for (std::size_t p = 0; p < 4; ++p) linears(p);
   for (const auto& block : w.blocks) matrix(block->mlp_norm);
   for (const auto p : {qd::Projection::gate, qd::Projection::down, qd::Projection::up}) linears(static_cast<std::size_t>(p));
   matrix(w.final_norm);
   for (Index i = 0; i < c.context * c.heads.head_dim; ++i) bytes.number(7.0f);  // never used
-  matrix(w.head);
+  matrix(w.head.get<qd::Matrix<float>>());
   return bytes;
 }
 

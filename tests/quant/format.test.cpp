@@ -95,6 +95,24 @@ TEST_CASE("INT4 has 15 levels of 1/7 and never writes code 0") {
   CHECK(qd::INT4::encode(-1.0f) == 1);
 }
 
+TEST_CASE("INT8 is a number of 127ths in two's complement, rounded to the nearest") {
+  for (int level = -127; level <= 127; ++level) {
+    const auto code = static_cast<std::uint8_t>(level);
+    const float v = static_cast<float>(level) / 127.0f;
+    CHECK(qd::INT8::encode(v) == code);
+    CHECK(test::ulps_between(qd::INT8::values[code], v) <= 1);
+  }
+  CHECK(qd::INT8::values[0x80] < -1.0f);  // Q8_0 may hold it; it is never written
+  CHECK(qd::INT8::encode(std::numeric_limits<float>::quiet_NaN()) == 0);
+  float worst = 0.0f;
+  for (int i = -100000; i <= 100000; ++i) {
+    const float v = static_cast<float>(i) / 100000.0f;
+    worst = std::max(worst, std::fabs(qd::INT8::values[qd::INT8::encode(v)] - v));
+  }
+  CHECK(worst <= 0.50001f / 127.0f);
+  CHECK(worst >= 0.499f / 127.0f);
+}
+
 TEMPLATE_TEST_CASE("4-bit encoders agree with the oracle on midpoints, their neighbours and a million others", "", qd::NF4, qd::FP4,
                    qd::INT4) {
   int wrong = 0;
@@ -107,7 +125,7 @@ TEMPLATE_TEST_CASE("4-bit encoders agree with the oracle on midpoints, their nei
 }
 
 TEMPLATE_TEST_CASE("8-bit encoders agree with the oracle on midpoints, their neighbours and others", "", qd::DynamicMap8,
-                   qd::DynamicMapU8, qd::FP8E4M3, qd::FP8E5M2) {
+                   qd::DynamicMapU8, qd::INT8, qd::FP8E4M3, qd::FP8E5M2) {
   int wrong = 0;
   for (const float v : probes<TestType>(10000)) {
     const int code = TestType::encode(v), expected = qd::reference::nearest_code<TestType>(v);
@@ -118,8 +136,8 @@ TEMPLATE_TEST_CASE("8-bit encoders agree with the oracle on midpoints, their nei
   CHECK(wrong == 0);
 }
 
-TEMPLATE_TEST_CASE("every finite table value encodes to a code of that value", "", qd::NF4, qd::FP4, qd::INT4, qd::FP8E4M3,
-                   qd::FP8E5M2, qd::DynamicMap8, qd::DynamicMapU8) {
+TEMPLATE_TEST_CASE("every finite table value encodes to a code of that value", "", qd::NF4, qd::FP4, qd::INT4, qd::INT8,
+                   qd::FP8E4M3, qd::FP8E5M2, qd::DynamicMap8, qd::DynamicMapU8) {
   for (std::size_t code = std::is_same_v<TestType, qd::INT4> ? 1 : 0; code < TestType::values.size(); ++code) {
     const float v = TestType::values[code];
     if (!std::isfinite(v)) continue;

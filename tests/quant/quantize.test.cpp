@@ -272,7 +272,8 @@ TEST_CASE("a rectangle outside the tensor is an error") {
   CHECK(code(std::numeric_limits<Index>::max(), 0) == Errc::shape_mismatch);
 }
 
-TEMPLATE_TEST_CASE("quantizing decoded weights again changes nothing", "", qd::NF4, qd::FP4, qd::INT4, qd::FP8E4M3, qd::FP8E5M2) {
+TEMPLATE_TEST_CASE("quantizing decoded weights again changes nothing", "", qd::NF4, qd::FP4, qd::INT4, qd::INT8, qd::FP8E4M3,
+                   qd::FP8E5M2) {
   const auto once = qd::quantize<TestType, PlainScales>(test::normal_matrix<float>(64, 65, 11).view());
   const auto values = decoded(once);
   const auto twice = qd::quantize<TestType, PlainScales>(values.view());
@@ -346,7 +347,7 @@ TEST_CASE("a refused chunk leaves nothing behind") {
   CHECK(same_tensor(std::move(quantizer).finish(), qd::quantize(x.view())));
 }
 
-TEMPLATE_TEST_CASE("under propagate a NaN makes its block NaN and no other", "", qd::NF4, qd::FP4, qd::INT4, qd::FP8E4M3,
+TEMPLATE_TEST_CASE("under propagate a NaN makes its block NaN and no other", "", qd::NF4, qd::FP4, qd::INT4, qd::INT8, qd::FP8E4M3,
                    qd::FP8E5M2) {
   for (const Index count : {Index{256}, Index{230}}) {
     auto x = test::normal_matrix<float>(1, count, 15);

@@ -78,7 +78,7 @@ std::shared_ptr<qdylora::DecoderWeights<Acc>> tiny_weights(
       block->linear[p] = qdylora::make_base_weight(
           dense.rows(), dense.cols(), options,
           [&](Index first, MatrixView<float> out) { qdylora::copy(dense.view().middle_rows(first, out.rows), out); },
-          qdylora::SerialFor{});
+          qdylora::Cpu{});
       if (biases) block->bias[p] = qdylora::clone(normal_matrix<Acc>(1, dense.rows(), 50 + seed + p, 0.3).view());
     }
     weights->blocks.push_back(std::move(block));

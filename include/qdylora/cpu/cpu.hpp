@@ -181,8 +181,8 @@ class Cpu {
   void gelu_backward(In<T> dy, In<T> x, MatrixView<T> dx) const {
     detail::gelu_backward(run_, dy, x, dx);
   }
-  template <class T>
-  void embed(std::span<const std::int32_t> ids, In<Accumulator<T>> table, MatrixView<T> y) const {
+  template <class T, class Table>
+  void embed(std::span<const std::int32_t> ids, const Table& table, MatrixView<T> y) const {
     detail::embed(run_, ids, table, y);
   }
   template <class T>

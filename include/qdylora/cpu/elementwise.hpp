@@ -137,16 +137,23 @@ void gelu_backward(const CpuRun& run, MatrixView<const T> dy, MatrixView<const T
   });
 }
 
-template <class S, class T>
-void embed(const CpuRun& run, std::span<const std::int32_t> ids, MatrixView<const S> table, MatrixView<T> y) {
+/// Rows of a dense table, or of a quantized one.
+template <class T, class Table>
+void embed(const CpuRun& run, std::span<const std::int32_t> ids, const Table& table, MatrixView<T> y) {
   expect_shape("embed: y", y, static_cast<Index>(ids.size()), table.cols);
   for (std::size_t i = 0; i < ids.size(); ++i)
     QDYLORA_EXPECTS(ids[i] >= 0 && ids[i] < table.rows, bad_argument,
                     "embed: token id " + std::to_string(ids[i]) + " at position " + std::to_string(i) + " is outside the table of " +
                         std::to_string(table.rows));
   run.parallel_ranges(y.rows, row_grain(y.cols), [&](Index begin, Index end) {
-    for (Index i = begin; i < end; ++i)
-      for (Index j = 0; j < y.cols; ++j) y(i, j) = static_cast<T>(table(ids[static_cast<std::size_t>(i)], j));
+    for (Index i = begin; i < end; ++i) {
+      const Index id = ids[static_cast<std::size_t>(i)];
+      if constexpr (requires { table.codes; })
+        write_row<float, 2>(y, i, Update::overwrite,
+                            [&](float* row) { run.codes().decode(coded(table), id * table.cols, table.cols, row); });
+      else
+        for (Index j = 0; j < y.cols; ++j) y(i, j) = static_cast<T>(table(id, j));
+    }
   });
 }
 

@@ -154,43 +154,66 @@ struct PairCells {
   }
 };
 
+/// How many tasks share a sum. Where outputs are few and sums are long, as in the gradient through a head, tasks by outputs alone would each
+/// read all of x.
+constexpr Index depth_parts(Index outputs, Index depth) noexcept {
+  return depth >= 8192 && depth >= 16 * outputs ? std::min<Index>(depth / 4096, 8) : 1;
+}
+
+constexpr Index rounded_up(Index x, Index unit) noexcept { return (x + unit - 1) / unit * unit; }
+
 /// y [m, outputs] (+)= x [m, depth] . panels
 template <class S, class Cells, class Panels, class T, class Y>
 void multiply_panels(const CpuRun& run, const Cells& cells, const Panels& panels, Index task_outputs, Index group_tokens,
                      MatrixView<const T> x, MatrixView<Y> y, Update update) {
   using Cell = typename Cells::Cell;
+  constexpr Index panel_depth = panel_cells * Cells::numbers;
   const MatrixView<const Cell> input = cells.prepare(run, x);
   const Index outputs = panels.outputs(), depth = panels.depth();
+  const Index parts = depth_parts(outputs, depth);
+  const Index part_depth = rounded_up((std::max<Index>(depth, 1) + parts - 1) / parts, panel_depth);
+  if (parts > 1) task_outputs = rounded_up(outputs / ((outputs + 319) / 320), panel_width);  // panels of a task: in its second-level cache
   const Index blocks = (outputs + task_outputs - 1) / task_outputs;
   const Index groups = (x.rows + group_tokens - 1) / group_tokens;
-  run.parallel_for(blocks * groups, [&](Index task) {
-    const Index first = task / groups * task_outputs;
+  const Index sum_stride = uncrowded_stride<S>(rounded_up(outputs, panel_width));
+  S* sums = parts > 1 ? scratch<S, 12>(parts * x.rows * sum_stride) : nullptr;
+  run.parallel_for(blocks * groups * parts, [&](Index task) {
+    const Index first = task / groups / parts * task_outputs;
     const Index width = std::min(task_outputs, outputs - first);
-    const Index token = task % groups * group_tokens;
+    const Index token = task / parts % groups * group_tokens;
     const Index tokens = std::min(group_tokens, x.rows - token);
-    const bool direct =
-        std::is_same_v<Y, S> && width % panel_width == 0 && !crowds_cache(y.stride * static_cast<Index>(sizeof(S)));
-    const Index padded = (width + panel_width - 1) / panel_width * panel_width;
+    const Index begin = task % parts * part_depth, end = std::min(depth, begin + part_depth);
+    const bool direct = parts == 1 && std::is_same_v<Y, S> && width % panel_width == 0 &&
+                        !crowds_cache(y.stride * static_cast<Index>(sizeof(S)));
+    const Index padded = rounded_up(width, panel_width);
     MatrixView<S> out;
     if constexpr (std::is_same_v<Y, S>)
       if (direct) out = {y.row(token) + first, tokens, width, y.stride};
-    if (!direct) out = {scratch<S, 1>(tokens * padded), tokens, padded};
-    constexpr Index panel_depth = panel_cells * Cells::numbers;
+    if (parts > 1) out = {sums + (task % parts * x.rows + token) * sum_stride + first, tokens, width, sum_stride};
+    else if (!direct) out = {scratch<S, 1>(tokens * padded), tokens, padded};
     Cell* panel = scratch<Cell, 0>(padded * panel_cells);
-    for (Index k = 0; k < std::max<Index>(depth, 1); k += panel_depth) {
-      const Index part = std::min(panel_depth, depth - k);
+    for (Index k = begin; k < std::max(end, begin + 1); k += panel_depth) {
+      const Index part = std::clamp<Index>(end - k, 0, panel_depth);
       const Index here = (part + Cells::numbers - 1) / Cells::numbers;
       for (Index p = 0; p < width; p += panel_width)
         panels.fill(first + p, std::min(panel_width, width - p), k, part, panel + p * panel_cells);
-      const bool add = k > 0 || (direct && update == Update::accumulate);
+      const bool add = k > begin || (direct && update == Update::accumulate);
       for (Index m = 0; m < tokens; m += token_block)
         for (Index p = 0; p < width; p += panel_width)
-          cells.gemm(std::min(token_block, tokens - m), width - p > panel_width / 2 ? panel_width : panel_width / 2, here, input.row(token + m) + k / Cells::numbers, input.stride,
-                     panel + p * panel_cells, out.row(m) + p, out.stride, add);
+          cells.gemm(std::min(token_block, tokens - m), width - p > panel_width / 2 ? panel_width : panel_width / 2, here,
+                     input.row(token + m) + k / Cells::numbers, input.stride, panel + p * panel_cells, out.row(m) + p, out.stride, add);
     }
-    if (!direct)
+    if (!direct && parts == 1)
       for (Index m = 0; m < tokens; ++m)
         for (Index j = 0; j < width; ++j) store(y(token + m, first + j), out(m, j), update);
+  });
+  if (parts == 1) return;
+  run.parallel_ranges(x.rows, row_grain(parts * outputs), [&](Index begin, Index end) {
+    for (Index m = begin; m < end; ++m) {
+      S* sum = sums + m * sum_stride;
+      for (Index p = 1; p < parts; ++p) run.kernels<S>().add(outputs, sums + (p * x.rows + m) * sum_stride, sum);
+      for (Index j = 0; j < outputs; ++j) store(y(m, j), sum[j], update);
+    }
   });
 }
 

@@ -5,12 +5,26 @@
 
 namespace qdylora::detail {
 
-inline constexpr Index few_dots = 8;        // below this, with weights that have no such kernels, dot products
+inline constexpr Index few_dots = 8;  // below this, weights that have no kernels for few tokens are multiplied row by row
 
 // ---- dense weights -----------------------------------------------------------------------------------------------------------------
 
 template <class W>
 using ConstView = MatrixView<const typename std::remove_const<std::remove_pointer_t<decltype(W::data)>>::type>;
+
+/// Row n of a weight as S.
+template <class S, class W>
+const S* weight_row(const CpuRun& run, const W& w, Index n) {
+  if constexpr (is_dense<W>) {
+    return row_as<S, 0>(ConstView<W>(w), n);
+  } else {
+    S* row = scratch<S, 0>(w.cols);
+    if constexpr (std::is_same_v<S, float>) run.codes().decode(coded(w), n * w.cols, w.cols, row);
+    else
+      for (Index k = 0; k < w.cols; ++k) row[k] = static_cast<S>(w(n, k));
+    return row;
+  }
+}
 
 /// y [m, rows] (+)= x [m, cols] . w^T by dot products: a weight is read once, and few tokens with it.
 template <class S, class T, class W, class Y>
@@ -18,19 +32,38 @@ void multiply_dots(const CpuRun& run, MatrixView<const T> x, const W& w, MatrixV
   Matrix<S> storage;
   const MatrixView<const S> input = as_scalar<S>(x, storage);
   const auto& kernels = run.kernels<S>();
+  if constexpr (!is_dense<W> && std::is_same_v<S, float>) {
+    const CodedWeight c = coded(w);
+    if (c.byte_step != 0.0f && c.whole_blocks() && c.cols > 0) {
+      run.parallel_ranges(w.rows, 8 * row_grain(w.cols), [&](Index begin, Index end) {
+        const Index rows = end - begin;
+        float* sums = scratch<float, 0>(4 * rows);
+        for (Index t = 0; t < x.rows;) {
+          const Index tokens = x.rows - t >= 4 ? 4 : 1;
+          run.codes().number_dots[tokens / 4](c, begin, rows, input.row(t), input.stride, sums);
+          for (Index i = 0; i < rows; ++i)
+            for (Index m = 0; m < tokens; ++m) store(y(t + m, begin + i), sums[i * tokens + m], update);
+          t += tokens;
+        }
+      });
+      return;
+    }
+  }
   run.parallel_ranges(w.rows, row_grain(w.cols), [&](Index begin, Index end) {
     for (Index n = begin; n < end; ++n) {
-      const S* row;
-      if constexpr (std::is_same_v<ConstView<W>, MatrixView<const S>>) {
-        row = w.row(n);
-      } else {
-        S* converted = scratch<S, 0>(w.cols);
-        for (Index k = 0; k < w.cols; ++k) converted[k] = static_cast<S>(w(n, k));
-        row = converted;
-      }
+      const S* row = weight_row<S>(run, w, n);
       for (Index t = 0; t < x.rows; ++t) store(y(t, n), kernels.dot(w.cols, row, input.row(t)), update);
     }
   });
+}
+
+/// Few tokens with a dense weight, or one in codes of 8 bits. Those of INT8 are numbers, which 16-bit arithmetic would only make slower.
+template <class W>
+constexpr bool goes_by_rows(Index tokens, Compute compute) noexcept {
+  if (tokens >= few_dots) return false;
+  if constexpr (is_dense<W>) return true;
+  else if constexpr (std::is_same_v<typename W::format, INT8>) return compute != Compute::int8;
+  else return W::format::bits == 8 && compute == Compute::exact;
 }
 
 template <Direction direction, class S, class T, class W, class Y>
@@ -64,11 +97,10 @@ void matmul(const CpuRun& run, MatrixView<const T> x, const W& w, MatrixView<Y> 
                   "matmul: x " + shape_text(x) + " does not fit weight " + shape_text(w.rows, w.cols));
   expect_shape("matmul: y", y, x.rows, w.rows);
   if (y.empty()) return;
+  if (goes_by_rows<W>(x.rows, run.compute_of<T>())) return multiply_dots<S>(run, x, w, y, update);
   if constexpr (!is_dense<W> && std::is_same_v<S, float>) {
     multiply_coded<Direction::forward>(run, x, w, y, update);
   } else {
-    if constexpr (is_dense<W>)
-      if (x.rows < few_dots) return multiply_dots<S>(run, x, w, y, update);
     multiply_dense<Direction::forward, S>(run, x, w, y, update);
   }
 }

@@ -71,20 +71,25 @@ inline Matrix<float> checked_weight(Matrix<float> matrix, Index rows, Index cols
 
 /// A weight [rows, cols] from read_rows(first_row, MatrixView<float>), which is called in order with at most 4 MiB at a time: the weight
 /// never exists in full precision unless the format is float32. Errors of the reader and of Quantizer pass through.
-template <class ReadRows, class ParallelFor>
+template <class ReadRows, class Backend>
 std::shared_ptr<const WeightFor<AnyFormat>> make_base_weight(Index rows, Index cols, BaseOptions options, ReadRows&& read_rows,
-                                                             ParallelFor&& parallel_for) {
+                                                             const Backend& backend) {
   using Any = WeightFor<AnyFormat>;
   const Index step = std::max<Index>(1, (Index{1} << 20) / std::max<Index>(cols, 1));
   const auto quantized = [&]<class Format, class Scales>(Format, Scales) {
     Quantizer<Format, Scales> quantizer(rows, cols, {.block_size = options.block_size});
+    const auto parallel_for = [&](Index count, auto&& f) { backend.parallel_for(count, f); };
+    const auto encode = [&] {
+      if constexpr (requires { backend.template encoder<Format>(); }) return backend.template encoder<Format>();
+      else return detail::BlockEncoder<Format>{};
+    }();
     Matrix<float> chunk;
     for (Index first = 0; first < rows; first += step) {
       chunk.resize(std::min(step, rows - first), cols);
       read_rows(first, chunk.view());
-      quantizer.append(MatrixView<const float>(chunk.view()), parallel_for);
+      quantizer.append(MatrixView<const float>(chunk.view()), parallel_for, encode);
     }
-    return std::make_shared<const Any>(std::move(quantizer).finish());
+    return std::make_shared<const Any>(std::move(quantizer).finish(parallel_for));
   };
   const bool nested = options.double_quant;
   switch (options.format) {

@@ -20,9 +20,9 @@ namespace qdylora {
 template <class Acc, MemoryResource Memory = HostMemory>
 struct DecoderWeights {
   DecoderConfig config;
-  Matrix<Acc, Memory> embedding;   // [vocab, width]
-  Matrix<Acc, Memory> head;        // [vocab, width]; empty when tied
-  Matrix<Acc, Memory> final_norm;  // [1, width]
+  TableWeight<Acc, Memory> embedding;  // [vocab, width]
+  TableWeight<Acc, Memory> head;       // [vocab, width]; empty when tied
+  Matrix<Acc, Memory> final_norm;      // [1, width]
   std::vector<std::shared_ptr<const BlockWeights<Acc, Memory>>> blocks;
 
   /// Bytes of the blocks' linear weights.
@@ -32,7 +32,7 @@ struct DecoderWeights {
       for (const auto& w : block->linear) sum += w->bytes();
     return sum;
   }
-  std::size_t dense_bytes() const noexcept { return embedding.capacity_bytes() + head.capacity_bytes(); }
+  std::size_t table_bytes() const noexcept { return embedding.bytes() + head.bytes(); }
 };
 
 struct DecoderOptions {
@@ -68,9 +68,9 @@ class Decoder {
       : weights_(std::move(weights)), options_(std::move(options)), backend_(backend) {
     const auto& c = config();
     c.validate();
-    expect_shape("embedding", weights_->embedding.view(), c.vocab, c.width);
+    weights_->embedding.visit([&](const auto& table) { expect_weight("embedding", table, c.vocab, c.width); });
     expect_shape("final norm", weights_->final_norm.view(), 1, c.width);
-    if (!c.tied_head) expect_shape("head", weights_->head.view(), c.vocab, c.width);
+    if (!c.tied_head) weights_->head.visit([&](const auto& table) { expect_weight("head", table, c.vocab, c.width); });
     QDYLORA_EXPECTS(static_cast<Index>(weights_->blocks.size()) == c.layers, bad_config,
                     "expected " + std::to_string(c.layers) + " blocks, found " + std::to_string(weights_->blocks.size()));
     blocks_.reserve(weights_->blocks.size());
@@ -205,11 +205,19 @@ class Decoder {
   }
 
  private:
-  static constexpr Index head_chunk = 128;  // rows of logits in memory at a time
+  static constexpr Index head_chunk = 96;  // rows of logits in memory at a time, at most
 
-  MatrixView<const Acc> head_weight() const noexcept {
-    return config().tied_head ? weights_->embedding.view() : weights_->head.view();
+  template <class Table>
+  static void expect_weight(const char* what, const Table& table, Index rows, Index cols) {
+    QDYLORA_EXPECTS(table.rows == rows && table.cols == cols, shape_mismatch,
+                    std::string(what) + ": expected " + detail::shape_text(rows, cols) + ", found " +
+                        detail::shape_text(table.rows, table.cols));
   }
+
+  void embed(std::span<const std::int32_t> ids, MatrixView<T> x) const {
+    weights_->embedding.visit([&](const auto& table) { backend_.embed(ids, table, x); });
+  }
+  const TableWeight<Acc, Memory>& head() const noexcept { return config().tied_head ? weights_->embedding : weights_->head; }
 
   void prepare(const Batch& batch, std::span<const Index> starts) {
     batch.validate();
@@ -242,7 +250,7 @@ class Decoder {
     contexts_.resize(keep && !options_.checkpoint ? static_cast<std::size_t>(layers) : 1);
     for (auto& s : streams_) s.resize(batch.tokens(), config().width);
     if (keep && options_.checkpoint) spare_.resize(batch.tokens(), config().width);
-    backend_.embed(batch.ids, weights_->embedding.view(), streams_[0].view());
+    embed(batch.ids, streams_[0].view());
     std::size_t at = 0;
     for (Index i = 0; i < layers; ++i) {
       const std::size_t next = keep ? at + 1 : 1 - at;
@@ -271,7 +279,7 @@ class Decoder {
     streams_.resize(2);
     contexts_.resize(1);
     for (auto& s : streams_) s.resize(batch.tokens(), config().width);
-    backend_.embed(batch.ids, weights_->embedding.view(), streams_[0].view());
+    embed(batch.ids, streams_[0].view());
     std::vector<Matrix<T, Memory>*> keys(caches.size()), values(caches.size());
     std::size_t at = 0;
     for (std::size_t i = 0; i < blocks_.size(); ++i) {
@@ -292,7 +300,7 @@ class Decoder {
     backend_.rms_norm(x, weights_->final_norm.view(), config().norm_epsilon, normed_.view(), inverse_rms_.view());
     Matrix<Acc, Memory> result;
     result.resize(x.rows, config().vocab);
-    backend_.matmul(std::as_const(normed_).view(), head_weight(), result.view(), Update::overwrite);
+    head().visit([&](const auto& w) { backend_.matmul(std::as_const(normed_).view(), w, result.view(), Update::overwrite); });
     return result;
   }
 
@@ -319,21 +327,23 @@ class Decoder {
     backend_.gather_rows(x, std::span<const Index>(rows), selected_.view());
     backend_.rms_norm(std::as_const(selected_).view(), weights_->final_norm.view(), config().norm_epsilon, normed_.view(),
                       inverse_rms_.view());
-    for (Index first = 0; first < scored; first += head_chunk) {
-      const Index count = std::min(head_chunk, scored - first);
+    const Index chunks = (scored + head_chunk - 1) / head_chunk, chunk = (scored + chunks - 1) / chunks;
+    for (Index first = 0; first < scored; first += chunk) {
+      const Index count = std::min(chunk, scored - first);
       // Rows a multiple of 4 KiB apart would crowd into few sets of a cache.
       logits_.resize(count, config().vocab + 16);
       const auto logits = logits_.view().left_cols(config().vocab);
       row_losses_.resize(count, 1);
       const auto normed = normed_.view().middle_rows(first, count);
-      backend_.matmul(normed, head_weight(), logits, Update::overwrite);
+      head().visit([&](const auto& w) { backend_.matmul(normed, w, logits, Update::overwrite); });
       backend_.cross_entropy(logits, std::span<const std::int32_t>(targets).subspan(static_cast<std::size_t>(first),
                                                                                             static_cast<std::size_t>(count)),
                              scale, row_losses_.view());
       Matrix<Acc> host(count, 1);
       backend_.download(row_losses_.view(), host.view());
       for (const Acc loss : host.span()) result.push_back(static_cast<double>(loss));
-      if (dx.data != nullptr) backend_.matmul_transposed(MatrixView<const Acc>(logits), head_weight(), normed, Update::overwrite);
+      if (dx.data == nullptr) continue;
+      head().visit([&](const auto& w) { backend_.matmul_transposed(MatrixView<const Acc>(logits), w, normed, Update::overwrite); });
     }
     if (dx.data != nullptr) {
       Matrix<T, Memory> d_selected;

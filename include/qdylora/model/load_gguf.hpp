@@ -2,6 +2,8 @@
 // interleaved rotary positions and used so.
 #pragma once
 
+#include <cmath>
+#include <cstring>
 #include <memory>
 #include <string>
 #include <utility>
@@ -50,7 +52,31 @@ inline DecoderConfig gguf_config(const GgufFile& file) {
   return config;
 }
 
-/// Reads a model; the linear weights of the blocks are stored as `options` says while they are read.
+namespace detail {
+
+/// A matrix of type Q8_0 as it is: x = d q becomes (q / 127) (127 d), and 127 d needs no rounding.
+inline QuantizedTensor<INT8, Float32Scales> q8_0_table(const GgufFile& file, const std::string& tensor, Index rows, Index cols) {
+  const auto& shape = file.info(tensor).shape;
+  if (shape != std::vector<Index>{rows, cols})
+    throw Error(Errc::shape_mismatch, "expected " + shape_text(rows, cols) + ", found " + shape_text(shape),
+                {.file = file.name(), .tensor = tensor});
+  const Index count = rows * cols / BlockQ8_0::elements;
+  Buffer<BlockQ8_0> blocks(count);
+  file.read(tensor, std::as_writable_bytes(blocks.span()));
+  Buffer<std::uint8_t> codes(rows * cols);
+  Float32Scales::Storage<HostMemory> scales{Buffer<float>(count)};
+  for (Index i = 0; i < count; ++i) {
+    std::memcpy(codes.data() + i * BlockQ8_0::elements, blocks[i].codes, sizeof(blocks[i].codes));
+    scales.absmax[i] = 127.0f * static_cast<float>(blocks[i].d);
+    if (!std::isfinite(scales.absmax[i]))
+      throw Error(Errc::non_finite, "the scale of block " + std::to_string(i) + " is not finite", {.file = file.name(), .tensor = tensor});
+  }
+  return {rows, cols, BlockQ8_0::elements, std::move(codes), std::move(scales)};
+}
+
+}  // namespace detail
+
+/// Reads a model; embedding and head stay in 8 bits where the file has them so; the linear weights of the blocks are stored as `options` says while they are read.
 /// Errors: those of gguf_config, missing_tensor, shape_mismatch, unsupported tensor types, non_finite weights.
 template <class Backend = Cpu>
 std::shared_ptr<const DecoderWeights<float>> load_gguf(const GgufFile& file, BaseOptions options = {}, Backend backend = {}) {
@@ -74,11 +100,15 @@ std::shared_ptr<const DecoderWeights<float>> load_gguf(const GgufFile& file, Bas
               file.read_rows(tensor, first + begin, out.middle_rows(begin, std::min(grain, out.rows - begin)));
             });
           },
-          [&](Index count, auto&& f) { backend.parallel_for(count, f); });
+          backend);
     });
   };
-  weights->embedding = dense("token_embd.weight", config.vocab, config.width);
-  if (!config.tied_head) weights->head = dense("output.weight", config.vocab, config.width);
+  const auto table = [&](const std::string& tensor) -> TableWeight<float> {
+    if (file.info(tensor).type->name == "Q8_0") return detail::q8_0_table(file, tensor, config.vocab, config.width);
+    return dense(tensor, config.vocab, config.width);
+  };
+  weights->embedding = table("token_embd.weight");
+  if (!config.tied_head) weights->head = table("output.weight");
   weights->final_norm = dense("output_norm.weight", 1, config.width);
   constexpr std::array<const char*, 7> names = {"attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"};
   const auto shapes = config.linear_shapes();

@@ -145,8 +145,7 @@ std::shared_ptr<const DecoderWeights<float>> load_hugging_face(const std::filesy
       throw mismatch(file, tensor, rows, cols, shape.empty() ? 0 : shape[0], shape.size() < 2 ? 1 : shape[1]);
     return at_tensor(file.name(), tensor, [&] {
       return make_base_weight(
-          rows, cols, options, [&](Index first, MatrixView<float> out) { file.read_rows(tensor, first, out); },
-          [&](Index count, auto&& f) { backend.parallel_for(count, f); });
+          rows, cols, options, [&](Index first, MatrixView<float> out) { file.read_rows(tensor, first, out); }, backend);
     });
   };
   weights->embedding = dense("model.embed_tokens.weight", config.vocab, config.width);

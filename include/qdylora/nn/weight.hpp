@@ -1,4 +1,4 @@
-// The frozen weight of a linear layer: quantized in a format fixed at compile time, dense, or whatever a file holds.
+// Frozen weights: quantized in a format fixed at compile time, dense, or whatever a file holds.
 #pragma once
 
 #include <type_traits>
@@ -20,6 +20,7 @@ struct AnyFormat {};
 template <class... Storages>
 class Weight {
  public:
+  Weight() = default;  // the first storage, empty
   template <class Storage>
     requires(std::is_same_v<std::remove_cvref_t<Storage>, Storages> || ...)
   Weight(Storage&& storage) : storage_(std::forward<Storage>(storage)) {}
@@ -39,6 +40,10 @@ class Weight {
     return std::visit([&](const auto& w) -> decltype(auto) { return f(w.view()); }, storage_);
   }
   const std::variant<Storages...>& storage() const noexcept { return storage_; }
+  template <class Storage>
+  const Storage& get() const {
+    return std::get<Storage>(storage_);
+  }
 
  private:
   template <CodeFormat F, class S, class M>
@@ -75,5 +80,10 @@ struct WeightFor<AnyFormat, Memory> {
 
 template <class Format, MemoryResource Memory = HostMemory>
 using WeightFor = typename detail::WeightFor<Format, Memory>::type;
+
+/// An embedding or a head [vocab, width]: dense, or in the 8 bits of GGUF's Q8_0, a quarter of the bytes that every token of a generated
+/// text reads.
+template <class Acc, MemoryResource Memory = HostMemory>
+using TableWeight = Weight<Matrix<Acc, Memory>, QuantizedTensor<INT8, Float32Scales, Memory>>;
 
 }  // namespace qdylora

@@ -3,12 +3,13 @@
 //   NF4            4-bit NormalFloat, the quantiles of N(0, 1) (Dettmers et al. 2023, "QLoRA"), bitsandbytes' table to the bit
 //   FP4            bitsandbytes' 4-bit float: sign bit 3; magnitudes 0 .0052 .1667 .25 .3333 .5 .6667 1 (not OCP's E2M1)
 //   INT4           15 levels -7/7 ... 7/7, code = level + 8; code 0 is never written
+//   INT8           255 levels -127/127 ... 127/127, code = level in two's complement: what GGUF's Q8_0 holds
 //   FP8E4M3/E5M2   OCP 8-bit floats, the largest finite value at v = 1
 //   DynamicMap8    bitsandbytes' signed dynamic 8-bit map: the second level of double quantization, and optimizer states
 //   DynamicMapU8   its unsigned form
 //
 // Ties: the 4-bit formats take the lower neighbour (v must be above a midpoint to pass it), as bitsandbytes on the CPU; the 8-bit maps
-// take the even code, as bitsandbytes on CUDA; the OCP floats round to nearest even.
+// and INT8 take the even code, as bitsandbytes on CUDA; the OCP floats round to nearest even.
 #pragma once
 
 #include <array>
@@ -98,6 +99,31 @@ struct INT4 {
 
   QDYLORA_HD static constexpr std::uint8_t encode(float v) noexcept {
     return static_cast<std::uint8_t>(1 + detail::thresholds_below(v, thresholds));
+  }
+};
+
+struct INT8 {
+  static constexpr int bits = 8;
+  static constexpr std::string_view name = "int8";
+  static constexpr float step = 1.0f / 127.0f;
+  static constexpr std::array<float, 256> values = [] {
+    std::array<float, 256> table{};
+    for (std::size_t code = 0; code < 256; ++code)
+      table[code] = static_cast<float>(static_cast<std::int8_t>(static_cast<std::uint8_t>(code))) * step;
+    return table;
+  }();
+  static_assert(values[127] == 1.0f && values[129] == -1.0f);
+
+  /// NaN becomes code 0; its block's absmax is NaN already.
+  QDYLORA_HD static constexpr std::uint8_t encode(float v) noexcept {
+    if (!(v == v)) return 0;
+    const auto value = [](int level) { return static_cast<float>(level) * step; };
+    int low = static_cast<int>(v * 127.0f + 128.0f) - 128;  // the level below v, or a neighbour of it
+    if (value(low) > v) --low;
+    else if (value(low + 1) <= v) ++low;
+    const float middle = (value(low) + value(low + 1)) * 0.5f;
+    const bool up = v > middle || (v == middle && (low & 1));
+    return static_cast<std::uint8_t>(low + (up ? 1 : 0));
   }
 };
 
@@ -235,7 +261,7 @@ struct DynamicMapU8 : detail::DynamicMap<false> {
   static constexpr std::string_view name = "dynamic_unsigned";
 };
 
-static_assert(CodeFormat<NF4> && CodeFormat<FP4> && CodeFormat<INT4> && CodeFormat<FP8E4M3> && CodeFormat<FP8E5M2> &&
+static_assert(CodeFormat<NF4> && CodeFormat<FP4> && CodeFormat<INT4> && CodeFormat<INT8> && CodeFormat<FP8E4M3> && CodeFormat<FP8E5M2> &&
               CodeFormat<DynamicMap8> && CodeFormat<DynamicMapU8>);
 
 }  // namespace qdylora

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <bit>
+#include <type_traits>
 
 #include <qdylora/quant/quantized_tensor.hpp>
 
@@ -11,6 +12,7 @@ struct CodedWeight {
   const std::uint8_t* codes = nullptr;
   const float* values = nullptr;  // of each code: 16 or 256
   int bits = 4;
+  float byte_step = 0.0f;  // where a code is a number in two's complement, what one is worth: values[c] = c * byte_step
   Index rows = 0, cols = 0, block_size = 64;
   // absmax of block i: absmax[i], or where that is null  scale_values[scale_codes[i]] * nested_absmax[i / 256] + offset
   const float* absmax = nullptr;
@@ -49,6 +51,7 @@ CodedWeight coded(const QuantizedView<Format, Scales>& w) noexcept {
   c.codes = w.codes;
   c.values = Format::values.data();
   c.bits = Format::bits;
+  if constexpr (std::is_same_v<Format, INT8>) c.byte_step = INT8::step;
   c.rows = w.rows;
   c.cols = w.cols;
   c.block_size = w.block_size;

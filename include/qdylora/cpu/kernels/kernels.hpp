@@ -91,6 +91,7 @@ struct CodeKernels {
   void (*forward_panel)(const CodedWeight&, const float* row_scales, Index row, Index rows, Index col, Index depth, float* out);
   void (*backward_panel)(const CodedWeight&, const float* all_scales, Index row, Index depth, Index col, Index cols, float* out);
   void (*dense_panel)(const float* w, Index stride, Index rows, Index depth, float* out);
+  void (*number_dots[2])(const CodedWeight&, Index row, Index rows, const float* x, Index x_row, float* out);  // of 1 and 4 tokens
   void (*few_backward[3])(const CodedWeight&, const float* all_scales, Index col, Index width, const float* dy, float* total);
   FewKernels few_float32, few_bits16, few_int8;
   PairKernels pairs;
@@ -118,7 +119,7 @@ namespace generic {
 #undef QDYLORA_TILE_ROWS
 #undef QDYLORA_TILE_VECTORS
 inline constexpr CodeKernels code_table = {
-    scales, decode, encode, forward_panel, backward_panel, dense_panel, {few_backward<1>, few_backward<4>, few_backward<16>}, {}, {}, {}, {}, {}};
+    scales, decode, encode, forward_panel, backward_panel, dense_panel, {number_dots<1>, number_dots<4>}, {few_backward<1>, few_backward<4>, few_backward<16>}, {}, {}, {}, {}, {}};
 }  // namespace generic
 
 #if defined(QDYLORA_X86_TARGETS)
@@ -141,6 +142,7 @@ inline constexpr CodeKernels code_table = {scales,
                                            forward_panel,
                                            backward_panel,
                                            dense_panel,
+                                           {number_dots<1>, number_dots<4>},
                                            {few_backward<1>, few_backward<4>, few_backward<16>},
                                            QDYLORA_FEW_KERNELS(FewFloat32, few_row, (few_forward<FewFloat32, 1>)),
                                            QDYLORA_FEW_KERNELS(FewInt16, few_row, (few_forward<FewInt16, 1>)),
@@ -167,6 +169,7 @@ inline constexpr CodeKernels code_table = {scales,
                                            forward_panel,
                                            backward_panel,
                                            dense_panel,
+                                           {number_dots<1>, number_dots<4>},
                                            {few_backward<1>, few_backward<4>, few_backward<16>},
                                            QDYLORA_FEW_STREAMED(FewFloat32),
                                            {},
@@ -178,8 +181,8 @@ QDYLORA_TARGET_END
 
 QDYLORA_TARGET_BEGIN(QDYLORA_AVX512_VNNI)
 namespace avx512_vnni {
-using avx512::bytes_in_order, avx512::chunk_dwords, avx512::code_columns, avx512::Codes, avx512::columns, avx512::first_lanes;
-using avx512::has_columns, avx512::lanes, avx512::rounded_product, avx512::transpose_rows, avx512::Vec;
+using avx512::bytes_in_order, avx512::chunk_dwords, avx512::code_columns, avx512::Codes, avx512::columns, avx512::first_lanes, avx512::lane_sum;
+using avx512::has_columns, avx512::lanes, avx512::numbers_in_order, avx512::rounded_product, avx512::transpose_rows, avx512::Vec;
 #include <qdylora/cpu/kernels/avx512_vnni.inc>
 #include <qdylora/cpu/kernels/codes.inc>
 #include <qdylora/cpu/kernels/few.inc>
@@ -189,6 +192,7 @@ inline constexpr CodeKernels code_table = {scales,
                                            forward_panel,
                                            backward_panel,
                                            dense_panel,
+                                           {number_dots<1>, number_dots<4>},
                                            {few_backward<1>, few_backward<4>, few_backward<16>},
                                            avx512::code_table.few_float32,
                                            QDYLORA_FEW_STREAMED(FewInt16),
