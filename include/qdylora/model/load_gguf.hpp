@@ -51,11 +51,13 @@ inline DecoderConfig gguf_config(const GgufFile& file) {
 }
 
 /// Reads a model; the linear weights of the blocks are stored as `options` says while they are read.
-/// Errors: those of gguf_config, missing_tensor, shape_mismatch, unsupported tensor types, non_finite weights.
+/// Errors: those of gguf_config, missing_tensor, unexpected_tensor (a block beyond the count), shape_mismatch, unsupported tensor types,
+/// non_finite weights.
 template <class Backend = Cpu>
 std::shared_ptr<const DecoderWeights<float>> load_gguf(const GgufFile& file, BaseOptions options = {}, Backend backend = {}) {
   auto weights = std::make_shared<DecoderWeights<float>>();
   const auto config = weights->config = gguf_config(file);
+  for (const auto& tensor : file.tensors()) expect_within_layers(file.name(), tensor.name, "blk.", config.layers, "llama.block_count");
   const auto dense = [&](const std::string& tensor, Index rows, Index cols) {
     return checked_weight(file.matrix(tensor), rows, cols, file.name(), tensor);
   };
