@@ -11,6 +11,7 @@
 #include <filesystem>
 #include <string>
 #include <vector>
+#include <system_error>
 
 #include <qdylora/io.hpp>
 #include <qdylora/model.hpp>
@@ -170,8 +171,9 @@ int finetune(const Options& o) {
   using Clock = std::chrono::steady_clock;
   const auto seconds_since = [](Clock::time_point from) { return std::chrono::duration<double>(Clock::now() - from).count(); };
   QDYLORA_EXPECTS(o.toy != !o.model.empty(), bad_argument, "give either --model or --toy");
-  QDYLORA_EXPECTS(o.batch >= 1 && o.steps >= 1 && o.seq_len >= 8, bad_argument,
-                  "--batch and --steps must be positive, --seq-len at least 8");
+  const std::filesystem::path out = o.out;
+  const auto state_file = out / "state.safetensors";
+  if (!o.resume) expect_no_unfinished_run(state_file);
   const Cpu cpu(o.threads);
   const RankSet ranks = parse_ranks(o.ranks);
   Recipe chosen = recipe(o.recipe_name);
@@ -206,9 +208,9 @@ int finetune(const Options& o) {
   std::printf("machine    %d threads, %s\n", cpu.threads(), std::string(name(cpu.isa())).c_str());
   std::fflush(stdout);
 
-  const std::filesystem::path out = o.out;
-  std::filesystem::create_directories(out);
-  const auto state_file = out / "state.safetensors";
+  std::error_code failure;
+  std::filesystem::create_directories(out, failure);
+  if (failure) throw Error(Errc::open, "cannot make the folder: " + failure.message(), {.file = o.out});
   // What a resumed run must share with the one that was stopped.
   const std::string settings = Json{{"model", model.name},     {"data", o.data},       {"ranks", o.ranks},
                                     {"recipe", o.recipe_name}, {"gates", o.gates},     {"base", o.base},
@@ -218,40 +220,40 @@ int finetune(const Options& o) {
                                    .dump();
   RunReport report;
   if (o.resume) {
-    load_run_state(state_file, settings, decoder, trainer, report.step_losses);
+    load_run_state(state_file, settings, decoder, trainer, history);
     std::printf("resumed    at step %lld of %lld\n", static_cast<long long>(trainer.step_count()), static_cast<long long>(o.steps));
   }
 
   StopSignal signal;
   const auto training_start = Clock::now();
-  Index trained_tokens = 0;
+  const double seconds_before = history.seconds;
+  const auto save = [&] {
+    history.seconds = seconds_before + seconds_since(training_start);
+    save_run_state(state_file, settings, decoder, trainer, history);
+  };
   {
     Progress progress(o.steps, trainer.step_count());
     while (!trainer.done() && !signal.requested()) {
       const auto samples = step_samples(data.train, trainer.step_count(), o.batch, o.seed);
       const auto result = trainer.step(to_batches(samples, 1024));
-      report.step_losses.push_back(result.loss);
-      trained_tokens += result.tokens;
+      history.step_losses.push_back(result.loss);
+      history.tokens += result.tokens;
       progress.update(trainer.step_count(), result.tokens, result.loss, result.rank);
-      if (o.save_every > 0 && trainer.step_count() % o.save_every == 0 && !trainer.done())
-        save_run_state(state_file, settings, decoder, trainer, report.step_losses);
+      if (o.save_every > 0 && trainer.step_count() % o.save_every == 0 && !trainer.done()) save();
     }
   }
   if (!trainer.done()) {
-    save_run_state(state_file, settings, decoder, trainer, report.step_losses);
+  auto& history = report.history;
     std::printf("\nstopped at step %lld of %lld; the state is in %s, --resume goes on\n", static_cast<long long>(trainer.step_count()),
                 static_cast<long long>(o.steps), state_file.string().c_str());
     return 130;
   }
-  const double training_seconds = seconds_since(training_start);
   const MemoryUse memory = memory_use();
   const auto activation_bytes = decoder.activation_bytes();  // evaluation needs less
-  save_run_state(state_file, settings, decoder, trainer, report.step_losses);
   save_peft_adapter(out / "adapter", named_adapters(decoder),
                     {.rank = ranks.max(), .base_model = model.name, .ranks = {ranks.begin(), ranks.end()}, .recipe = o.recipe_name});
   std::printf("trained    %lld steps, %lld tokens in %.0f s (%.0f tokens/s); memory %.0f MB at most\n", static_cast<long long>(o.steps),
-              static_cast<long long>(trained_tokens), training_seconds, static_cast<double>(trained_tokens) / training_seconds,
-              static_cast<double>(memory.peak) / 1e6);
+              static_cast<long long>(history.tokens), history.seconds, history.tokens_per_second(), static_cast<double>(memory.peak) / 1e6);
   if (chosen.measure)
     std::printf("auto       %.0f %% of the later rows went to low ranks; %s at the end\n", 100.0 * trainer.nested().share,
                 trainer.reordered_at_end() ? "re-ordered" : "not re-ordered");
@@ -259,6 +261,7 @@ int finetune(const Options& o) {
   std::fflush(stdout);
 
   std::vector<Index> all = {0};
+  save();
   all.insert(all.end(), ranks.begin(), ranks.end());
   const auto stop = [&] { return signal.requested(); };
   report.ranks = evaluate_losses(decoder, data.validation_samples, all, stop);
@@ -282,9 +285,6 @@ int finetune(const Options& o) {
                      {"seed", o.seed},
                      {"threads", cpu.threads()},
                      {"isa", std::string(name(cpu.isa()))},
-                     {"tokens", trained_tokens},
-                     {"training_seconds", training_seconds},
-                     {"tokens_per_second", static_cast<double>(trained_tokens) / training_seconds},
                      {"base_bytes", w.linear_bytes()},
                      {"adapter_parameters", trainable},
                      {"activation_bytes", activation_bytes},
