@@ -32,6 +32,7 @@ int info(const std::string& folder) {
   }
   std::printf("%-44s %6s %6s %5s %8s  %s\n", "module", "in", "out", "rank", "alpha/r",
               "share of |B.A| in the first 1, 2, 4 ... rows");
+  std::size_t broken = 0;
   for (const auto& m : adapter.modules) {
     std::printf("%-44s %6lld %6lld %5lld %8.4g ", printable(m.name, 44).c_str(), static_cast<long long>(m.in()),
                 static_cast<long long>(m.out()), static_cast<long long>(m.rank()), m.alpha / static_cast<double>(m.rank()));
@@ -40,14 +41,21 @@ int info(const std::string& folder) {
     const auto b = as_eigen(m.b.view()).cast<double>().eval();
     const auto gram = ((a * a.transpose()).array() * (b * b.transpose()).array()).eval();
     const double whole = gram.sum();
+    if (!std::isfinite(whole)) {
+      std::printf(" NOT FINITE: NaN or infinity in A or B\n");
+      ++broken;
+      continue;
+    }
     for (Index rank = 1; rank <= m.rank(); rank *= 2)
       std::printf(" %.2f", whole > 0.0 ? std::sqrt(std::max(0.0, gram.topLeftCorner(rank, rank).sum() / whole)) : 0.0);
     std::printf("\n");
   }
+  if (broken > 0) std::printf("%zu of %zu modules are not finite; no program can use this adapter\n", broken, adapter.modules.size());
   return 0;
 }
 
 int cut(const std::string& folder, Index rank, const std::string& out, bool reordered) {
+  expect_no_overwrite(folder, out);
   const auto source = load_peft_adapter(folder);
   QDYLORA_EXPECTS(rank >= 1 && rank <= source.max_rank(), rank_range,
                   "--rank " + std::to_string(rank) + ": the adapter has ranks 1 ... " + std::to_string(source.max_rank()));
@@ -80,13 +88,13 @@ int main(int argc, char** argv) {
   std::string folder, out;
   Index rank = 0;
   auto* info_command = app.add_subcommand("info", "what a folder holds, and how much of each module its first rows carry");
-  info_command->add_option("DIR", folder, "adapter folder")->required();
+  info_command->add_option("DIR", folder, "adapter folder")->required()->check(not_empty());
   auto* truncate_command = app.add_subcommand("truncate", "keep the first rows");
   auto* resize_command = app.add_subcommand("resize", "re-order by singular values, then keep the first rows");
   for (auto* command : {truncate_command, resize_command}) {
-    command->add_option("DIR", folder, "adapter folder")->required();
-    command->add_option("--rank", rank, "rows to keep")->required();
-    command->add_option("OUT", out, "folder to write")->required();
+    command->add_option("DIR", folder, "adapter folder")->required()->check(not_empty());
+    command->add_option("--rank", rank, "rows to keep")->required()->check(in_range<Index>(1, most_rank));
+    command->add_option("OUT", out, "folder to write")->required()->check(not_empty());
   }
   return run_program(app, argc, argv,
                      [&] { return info_command->parsed() ? info(folder) : cut(folder, rank, out, resize_command->parsed()); });

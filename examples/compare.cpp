@@ -34,9 +34,8 @@ using namespace qdylora;
 using namespace qdylora::examples;
 
 struct Options {
-  std::string model, tokenizer, data, out = "compare.jsonl", ranks = "1,2,4,8,16,32,64", base = "nf4", against = "qdylora";
-  std::vector<std::string> recipes = {recipe_names.begin(), recipe_names.end()};
-  std::vector<std::uint64_t> seeds = {0, 1, 2};
+  std::string model, tokenizer, data, recipes, seeds = "0,1,2", ranks = "1,2,4,8,16,32,64", base = "nf4", against = "qdylora";
+  std::string out = "compare.jsonl";
   float alpha = 64.0f, alpha_over_rank = 16.0f;
   double lr = 3e-3;
   std::int64_t steps = 300;
@@ -45,23 +44,27 @@ struct Options {
 };
 
 void declare(CLI::App& app, Options& o) {
-  app.add_option("--model", o.model, "a llama2.c .bin file, a .gguf file, or a Hugging Face folder")->required();
-  app.add_option("--tokenizer", o.tokenizer, "of a .bin model: llama2.c's tokenizer file; else a .gguf file");
-  app.add_option("--data", o.data, "plain text (a stream) or JSON lines (examples)")->required();
-  app.add_option("--recipes", o.recipes, "which to train")->delimiter(',');
-  app.add_option("--seeds", o.seeds, "of adapters, data order and ranks; the same for every recipe")->delimiter(',');
+  app.add_option("--model", o.model, "a llama2.c .bin file, a .gguf file, or a Hugging Face folder")->required()->check(not_empty());
+  app.add_option("--tokenizer", o.tokenizer, "of a .bin model: llama2.c's tokenizer file; else a .gguf file")->check(not_empty());
+  app.add_option("--data", o.data, "plain text (a stream) or JSON lines (examples)")->required()->check(not_empty());
+  app.add_option("--recipes", o.recipes, "which to train, separated by commas; default: all")->check(not_empty());
+  app.add_option("--seeds", o.seeds, "of adapters, data order and ranks; the same for every recipe")->capture_default_str();
   app.add_option("--ranks", o.ranks, "ranks")->capture_default_str();
-  app.add_option("--alpha", o.alpha, "of recipes whose scale is alpha/r")->capture_default_str();
-  app.add_option("--alpha-over-rank", o.alpha_over_rank, "of recipes whose scale is alpha/b")->capture_default_str();
-  app.add_option("--lr", o.lr, "peak learning rate")->capture_default_str();
-  app.add_option("--steps", o.steps, "optimizer steps")->capture_default_str();
-  app.add_option("--batch", o.batch, "rows a step")->capture_default_str();
-  app.add_option("--seq-len", o.seq_len, "tokens a row; of examples at most")->capture_default_str();
-  app.add_option("--eval-rows", o.eval_rows, "held-out rows")->capture_default_str();
+  app.add_option("--alpha", o.alpha, "of recipes whose scale is alpha/r")->check(in_range(1e-6, 1e6))->capture_default_str();
+  app.add_option("--alpha-over-rank", o.alpha_over_rank, "of recipes whose scale is alpha/b")
+      ->check(in_range(1e-6, 1e6))
+      ->capture_default_str();
+  app.add_option("--lr", o.lr, "peak learning rate")->check(in_range(1e-9, 10.0))->capture_default_str();
+  app.add_option("--steps", o.steps, "optimizer steps")->check(in_range<Index>(1, most_steps))->capture_default_str();
+  app.add_option("--batch", o.batch, "rows a step")->check(in_range<Index>(1, most_batch))->capture_default_str();
+  app.add_option("--seq-len", o.seq_len, "tokens a row; of examples at most")
+      ->check(in_range<Index>(8, most_tokens))
+      ->capture_default_str();
+  app.add_option("--eval-rows", o.eval_rows, "held-out rows")->check(in_range<Index>(1, most_examples))->capture_default_str();
   app.add_option("--base-format", o.base, "base weights")->capture_default_str();
   app.add_option("--against", o.against, "the recipe that differences are taken to")->capture_default_str();
-  app.add_option("--threads", o.threads, "0: one for each processor")->capture_default_str();
-  app.add_option("--results", o.out, "runs, one JSON line each")->capture_default_str();
+  app.add_option("--threads", o.threads, "0: one for each processor")->check(in_range(0, most_threads))->capture_default_str();
+  app.add_option("--results", o.out, "runs, one JSON line each")->check(not_empty())->capture_default_str();
 }
 
 // Rows to train on and to test on.
@@ -121,8 +124,8 @@ struct Result {
 
 // What tells runs apart; a line of --results with another key is of another comparison.
 Json key(const Options& o) {
-  return {{"model", std::filesystem::path(o.model).filename().string()},
-          {"data", std::filesystem::path(o.data).filename().string()},
+  return {{"model", printable_utf8(std::filesystem::path(o.model).filename().string())},
+          {"data", printable_utf8(std::filesystem::path(o.data).filename().string())},
           {"base", o.base},
           {"ranks", o.ranks},
           {"alpha", o.alpha},
@@ -137,14 +140,21 @@ Json key(const Options& o) {
 std::vector<Result> read_results(const Options& o, const RankSet& ranks) {
   std::vector<Result> results;
   std::ifstream file(o.out);
+  Index number = 0;
   for (std::string line; std::getline(file, line);) {
-    if (line.empty() || file.eof()) continue;  // a last line without its end was cut by a stop
-    const Json json = parse_json(line, {.file = o.out});
-    if (get_object(json, "key", {.file = o.out}) != key(o)) continue;
-    Result result{get_string(json, "recipe", {.file = o.out}), 0, {}, get_number(json, "share", {.file = o.out})};
-    result.seed = static_cast<std::uint64_t>(get_integer(json, "seed", 0, std::numeric_limits<std::int64_t>::max(), {.file = o.out}));
-    for (const auto& loss : json.value("losses", Json::array())) result.losses.push_back(loss.get<double>());
-    if (result.losses.size() == static_cast<std::size_t>(ranks.size()) + 1) results.push_back(std::move(result));
+    ++number;
+    if (line.empty()) continue;
+    at_line(o.out, "line " + std::to_string(number), [&] {
+      // Nothing may be written behind a part of a line, which a crash or a full disk leaves.
+      QDYLORA_EXPECTS(!file.eof(), truncated, "has no end; remove it");
+      const Json json = parse_json(line, {});
+      if (get_object(json, "key") != key(o)) return;
+      Result result{get_string(json, "recipe"), 0, {}, get_number(json, "share")};
+      result.seed = static_cast<std::uint64_t>(get_integer(json, "seed", 0, std::numeric_limits<std::int64_t>::max()));
+      for (const auto& loss : json.value("losses", Json::array()))  // null: NaN, of a run that went astray
+        result.losses.push_back(loss.is_number() ? loss.get<double>() : std::numeric_limits<double>::quiet_NaN());
+      if (result.losses.size() == static_cast<std::size_t>(ranks.size()) + 1) results.push_back(std::move(result));
+    });
   }
   return results;
 }
@@ -178,7 +188,8 @@ Result train(const Options& o, const std::shared_ptr<const DecoderWeights<float>
   return result;
 }
 
-void print_tables(const Options& o, const std::vector<Result>& results, const RankSet& ranks) {
+void print_tables(const Options& o, const std::vector<std::string>& recipes, const std::vector<std::uint64_t>& seeds,
+                  const std::vector<Result>& results, const RankSet& ranks) {
   const auto columns = static_cast<std::size_t>(ranks.size());
   const auto head = [&](const char* first) {
     std::printf("\n| %s |", first);
@@ -202,16 +213,16 @@ void print_tables(const Options& o, const std::vector<Result>& results, const Ra
   std::map<std::string, std::map<std::uint64_t, std::vector<double>>> table;
   for (const auto& r : results) table[r.recipe][r.seed] = r.losses;
   head("held-out loss, mean over seeds");
-  for (const auto& name : o.recipes) {
+  for (const auto& name : recipes) {
     std::vector<std::vector<double>> runs;
-    for (const auto seed : o.seeds)
+    for (const auto seed : seeds)
       if (table[name].contains(seed)) runs.push_back(table[name][seed]);
     if (!runs.empty()) row(name + " (" + std::to_string(runs.size()) + ")", runs, " %.3f |");
   }
   head(("difference to " + o.against + ", by seed").c_str());
-  for (const auto& name : o.recipes) {
+  for (const auto& name : recipes) {
     if (name == o.against) continue;
-    for (const auto seed : o.seeds) {
+    for (const auto seed : seeds) {
       if (!table[name].contains(seed) || !table[o.against].contains(seed)) continue;
       auto difference = table[name][seed];
       for (std::size_t i = 0; i < columns; ++i) difference[i] -= table[o.against][seed][i];
@@ -221,16 +232,25 @@ void print_tables(const Options& o, const std::vector<Result>& results, const Ra
 }
 
 int compare(const Options& o) {
-  for (const auto& name : o.recipes) static_cast<void>(recipe(name));
+  const auto recipes =
+      o.recipes.empty() ? std::vector<std::string>(recipe_names.begin(), recipe_names.end()) : parse_list("--recipes", o.recipes);
+  for (const auto& name : recipes) static_cast<void>(recipe(name));
+  static_cast<void>(recipe(o.against));
+  const auto seeds = parse_numbers<std::uint64_t>("--seeds", o.seeds);
+  for (const auto seed : seeds)  // JSON's integers
+    QDYLORA_EXPECTS(seed <= static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max()), bad_argument,
+                    "--seeds: " + std::to_string(seed) + " is above 2^63 - 1");
   const RankSet ranks = parse_ranks(o.ranks);
   const Cpu cpu(o.threads);
   OpenModel model;
   std::vector<std::int32_t> stream;
   const bool text = o.data.ends_with(".txt");
   if (o.model.ends_with(".bin")) {
-    model.weights = load_llama2c(o.model, {.format = base_format(o.base)}, cpu);
     QDYLORA_EXPECTS(text, bad_argument, "--data: a llama2.c model is compared on plain text (.txt)");
+    QDYLORA_EXPECTS(!o.tokenizer.empty(), bad_argument, "--tokenizer: a llama2.c model needs its tokenizer file");
     const Llama2cTokenizer tokenizer(o.tokenizer);
+    model.weights = load_llama2c(o.model, {.format = base_format(o.base)}, cpu);
+    expect_vocabulary(tokenizer.size(), model.weights->config, o.tokenizer);
     // Word by word (the tokenizer puts a space before each): merging by best score over a whole text would be quadratic.
     const auto content = read_text(o.data);
     for (std::size_t begin = 0; begin < content.size();) {
@@ -243,11 +263,15 @@ int compare(const Options& o) {
     model = open_model(o.model, o.tokenizer, {.format = base_format(o.base)}, cpu);
     if (text) stream = model.need_tokenizer().encode(read_text(o.data), {.parse_special = false});
   }
+  expect_seq_len(o.seq_len, model.weights->config);
+  expect_ranks(ranks, model.weights->config);
   const Rows rows(o, text ? nullptr : &model, stream);
   auto results = read_results(o, ranks);
+  std::ofstream file(o.out, std::ios::app);  // before hours of training
+  if (!file) throw Error(Errc::open, "cannot be written", {.file = o.out});
   const StopSignal signal;
-  for (const auto seed : o.seeds)
-    for (const auto& name : o.recipes) {
+  for (const auto seed : seeds)
+    for (const auto& name : recipes) {
       if (std::any_of(results.begin(), results.end(), [&](const Result& r) { return r.recipe == name && r.seed == seed; })) continue;
       std::fprintf(stderr, "%s, seed %llu\n", name.c_str(), static_cast<unsigned long long>(seed));
       results.push_back(train(o, model.weights, rows, ranks, name, seed, cpu, signal));
@@ -256,11 +280,10 @@ int compare(const Options& o) {
         std::printf("stopped; the finished runs are in %s\n", o.out.c_str());
         return 130;
       }
-      std::ofstream file(o.out, std::ios::app);
       file << Json{{"key", key(o)}, {"recipe", r.recipe}, {"seed", r.seed}, {"losses", r.losses}, {"share", r.share}}.dump() << std::endl;
-      QDYLORA_EXPECTS(file.good(), write, "cannot write " + o.out);
+      if (!file) throw Error(Errc::write, "cannot be written", {.file = o.out});
     }
-  print_tables(o, results, ranks);
+  print_tables(o, recipes, seeds, results, ranks);
   return 0;
 }
 

@@ -9,7 +9,9 @@
 #include <chrono>
 #include <cstdio>
 #include <filesystem>
+#include <set>
 #include <string>
+#include <system_error>
 #include <vector>
 
 #include <qdylora/io.hpp>
@@ -43,76 +45,92 @@ struct Options {
 };
 
 void declare(CLI::App& app, Options& o) {
-  app.add_option("--model", o.model, "a .gguf file (Llama shapes), or a Hugging Face folder");
+  auto* model = app.add_option("--model", o.model, "a .gguf file (Llama shapes), or a Hugging Face folder")->check(not_empty());
   app.add_flag("--toy", o.toy, "a small random transformer instead of a model");
-  app.add_option("--tokenizer", o.tokenizer, "a .gguf file whose tokenizer to use");
-  app.add_option("--data", o.data,
-                 "JSON lines (prompt/response, question/answer, instruction/output, messages) or plain text; "
-                 "default: generated word problems");
-  app.add_option("--eval", o.eval, "held-out data of the same kinds; default: the last of --data");
+  app.add_option("--tokenizer", o.tokenizer, "a .gguf file whose tokenizer to use")->check(not_empty())->needs(model);
+  auto* data = app.add_option("--data", o.data,
+                              "JSON lines (prompt/response, question/answer, instruction/output, messages) or plain text; "
+                              "default: generated word problems");
+  data->check(not_empty());
+  app.add_option("--eval", o.eval, "held-out data of the same kinds; default: the last of --data")->check(not_empty())->needs(data);
   app.add_option("--ranks", o.ranks, "ranks the adapter is to work at")->capture_default_str();
   app.add_option("--recipe", o.recipe_name, "auto, order-then-nest, qdylora, qdylora-frozen, per-row, qlora or qlora-svd")
       ->capture_default_str();
   app.add_flag("--gates", o.gates, "train a factor for every row at every rank (order-then-nest)");
   app.add_option("--base-format", o.base, "base weights: nf4, fp4, int4, fp8 or float32")->capture_default_str();
-  app.add_option("--alpha", o.alpha, "LoRA's alpha")->capture_default_str();
-  app.add_option("--dropout", o.dropout, "on the adapters' inputs")->capture_default_str();
-  app.add_option("--lr", o.lr, "peak learning rate")->capture_default_str();
-  app.add_option("--steps", o.steps, "optimizer steps")->capture_default_str();
-  app.add_option("--batch", o.batch, "sequences a step")->capture_default_str();
-  app.add_option("--seq-len", o.seq_len, "tokens of a sequence at most")->capture_default_str();
-  app.add_option("--threads", o.threads, "0: one for each processor")->capture_default_str();
+  app.add_option("--alpha", o.alpha, "LoRA's alpha")->check(in_range(1e-6, 1e6))->capture_default_str();
+  app.add_option("--dropout", o.dropout, "on the adapters' inputs")->check(in_range(0.0, 0.99))->capture_default_str();
+  app.add_option("--lr", o.lr, "peak learning rate")->check(in_range(1e-9, 10.0))->capture_default_str();
+  app.add_option("--steps", o.steps, "optimizer steps")->check(in_range<Index>(1, most_steps))->capture_default_str();
+  app.add_option("--batch", o.batch, "sequences a step")->check(in_range<Index>(1, most_batch))->capture_default_str();
+  app.add_option("--seq-len", o.seq_len, "tokens of a sequence at most")->check(in_range<Index>(8, most_tokens))->capture_default_str();
+  app.add_option("--threads", o.threads, "0: one for each processor")->check(in_range(0, most_threads))->capture_default_str();
   app.add_option("--seed", o.seed, "of adapters, data order and ranks")->capture_default_str();
-  app.add_option("--train-examples", o.examples, "training examples to generate where there is no --data")->capture_default_str();
-  app.add_option("--eval-examples", o.eval_examples, "held-out examples for the losses")->capture_default_str();
-  app.add_option("--answers", o.answers, "held-out examples to answer at every rank; 0: none")->capture_default_str();
-  app.add_option("--max-new-tokens", o.new_tokens, "tokens of an answer at most")->capture_default_str();
-  app.add_option("--save-every", o.save_every, "steps between saved states; 0: only when stopped")->capture_default_str();
+  app.add_option("--train-examples", o.examples, "training examples to generate where there is no --data")
+      ->check(in_range<Index>(2, most_examples))
+      ->capture_default_str();
+  app.add_option("--eval-examples", o.eval_examples, "held-out examples for the losses")
+      ->check(in_range<Index>(1, most_examples))
+      ->capture_default_str();
+  app.add_option("--answers", o.answers, "held-out examples to answer at every rank; 0: none")
+      ->check(in_range<Index>(0, most_examples))
+      ->capture_default_str();
+  app.add_option("--max-new-tokens", o.new_tokens, "tokens of an answer at most")
+      ->check(in_range<Index>(1, most_new_tokens))
+      ->capture_default_str();
+  app.add_option("--save-every", o.save_every, "steps between saved states; 0: only when stopped")
+      ->check(in_range<Index>(0, most_steps))
+      ->capture_default_str();
   app.add_flag("--gradient-checkpointing", o.checkpoint, "recompute activations: less memory, a third more work");
   app.add_flag("--no-chat-template", o.no_chat, "no chat template around prompts");
   app.add_flag("--resume", o.resume, "go on from the state in --out");
-  app.add_option("--out", o.out, "folder for results")->capture_default_str();
+  app.add_option("--out", o.out, "folder for results")->check(not_empty())->capture_default_str();
 }
 
 struct Data {
-  std::vector<Example> validation;
+  std::vector<Example> questions;
   std::vector<Sample> train, held_back, validation_samples;
 };
 
 Data load_data(const Options& o, const OpenModel& model, Index held_back) {
-  std::vector<Example> train;
-  Data data;
+  std::vector<Example> train, validation;
   if (o.data.empty()) {
     train = word_problems(Split::train, o.examples, o.seed);
-    data.validation = word_problems(Split::validation, std::max(o.eval_examples, o.answers), o.seed + 1);
+    validation = word_problems(Split::validation, std::max(o.eval_examples, o.answers), o.seed + 1);
     // A short system message of our own: the template's default one would be a quarter of all tokens.
-    for (auto* set : {&train, &data.validation})
+    for (auto* set : {&train, &validation})
       for (auto& example : *set)
         if (model.chat) example.earlier = {{"system", "Solve the problem."}};
   } else {
     train = load_examples(o.data);
     if (!o.eval.empty()) {
-      data.validation = load_examples(o.eval);
+      validation = load_examples(o.eval);
     } else {
       const auto count = std::min<std::size_t>(train.size() / 5, static_cast<std::size_t>(std::max(o.eval_examples, o.answers)));
-      data.validation.assign(train.end() - static_cast<std::ptrdiff_t>(count), train.end());
+      if (count == 0)
+        throw Error(Errc::bad_argument, std::to_string(train.size()) + " examples are too few to hold some out; give 5, or --eval FILE",
+                    {.file = o.data});
+      validation.assign(train.end() - static_cast<std::ptrdiff_t>(count), train.end());
       train.resize(train.size() - count);
     }
   }
-  const TokenizeOptions tokenize_options{.chat = model.chat, .max_length = o.seq_len};
-  auto samples = tokenize(train, model.need_tokenizer(), tokenize_options);
-  QDYLORA_EXPECTS(samples.samples.size() >= 2, bad_argument,
-                  "--data: expected at least two examples with a response within --seq-len " + std::to_string(o.seq_len) + ", found " +
-                      std::to_string(samples.samples.size()));
-  data.validation_samples = tokenize(data.validation, model.need_tokenizer(), tokenize_options).samples;
-  data.validation_samples.resize(std::min<std::size_t>(data.validation_samples.size(), static_cast<std::size_t>(o.eval_examples)));
-  QDYLORA_EXPECTS(!data.validation_samples.empty(), bad_argument,
-                  "no held-out example fits --seq-len " + std::to_string(o.seq_len) + "; give more data, or --eval FILE");
-  std::erase_if(data.validation, [&](const Example& e) {  // a prompt without room for an answer
-    return !e.prompt.empty() && static_cast<Index>(prompt_ids(e, model.need_tokenizer(), model.chat).size()) >= o.seq_len;
-  });
-  data.validation.resize(std::min<std::size_t>(data.validation.size(), static_cast<std::size_t>(o.answers)));
+  const auto& tokenizer = model.need_tokenizer();
+  const auto fitting = [&](const std::vector<Example>& examples, const std::string& file, std::size_t least) {
+    auto samples = tokenize(examples, tokenizer, {.chat = model.chat, .max_length = o.seq_len});
+    if (samples.samples.size() < least)
+      throw Error(Errc::bad_argument,
+                  std::to_string(samples.samples.size()) + " of " + std::to_string(examples.size()) +
+                      (least > 1 ? " training" : " held-out") + " examples have a response within --seq-len " + std::to_string(o.seq_len) +
+                      ", expected at least " + std::to_string(least),
+                  {.file = file});
+    return samples;
+  };
+  Data data;
+  auto samples = fitting(train, o.data, 2);
   data.train = std::move(samples.samples);
+  data.validation_samples = fitting(validation, o.eval.empty() ? o.data : o.eval, 1).samples;
+  data.validation_samples.resize(std::min<std::size_t>(data.validation_samples.size(), static_cast<std::size_t>(o.eval_examples)));
+  data.questions = questions(validation, tokenizer, model.chat, o.seq_len, o.answers);
   if (held_back > 0) {  // at most a tenth of the examples
     const auto count = std::min<std::size_t>(static_cast<std::size_t>(held_back), data.train.size() / 10);
     data.held_back.assign(data.train.end() - static_cast<std::ptrdiff_t>(count), data.train.end());
@@ -153,16 +171,20 @@ std::vector<Sample> step_samples(const std::vector<Sample>& train, std::int64_t 
   return chosen;
 }
 
+// Of the base, the lowest and the highest rank.
 void show_answers(const std::vector<RankResult>& results, const std::vector<Example>& examples) {
   const auto line = [](std::string text) {
     std::replace(text.begin(), text.end(), '\n', ' ');
-    return text;
+    return printable_utf8(text);
   };
+  const std::set<std::size_t> shown = {0, std::min<std::size_t>(1, results.size() - 1), results.size() - 1};
   std::printf("\nSome answers\n");
   for (std::size_t i = 0; i < std::min<std::size_t>(2, examples.size()); ++i) {
     std::printf("  %s\n    %-8s %s\n", line(examples[i].prompt).c_str(), "expected", line(examples[i].response).c_str());
-    for (const auto& r : {results.front(), results[std::min<std::size_t>(1, results.size() - 1)], results.back()})
+    for (const std::size_t at : shown) {
+      const auto& r = results[at];
       std::printf("    %-8s %s\n", r.rank == 0 ? "base" : ("rank " + std::to_string(r.rank)).c_str(), line(r.texts[i]).c_str());
+    }
   }
 }
 
@@ -170,8 +192,9 @@ int finetune(const Options& o) {
   using Clock = std::chrono::steady_clock;
   const auto seconds_since = [](Clock::time_point from) { return std::chrono::duration<double>(Clock::now() - from).count(); };
   QDYLORA_EXPECTS(o.toy != !o.model.empty(), bad_argument, "give either --model or --toy");
-  QDYLORA_EXPECTS(o.batch >= 1 && o.steps >= 1 && o.seq_len >= 8, bad_argument,
-                  "--batch and --steps must be positive, --seq-len at least 8");
+  const std::filesystem::path out = o.out;
+  const auto state_file = out / "state.safetensors";
+  if (!o.resume) expect_no_unfinished_run(state_file);
   const Cpu cpu(o.threads);
   const RankSet ranks = parse_ranks(o.ranks);
   Recipe chosen = recipe(o.recipe_name);
@@ -189,8 +212,8 @@ int finetune(const Options& o) {
               static_cast<double>(w.config.linear_weights()) / 1e6, o.base.c_str(),
               8.0 * static_cast<double>(w.linear_bytes()) / static_cast<double>(w.config.linear_weights()),
               static_cast<double>(w.linear_bytes()) / 1e6, seconds_since(start));
-  QDYLORA_EXPECTS(o.seq_len <= w.config.context + 1, bad_argument,
-                  "--seq-len " + std::to_string(o.seq_len) + ": the model's context is " + std::to_string(w.config.context));
+  expect_seq_len(o.seq_len, w.config);
+  expect_ranks(ranks, w.config);
   const Data data = load_data(o, model, chosen.measure ? held_back_rows(o.steps * o.batch, ranks.size()) : 0);
 
   auto lora = adapter_options(chosen, ranks, o.alpha, o.seed);
@@ -206,52 +229,54 @@ int finetune(const Options& o) {
   std::printf("machine    %d threads, %s\n", cpu.threads(), std::string(name(cpu.isa())).c_str());
   std::fflush(stdout);
 
-  const std::filesystem::path out = o.out;
-  std::filesystem::create_directories(out);
-  const auto state_file = out / "state.safetensors";
+  std::error_code failure;
+  std::filesystem::create_directories(out, failure);
+  if (failure) throw Error(Errc::open, "cannot make the folder: " + failure.message(), {.file = o.out});
   // What a resumed run must share with the one that was stopped.
-  const std::string settings = Json{{"model", model.name},     {"data", o.data},       {"ranks", o.ranks},
+  const std::string data_name = printable_utf8(o.data);
+  const std::string settings = Json{{"model", model.name},     {"data", data_name},    {"ranks", o.ranks},
                                     {"recipe", o.recipe_name}, {"gates", o.gates},     {"base", o.base},
                                     {"alpha", o.alpha},        {"dropout", o.dropout}, {"lr", o.lr},
                                     {"steps", o.steps},        {"batch", o.batch},     {"seq_len", o.seq_len},
                                     {"seed", o.seed},          {"chat", model.chat},   {"examples", data.train.size()}}
                                    .dump();
   RunReport report;
+  auto& history = report.history;
   if (o.resume) {
-    load_run_state(state_file, settings, decoder, trainer, report.step_losses);
+    load_run_state(state_file, settings, decoder, trainer, history);
     std::printf("resumed    at step %lld of %lld\n", static_cast<long long>(trainer.step_count()), static_cast<long long>(o.steps));
   }
 
   StopSignal signal;
   const auto training_start = Clock::now();
-  Index trained_tokens = 0;
+  const double seconds_before = history.seconds;
+  const auto save = [&] {
+    history.seconds = seconds_before + seconds_since(training_start);
+    save_run_state(state_file, settings, decoder, trainer, history);
+  };
   {
     Progress progress(o.steps, trainer.step_count());
     while (!trainer.done() && !signal.requested()) {
       const auto samples = step_samples(data.train, trainer.step_count(), o.batch, o.seed);
       const auto result = trainer.step(to_batches(samples, 1024));
-      report.step_losses.push_back(result.loss);
-      trained_tokens += result.tokens;
+      history.step_losses.push_back(result.loss);
+      history.tokens += result.tokens;
       progress.update(trainer.step_count(), result.tokens, result.loss, result.rank);
-      if (o.save_every > 0 && trainer.step_count() % o.save_every == 0 && !trainer.done())
-        save_run_state(state_file, settings, decoder, trainer, report.step_losses);
+      if (o.save_every > 0 && trainer.step_count() % o.save_every == 0 && !trainer.done()) save();
     }
   }
+  save();
   if (!trainer.done()) {
-    save_run_state(state_file, settings, decoder, trainer, report.step_losses);
     std::printf("\nstopped at step %lld of %lld; the state is in %s, --resume goes on\n", static_cast<long long>(trainer.step_count()),
                 static_cast<long long>(o.steps), state_file.string().c_str());
     return 130;
   }
-  const double training_seconds = seconds_since(training_start);
   const MemoryUse memory = memory_use();
   const auto activation_bytes = decoder.activation_bytes();  // evaluation needs less
-  save_run_state(state_file, settings, decoder, trainer, report.step_losses);
   save_peft_adapter(out / "adapter", named_adapters(decoder),
                     {.rank = ranks.max(), .base_model = model.name, .ranks = {ranks.begin(), ranks.end()}, .recipe = o.recipe_name});
   std::printf("trained    %lld steps, %lld tokens in %.0f s (%.0f tokens/s); memory %.0f MB at most\n", static_cast<long long>(o.steps),
-              static_cast<long long>(trained_tokens), training_seconds, static_cast<double>(trained_tokens) / training_seconds,
-              static_cast<double>(memory.peak) / 1e6);
+              static_cast<long long>(history.tokens), history.seconds, history.tokens_per_second(), static_cast<double>(memory.peak) / 1e6);
   if (chosen.measure)
     std::printf("auto       %.0f %% of the later rows went to low ranks; %s at the end\n", 100.0 * trainer.nested().share,
                 trainer.reordered_at_end() ? "re-ordered" : "not re-ordered");
@@ -262,16 +287,15 @@ int finetune(const Options& o) {
   all.insert(all.end(), ranks.begin(), ranks.end());
   const auto stop = [&] { return signal.requested(); };
   report.ranks = evaluate_losses(decoder, data.validation_samples, all, stop);
-  const bool questions = std::any_of(data.validation.begin(), data.validation.end(), [](const Example& e) { return !e.prompt.empty(); });
-  if (questions && !stop())
-    evaluate_answers(decoder, model.need_tokenizer(), model.chat, data.validation, report.ranks, o.new_tokens, stop);
+  if (!data.questions.empty() && !stop())
+    evaluate_answers(decoder, model.need_tokenizer(), model.chat, data.questions, report.ranks, o.new_tokens, stop);
   if (stop()) {
     std::printf("stopped; the adapter is in %s\n", (out / "adapter").string().c_str());
     return 130;
   }
 
   print_table(report.ranks);
-  if (questions && !report.ranks.front().texts.empty()) show_answers(report.ranks, data.validation);
+  if (!data.questions.empty()) show_answers(report.ranks, data.questions);
   report.settings = {{"model", model.name},
                      {"recipe", o.recipe_name},
                      {"base", o.base},
@@ -282,9 +306,6 @@ int finetune(const Options& o) {
                      {"seed", o.seed},
                      {"threads", cpu.threads()},
                      {"isa", std::string(name(cpu.isa()))},
-                     {"tokens", trained_tokens},
-                     {"training_seconds", training_seconds},
-                     {"tokens_per_second", static_cast<double>(trained_tokens) / training_seconds},
                      {"base_bytes", w.linear_bytes()},
                      {"adapter_parameters", trainable},
                      {"activation_bytes", activation_bytes},

@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <deque>
 #include <memory>
+#include <set>
 #include <string>
 
 #include <qdylora/cpu/cpu.hpp>
@@ -46,6 +47,7 @@ double relative_error(const SafetensorsFile& file, const TensorInfo& t, const We
 }
 
 int quantize_file(const std::string& in, const std::string& out, BaseOptions options) {
+  expect_no_overwrite(in, out);
   const Cpu cpu;
   const SafetensorsFile file(in);
   SafetensorsWriter writer;
@@ -88,10 +90,12 @@ int main(int argc, char** argv) {
   CLI::App app{"Quantizes the matrices of a safetensors file to bitsandbytes' 4-bit keys.", "quantize"};
   std::string in, out, format = "nf4", double_quant = "on";
   Index block_size = 64;
-  app.add_option("IN", in, "safetensors file to read")->required();
-  app.add_option("OUT", out, "safetensors file to write")->required();
+  app.add_option("IN", in, "safetensors file to read")->required()->check(not_empty());
+  app.add_option("OUT", out, "safetensors file to write")->required()->check(not_empty());
   app.add_option("--format", format, "nf4 or fp4")->check(CLI::IsMember({"nf4", "fp4"}))->capture_default_str();
-  app.add_option("--block-size", block_size, "weights that share a scale: 32, 64 ... 4096")->capture_default_str();
+  app.add_option("--block-size", block_size, "weights that share a scale")
+      ->check(CLI::IsMember(std::set<Index>{32, 64, 128, 256, 512, 1024, 2048, 4096}))
+      ->capture_default_str();
   app.add_option("--double-quant", double_quant, "quantize the scales too: on or off")
       ->check(CLI::IsMember({"on", "off"}))
       ->capture_default_str();

@@ -2,7 +2,7 @@
 # Fine-tunes a language model on this machine:  bash examples/run.sh [MODEL] [options of finetune]
 # Installs what is missing, builds finetune in Release, gets SmolLM2-135M-Instruct (98 MB, kept for the next time) unless MODEL
 # names a .gguf file or a Hugging Face folder, and runs build/examples/finetune on it. Results go to out/, or where --out says.
-# Ctrl-C saves and stops.
+# Ctrl-C saves and stops; --resume goes on.
 #   BUILD_DIR   where to build (build)        JOBS   how many compilers at once (one for each processor)
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)  # paths on the command line stay relative to the caller's folder

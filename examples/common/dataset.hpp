@@ -33,6 +33,16 @@ struct LoadOptions {
   std::size_t chunk_bytes = 1024;  // of plain text: the largest chunk. A chunk has at most as many tokens as bytes.
 };
 
+/// f(), with file and line added to its Error.
+template <class F>
+auto at_line(const std::string& file, const std::string& where, F&& f) {
+  try {
+    return f();
+  } catch (const Error& error) {
+    throw Error(error.code(), where + ": " + error.what(), {.file = file});
+  }
+}
+
 namespace detail {
 
 /// Makes examples of JSON objects; `where` names the line in errors.
@@ -60,13 +70,9 @@ class ExampleReader {
                     (found.empty() ? "none" : printable(found, 400)));
   }
 
-  /// The library's parser, with the line in its errors.
-  Json parse(std::string_view text, const std::string& where) const {
-    try {
-      return parse_json(text, {});
-    } catch (const Error& error) {
-      throw Error(error.code(), where + ": " + error.what(), {.file = file_});
-    }
+  /// The library's parser, with the line in its errors; the text begins at byte `offset` of the file.
+  Json parse(std::string_view text, const std::string& where, std::uint64_t offset) const {
+    return at_line(file_, where, [&] { return parse_json(text, {.offset = offset}); });
   }
 
   [[noreturn]] void fail(const std::string& where, const std::string& message) const {
@@ -148,7 +154,7 @@ inline std::vector<Example> load_examples(const std::filesystem::path& path, Loa
   std::vector<Example> examples;
   const std::string extension = path.extension().string();
   if (extension == ".json" && first != text.npos && text[first] == '[') {
-    const Json list = reader.parse(text, "array");
+    const Json list = reader.parse(text, "array", 0);
     for (const auto& item : list) examples.push_back(reader.read(item, "element " + std::to_string(examples.size() + 1)));
   } else if (extension == ".json" || extension == ".jsonl" || extension == ".ndjson") {
     Index number = 0;
@@ -156,7 +162,10 @@ inline std::vector<Example> load_examples(const std::filesystem::path& path, Loa
       const std::size_t end = std::min(text.find('\n', begin), text.size());
       const std::string_view line = detail::trim(std::string_view(text).substr(begin, end - begin));
       const std::string where = "line " + std::to_string(++number);
-      if (!line.empty()) examples.push_back(reader.read(reader.parse(line, where), where));
+      if (!line.empty()) {
+        const auto offset = static_cast<std::uint64_t>(line.data() - text.data());
+        examples.push_back(reader.read(reader.parse(line, where, offset), where));
+      }
       begin = end + 1;
     }
   } else {

@@ -1,6 +1,7 @@
 // What a model does at each rank: loss on held-out answers, and how many answers it gets right.
 #pragma once
 
+#include <algorithm>
 #include <functional>
 #include <numeric>
 #include <span>
@@ -68,12 +69,23 @@ inline std::vector<RankResult> evaluate_losses(
   return results;
 }
 
+/// The first `count` examples that ask, with a prompt that leaves room for an answer in `length` tokens.
+inline std::vector<Example> questions(std::span<const Example> examples, const Tokenizer& tokenizer, bool chat, Index length, Index count) {
+  std::vector<Example> chosen;
+  for (const auto& e : examples) {
+    if (static_cast<Index>(chosen.size()) >= count) break;
+    if (!e.prompt.empty() && static_cast<Index>(prompt_ids(e, tokenizer, chat).size()) < length) chosen.push_back(e);
+  }
+  return chosen;
+}
+
 /// Writes an answer to every example at every rank, greedily, many ranks in one batch, and fills in answers, correct and texts.
 inline void evaluate_answers(
     Decoder<float>& model, const Tokenizer& tokenizer, bool chat, std::span<const Example> examples, std::vector<RankResult>& results,
     Index max_tokens, const std::function<bool()>& stop = [] { return false; }) {
   // About as many sequences at once as keep the caches of a small model below the memory of training.
-  const std::size_t examples_at_once = std::max<std::size_t>(1, 64 / std::max<std::size_t>(results.size(), 1));
+  const auto sequences = static_cast<std::size_t>(std::clamp<Index>(32768 / std::max<Index>(max_tokens, 1), 1, 64));
+  const std::size_t examples_at_once = std::max<std::size_t>(1, sequences / std::max<std::size_t>(results.size(), 1));
   for (std::size_t begin = 0; begin < examples.size(); begin += examples_at_once) {
     if (stop()) return;
     const auto part = examples.subspan(begin, std::min(examples_at_once, examples.size() - begin));

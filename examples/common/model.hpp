@@ -11,6 +11,8 @@
 #include <qdylora/io/peft.hpp>
 #include <qdylora/model.hpp>
 
+#include "text.hpp"
+
 namespace qdylora::examples {
 
 struct OpenModel {
@@ -27,11 +29,32 @@ struct OpenModel {
   }
 };
 
+/// Throws Errc::bad_argument where sequences of --seq-len tokens, whose last is no input, do not fit the model.
+inline void expect_seq_len(Index seq_len, const DecoderConfig& config) {
+  QDYLORA_EXPECTS(seq_len <= config.context + 1, bad_argument,
+                  "--seq-len " + std::to_string(seq_len) + ": the model's context is " + std::to_string(config.context));
+}
+
+/// Throws Errc::rank_range above the model's width: one side of every linear layer, so no update has a higher rank.
+inline void expect_ranks(const RankSet& ranks, const DecoderConfig& config) {
+  QDYLORA_EXPECTS(ranks.max() <= config.width, rank_range,
+                  "--ranks: " + std::to_string(ranks.max()) + " is above the model's width of " + std::to_string(config.width));
+}
+
+/// Throws Errc::bad_config for a tokenizer of more tokens than the model knows.
+inline void expect_vocabulary(Index tokens, const DecoderConfig& config, const std::string& file) {
+  if (tokens > config.vocab)
+    throw Error(Errc::bad_config,
+                "a tokenizer of " + std::to_string(tokens) + " tokens does not fit a model of " + std::to_string(config.vocab),
+                {.file = file});
+}
+
 /// Opens a .gguf file or a Hugging Face folder; `tokenizer_file` is a GGUF file whose tokenizer is used instead, "" for none.
 inline OpenModel open_model(const std::filesystem::path& path, const std::string& tokenizer_file, BaseOptions options, const Cpu& cpu) {
   OpenModel model;
-  model.name = (path.has_filename() ? path : path.parent_path()).filename().string();
+  model.name = printable_utf8((path.has_filename() ? path : path.parent_path()).filename().string());
   if (!std::filesystem::exists(path)) throw Error(Errc::open, "no such file or folder", {.file = path.string()});
+  if (!tokenizer_file.empty()) model.tokenizer = load_tokenizer(GgufFile(tokenizer_file));
   if (std::filesystem::is_directory(path)) {
     model.weights = load_hugging_face(path, options, cpu);
   } else {
@@ -39,8 +62,10 @@ inline OpenModel open_model(const std::filesystem::path& path, const std::string
     model.weights = load_gguf(file, options, cpu);
     if (tokenizer_file.empty()) model.tokenizer = load_tokenizer(file);
   }
-  if (!tokenizer_file.empty()) model.tokenizer = load_tokenizer(GgufFile(tokenizer_file));
-  if (model.tokenizer) model.chat = model.tokenizer->id("<|im_start|>").has_value();
+  if (model.tokenizer) {
+    expect_vocabulary(model.tokenizer->vocab_size(), model.weights->config, tokenizer_file.empty() ? path.string() : tokenizer_file);
+    model.chat = model.tokenizer->id("<|im_start|>").has_value();
+  }
   return model;
 }
 
@@ -122,17 +147,20 @@ inline std::vector<NamedAdapter> named_adapters(const Decoder<float>& model) {
   return adapters;
 }
 
-/// Loads an adapter folder into a decoder. Errors: those of load_peft_adapter, and missing_tensor for a module the model lacks.
-inline void assign_adapter(const PeftAdapter& adapter, Decoder<float>& model) {
+/// Puts the adapter of a folder into a decoder. Errors, with the folder: those of assign, and missing_tensor for modules the model lacks.
+inline void assign_adapter(const PeftAdapter& adapter, const std::string& folder, Decoder<float>& model) {
   std::size_t used = 0;
-  for_each_adapter(model, [&](auto& linear, Index heads) {
-    const auto* module = adapter.find(linear.adapter().options().name);
-    if (module == nullptr) return;
-    assign(*module, linear.adapter(), heads);
-    ++used;
+  at_tensor(folder, "", [&] {
+    for_each_adapter(model, [&](auto& linear, Index heads) {
+      const auto* module = adapter.find(linear.adapter().options().name);
+      if (module == nullptr) return;
+      assign(*module, linear.adapter(), heads);
+      ++used;
+    });
+    QDYLORA_EXPECTS(used == adapter.modules.size(), missing_tensor,
+                    "is of another model: it has " + std::to_string(adapter.modules.size()) + " modules, of which the model has " +
+                        std::to_string(used));
   });
-  QDYLORA_EXPECTS(used == adapter.modules.size(), missing_tensor,
-                  "the adapter has " + std::to_string(adapter.modules.size()) + " modules, of which the model has " + std::to_string(used));
 }
 
 }  // namespace qdylora::examples

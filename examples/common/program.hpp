@@ -1,16 +1,21 @@
-// What the programs share: the command line's errors and numbers. A wrong argument or file gives one clear line and exit status 2.
+// What the programs share: the command line's errors and limits. A wrong argument or file gives one clear line and exit status 2.
 #pragma once
 
 #include <cstdio>
 #include <exception>
+#include <filesystem>
 #include <new>
+#include <sstream>
 #include <string>
-#include <vector>
+#include <system_error>
 
 #include <CLI/CLI.hpp>
 
 #include <qdylora/core/error.hpp>
+#include <qdylora/core/scalar.hpp>
 #include <qdylora/nn/ranks.hpp>
+
+#include "text.hpp"
 
 namespace qdylora::examples {
 
@@ -18,7 +23,7 @@ namespace qdylora::examples {
 template <class Body>
 int run_program(CLI::App& app, int argc, char** argv, Body&& body) {
   const auto fail = [&](const std::string& message) {
-    std::fprintf(stderr, "%s: %s\n", app.get_name().c_str(), message.c_str());
+    std::fprintf(stderr, "%s: %s\n", app.get_name().c_str(), printable_utf8(message).c_str());
     return 2;
   };
   try {
@@ -40,18 +45,41 @@ int run_program(CLI::App& app, int argc, char** argv, Body&& body) {
 }
 
 /// "1,2,4" as a rank set.
-inline RankSet parse_ranks(const std::string& text) {
-  std::vector<Index> ranks;
-  std::size_t begin = 0;
-  while (begin <= text.size()) {
-    const auto end = std::min(text.find(',', begin), text.size());
-    const auto item = text.substr(begin, end - begin);
-    QDYLORA_EXPECTS(!item.empty() && item.size() <= 6 && item.find_first_not_of("0123456789") == std::string::npos, bad_argument,
-                    "--ranks: expected numbers like 1,2,4,8, found '" + printable(text) + "'");
-    ranks.push_back(std::stol(item));
-    begin = end + 1;
-  }
-  return RankSet(std::move(ranks));
+inline RankSet parse_ranks(const std::string& text) { return RankSet(parse_numbers<Index>("--ranks", text)); }
+
+// An option beyond these is a slip, and would take all memory or time before anybody noticed.
+inline constexpr Index most_rank = 65535;
+inline constexpr Index most_steps = 10'000'000;
+inline constexpr Index most_batch = 4096;
+inline constexpr Index most_tokens = Index{1} << 20;  // of a sequence; the model's context is less
+inline constexpr Index most_new_tokens = 4096;        // each takes its place in the caches beforehand
+inline constexpr Index most_examples = 1'000'000;
+inline constexpr int most_threads = 1024;
+
+/// A check that a number is in [least, most], which NaN is not.
+template <class T>
+CLI::Validator in_range(T least, T most) {
+  return {[=](std::string& text) {
+            T value{};
+            if (CLI::detail::lexical_cast(text, value) && value >= least && value <= most) return std::string();
+            std::ostringstream message;
+            message << "expected " << least << " ... " << most << ", found '" << text << "'";
+            return message.str();
+          },
+          ""};
+}
+
+/// A check against the empty text that a shell makes of a variable nobody set.
+inline CLI::Validator not_empty() {
+  return {[](std::string& text) { return text.empty() ? std::string("expected a name, found ''") : std::string(); }, ""};
+}
+
+/// Throws Errc::bad_argument where writing `out` would replace `in`, or a file in the folder `in`, by whatever path they are named.
+inline void expect_no_overwrite(const std::filesystem::path& in, const std::filesystem::path& out) {
+  std::error_code ignored;  // what is not there is not replaced
+  const auto same = [&](const std::filesystem::path& path) { return std::filesystem::equivalent(in, path, ignored); };
+  const bool replaces = same(out) || (std::filesystem::is_regular_file(out, ignored) && same(std::filesystem::absolute(out).parent_path()));
+  if (replaces) throw Error(Errc::bad_argument, "would be written over, and it is read", {.file = out.string()});
 }
 
 }  // namespace qdylora::examples

@@ -13,6 +13,7 @@
 
 #include "evaluation.hpp"
 #include "progress.hpp"
+#include "run_state.hpp"
 #include "svg.hpp"
 
 namespace qdylora::examples {
@@ -20,7 +21,7 @@ namespace qdylora::examples {
 struct RunReport {
   Json settings;                  // what the run was told and found: model, recipe, steps, memory ...
   std::vector<RankResult> ranks;  // rank 0 first
-  std::vector<double> step_losses;
+  RunHistory history;
 };
 
 inline double accuracy(const RankResult& r) {
@@ -68,7 +69,10 @@ inline void write_report(const std::filesystem::path& folder, const RunReport& r
       match.points.emplace_back(static_cast<double>(r.rank), accuracy(r));
     }
   }
-  json["step_losses"] = report.step_losses;
+  json["tokens"] = report.history.tokens;
+  json["training_seconds"] = report.history.seconds;
+  json["tokens_per_second"] = report.history.tokens_per_second();
+  json["step_losses"] = report.history.step_losses;
   write_text(folder / "report.json", json.dump(1) + "\n");
   write_text(folder / "report.csv", csv);
   std::vector<LineChart> charts;

@@ -1,7 +1,9 @@
 // Saving and resuming a fine-tuning run.
 #pragma once
 
+#include <cstdint>
 #include <filesystem>
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -11,9 +13,18 @@
 
 namespace qdylora::examples {
 
-/// Saves everything that decides the rest of a run; `settings` is compared when it is resumed.
+/// What a run has done so far, over all its parts; for its report.
+struct RunHistory {
+  std::vector<double> step_losses;
+  Index tokens = 0;
+  double seconds = 0.0;
+
+  double tokens_per_second() const noexcept { return seconds > 0.0 ? static_cast<double>(tokens) / seconds : 0.0; }
+};
+
+/// Saves everything that decides the rest of a run, and its history; `settings` is compared when it is resumed.
 inline void save_run_state(const std::filesystem::path& path, const std::string& settings, const Decoder<float>& model,
-                           Trainer<float>& trainer, const std::vector<double>& step_losses) {
+                           Trainer<float>& trainer, const RunHistory& history) {
   TrainState state;
   state.add_text("settings", settings);
   model.for_each_linear([&](const auto& linear) { collect(state, linear.adapter().options().name, linear.adapter()); });
@@ -25,14 +36,35 @@ inline void save_run_state(const std::filesystem::path& path, const std::string&
   state.add_numbers("sampler.carry", s.sampler.carry);
   state.add_numbers("nested", {s.nested.share, s.nested.strength});
   state.add_numbers("nested.weights", s.nested.weights);
-  state.add_numbers("step_losses", step_losses);
+  state.add_numbers("step_losses", history.step_losses);
+  state.add_integer("tokens", history.tokens);
+  state.add_number("seconds", history.seconds);
   save_train_state(path, state);
 }
 
-/// Errc::bad_config where the run was started with other settings, and the errors of load_train_state.
-inline void load_run_state(const std::filesystem::path& path, const std::string& settings, Decoder<float>& model, Trainer<float>& trainer,
-                           std::vector<double>& step_losses) {
+/// Throws Errc::state_order if the file holds a run that is not done, so that nobody overwrites it unawares; and the errors of
+/// load_train_state for a file that is there and holds none.
+inline void expect_no_unfinished_run(const std::filesystem::path& path) {
+  if (!std::filesystem::exists(path)) return;
   TrainState state = load_train_state(path);
+  const auto step = state.integers("trainer", 3).front();
+  const auto steps = get_integer(parse_json(state.text("settings"), {.file = path.string()}), "steps", 0,
+                                 std::numeric_limits<std::int64_t>::max(), {.file = path.string()});
+  if (step < steps)
+    throw Error(Errc::state_order,
+                "holds a run that stopped at step " + std::to_string(step) + " of " + std::to_string(steps) +
+                    "; --resume goes on with it, another --out leaves it alone",
+                {.file = path.string()});
+}
+
+/// Errc::bad_config where the run was started with other settings, version for a state without tokens and seconds, and the errors of
+/// load_train_state.
+inline void load_run_state(const std::filesystem::path& path, const std::string& settings, Decoder<float>& model, Trainer<float>& trainer,
+                           RunHistory& history) {
+  TrainState state = load_train_state(path);
+  if (!state.contains("tokens") || !state.contains("seconds"))
+    throw Error(Errc::version, "was saved by an earlier version, which did not count tokens and seconds; remove it, or take another --out",
+                {.file = path.string()});
   if (const auto& saved = state.text("settings"); saved != settings) {
     const Json then = parse_json(saved, {.file = path.string()}), now = parse_json(settings, {});
     std::string differences;
@@ -59,7 +91,9 @@ inline void load_run_state(const std::filesystem::path& path, const std::string&
   s.nested.strength = nested[1];
   s.nested.weights = state.numbers("nested.weights");
   trainer.restore(s);
-  step_losses = state.numbers("step_losses");
+  history.step_losses = state.numbers("step_losses");
+  history.tokens = state.integer("tokens");
+  history.seconds = state.number("seconds");
   state.expect_all_used();
 }
 

@@ -130,6 +130,12 @@ TEST_CASE("a bad line is an error with its number, what is expected and what is 
   }
   CHECK(holds(bad("{\"prompt\": \"p\", ").second, "line 3"));
   CHECK(bad("{\"prompt\": \"p\", ").first == qd::Errc::json);
+  {  // no line and column of the parser's, which saw one line; the byte is of the file
+    const auto text = bad("{\"prompt\": p}").second;
+    CHECK(holds(text, "line 3: syntax error"));
+    CHECK_FALSE(holds(text, "line 1"));
+    CHECK(holds(text, "(at byte " + std::to_string(good.size() + 1 + 11) + ")"));
+  }
   CHECK(bad("{\"prompt\": \"\xFF\", \"response\": \"r\"}").first == qd::Errc::utf8);
   CHECK(bad("{\"prompt\": \"a\", \"prompt\": \"b\", \"response\": \"r\"}").first == qd::Errc::duplicate);
   CHECK(bad(std::string(100000, '[')).first == qd::Errc::limit);

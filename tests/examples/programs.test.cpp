@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <filesystem>
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -66,7 +67,10 @@ TEST_CASE("programs: a wrong argument or file gives one line and status 2") {
   test::write_file(folder / "junk.gguf", "GGUF but not really");
   test::write_file(folder / "junk.safetensors", "nothing");
   test::write_file(folder / "bad.jsonl", "{\"prompt\": \"a\"}\n");
-  const auto junk = quoted(folder / "junk.gguf");
+  test::write_file(folder / "good.jsonl",
+                   "{\"prompt\": \"one\", \"response\": \"two\"}\n{\"prompt\": \"three\", \"response\": \"four\"}\n");
+  const auto junk = quoted(folder / "junk.gguf"), good = quoted(folder / "good.jsonl");
+  const auto tiny = "--model " + quoted(test::golden("llama_tiny_bnb4"));
   const struct {
     std::string program, arguments, says;
   } cases[] = {
@@ -81,6 +85,39 @@ TEST_CASE("programs: a wrong argument or file gives one line and status 2") {
       {"finetune", "--toy --data /no/such/file.jsonl", "/no/such/file.jsonl"},
       {"finetune", "--toy --data " + quoted(folder / "bad.jsonl"), "line 1"},
       {"finetune", "--toy --resume --out " + quoted(folder / "absent"), "state.safetensors"},
+      {"finetune", "--toy --data ''", "--data"},  // what a shell makes of a variable nobody set
+      {"finetune", "--toy --out ''", "--out"},
+      {"finetune", "--toy --eval " + good, "--data"},
+      {"finetune", "--toy --tokenizer " + good, "--model"},
+      {"finetune", "--toy --data " + good + " --out " + quoted(folder / "x"), "2 examples are too few"},
+      {"finetune", "--toy --seq-len 8 --data " + good + " --eval " + good + " --out " + quoted(folder / "x"), "within --seq-len 8"},
+      {"finetune", "--toy --batch 99999999999", "--batch: expected 1 ... 4096, found '99999999999'"},
+      {"finetune", "--toy --batch 4097", "--batch"},
+      {"finetune", "--toy --batch 1.5", "--batch"},
+      {"finetune", "--toy --steps 0", "--steps"},
+      {"finetune", "--toy --steps 99999999999999999999", "--steps"},
+      {"finetune", "--toy --seq-len 7", "--seq-len"},
+      {"finetune", "--toy --seq-len 99999999999", "--seq-len"},
+      {"finetune", "--toy --seq-len 5000", "context is 512"},
+      {"finetune", "--toy --ranks 1,65", "width of 64"},
+      {"finetune", "--toy --threads -1", "--threads"},
+      {"finetune", "--toy --threads 100000", "--threads"},
+      {"finetune", "--toy --train-examples 0", "--train-examples"},
+      {"finetune", "--toy --train-examples 99999999999", "--train-examples"},
+      {"finetune", "--toy --eval-examples 0", "--eval-examples"},
+      {"finetune", "--toy --eval-examples -3", "--eval-examples"},
+      {"finetune", "--toy --answers -1", "--answers"},
+      {"finetune", "--toy --answers 99999999999", "--answers"},
+      {"finetune", "--toy --max-new-tokens 0", "--max-new-tokens"},
+      {"finetune", "--toy --max-new-tokens 99999999999", "--max-new-tokens"},
+      {"finetune", "--toy --save-every -1", "--save-every"},
+      {"finetune", "--toy --lr nan", "--lr"},
+      {"finetune", "--toy --lr -1", "--lr"},
+      {"finetune", "--toy --alpha inf", "--alpha"},
+      {"finetune", "--toy --dropout nan", "--dropout"},
+      {"finetune", "--toy --seed -1", "--seed"},
+      {"finetune", "--toy --steps 1 --out " + quoted(folder / "junk.gguf"), "junk.gguf"},
+      {"finetune", "--toy --nonsense '\x1b[2J\n'", "nonsense"},
       {"finetune", "--model /no/such/model.gguf", "/no/such/model.gguf"},
       {"finetune", "--model " + junk, "junk.gguf"},
       {"evaluate", "--model " + junk + " --ids 1,2", "--logits"},
@@ -88,6 +125,29 @@ TEST_CASE("programs: a wrong argument or file gives one line and status 2") {
       {"evaluate", "--model " + quoted(test::golden("llama_tiny_bnb4")) + " --data " + quoted(folder / "bad.jsonl"), "line 1"},
       {"evaluate", "--model " + quoted(test::golden("llama_tiny_bnb4")) + " --ids 1,2,99 --logits " + quoted(folder / "l"), "99"},
       {"evaluate", "--model " + quoted(test::golden("llama_tiny_bnb4")) + " --rank 3 --ids 1 --logits " + quoted(folder / "l"), "rank 3"},
+      {"evaluate", tiny + " --ids '' --logits " + quoted(folder / "l"), "--ids"},
+      {"evaluate", tiny + " --ids 1,,3 --logits " + quoted(folder / "l"), "--ids"},
+      {"evaluate", tiny + " --ids 1,-3 --logits " + quoted(folder / "l"), "--ids"},
+      {"evaluate", tiny + " --ids 1,99999999999 --logits " + quoted(folder / "l"), "--ids"},
+      {"evaluate", tiny + " --ids 1 --logits ''", "--logits"},
+      {"evaluate", tiny + " --adapter '' --ids 1 --logits " + quoted(folder / "l"), "--adapter"},
+      {"evaluate", tiny + " --rank -1 --ids 1 --logits " + quoted(folder / "l"), "--rank"},
+      {"evaluate", tiny + " --threads -2 --ids 1 --logits " + quoted(folder / "l"), "--threads"},
+      {"evaluate", tiny + " --data " + good + " --max-examples 0", "--max-examples"},
+      {"evaluate", tiny + " --data " + good + " --answers -1", "--answers"},
+      {"evaluate", tiny + " --data " + good + " --max-new-tokens -1", "--max-new-tokens"},
+      {"evaluate", tiny + " --data " + good + " --seq-len 1", "--seq-len"},
+      {"evaluate", tiny + " --data " + good, "context is 64"},
+      {"compare", "--model " + junk + " --data " + good + " --seeds 0,,1", "--seeds"},
+      {"compare", "--model " + junk + " --data " + good + " --seeds ''", "--seeds"},
+      {"compare", "--model " + junk + " --data " + good + " --recipes auto,", "--recipes"},
+      {"compare", "--model " + junk + " --data " + good + " --recipes auto,best", "best"},
+      {"compare", "--model " + junk + " --data " + good + " --against best", "best"},
+      {"compare", "--model " + junk + " --data " + good + " --batch 99999999999", "--batch"},
+      {"compare", "--model " + junk + " --data " + good + " --eval-rows 0", "--eval-rows"},
+      {"compare", "--model " + junk + " --data " + good + " --alpha nan", "--alpha"},
+      {"compare", "--model " + quoted(folder / "m.bin") + " --data x.txt", "--tokenizer"},
+      {"compare", "--model " + quoted(folder / "m.bin") + " --data " + good, ".txt"},
       {"quantize", "in out --format int4", "int4"},
       {"quantize", quoted(folder / "junk.safetensors") + " out", "junk.safetensors"},
       {"quantize", quoted(test::golden("codes.safetensors")) + " out", "no matrix"},
@@ -103,6 +163,7 @@ TEST_CASE("programs: a wrong argument or file gives one line and status 2") {
     CHECK(result.status == 2);
     CHECK(std::count(result.err.begin(), result.err.end(), '\n') == 1);
     CHECK(result.err.find(c.says) != std::string::npos);
+    CHECK(std::none_of(result.err.begin(), result.err.end() - 1, [](char x) { return static_cast<unsigned char>(x) < 0x20; }));
     CHECK(result.err.starts_with(c.program + ": "));
   }
 }
@@ -146,10 +207,75 @@ TEST_CASE("programs: a run that was stopped resumes to the same bytes, on any nu
     const auto resumed = run("finetune", toy(folder / "parts", more + " --threads 4 --resume"));
     CAPTURE(resumed.out, resumed.err);
     REQUIRE(resumed.status == 0);
-    CHECK(test::read_file(folder / "whole" / "state.safetensors") == test::read_file(state));
+    const qd::SafetensorsFile whole(folder / "whole" / "state.safetensors"), parts(state);
+    REQUIRE(whole.tensors().size() == parts.tensors().size());
+    for (const auto& tensor : whole.tensors()) {
+      const auto expected = whole.bytes(tensor.name), found = parts.bytes(tensor.name);
+      CAPTURE(tensor.name);
+      CHECK((tensor.name == "seconds" || std::ranges::equal(expected.span(), found.span())));
+    }
     CHECK(test::read_file(folder / "whole" / "adapter" / "adapter_model.safetensors") ==
           test::read_file(folder / "parts" / "adapter" / "adapter_model.safetensors"));
   }
+}
+
+TEST_CASE("programs: the report of a resumed run counts all its parts") {
+  if (!built("finetune")) SKIP("finetune has not been built");
+  const test::TemporaryFolder folder;
+  REQUIRE(run("finetune", toy(folder / "out")).status == 0);
+  const auto whole = qd::read_json(folder / "out" / "report.json");
+  CHECK(whole.at("tokens").get<Index>() > 12 * 4 * 8);
+  REQUIRE(run("finetune", toy(folder / "out", "--resume")).status == 0);  // only evaluates
+  const auto resumed = qd::read_json(folder / "out" / "report.json");
+  for (const char* key : {"tokens", "step_losses"}) CHECK(resumed.at(key) == whole.at(key));
+  for (const char* key : {"training_seconds", "tokens_per_second"}) {
+    CHECK(whole.at(key).get<double>() > 0.0);
+    CHECK(std::fabs(resumed.at(key).get<double>() / whole.at(key).get<double>() - 1.0) < 0.2);  // the last state was written within it
+  }
+
+  auto state = qd::load_train_state(folder / "out" / "state.safetensors");
+  qd::TrainState old;  // without what it has taken, as earlier versions saved it
+  old.add_text("settings", state.text("settings"));
+  qd::save_train_state(folder / "out" / "state.safetensors", old);
+  const auto result = run("finetune", toy(folder / "out", "--resume"));
+  CHECK(result.status == 2);
+  CHECK(result.err.find("earlier version") != std::string::npos);
+}
+
+TEST_CASE("programs: a stopped run is not overwritten, a finished one is") {
+  if (!built("finetune")) SKIP("finetune has not been built");
+  const test::TemporaryFolder folder;
+  const auto path = folder / "out" / "state.safetensors";
+  REQUIRE(run("finetune", toy(folder / "out")).status == 0);
+  REQUIRE(run("finetune", toy(folder / "out")).status == 0);
+  qd::TrainState state;
+  state.add_text("settings", "{\"steps\": 12}");
+  state.add_integers("trainer", {7, 0, 0});
+  qd::save_train_state(path, state);
+  const auto before = test::read_file(path);
+  const auto result = run("finetune", toy(folder / "out"));
+  CHECK(result.status == 2);
+  CHECK(result.err.find("step 7 of 12") != std::string::npos);
+  CHECK(result.err.find("--resume") != std::string::npos);
+  CHECK(test::read_file(path) == before);
+}
+
+TEST_CASE("programs: answers and data reach the terminal readable and harmless, each rank once") {
+  if (!built("finetune")) SKIP("finetune has not been built");
+  const test::TemporaryFolder folder;
+  std::string lines;
+  for (int i = 0; i < 6; ++i) lines += "{\"prompt\": \"Where?\", \"response\": \"Z\u00fcrich\\u001b[2J\\u009b\"}\n";
+  test::write_file(folder / "data.jsonl", lines);
+  const auto result = run("finetune", "--toy --steps 1 --batch 1 --ranks 4 --answers 1 --max-new-tokens 4 --data " +
+                                          quoted(folder / "data.jsonl") + " --out " + quoted(folder / "out"));
+  CAPTURE(result.out, result.err);
+  REQUIRE(result.status == 0);
+  const auto answers = result.out.substr(std::min(result.out.find("Some answers"), result.out.size()));
+  CHECK(answers.find("Z\u00fcrich\\x1b[2J\\xc2\\x9b") != std::string::npos);
+  CHECK(std::none_of(result.out.begin(), result.out.end(), [](char c) { return c != '\n' && static_cast<unsigned char>(c) < 0x20; }));
+  const auto first = answers.find("rank 4");
+  REQUIRE(first != std::string::npos);
+  CHECK(answers.find("rank 4", first + 1) == std::string::npos);
 }
 
 TEST_CASE("programs: a run does not resume with other settings") {
@@ -287,4 +413,78 @@ TEST_CASE("programs: adapter shows, truncates and resizes") {
     CHECK(distance(of(whole.modules[i]), expected) < 1e-5 * size);  // nothing is lost at full rank
     CHECK(distance(of(best.modules[i]), expected) < distance(of(cut.modules[i]), expected));
   }
+}
+
+TEST_CASE("programs: what is read is not written over, by whatever path it is named") {
+  if (!built("quantize") || !built("adapter") || !built("evaluate")) SKIP("quantize, adapter or evaluate has not been built");
+  const test::TemporaryFolder folder;
+  std::filesystem::copy(test::golden("llama_tiny_bnb4"), folder / "model");
+  std::filesystem::copy(test::golden("llama_tiny_adapter"), folder / "adapter");
+  std::filesystem::create_symlink(folder.path(), folder / "link");
+  const auto model = folder / "model" / "model.safetensors", other = folder / "link" / "model" / "model.safetensors";
+  const auto before = test::read_file(model);
+  const auto refused = [&](const std::string& program, const std::string& arguments) {
+    const auto result = run(program, arguments);
+    CAPTURE(program, arguments, result.err);
+    CHECK(result.status == 2);
+    CHECK(result.err.find("written over") != std::string::npos);
+  };
+  refused("quantize", quoted(model) + " " + quoted(model));
+  refused("quantize", quoted(model) + " " + quoted(other));
+  refused("evaluate", "--model " + quoted(folder / "model") + " --ids 1 --logits " + quoted(other));
+  CHECK(test::read_file(model) == before);
+  const auto weights = test::read_file(folder / "adapter" / "adapter_model.safetensors");
+  refused("adapter", "truncate " + quoted(folder / "adapter") + " --rank 1 " + quoted(folder / "link" / "adapter"));
+  CHECK(test::read_file(folder / "adapter" / "adapter_model.safetensors") == weights);
+}
+
+TEST_CASE("programs: weights that are not finite are named") {
+  if (!built("quantize") || !built("adapter")) SKIP("quantize or adapter has not been built");
+  const test::TemporaryFolder folder;
+  auto weight = test::normal_matrix<float>(4, 64, 5);
+  auto broken = qd::clone(weight.view());
+  broken(2, 7) = std::numeric_limits<float>::quiet_NaN();
+  qd::SafetensorsWriter writer;
+  writer.add("a.weight", broken.view());
+  writer.write(folder / "in.safetensors");
+  const auto result = run("quantize", quoted(folder / "in.safetensors") + " " + quoted(folder / "out.safetensors"));
+  CHECK(result.status == 2);
+  CHECK(result.err == "quantize: " + (folder / "in.safetensors").native() + ": tensor 'a.weight': weight [2, 7] is not finite\n");
+  CHECK_FALSE(std::filesystem::exists(folder / "out.safetensors"));
+
+  std::filesystem::copy(test::golden("peft_linear"), folder / "adapter");
+  const auto path = folder / "adapter" / "adapter_model.safetensors";
+  const qd::SafetensorsFile file(path);
+  qd::SafetensorsWriter damaged;
+  std::vector<qd::Matrix<float>> matrices;
+  for (const auto& tensor : file.tensors()) matrices.push_back(file.matrix(tensor.name));
+  matrices.front()(0, 0) = std::numeric_limits<float>::infinity();
+  for (std::size_t i = 0; i < matrices.size(); ++i) damaged.add(file.tensors()[i].name, matrices[i].view());
+  damaged.write(path);
+  const auto info = run("adapter", "info " + quoted(folder / "adapter"));
+  CAPTURE(info.out, info.err);
+  CHECK(info.status == 0);
+  CHECK(info.out.find("NOT FINITE") != std::string::npos);
+  CHECK(info.out.find("modules are not finite") != std::string::npos);
+}
+
+TEST_CASE("programs: an adapter and a tokenizer of another model are named") {
+  if (!built("evaluate")) SKIP("evaluate has not been built");
+  const test::TemporaryFolder folder;
+  const auto tiny = "--model " + quoted(test::golden("llama_tiny_bnb4"));
+  const auto adapter =
+      run("evaluate", tiny + " --adapter " + quoted(test::golden("peft_linear")) + " --ids 1 --logits " + quoted(folder / "l"));
+  CHECK(adapter.status == 2);
+  CHECK(adapter.err.find("peft_linear: is of another model") != std::string::npos);
+
+  test::Bytes gguf;  // one token more than the model's 64
+  gguf.raw("GGUF").u32(3).u64(0).u64(4).text("tokenizer.ggml.model").u32(8).text("gpt2").text("tokenizer.ggml.pre").u32(8).text("smollm");
+  gguf.text("tokenizer.ggml.merges").u32(9).u32(8).u64(0).text("tokenizer.ggml.tokens").u32(9).u32(8).u64(65);
+  for (int i = 0; i < 65; ++i) gguf.text(std::string(1, static_cast<char>('!' + i)));
+  test::write_file(folder / "tokenizer.gguf", gguf.pad(32));
+  const auto tokenizer =
+      run("evaluate", tiny + " --tokenizer " + quoted(folder / "tokenizer.gguf") + " --ids 1 --logits " + quoted(folder / "l"));
+  CAPTURE(tokenizer.err);
+  CHECK(tokenizer.status == 2);
+  CHECK(tokenizer.err.find("tokenizer.gguf: a tokenizer of 65 tokens") != std::string::npos);
 }

@@ -67,6 +67,7 @@ TEST_CASE("text that is no JSON names the byte") {
   const auto shifted = error_of([&] { qd::parse_json("[x]", {.file = "f", .offset = 100}); });
   REQUIRE(shifted);
   CHECK(shifted->offset() == 101u);
+  CHECK(std::string(shifted->what()).starts_with("f: syntax error"));  // nothing of the parser's own, nor its lines and columns
   CHECK(code_of([] { parse("[1e999]"); }) == Errc::json);
 }
 

@@ -313,6 +313,24 @@ TEST_CASE("a GGUF file that lacks a tensor, or has one of another shape, is refu
   CHECK(embedding.tensor() == "token_embd.weight");
 }
 
+TEST_CASE("a GGUF file with blocks beyond its count is refused; what is no block may be there") {
+  for (const std::uint32_t count : {1u, 2u}) {
+    const std::string beyond = count == 1 ? "blk.1.attn_k.bias" : "blk.18446744073709551616.attn_k.bias";
+    const auto error = refused([&](Fixture& f) {
+      f.numbers["llama.block_count"] = count;
+      f.tensors[beyond] = f.tensors["blk.0.attn_k.bias"];
+    });
+    CHECK(error.code() == Errc::unexpected_tensor);
+    CHECK(error.tensor() == beyond);
+    CHECK(std::string(error.what()).find("the " + std::to_string(count) + " layers of llama.block_count") != std::string::npos);
+  }
+  const test::TemporaryFolder folder;
+  Fixture fixture(*test::tiny_weights<float>(config_of(false)));
+  for (const char* other : {"blk.scale", "rope_long", "block.7", "blk"}) fixture.tensors[other] = {{1}, {1.0f}};
+  fixture.write(folder / "model.gguf");
+  CHECK_FALSE(error_of([&] { qd::load_gguf(qd::GgufFile(folder / "model.gguf")); }));
+}
+
 TEST_CASE("a GGUF file with a linear weight that is not finite is refused by its name") {
   for (const float bad : {std::numeric_limits<float>::quiet_NaN(), -std::numeric_limits<float>::infinity()}) {
     const auto error = refused([&](Fixture& f) { f.tensors["blk.1.attn_k.weight"].values[7] = bad; });

@@ -343,6 +343,19 @@ TEST_CASE("a Hugging Face folder with any weight that is not finite is refused b
     }
 }
 
+TEST_CASE("a Hugging Face folder with layers beyond its count is refused; rotary frequencies within it may be there") {
+  const auto error = refused([](Fixture& f) { f.config["num_hidden_layers"] = 1; }, "model.safetensors");
+  CHECK(error.code() == Errc::unexpected_tensor);
+  CHECK(error.tensor().starts_with("model.layers.1."));
+  CHECK(std::string(error.what()).find("the 1 layers of config.json's num_hidden_layers") != std::string::npos);
+
+  const test::TemporaryFolder folder;
+  Fixture fixture(*test::tiny_weights<float>(config_of(false)));
+  fixture.tensors["model.layers.1.self_attn.rotary_emb.inv_freq"] = {{2}, {1.0f, 0.01f}};
+  fixture.write(folder.path());
+  CHECK_FALSE(error_of([&] { qd::load_hugging_face(folder.path()); }));
+}
+
 TEST_CASE("a folder without its files is refused") {
   const test::TemporaryFolder folder;
   const auto code = [&] { return test::code_of([&] { qd::load_hugging_face(folder.path()); }); };

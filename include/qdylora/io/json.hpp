@@ -24,7 +24,11 @@ using Json = nlohmann::json;
 namespace detail {
 
 [[noreturn]] inline void raise_json(const nlohmann::json::exception& exception, ErrorPlace place) {
-  throw Error(Errc::json, printable(exception.what(), 200), std::move(place));
+  // "[json.exception.parse_error.101] parse error at line 1, column 2: syntax error ...": the place says where, in bytes of the file.
+  std::string_view text = exception.what();
+  if (const auto tag = text.find("] "); tag != text.npos) text.remove_prefix(tag + 2);
+  if (const auto at = text.find(": "); text.starts_with("parse error at ") && at != text.npos) text.remove_prefix(at + 2);
+  throw Error(Errc::json, printable(text, 200), std::move(place));
 }
 
 inline ErrorPlace shifted(const ErrorPlace& place, std::uint64_t bytes) {

@@ -1,6 +1,7 @@
 // How the frozen linear weights of a model are stored, and their making from rows that a file hands out.
 #pragma once
 
+#include <charconv>
 #include <cmath>
 #include <memory>
 #include <string>
@@ -67,6 +68,18 @@ inline Matrix<float> checked_weight(Matrix<float> matrix, Index rows, Index cols
                 {.file = file, .tensor = tensor});
   at_tensor(file, tensor, [&] { expect_finite(matrix.view()); });
   return matrix;
+}
+
+/// Throws Errc::unexpected_tensor for a tensor "<prefix><n>..." with n >= layers: without it, the file would be another model. `count` says
+/// where `layers` is from.
+inline void expect_within_layers(const std::string& file, std::string_view tensor, std::string_view prefix, Index layers,
+                                 const std::string& count) {
+  if (!tensor.starts_with(prefix)) return;
+  std::uint64_t layer = 0;
+  const auto status = std::from_chars(tensor.data() + prefix.size(), tensor.data() + tensor.size(), layer).ec;
+  if (status == std::errc::invalid_argument || (status == std::errc{} && layer < static_cast<std::uint64_t>(layers))) return;
+  throw Error(Errc::unexpected_tensor, "lies beyond the " + std::to_string(layers) + " layers of " + count,
+              {.file = file, .tensor = std::string(tensor)});
 }
 
 /// A weight [rows, cols] from read_rows(first_row, MatrixView<float>), which is called in order with at most 4 MiB at a time: the weight

@@ -76,12 +76,15 @@ inline QuantizedTensor<INT8, Float32Scales> q8_0_table(const GgufFile& file, con
 
 }  // namespace detail
 
-/// Reads a model; embedding and head stay in 8 bits where the file has them so; the linear weights of the blocks are stored as `options` says while they are read.
-/// Errors: those of gguf_config, missing_tensor, shape_mismatch, unsupported tensor types, non_finite weights.
+/// Reads a model. The linear weights of the blocks are stored as `options` says while they are read; embedding and head stay in 8 bits where
+/// the file has them so.
+/// Errors: those of gguf_config, missing_tensor, unexpected_tensor (a block beyond the count), shape_mismatch, unsupported tensor types,
+/// non_finite weights.
 template <class Backend = Cpu>
 std::shared_ptr<const DecoderWeights<float>> load_gguf(const GgufFile& file, BaseOptions options = {}, Backend backend = {}) {
   auto weights = std::make_shared<DecoderWeights<float>>();
   const auto config = weights->config = gguf_config(file);
+  for (const auto& tensor : file.tensors()) expect_within_layers(file.name(), tensor.name, "blk.", config.layers, "llama.block_count");
   const auto dense = [&](const std::string& tensor, Index rows, Index cols) {
     return checked_weight(file.matrix(tensor), rows, cols, file.name(), tensor);
   };

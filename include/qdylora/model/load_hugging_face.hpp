@@ -44,6 +44,7 @@ class SafetensorsFolder {
     }
   }
 
+  const std::vector<SafetensorsFile>& files() const noexcept { return files_; }
   bool contains(std::string_view tensor) const noexcept {
     for (const auto& file : files_)
       if (file.contains(tensor)) return true;
@@ -108,13 +109,17 @@ inline DecoderConfig hugging_face_config(const std::filesystem::path& config_fil
 }
 
 /// Reads a model. Linear weights in float are stored as `options` says while they are read; those already in 4 bits stay as they are.
-/// Errors: those of hugging_face_config and of the files, missing_tensor, shape_mismatch, non_finite weights.
+/// Errors: those of hugging_face_config and of the files, missing_tensor, unexpected_tensor (a layer beyond the count), shape_mismatch,
+/// non_finite weights.
 template <class Backend = Cpu>
 std::shared_ptr<const DecoderWeights<float>> load_hugging_face(const std::filesystem::path& folder, BaseOptions options = {},
                                                                Backend backend = {}) {
   auto weights = std::make_shared<DecoderWeights<float>>();
   const auto config = weights->config = hugging_face_config(folder / "config.json");
   const SafetensorsFolder files(folder);
+  for (const auto& file : files.files())
+    for (const auto& tensor : file.tensors())
+      expect_within_layers(file.name(), tensor.name, "model.layers.", config.layers, "config.json's num_hidden_layers");
   const auto mismatch = [](const SafetensorsFile& file, const std::string& tensor, Index rows, Index cols, Index r, Index c) {
     return Error(Errc::shape_mismatch, "expected " + detail::shape_text(rows, cols) + ", found " + detail::shape_text(r, c),
                  {.file = file.name(), .tensor = tensor});

@@ -187,8 +187,8 @@ class Quantizer {
       if (!(std::fabs(source[i]) <= std::numeric_limits<float>::max())) note_bad(first_bad, source, i);
     if (const Index bad = first_bad.load(); bad < count && options_.non_finite == NonFinite::reject) {
       const Index element = received_ - carried + bad;
-      detail::raise(Errc::non_finite, "weight [" + std::to_string(element / cols_) + ", " + std::to_string(element % cols_) +
-                                          "] is not finite; NonFinite::propagate would keep it");
+      detail::raise(Errc::non_finite,
+                    "weight [" + std::to_string(element / cols_) + ", " + std::to_string(element % cols_) + "] is not finite");
     }
     received_ += chunk.size();
     done_ += encoded;
