@@ -1,5 +1,5 @@
 // A whole training step of a model of SmolLM2-135M's shape with random weights, its embedding in the 8 bits of its GGUF file: forward,
-// backward, clipping and AdamW, adapters of rank 64 on all linear layers, one sequence of 256 tokens, in float32 or with 16-bit products. peers/train_step.py is the same step in PyTorch,
+// backward, clipping and AdamW, adapters of rank 64 on all linear layers, one sequence (of 256 tokens beside the peers), in float32 or with 16-bit products. peers/train_step.py is the same step in PyTorch,
 // PEFT and bitsandbytes.
 #include "common.hpp"
 
@@ -54,33 +54,40 @@ std::shared_ptr<const DecoderWeights<float>> random_weights(const Cpu& cpu) {
 
 void train_step(benchmark::State& state) {
   const Cpu cpu = Cpu(static_cast<int>(state.range(0))).with_compute(state.range(2) != 0 ? Compute::bits16 : Compute::exact);
-  Decoder<float> model(random_weights(cpu), {.lora = {.max_rank = 64, .alpha = 16}, .checkpoint = state.range(1) != 0}, cpu);
+  static const auto weights = random_weights(Cpu{});
+  Decoder<float> model(weights, {.lora = {.max_rank = 64, .alpha = 16}, .checkpoint = state.range(1) != 0}, cpu);
   AdamW<float> optimizer(model.parameters(), {.lr = 1e-4, .max_gradient_norm = 0.3}, cpu);
   Rng rng(3);
-  std::vector<std::int32_t> ids(257);
+  const auto tokens = state.range(3);
+  std::vector<std::int32_t> ids(static_cast<std::size_t>(tokens + 1));
   for (auto& id : ids) id = static_cast<std::int32_t>(rng.below(49152));
   Batch batch;
   batch.add(ids);
   const auto step = [&] {
     optimizer.zero_grad();
-    benchmark::DoNotOptimize(model.loss_and_gradient(batch, 1.0 / 256.0));
+    benchmark::DoNotOptimize(model.loss_and_gradient(batch, 1.0 / static_cast<double>(tokens)));
     optimizer.step();
   };
   step();
   for (auto _ : state) step();
-  state.counters["tokens/s"] = benchmark::Counter(static_cast<double>(256 * state.iterations()), benchmark::Counter::kIsRate);
+  state.counters["tokens/s"] = benchmark::Counter(static_cast<double>(tokens * state.iterations()), benchmark::Counter::kIsRate);
   state.counters["peak MiB"] = peak_memory_mib();
 }
 
 // Fewest bytes first: the peak is the process's, and only grows.
 BENCHMARK(train_step)
-    ->ArgNames({"threads", "checkpoint", "bits16"})
-    ->Args({2, 1, 0})
-    ->Args({2, 1, 1})
-    ->Args({2, 0, 0})
-    ->Args({2, 0, 1})
-    ->Args({1, 0, 0})
-    ->Args({1, 0, 1})
+    ->ArgNames({"threads", "checkpoint", "bits16", "tokens"})
+    ->Args({2, 1, 0, 256})
+    ->Args({2, 1, 1, 256})
+    ->Args({2, 0, 0, 256})
+    ->Args({2, 0, 1, 256})
+    ->Args({1, 0, 0, 256})
+    ->Args({1, 0, 1, 256})
+    ->Args({2, 0, 0, 64})  // time against tokens
+    ->Args({2, 0, 0, 128})
+    ->Args({2, 0, 0, 512})
+    ->Args({2, 0, 0, 1024})
+    ->Args({2, 0, 0, 2048})
     ->Iterations(3)
     ->Repetitions(3)
     ->UseRealTime()

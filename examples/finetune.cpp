@@ -9,6 +9,7 @@
 #include <chrono>
 #include <cstdio>
 #include <filesystem>
+#include <limits>
 #include <set>
 #include <string>
 #include <system_error>
@@ -65,7 +66,9 @@ void declare(CLI::App& app, Options& o) {
   app.add_option("--batch", o.batch, "sequences a step")->check(in_range<Index>(1, most_batch))->capture_default_str();
   app.add_option("--seq-len", o.seq_len, "tokens of a sequence at most")->check(in_range<Index>(8, most_tokens))->capture_default_str();
   app.add_option("--threads", o.threads, "0: one for each processor")->check(in_range(0, most_threads))->capture_default_str();
-  app.add_option("--seed", o.seed, "of adapters, data order and ranks")->capture_default_str();
+  app.add_option("--seed", o.seed, "of adapters, data order and ranks")
+      ->check(in_range<Index>(0, std::numeric_limits<Index>::max()))  // unsigned, -1 would be taken as 2^64 - 1
+      ->capture_default_str();
   app.add_option("--train-examples", o.examples, "training examples to generate where there is no --data")
       ->check(in_range<Index>(2, most_examples))
       ->capture_default_str();

@@ -68,7 +68,7 @@ TEST_CASE("programs: a wrong argument or file gives one line and status 2") {
   test::write_file(folder / "junk.safetensors", "nothing");
   test::write_file(folder / "bad.jsonl", "{\"prompt\": \"a\"}\n");
   test::write_file(folder / "good.jsonl",
-                   "{\"prompt\": \"one\", \"response\": \"two\"}\n{\"prompt\": \"three\", \"response\": \"four\"}\n");
+                   "{\"prompt\": \"one and one\", \"response\": \"two\"}\n{\"prompt\": \"two and two\", \"response\": \"four\"}\n");
   const auto junk = quoted(folder / "junk.gguf"), good = quoted(folder / "good.jsonl");
   const auto tiny = "--model " + quoted(test::golden("llama_tiny_bnb4"));
   const struct {
@@ -273,9 +273,9 @@ TEST_CASE("programs: answers and data reach the terminal readable and harmless, 
   const auto answers = result.out.substr(std::min(result.out.find("Some answers"), result.out.size()));
   CHECK(answers.find("Z\u00fcrich\\x1b[2J\\xc2\\x9b") != std::string::npos);
   CHECK(std::none_of(result.out.begin(), result.out.end(), [](char c) { return c != '\n' && static_cast<unsigned char>(c) < 0x20; }));
-  const auto first = answers.find("rank 4");
+  const auto first = answers.find("\n    rank 4");
   REQUIRE(first != std::string::npos);
-  CHECK(answers.find("rank 4", first + 1) == std::string::npos);
+  CHECK(answers.find("\n    rank 4", first + 1) == std::string::npos);
 }
 
 TEST_CASE("programs: a run does not resume with other settings") {
