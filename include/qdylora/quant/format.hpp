@@ -191,7 +191,7 @@ struct ScaledFloat8 {
     std::array<float, 256> table{};
     for (std::size_t code = 0; code < 256; ++code) {
       const float value = Ocp::decode(static_cast<std::uint8_t>(code));
-      const bool finite = value >= -largest && value <= largest;  // arithmetic on NaN is no constant expression
+      const bool finite = (code & 0x7F) <= Ocp::max_code;  // arithmetic on NaN is no constant expression
       table[code] = finite ? value / largest : value;
     }
     return table;
@@ -234,8 +234,8 @@ struct DynamicMap {
   static constexpr int bits = 8;
   static constexpr std::array<float, 256> values = dynamic_map<Signed>();
 
-  // The nearest code; a tie goes to the even one, NaN to 0.
-  QDYLORA_HD static constexpr std::uint8_t encode(float v) noexcept {
+  // The nearest code; a tie goes to the even one, NaN to 0. For the host: it reads the table.
+  static constexpr std::uint8_t encode(float v) noexcept {
     unsigned low = 0;  // invariant: values[low] <= v, or low == 0
     for (unsigned width = 128; width > 0; width /= 2)
       if (low + width < 256 && values[low + width] <= v) low += width;

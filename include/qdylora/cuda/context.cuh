@@ -1,0 +1,132 @@
+// CudaContext: what the operations of one device share. The user makes it, owns it, and hands it to Cuda.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+#include <memory>
+#include <string>
+#include <type_traits>
+
+#include <qdylora/core/matrix.hpp>
+#include <qdylora/cuda/memory.cuh>
+
+namespace qdylora {
+
+struct CudaOptions {
+  int device = 0;
+  std::size_t workspace_bytes = std::size_t{64} << 20;  // scratch memory of all operations; they allocate no other
+};
+
+/// A device, a stream, a cuBLASLt handle and scratch memory. Throws Errc::device where there is no such device or the driver is too old,
+/// Errc::unsupported below compute capability 7.5, Errc::memory where the workspace does not fit. For one host thread at a time, with
+/// the device as that thread's current one; it outlives every handle and all memory that names its stream.
+class CudaContext {
+ public:
+  explicit CudaContext(CudaOptions options = {})
+      : device_(options.device), properties_(select(options.device)), stream_(make_stream()), blas_(make_blas()) {
+    // Memory that is given back stays in the pool, else every synchronization would return it to the driver.
+    cudaMemPool_t pool = nullptr;
+    std::uint64_t keep = std::numeric_limits<std::uint64_t>::max();
+    QDYLORA_CUDA_TRY(cudaDeviceGetDefaultMemPool(&pool, device_));
+    QDYLORA_CUDA_TRY(cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &keep));
+    workspace_ = Buffer<std::byte, DeviceMemory>(static_cast<Index>(options.workspace_bytes), memory());
+  }
+  CudaContext(const CudaContext&) = delete;
+  CudaContext& operator=(const CudaContext&) = delete;
+
+  int device() const noexcept { return device_; }
+  const cudaDeviceProp& properties() const noexcept { return properties_; }
+  cudaStream_t stream() const noexcept { return stream_.get(); }
+  cublasLtHandle_t blas() const noexcept { return blas_.get(); }
+  /// Memory in the order of this context's stream.
+  DeviceMemory memory() const noexcept { return {stream()}; }
+  void synchronize() const { QDYLORA_CUDA_TRY(cudaStreamSynchronize(stream())); }
+
+ private:
+  friend class Scratch;
+
+  struct Destroy {
+    void operator()(cudaStream_t stream) const noexcept { cudaStreamDestroy(stream); }
+    void operator()(cublasLtHandle_t handle) const noexcept { cublasLtDestroy(handle); }
+  };
+  using Stream = std::unique_ptr<std::remove_pointer_t<cudaStream_t>, Destroy>;
+  using Blas = std::unique_ptr<std::remove_pointer_t<cublasLtHandle_t>, Destroy>;
+
+  static cudaDeviceProp select(int device) {
+    int count = 0;
+    const cudaError_t error = cudaGetDeviceCount(&count);
+    if (error == cudaErrorNoDevice || error == cudaErrorInsufficientDriver) {
+      cudaGetLastError();
+      detail::raise(Errc::device, error == cudaErrorNoDevice ? "this machine has no CUDA device, or its driver is not loaded"
+                                                             : "the driver is older than the CUDA runtime this program was built with");
+    }
+    QDYLORA_CUDA_TRY(error);
+    QDYLORA_EXPECTS(device >= 0 && device < count, device,
+                    "CUDA device " + std::to_string(device) + " was asked for; this machine has " + std::to_string(count));
+    QDYLORA_CUDA_TRY(cudaSetDevice(device));
+    cudaDeviceProp properties{};
+    QDYLORA_CUDA_TRY(cudaGetDeviceProperties(&properties, device));
+    QDYLORA_EXPECTS(properties.major * 10 + properties.minor >= 75, unsupported,
+                    std::string(properties.name) + " has compute capability " + std::to_string(properties.major) + "." +
+                        std::to_string(properties.minor) + "; 7.5 is the least");
+    return properties;
+  }
+  // A stream that the default stream waits for, and it for the default stream: what DeviceMemory{} relies on.
+  static Stream make_stream() {
+    cudaStream_t stream = nullptr;
+    QDYLORA_CUDA_TRY(cudaStreamCreate(&stream));
+    return Stream(stream);
+  }
+  static Blas make_blas() {
+    cublasLtHandle_t handle = nullptr;
+    QDYLORA_CUDA_TRY(cublasLtCreate(&handle));
+    return Blas(handle);
+  }
+
+  int device_;
+  cudaDeviceProp properties_;
+  Stream stream_;
+  Blas blas_;
+  Buffer<std::byte, DeviceMemory> workspace_;
+};
+
+/// The workspace, dealt out to one operation from its beginning. The next operation takes the same memory: the stream keeps them apart.
+class Scratch {
+ public:
+  explicit Scratch(const CudaContext& context) : workspace_(context.workspace_) {}
+
+  /// `count` elements, uninitialized, for a kernel to write.
+  template <class T>
+  T* take(Index count) {
+    constexpr Index alignment = 256;
+    const Index begin = used_;
+    used_ += (count * static_cast<Index>(sizeof(T)) + alignment - 1) / alignment * alignment;
+    QDYLORA_EXPECTS(used_ <= workspace_.size(), memory,
+                    "an operation needs a workspace of " + std::to_string(used_) + " bytes; CudaOptions::workspace_bytes is " +
+                        std::to_string(workspace_.size()));
+    return reinterpret_cast<T*>(const_cast<std::byte*>(workspace_.data()) + begin);
+  }
+
+ private:
+  const Buffer<std::byte, DeviceMemory>& workspace_;
+  Index used_ = 0;
+};
+
+namespace detail {
+
+/// Copies between contiguous memory of host and device, in the order of the context's stream.
+template <class T>
+void copy_to_device(const CudaContext& context, const T* source, T* target, Index count) {
+  const std::size_t bytes = static_cast<std::size_t>(count) * sizeof(T);
+  if (count > 0) QDYLORA_CUDA_TRY(cudaMemcpyAsync(target, source, bytes, cudaMemcpyHostToDevice, context.stream()));
+}
+/// Waits.
+template <class T>
+void copy_to_host(const CudaContext& context, const T* source, T* target, Index count) {
+  const std::size_t bytes = static_cast<std::size_t>(count) * sizeof(T);
+  if (count > 0) QDYLORA_CUDA_TRY(cudaMemcpyAsync(target, source, bytes, cudaMemcpyDeviceToHost, context.stream()));
+  context.synchronize();
+}
+
+}  // namespace detail
+}  // namespace qdylora

@@ -1,0 +1,164 @@
+// The CUDA backend: the operations of the Backend concept that exist on the device so far. Products, attention and cross-entropy do not.
+#pragma once
+
+#include <span>
+#include <type_traits>
+
+#include <qdylora/backend.hpp>
+#include <qdylora/cuda/dequantize.cuh>
+#include <qdylora/cuda/elementwise.cuh>
+#include <qdylora/cuda/quantize.cuh>
+#include <qdylora/cuda/reduce.cuh>
+#include <qdylora/cuda/transformer.cuh>
+
+namespace qdylora {
+
+/// A handle on a context that the user owns and that outlives it. Operations are queued on the context's stream and return before they
+/// are done; download, quantize, sum_squares and synchronize wait. Lists of the host (ids, positions, rows) are copied at once.
+class Cuda {
+ public:
+  using Memory = DeviceMemory;
+
+  explicit Cuda(const CudaContext& context) noexcept : context_(&context) {}
+
+  const CudaContext& context() const noexcept { return *context_; }
+
+  // memory
+  template <class T>
+  void fill(MatrixView<T> y, std::type_identity_t<T> value) const {
+    detail::fill(*context_, y, value);
+  }
+  /// Element types may differ; values are rounded to the target's.
+  template <class X, class Y>
+  void copy(MatrixView<X> x, MatrixView<Y> y) const {
+    detail::convert(*context_, MatrixView<const std::remove_const_t<X>>(x), y);
+  }
+  /// From pinned memory the copy runs beside the host, and the source must live until it is done.
+  template <class T>
+  void upload(In<T> x, MatrixView<T> y) const {
+    expect_shape("upload: target", y, x.rows, x.cols);
+    transfer(x, y, cudaMemcpyHostToDevice);
+  }
+  template <class T>
+  void download(In<T> x, MatrixView<T> y) const {
+    expect_shape("download: target", y, x.rows, x.cols);
+    transfer(x, y, cudaMemcpyDeviceToHost);
+    synchronize();
+  }
+  void synchronize() const { context_->synchronize(); }
+
+  // frozen weights
+  template <CodeFormat Format = NF4, class Scales = DoubleQuant<>, class T>
+  QuantizedTensor<Format, Scales, DeviceMemory> quantize(MatrixView<T> weight, QuantizeOptions options = {}) const {
+    return detail::quantize<Format, Scales>(*context_, MatrixView<const std::remove_const_t<T>>(weight), options);
+  }
+  template <class T, CodeFormat Format, class Scales>
+  void dequantize(const QuantizedView<Format, Scales>& weight, MatrixView<T> y) const {
+    expect_shape("dequantize: y", y, weight.rows, weight.cols);
+    detail::dequantize(*context_, weight, y);
+  }
+  /// A weight that the host has quantized or loaded.
+  template <CodeFormat Format, class Scales>
+  QuantizedTensor<Format, Scales, DeviceMemory> upload(const QuantizedTensor<Format, Scales>& w) const {
+    return {w.rows(), w.cols(), w.block_size(), detail::on_device(*context_, w.codes()),
+            detail::on_device<Scales>(*context_, w.scales())};
+  }
+
+  // elementwise
+  template <class T>
+  void add(In<T> x, MatrixView<T> y) const {
+    detail::add(*context_, x, y);
+  }
+  template <class T>
+  void add_row(In<Accumulator<T>> row, MatrixView<T> y) const {
+    detail::add_row(*context_, row, y);
+  }
+  template <class S>
+  void scale_columns(In<S> x, In<S> factors, MatrixView<S> y) const {
+    detail::scale_columns(*context_, x, factors, y);
+  }
+  template <class S>
+  void column_products(In<S> first, In<S> second, MatrixView<S> sums) const {
+    detail::column_products(*context_, first, second, sums);
+  }
+  template <class T>
+  void dropout(In<T> x, float probability, DropoutKey key, MatrixView<T> y, Update update = Update::overwrite) const {
+    detail::dropout(*context_, x, probability, key, y, update);
+  }
+
+  // optimizer
+  template <class S>
+  void adamw(MatrixView<S> value, In<S> gradient, MatrixView<S> m, MatrixView<S> v, const AdamWUpdate& update) const {
+    detail::adamw(*context_, value, gradient, m, v, update);
+  }
+  template <class S>
+  double sum_squares(MatrixView<S> x) const {
+    return detail::sum_squares(*context_, MatrixView<const std::remove_const_t<S>>(x));
+  }
+
+  // transformer
+  template <class T>
+  void rms_norm(In<T> x, In<Accumulator<T>> weight, float epsilon, MatrixView<T> y, MatrixView<Accumulator<T>> inverse_rms) const {
+    detail::rms_norm(*context_, x, weight, epsilon, y, inverse_rms);
+  }
+  template <class T>
+  void rms_norm_backward(In<T> dy, In<T> x, In<Accumulator<T>> weight, In<Accumulator<T>> inverse_rms, MatrixView<T> dx,
+                         Update update = Update::overwrite) const {
+    detail::rms_norm_backward(*context_, dy, x, weight, inverse_rms, dx, update);
+  }
+  template <class T>
+  void rope(MatrixView<T> x, std::span<const std::int32_t> positions, In<Accumulator<T>> table, RopeLayout layout, int direction) const {
+    detail::rope(*context_, x, positions, table, layout, direction);
+  }
+  template <class T>
+  void swiglu(In<T> gate, In<T> up, MatrixView<T> y) const {
+    detail::swiglu(*context_, gate, up, y);
+  }
+  template <class T>
+  void swiglu_backward(In<T> dy, In<T> gate, In<T> up, MatrixView<T> dgate, MatrixView<T> dup) const {
+    detail::swiglu_backward(*context_, dy, gate, up, dgate, dup);
+  }
+  template <class T>
+  void gelu(In<T> x, MatrixView<T> y) const {
+    detail::gelu(*context_, x, y);
+  }
+  template <class T>
+  void gelu_backward(In<T> dy, In<T> x, MatrixView<T> dx) const {
+    detail::gelu_backward(*context_, dy, x, dx);
+  }
+  template <class T>
+  void embed(std::span<const std::int32_t> ids, In<Accumulator<T>> table, MatrixView<T> y) const {
+    detail::embed(*context_, ids, table, y);
+  }
+  template <class T>
+  void gather_rows(In<T> x, std::span<const Index> rows, MatrixView<T> y) const {
+    detail::gather_rows(*context_, x, rows, y);
+  }
+  template <class T>
+  void scatter_rows(In<T> x, std::span<const Index> rows, MatrixView<T> y) const {
+    detail::scatter_rows(*context_, x, rows, y);
+  }
+
+ private:
+  template <class T>
+  void transfer(MatrixView<const T> x, MatrixView<T> y, cudaMemcpyKind kind) const {
+    if (x.empty()) return;
+    const auto bytes = [](Index elements) { return static_cast<std::size_t>(elements) * sizeof(T); };
+    if (x.contiguous() && y.contiguous())
+      QDYLORA_CUDA_TRY(cudaMemcpyAsync(y.data, x.data, bytes(x.size()), kind, context_->stream()));
+    else
+      QDYLORA_CUDA_TRY(cudaMemcpy2DAsync(y.data, bytes(y.stride), x.data, bytes(x.stride), bytes(x.cols), static_cast<std::size_t>(x.rows),
+                                         kind, context_->stream()));
+  }
+
+  const CudaContext* context_;
+};
+
+template <class T>
+inline constexpr bool cuda_has_what_it_says = HasMemory<Cuda, T> && HasQuantize<Cuda, T> && HasElementwise<Cuda, T> && HasAdamW<Cuda, T> &&
+                                              HasNorm<Cuda, T> && HasRope<Cuda, T> && HasActivation<Cuda, T> && HasEmbedding<Cuda, T> &&
+                                              HasRowSelection<Cuda, T>;
+static_assert(cuda_has_what_it_says<float> && cuda_has_what_it_says<double> && cuda_has_what_it_says<bfloat16> &&
+              cuda_has_what_it_says<half>);
+
+}  // namespace qdylora

@@ -1,0 +1,113 @@
+// Decoding of codes and scales into a matrix, equal to qdylora::dequantize to the bit (NaN payloads aside: hardware has one NaN).
+#pragma once
+
+#include <bit>
+#include <cstdint>
+
+#include <qdylora/cuda/for_each.cuh>
+#include <qdylora/cuda/tables.cuh>
+
+namespace qdylora::device {
+
+/// y[i, j] = element (first_row + i, first_col + j) of decoded w, wherever in memory they are.
+template <CodeFormat Format, class Scales, Scalar T>
+struct DequantizeElement {
+  QuantizedView<Format, Scales> w;
+  MatrixView<T> y;
+  Index first_row, first_col;
+  int block_shift;  // log2(block size)
+
+  __device__ void operator()(Index i, Index j) const {
+    const Index flat = (first_row + i) * w.cols + first_col + j;
+    int code = load(w.codes + (Format::bits == 4 ? flat >> 1 : flat));
+    if constexpr (Format::bits == 4) code = flat & 1 ? code & 15 : code >> 4;
+    write(y, i, j, multiply(values<Format>.at[code], absmax<Scales>(w.scales, flat >> block_shift)));
+  }
+};
+
+/// The same of 4-bit codes that lie in whole, aligned words of 8, into rows of aligned 16-byte pieces. A warp reads a line of 128 bytes
+/// and writes 8 values a lane, side by side. Values are looked up in pairs, a byte at once.
+template <CodeFormat Format, class Scales, Scalar T>
+struct DequantizeWords {
+  static constexpr int threads = 128;
+  static constexpr int words_per_thread = 4;  // loads on their way at once
+  static constexpr int shared_bytes = 256 * 8;
+
+  struct alignas(8) Pair {
+    float first, second;
+  };
+
+  QuantizedView<Format, Scales> w;
+  MatrixView<T> y;
+  Index first_row, first_col;
+  int block_shift;
+
+  __device__ void operator()(SharedMemory memory) const {
+    const auto pairs = memory.take<Pair>(256);
+    for (int byte = thread(); byte < 256; byte += threads)
+      pairs.store(byte, {values<Format>.at[byte >> 4], values<Format>.at[byte & 15]});
+    sync_block();
+
+    const auto* const codes = reinterpret_cast<const std::uint32_t*>(w.codes);
+    const Index words = y.cols / 8;
+    const Index first = static_cast<Index>(block().x) * (threads * words_per_thread) + thread();
+    for (Index row = block().y; row < y.rows; row += grid().y) {
+      const Index begin = ((first_row + row) * w.cols + first_col) >> 3;
+      std::uint32_t word[words_per_thread];
+#pragma unroll
+      for (int i = 0; i < words_per_thread; ++i)
+        if (first + i * threads < words) word[i] = load_once(codes + begin + first + i * threads);
+#pragma unroll
+      for (int i = 0; i < words_per_thread; ++i)
+        if (const Index at = first + i * threads; at < words)
+          decode(pairs, word[i], absmax<Scales>(w.scales, (begin + at) >> (block_shift - 3)), y.row(row) + 8 * at);
+    }
+  }
+
+ private:
+  // Byte b of a word holds elements 2b and 2b + 1, the first in its high half.
+  __device__ static void decode(const Shared<Pair>& pairs, std::uint32_t word, float scale, T* out) {
+    constexpr int outputs = sizeof(T) * 8 / 16;
+    Words<4> result[outputs];
+#pragma unroll
+    for (int b = 0; b < 4; ++b) {
+      const Pair pair = pairs.load(static_cast<int>(word >> (8 * b) & 255u));
+      const float first = multiply(pair.first, scale), second = multiply(pair.second, scale);
+      if constexpr (sizeof(T) == 2) {
+        result[0].word[b] = pack<T>(first, second);
+      } else {
+        result[b / 2].word[2 * (b % 2)] = std::bit_cast<std::uint32_t>(first);
+        result[b / 2].word[2 * (b % 2) + 1] = std::bit_cast<std::uint32_t>(second);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < outputs; ++i) store(reinterpret_cast<Words<4>*>(out) + i, result[i]);
+  }
+};
+
+}  // namespace qdylora::device
+
+namespace qdylora::detail {
+
+/// y = the rows and columns of decoded w that begin at (first_row, first_col).
+template <CodeFormat Format, class Scales, Scalar T>
+void dequantize(const CudaContext& context, const QuantizedView<Format, Scales>& w, MatrixView<T> y, Index first_row = 0,
+                Index first_col = 0) {
+  QDYLORA_EXPECTS(first_row >= 0 && first_col >= 0 && first_row <= w.rows - y.rows && first_col <= w.cols - y.cols, shape_mismatch,
+                  "dequantize: " + shape_text(y) + " at " + shape_text(first_row, first_col) + " is outside " +
+                      shape_text(w.rows, w.cols));
+  const int block_shift = std::countr_zero(static_cast<std::size_t>(w.block_size));
+  if constexpr (Format::bits == 4 && sizeof(T) <= 4) {
+    const auto aligned = [](const void* p, std::size_t bytes) { return reinterpret_cast<std::uintptr_t>(p) % bytes == 0; };
+    if (w.cols % 8 == 0 && first_col % 8 == 0 && y.cols % 8 == 0 && aligned(w.codes, 4) && aligned(y.data, 16) &&
+        y.stride * static_cast<Index>(sizeof(T)) % 16 == 0) {
+      using Kernel = device::DequantizeWords<Format, Scales, T>;
+      constexpr Index columns = 8 * Kernel::threads * Kernel::words_per_thread;
+      const dim3 blocks = row_grid(context, (y.cols + columns - 1) / columns, y.rows);
+      return device::launch({context.stream(), blocks, Kernel::shared_bytes}, Kernel{w, y, first_row, first_col, block_shift});
+    }
+  }
+  for_each(context, y.rows, y.cols, device::DequantizeElement<Format, Scales, T>{w, y, first_row, first_col, block_shift});
+}
+
+}  // namespace qdylora::detail

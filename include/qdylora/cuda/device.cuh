@@ -1,0 +1,321 @@
+// What a kernel asks of the hardware, and how it is launched: the only header with PTX, intrinsics and <<<>>>. Kernels are written
+// against these names; tests/support/cuda_emulator has a header of the same name that gives them their meaning on a CPU, where
+// accesses are checked. Every function here is one instruction, or a few where an older architecture lacks it.
+#pragma once
+
+#include <bit>
+#include <concepts>
+#include <cstdint>
+#include <type_traits>
+
+#include <cuda_runtime.h>
+
+#include <qdylora/core/scalar.hpp>
+#include <qdylora/cuda/error.cuh>
+
+namespace qdylora::device {
+
+inline constexpr int warp_size = 32;
+inline constexpr unsigned all_lanes = 0xFFFFFFFFu;
+
+/// N 32-bit words that are loaded and stored at once.
+template <int N>
+struct alignas(4 * N) Words {
+  std::uint32_t word[N];
+};
+
+// ---- where a thread is: blocks are one-dimensional -------------------------------------------------------------------------------
+
+__device__ __forceinline__ int thread() { return static_cast<int>(threadIdx.x); }
+__device__ __forceinline__ int block_threads() { return static_cast<int>(blockDim.x); }
+__device__ __forceinline__ int lane() { return thread() % warp_size; }
+__device__ __forceinline__ int warp() { return thread() / warp_size; }
+__device__ __forceinline__ uint3 block() { return blockIdx; }
+__device__ __forceinline__ dim3 grid() { return gridDim; }
+
+// ---- shared memory ---------------------------------------------------------------------------------------------------------------
+
+/// Elements in the block's shared memory. Reads and writes are spelled out, so that an emulator sees each.
+template <class T>
+class Shared {
+ public:
+  __device__ __forceinline__ explicit Shared(T* data) : data_(data) {}
+
+  __device__ __forceinline__ T load(int i) const { return data_[i]; }
+  __device__ __forceinline__ void store(int i, T value) const { data_[i] = value; }
+  /// Adds to an integer; returns what was there.
+  __device__ __forceinline__ T atomic_add(int i, T value) const { return atomicAdd(data_ + i, value); }
+  /// The elements from i on, as T or as the U whose bytes they are.
+  template <class U = T>
+  __device__ __forceinline__ Shared<U> from(int i) const {
+    return Shared<U>(reinterpret_cast<U*>(data_ + i));
+  }
+  /// Its address in the window of shared memory, as PTX takes it.
+  __device__ __forceinline__ unsigned address() const { return static_cast<unsigned>(__cvta_generic_to_shared(data_)); }
+
+ private:
+  T* data_;
+};
+
+/// All of a block's shared memory, dealt out from its beginning. Sizes are constants, and so are the addresses.
+class SharedMemory {
+ public:
+  __device__ __forceinline__ explicit SharedMemory(unsigned char* bytes) : bytes_(bytes) {}
+
+  template <class T>
+  __device__ __forceinline__ Shared<T> take(int count) {
+    used_ = (used_ + alignment<T> - 1) / alignment<T> * alignment<T>;
+    const Shared<T> taken(reinterpret_cast<T*>(bytes_ + used_));
+    used_ += count * static_cast<int>(sizeof(T));
+    return taken;
+  }
+
+ private:
+  template <class T>
+  static constexpr int alignment = alignof(T) > 16 ? static_cast<int>(alignof(T)) : 16;
+
+  unsigned char* bytes_;
+  int used_ = 0;
+};
+
+// ---- global memory ---------------------------------------------------------------------------------------------------------------
+
+template <class V>
+__device__ __forceinline__ V load(const V* p) {
+  return *p;
+}
+
+/// Data that no thread writes while the kernel runs, and that is read once: it passes the L1 cache by.
+template <class V>
+__device__ __forceinline__ V load_once(const V* p) {
+  static_assert(sizeof(V) == 4 || sizeof(V) == 8 || sizeof(V) == 16);
+  Words<sizeof(V) / 4> v;
+  if constexpr (sizeof(V) == 4)
+    asm("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v.word[0]) : "l"(p));
+  else if constexpr (sizeof(V) == 8)
+    asm("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(v.word[0]), "=r"(v.word[1]) : "l"(p));
+  else
+    asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+        : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
+        : "l"(p));
+  return std::bit_cast<V>(v);
+}
+
+template <class V>
+__device__ __forceinline__ void store(V* p, std::type_identity_t<V> value) {
+  *p = value;
+}
+
+/// Integers: their sum and minimum do not depend on the order.
+template <std::integral T>
+__device__ __forceinline__ void atomic_add(T* p, std::type_identity_t<T> value) {
+  atomicAdd(p, value);
+}
+template <std::integral T>
+__device__ __forceinline__ void atomic_min(T* p, std::type_identity_t<T> value) {
+  atomicMin(p, value);
+}
+
+// ---- order -----------------------------------------------------------------------------------------------------------------------
+
+/// All threads of the block, at the same place.
+__device__ __forceinline__ void sync_block() { __syncthreads(); }
+/// The lanes of the mask, each of which names the same mask. So it is for all that follows.
+__device__ __forceinline__ void sync_warp(unsigned mask = all_lanes) { __syncwarp(mask); }
+
+// ---- between lanes. Groups of `width` lanes, a power of two, each exchange among themselves; the lanes read from are in the mask -------
+
+template <class T>
+__device__ __forceinline__ T shuffle(T value, int from, int width = warp_size, unsigned mask = all_lanes) {
+  return __shfl_sync(mask, value, from, width);
+}
+template <class T>
+__device__ __forceinline__ T shuffle_up(T value, unsigned distance, int width = warp_size, unsigned mask = all_lanes) {
+  return __shfl_up_sync(mask, value, distance, width);
+}
+template <class T>
+__device__ __forceinline__ T shuffle_down(T value, unsigned distance, int width = warp_size, unsigned mask = all_lanes) {
+  return __shfl_down_sync(mask, value, distance, width);
+}
+template <class T>
+__device__ __forceinline__ T shuffle_xor(T value, int bits, int width = warp_size, unsigned mask = all_lanes) {
+  return __shfl_xor_sync(mask, value, bits, width);
+}
+
+__device__ __forceinline__ bool all(bool predicate, unsigned mask = all_lanes) { return __all_sync(mask, predicate) != 0; }
+__device__ __forceinline__ bool any(bool predicate, unsigned mask = all_lanes) { return __any_sync(mask, predicate) != 0; }
+__device__ __forceinline__ unsigned ballot(bool predicate, unsigned mask = all_lanes) { return __ballot_sync(mask, predicate); }
+
+/// Over the whole warp; every lane gets the result.
+__device__ __forceinline__ unsigned reduce_add(unsigned value) {
+#if __CUDA_ARCH__ >= 800
+  return __reduce_add_sync(all_lanes, value);
+#else
+  for (int bits = warp_size / 2; bits > 0; bits /= 2) value += shuffle_xor(value, bits);
+  return value;
+#endif
+}
+__device__ __forceinline__ unsigned reduce_max(unsigned value) {
+#if __CUDA_ARCH__ >= 800
+  return __reduce_max_sync(all_lanes, value);
+#else
+  for (int bits = warp_size / 2; bits > 0; bits /= 2) value = max(value, shuffle_xor(value, bits));
+  return value;
+#endif
+}
+
+// ---- copies from global to shared memory that run beside the thread. sm_80 ----------------------------------------------------------
+
+/// `bytes` bytes, both ends aligned to as many. They may be read after wait_copies, by other threads after a barrier on top.
+template <int bytes, class T>
+__device__ __forceinline__ void copy_async(Shared<T> to, const T* from) {
+  static_assert(bytes == 4 || bytes == 8 || bytes == 16);
+  if constexpr (bytes == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to.address()), "l"(from) : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to.address()), "l"(from), "n"(bytes) : "memory");
+}
+/// The same where only the first `valid` bytes exist: zeros take the place of the others.
+template <int bytes, class T>
+__device__ __forceinline__ void copy_async(Shared<T> to, const T* from, int valid) {
+  static_assert(bytes == 4 || bytes == 8 || bytes == 16);
+  if constexpr (bytes == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to.address()), "l"(from), "r"(valid) : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to.address()), "l"(from), "n"(bytes), "r"(valid) : "memory");
+}
+/// Closes a group of the copies this thread has begun.
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+/// Waits until at most the newest `pending` groups of this thread are still on their way.
+template <int pending>
+__device__ __forceinline__ void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+}
+
+// ---- tensor cores. A fragment word holds two neighbours of a row, the first in its low half ------------------------------------------
+
+/// 8x8 matrices of 16-bit elements: lanes 8i ... 8i + 7 point at the rows of matrix i, 16 bytes each. Word i of lane l is then row l / 4,
+/// columns 2 (l % 4) and 2 (l % 4) + 1 of matrix i, or of its transpose. sm_75
+template <int matrices, bool transposed = false, class T>
+__device__ __forceinline__ Words<matrices> load_matrices(Shared<T> row) {
+  static_assert(sizeof(T) == 2 && (matrices == 1 || matrices == 2 || matrices == 4));
+  Words<matrices> m;
+  auto* const w = m.word;
+  const unsigned at = row.address();
+  if constexpr (matrices == 1 && !transposed)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];" : "=r"(w[0]) : "r"(at) : "memory");
+  else if constexpr (matrices == 1)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];" : "=r"(w[0]) : "r"(at) : "memory");
+  else if constexpr (matrices == 2 && !transposed)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];" : "=r"(w[0]), "=r"(w[1]) : "r"(at) : "memory");
+  else if constexpr (matrices == 2)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];" : "=r"(w[0]), "=r"(w[1]) : "r"(at) : "memory");
+  else if constexpr (!transposed)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
+                 : "r"(at)
+                 : "memory");
+  else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
+                 : "r"(at)
+                 : "memory");
+  return m;
+}
+
+/// d [16, 8] += a [16, 16] . b [16, 8], T = bfloat16 or half, mma.sync.m16n8k16. With g = lane / 4, t = lane % 4:
+///   a: words (g, 2t) (g + 8, 2t) (g, 2t + 8) (g + 8, 2t + 8), each with its right neighbour
+///   b: words (2t, g) (2t + 8, g), each with its lower neighbour      d: (g, 2t) (g, 2t + 1) (g + 8, 2t) (g + 8, 2t + 1)
+/// sm_80
+template <class T>
+__device__ __forceinline__ void multiply_add(float (&d)[4], const Words<4>& a, const Words<2>& b) {
+  static_assert(std::same_as<T, bfloat16> || std::same_as<T, half>);
+  if constexpr (std::same_as<T, bfloat16>)
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a.word[0]), "r"(a.word[1]), "r"(a.word[2]), "r"(a.word[3]), "r"(b.word[0]), "r"(b.word[1]));
+  else
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a.word[0]), "r"(a.word[1]), "r"(a.word[2]), "r"(a.word[3]), "r"(b.word[0]), "r"(b.word[1]));
+}
+
+// ---- arithmetic that is rounded as written: never fused into a multiply-add, whatever the compiler's flags ----------------------------
+
+__device__ __forceinline__ float multiply(float a, float b) { return __fmul_rn(a, b); }
+__device__ __forceinline__ float add(float a, float b) { return __fadd_rn(a, b); }
+__device__ __forceinline__ float divide(float a, float b) { return __fdiv_rn(a, b); }
+
+/// An activation as what sums are kept in, and back, rounded to nearest even.
+template <Scalar T>
+__device__ __forceinline__ Accumulator<T> widen(T value) {
+  if constexpr (std::same_as<T, half>) {
+    float wide;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(value.bits));
+    return wide;
+  } else {
+    return static_cast<Accumulator<T>>(value);
+  }
+}
+template <Scalar T>
+__device__ __forceinline__ T narrow(Accumulator<T> value) {
+  if constexpr (std::same_as<T, half>) {
+    half rounded;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(rounded.bits) : "f"(value));
+    return rounded;
+  } else {
+#if __CUDA_ARCH__ >= 800
+    if constexpr (std::same_as<T, bfloat16>) {
+      bfloat16 rounded;
+      asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(rounded.bits) : "f"(value));
+      return rounded;
+    }
+#endif
+    return static_cast<T>(value);
+  }
+}
+
+/// Two floats rounded to T, the first in the low half.
+template <class T>
+__device__ __forceinline__ std::uint32_t pack(float first, float second) {
+#if __CUDA_ARCH__ >= 800
+  std::uint32_t word;
+  if constexpr (std::same_as<T, bfloat16>) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
+  else asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
+  return word;
+#else
+  return T(first).bits | static_cast<std::uint32_t>(T(second).bits) << 16;
+#endif
+}
+
+// ---- launching -------------------------------------------------------------------------------------------------------------------
+
+/// A kernel is a class: its members are the arguments, `threads` the size of its blocks, and operator() what a thread does with the
+/// block's shared memory.
+template <class K>
+concept Kernel = std::is_trivially_copyable_v<K> && K::threads % warp_size == 0 && K::threads <= 1024;
+
+template <Kernel K>
+__global__ void __launch_bounds__(K::threads) run(const __grid_constant__ K kernel) {
+  extern __shared__ __align__(128) unsigned char bytes[];
+  kernel(SharedMemory(bytes));
+}
+
+struct Launch {
+  cudaStream_t stream = nullptr;
+  dim3 blocks;
+  int shared_bytes = 0;
+};
+
+/// Starts the kernel; returns before it is done. A grid without blocks is no work.
+template <Kernel K>
+void launch(const Launch& how, const K& kernel) {
+  constexpr int without_asking = 48 * 1024;
+  if (how.blocks.x == 0 || how.blocks.y == 0 || how.blocks.z == 0) return;
+  if (how.shared_bytes > without_asking)
+    QDYLORA_CUDA_TRY(cudaFuncSetAttribute(run<K>, cudaFuncAttributeMaxDynamicSharedMemorySize, how.shared_bytes));
+  run<<<how.blocks, K::threads, static_cast<std::size_t>(how.shared_bytes), how.stream>>>(kernel);
+  QDYLORA_CUDA_TRY(cudaPeekAtLastError());
+}
+
+}  // namespace qdylora::device

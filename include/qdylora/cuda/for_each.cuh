@@ -1,0 +1,64 @@
+// Loops over the elements and over the rows of a matrix.
+#pragma once
+
+#include <algorithm>
+#include <bit>
+
+#include <qdylora/cuda/context.cuh>
+#include <qdylora/cuda/device.cuh>
+
+namespace qdylora {
+namespace device {
+
+/// f(i, j) for every element of [rows, cols]. A block covers 2^width_shift columns, as many as there are where they are few, and takes
+/// every so manieth row.
+template <class F>
+struct ForEach {
+  static constexpr int threads = 256;
+
+  F f;
+  Index rows, cols;
+  int width_shift;
+
+  __device__ void operator()(SharedMemory) const {
+    const int rows_at_once = threads >> width_shift;
+    const Index j = (static_cast<Index>(block().x) << width_shift) + (thread() & ((1 << width_shift) - 1));
+    if (j >= cols) return;
+    for (Index i = static_cast<Index>(block().y) * rows_at_once + (thread() >> width_shift); i < rows;
+         i += static_cast<Index>(grid().y) * rows_at_once)
+      f(i, j);
+  }
+};
+
+template <class T>
+__device__ inline auto read(const MatrixView<T>& x, Index i, Index j) {
+  return widen(load<std::remove_const_t<T>>(x.row(i) + j));
+}
+template <class T>
+__device__ inline void write(const MatrixView<T>& y, Index i, Index j, Accumulator<T> value) {
+  store(y.row(i) + j, narrow<T>(value));
+}
+
+}  // namespace device
+
+namespace detail {
+
+/// A grid of `across` blocks along a row, and rows enough at once to fill the device.
+inline dim3 row_grid(const CudaContext& context, Index across, Index rows) {
+  constexpr Index blocks_per_processor = 16;
+  const Index down = blocks_per_processor * context.properties().multiProcessorCount / std::max<Index>(across, 1) + 1;
+  return {static_cast<unsigned>(across), static_cast<unsigned>(std::min({rows, down, Index{65535}}))};
+}
+
+/// f(i, j) on the device for every element of [rows, cols]. F is a class of views and numbers.
+template <class F>
+void for_each(const CudaContext& context, Index rows, Index cols, const F& f) {
+  using Kernel = device::ForEach<F>;
+  const int width_shift = std::countr_zero(std::bit_ceil(static_cast<unsigned>(std::clamp<Index>(cols, 1, Kernel::threads))));
+  const Index width = Index{1} << width_shift, rows_at_once = Kernel::threads >> width_shift;
+  const dim3 blocks = row_grid(context, (cols + width - 1) / width, (rows + rows_at_once - 1) / rows_at_once);
+  device::launch({context.stream(), blocks}, Kernel{f, rows, cols, width_shift});
+}
+
+}  // namespace detail
+}  // namespace qdylora

@@ -1,0 +1,69 @@
+// Memory resources of the CUDA backend.
+#pragma once
+
+#include <cstddef>
+#include <string>
+
+#include <qdylora/core/memory.hpp>
+#include <qdylora/cuda/error.cuh>
+
+namespace qdylora {
+namespace detail {
+
+inline std::string mebibytes(std::size_t bytes) { return std::to_string((bytes + (std::size_t{1} << 20) - 1) >> 20) + " MiB"; }
+
+[[noreturn]] inline void raise_out_of_memory(const char* what, std::size_t bytes) {
+  std::size_t free = 0, total = 0;
+  cudaGetLastError();
+  QDYLORA_CUDA_TRY(cudaMemGetInfo(&free, &total));
+  raise(Errc::memory, std::string(what) + ": " + mebibytes(bytes) + " asked for, " + mebibytes(free) + " of the device's " +
+                          mebibytes(total) + " are free");
+}
+
+}  // namespace detail
+
+/// The device's memory, from its pool and in the order of a stream: a block may be given back while work that was queued before still
+/// uses it. Without a stream of its own the order is the default stream's, which waits for the streams of all contexts and they for it.
+struct DeviceMemory {
+  static constexpr bool host = false;
+
+  cudaStream_t stream = nullptr;
+
+  void* allocate(std::size_t bytes) const {
+    void* pointer = nullptr;
+    const cudaError_t error = cudaMallocAsync(&pointer, bytes, stream);
+    if (error == cudaErrorMemoryAllocation) detail::raise_out_of_memory("DeviceMemory", bytes);
+    QDYLORA_CUDA_TRY(error);
+    return pointer;
+  }
+  void deallocate(void* pointer, std::size_t) const noexcept { cudaFreeAsync(pointer, stream); }
+};
+
+/// The host's memory, page-locked: copies to and from the device run beside everything else.
+struct PinnedMemory {
+  static constexpr bool host = true;
+
+  static void* allocate(std::size_t bytes) {
+    void* pointer = nullptr;
+    QDYLORA_CUDA_TRY(cudaMallocHost(&pointer, bytes));
+    return pointer;
+  }
+  static void deallocate(void* pointer, std::size_t) noexcept { cudaFreeHost(pointer); }
+};
+
+/// Memory that the driver moves between host and device page by page, as either touches it. Slow where both do; no more of it should
+/// be asked for than the device has. The host waits for the device (synchronize) before it touches what a kernel may still use.
+struct ManagedMemory {
+  static constexpr bool host = true;
+
+  static void* allocate(std::size_t bytes) {
+    void* pointer = nullptr;
+    QDYLORA_CUDA_TRY(cudaMallocManaged(&pointer, bytes, cudaMemAttachGlobal));
+    return pointer;
+  }
+  static void deallocate(void* pointer, std::size_t) noexcept { cudaFree(pointer); }
+};
+
+static_assert(MemoryResource<DeviceMemory> && MemoryResource<PinnedMemory> && MemoryResource<ManagedMemory>);
+
+}  // namespace qdylora

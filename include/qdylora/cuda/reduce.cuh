@@ -1,0 +1,129 @@
+// Sums on the device, in an order that the shape alone decides: equal inputs give equal bits on every GPU.
+#pragma once
+
+#include <qdylora/backend.hpp>
+#include <qdylora/cuda/for_each.cuh>
+
+namespace qdylora {
+namespace device {
+
+/// The sum over the warp, the same bits in every lane.
+template <class S>
+__device__ inline S sum_warp(S value) {
+#pragma unroll
+  for (int bits = warp_size / 2; bits > 0; bits /= 2) value += shuffle_xor(value, bits);
+  return value;
+}
+
+/// The sum over a block of `threads`, the same bits in every thread. `sums` has room for one number a warp.
+template <int threads, class S>
+__device__ inline S sum_block(const Shared<S>& sums, S value) {
+  value = sum_warp(value);
+  if (lane() == 0) sums.store(warp(), value);
+  sync_block();
+  S total{};
+#pragma unroll
+  for (int w = 0; w < threads / warp_size; ++w) total += sums.load(w);
+  sync_block();  // before the next sum
+  return total;
+}
+
+/// sums[0, j] += sum_i a[i, j] * b[i, j]. A block has 32 columns, a lane each; its warps share the rows.
+template <class S>
+struct ColumnProducts {
+  static constexpr int threads = 1024;
+  static constexpr int warps = threads / warp_size;
+  static constexpr int shared_bytes = threads * static_cast<int>(sizeof(S));
+
+  MatrixView<const S> a, b;
+  MatrixView<S> sums;
+
+  __device__ void operator()(SharedMemory memory) const {
+    const auto partial = memory.take<S>(threads);
+    const Index j = static_cast<Index>(block().x) * warp_size + lane();
+    S sum{};
+    if (j < a.cols)
+      for (Index i = warp(); i < a.rows; i += warps) sum += read(a, i, j) * read(b, i, j);
+    partial.store(thread(), sum);
+    sync_block();
+    if (warp() > 0 || j >= a.cols) return;
+    for (int w = 1; w < warps; ++w) sum += partial.load(w * warp_size + lane());
+    write(sums, 0, j, read(sums, 0, j) + sum);
+  }
+};
+
+/// partial[block] = sum of squares over 4096 columns of every grid().y-th row, in double.
+template <class S>
+struct SumSquares {
+  static constexpr int threads = 256;
+  static constexpr Index columns = 4096;
+  static constexpr int shared_bytes = threads / warp_size * 8;
+
+  MatrixView<const S> x;
+  double* partial;
+
+  __device__ void operator()(SharedMemory memory) const {
+    const auto sums = memory.take<double>(threads / warp_size);
+    const Index begin = block().x * columns;
+    const Index end = begin + columns < x.cols ? begin + columns : x.cols;
+    double sum = 0.0;
+    for (Index i = block().y; i < x.rows; i += grid().y)
+      for (Index j = begin + thread(); j < end; j += threads) {
+        const double value = static_cast<double>(read(x, i, j));
+        sum += value * value;
+      }
+    sum = sum_block<threads>(sums, sum);
+    if (thread() == 0) store(partial + block().y * grid().x + block().x, sum);
+  }
+};
+
+/// total = sum of `count` numbers.
+struct SumPartial {
+  static constexpr int threads = 256;
+  static constexpr int shared_bytes = threads / warp_size * 8;
+
+  const double* partial;
+  Index count;
+  double* total;
+
+  __device__ void operator()(SharedMemory memory) const {
+    double sum = 0.0;
+    for (Index i = thread(); i < count; i += threads) sum += load(partial + i);
+    sum = sum_block<threads>(memory.take<double>(threads / warp_size), sum);
+    if (thread() == 0) store(total, sum);
+  }
+};
+
+}  // namespace device
+
+namespace detail {
+
+template <class S>
+void column_products(const CudaContext& context, MatrixView<const S> a, MatrixView<const S> b, MatrixView<S> sums) {
+  using Kernel = device::ColumnProducts<S>;
+  expect_shape("column_products: second", b, a.rows, a.cols);
+  expect_shape("column_products: sums", sums, 1, a.cols);
+  const auto blocks = static_cast<unsigned>((a.cols + device::warp_size - 1) / device::warp_size);
+  device::launch({context.stream(), blocks, Kernel::shared_bytes}, Kernel{a, b, sums});
+}
+
+/// Waits.
+template <class S>
+double sum_squares(const CudaContext& context, MatrixView<const S> x) {
+  using Kernel = device::SumSquares<S>;
+  constexpr Index most_rows = 128;
+  if (x.empty()) return 0.0;
+  const Index across = (x.cols + Kernel::columns - 1) / Kernel::columns, down = std::min(x.rows, most_rows);
+  Scratch scratch(context);
+  auto* const partial = scratch.take<double>(across * down);
+  auto* const total = scratch.take<double>(1);
+  device::launch({context.stream(), {static_cast<unsigned>(across), static_cast<unsigned>(down)}, Kernel::shared_bytes},
+                 Kernel{x, partial});
+  device::launch({context.stream(), 1, device::SumPartial::shared_bytes}, device::SumPartial{partial, across * down, total});
+  double result = 0.0;
+  copy_to_host(context, total, &result, 1);
+  return result;
+}
+
+}  // namespace detail
+}  // namespace qdylora

@@ -1,0 +1,280 @@
+// Normalization, rotary embedding, activations and rows of tables on the device. Values are computed in Accumulator<T> and rounded once.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <span>
+#include <string>
+
+#include <qdylora/cuda/elementwise.cuh>
+#include <qdylora/cuda/reduce.cuh>
+
+namespace qdylora {
+namespace device {
+
+/// One block, one token.
+template <class T>
+struct RmsNorm {
+  using S = Accumulator<T>;
+  static constexpr int threads = 256;
+  static constexpr int shared_bytes = threads / warp_size * static_cast<int>(sizeof(S));
+
+  MatrixView<const T> x;
+  MatrixView<const S> weight;
+  S epsilon;
+  MatrixView<T> y;
+  MatrixView<S> inverse;
+
+  __device__ void operator()(SharedMemory memory) const {
+    const Index i = block().x;
+    S squares{};
+    for (Index j = thread(); j < x.cols; j += threads) squares += read(x, i, j) * read(x, i, j);
+    squares = sum_block<threads>(memory.take<S>(threads / warp_size), squares);
+    const S r = S{1} / std::sqrt(squares / static_cast<S>(x.cols) + epsilon);
+    for (Index j = thread(); j < x.cols; j += threads) write(y, i, j, read(x, i, j) * r * read(weight, 0, j));
+    if (thread() == 0) write(inverse, i, 0, r);
+  }
+};
+
+template <class T>
+struct RmsNormBackward {
+  using S = Accumulator<T>;
+  static constexpr int threads = 256;
+  static constexpr int shared_bytes = threads / warp_size * static_cast<int>(sizeof(S));
+
+  MatrixView<const T> dy, x;
+  MatrixView<const S> weight, inverse;
+  MatrixView<T> dx;
+  Update update;
+
+  __device__ void operator()(SharedMemory memory) const {
+    const Index i = block().x;
+    S dot{};
+    for (Index j = thread(); j < x.cols; j += threads) dot += read(dy, i, j) * read(weight, 0, j) * read(x, i, j);
+    dot = sum_block<threads>(memory.take<S>(threads / warp_size), dot);
+    const S r = read(inverse, i, 0);
+    const S mean = dot / static_cast<S>(x.cols) * r * r;
+    for (Index j = thread(); j < x.cols; j += threads) {
+      const S value = r * (read(dy, i, j) * read(weight, 0, j) - read(x, i, j) * mean);
+      write(dx, i, j, update == Update::accumulate ? read(dx, i, j) + value : value);
+    }
+  }
+};
+
+/// Column j of the loop is pair j of a token, over all heads.
+template <class T>
+struct Rope {
+  using S = Accumulator<T>;
+  MatrixView<T> x;
+  const std::int32_t* positions;
+  MatrixView<const S> table;
+  RopeLayout layout;
+  S direction;
+  __device__ void operator()(Index t, Index j) const {
+    const auto half = static_cast<unsigned>(table.cols / 2), at = static_cast<unsigned>(j);  // 64-bit division is a call
+    const Index pair = at % half, head = at / half * table.cols;
+    const Index position = load(positions + t);
+    const bool interleaved = layout == RopeLayout::interleaved;
+    const Index first = head + (interleaved ? 2 * pair : pair), second = first + (interleaved ? 1 : half);
+    const S c = read(table, position, 2 * pair), s = direction * read(table, position, 2 * pair + 1);
+    const S a = read(x, t, first), b = read(x, t, second);
+    write(x, t, first, a * c - b * s);
+    write(x, t, second, a * s + b * c);
+  }
+};
+
+template <class S>
+__device__ inline S sigmoid(S x) {
+  return S{1} / (S{1} + std::exp(-x));
+}
+template <class S>
+__device__ inline S normal_cdf(S x) {
+  return S{0.5} * std::erfc(-x * static_cast<S>(0.70710678118654752440));
+}
+
+template <class T>
+struct Swiglu {
+  MatrixView<const T> gate, up;
+  MatrixView<T> y;
+  __device__ void operator()(Index i, Index j) const {
+    const Accumulator<T> g = read(gate, i, j);
+    write(y, i, j, g * sigmoid(g) * read(up, i, j));
+  }
+};
+
+template <class T>
+struct SwigluBackward {
+  MatrixView<const T> dy, gate, up;
+  MatrixView<T> dgate, dup;
+  __device__ void operator()(Index i, Index j) const {
+    using S = Accumulator<T>;
+    const S d = read(dy, i, j), g = read(gate, i, j), u = read(up, i, j);  // all read before dgate and dup, which may be their memory
+    const S s = sigmoid(g), silu = g * s;
+    write(dgate, i, j, d * u * (s + silu * (S{1} - s)));
+    write(dup, i, j, d * silu);
+  }
+};
+
+template <class T>
+struct Gelu {
+  MatrixView<const T> x;
+  MatrixView<T> y;
+  __device__ void operator()(Index i, Index j) const {
+    const Accumulator<T> v = read(x, i, j);
+    write(y, i, j, v * normal_cdf(v));
+  }
+};
+
+template <class T>
+struct GeluBackward {
+  MatrixView<const T> dy, x;
+  MatrixView<T> dx;
+  __device__ void operator()(Index i, Index j) const {
+    using S = Accumulator<T>;
+    const S v = read(x, i, j);
+    const S density = static_cast<S>(0.39894228040143267794) * std::exp(S{-0.5} * v * v);
+    write(dx, i, j, read(dy, i, j) * (normal_cdf(v) + v * density));
+  }
+};
+
+/// y[i] = x[rows[i]]
+template <class X, class Y, class Row>
+struct GatherRows {
+  MatrixView<const X> x;
+  const Row* rows;
+  MatrixView<Y> y;
+  __device__ void operator()(Index i, Index j) const {
+    write(y, i, j, static_cast<Accumulator<Y>>(read(x, static_cast<Index>(load(rows + i)), j)));
+  }
+};
+
+/// y[rows[i]] = x[i]
+template <class T>
+struct ScatterRows {
+  MatrixView<const T> x;
+  const Index* rows;
+  MatrixView<T> y;
+  __device__ void operator()(Index i, Index j) const { store(y.row(load(rows + i)) + j, load(x.row(i) + j)); }
+};
+
+}  // namespace device
+
+namespace detail {
+
+/// A list of the host's, in scratch memory.
+template <class E>
+const E* listed(const CudaContext& context, Scratch& scratch, std::span<const E> list) {
+  const auto count = static_cast<Index>(list.size());
+  E* const target = scratch.take<E>(count);
+  copy_to_device(context, list.data(), target, count);
+  return target;
+}
+
+template <class T, class S>
+void rms_norm(const CudaContext& context, MatrixView<const T> x, MatrixView<const S> weight, float epsilon, MatrixView<T> y,
+              MatrixView<S> inverse) {
+  using Kernel = device::RmsNorm<T>;
+  expect_shape("rms_norm: weight", weight, 1, x.cols);
+  expect_shape("rms_norm: y", y, x.rows, x.cols);
+  expect_shape("rms_norm: inverse rms", inverse, x.rows, 1);
+  device::launch({context.stream(), static_cast<unsigned>(x.rows), Kernel::shared_bytes},
+                 Kernel{x, weight, static_cast<S>(epsilon), y, inverse});
+}
+
+template <class T, class S>
+void rms_norm_backward(const CudaContext& context, MatrixView<const T> dy, MatrixView<const T> x, MatrixView<const S> weight,
+                       MatrixView<const S> inverse, MatrixView<T> dx, Update update) {
+  using Kernel = device::RmsNormBackward<T>;
+  expect_shape("rms_norm_backward: x", x, dy.rows, dy.cols);
+  expect_shape("rms_norm_backward: weight", weight, 1, x.cols);
+  expect_shape("rms_norm_backward: inverse rms", inverse, x.rows, 1);
+  expect_shape("rms_norm_backward: dx", dx, x.rows, x.cols);
+  device::launch({context.stream(), static_cast<unsigned>(x.rows), Kernel::shared_bytes}, Kernel{dy, x, weight, inverse, dx, update});
+}
+
+template <class T, class S>
+void rope(const CudaContext& context, MatrixView<T> x, std::span<const std::int32_t> positions, MatrixView<const S> table,
+          RopeLayout layout, int direction) {
+  const Index head_dim = table.cols;
+  QDYLORA_EXPECTS(head_dim > 0 && head_dim % 2 == 0 && x.cols % head_dim == 0, shape_mismatch,
+                  "rope: x " + shape_text(x) + " is not made of heads of " + std::to_string(head_dim));
+  QDYLORA_EXPECTS(static_cast<Index>(positions.size()) == x.rows, shape_mismatch,
+                  "rope: " + std::to_string(positions.size()) + " positions for " + std::to_string(x.rows) + " tokens");
+  for (const auto position : positions)
+    QDYLORA_EXPECTS(position >= 0 && position < table.rows, bad_argument,
+                    "rope: position " + std::to_string(position) + " is outside the table of " + std::to_string(table.rows));
+  Scratch scratch(context);
+  const auto* const listed_positions = listed(context, scratch, positions);
+  for_each(context, x.rows, x.cols / 2,
+           device::Rope<T>{x, listed_positions, table, layout, direction >= 0 ? S{1} : S{-1}});
+}
+
+template <class T>
+void swiglu(const CudaContext& context, MatrixView<const T> gate, MatrixView<const T> up, MatrixView<T> y) {
+  expect_shape("swiglu: up", up, gate.rows, gate.cols);
+  expect_shape("swiglu: y", y, gate.rows, gate.cols);
+  for_each(context, y.rows, y.cols, device::Swiglu<T>{gate, up, y});
+}
+
+template <class T>
+void swiglu_backward(const CudaContext& context, MatrixView<const T> dy, MatrixView<const T> gate, MatrixView<const T> up,
+                     MatrixView<T> dgate, MatrixView<T> dup) {
+  expect_shape("swiglu_backward: gate", gate, dy.rows, dy.cols);
+  expect_shape("swiglu_backward: up", up, dy.rows, dy.cols);
+  expect_shape("swiglu_backward: dgate", dgate, dy.rows, dy.cols);
+  expect_shape("swiglu_backward: dup", dup, dy.rows, dy.cols);
+  for_each(context, dy.rows, dy.cols, device::SwigluBackward<T>{dy, gate, up, dgate, dup});
+}
+
+template <class T>
+void gelu(const CudaContext& context, MatrixView<const T> x, MatrixView<T> y) {
+  expect_shape("gelu: y", y, x.rows, x.cols);
+  for_each(context, x.rows, x.cols, device::Gelu<T>{x, y});
+}
+
+template <class T>
+void gelu_backward(const CudaContext& context, MatrixView<const T> dy, MatrixView<const T> x, MatrixView<T> dx) {
+  expect_shape("gelu_backward: x", x, dy.rows, dy.cols);
+  expect_shape("gelu_backward: dx", dx, dy.rows, dy.cols);
+  for_each(context, x.rows, x.cols, device::GeluBackward<T>{dy, x, dx});
+}
+
+template <class S, class T>
+void embed(const CudaContext& context, std::span<const std::int32_t> ids, MatrixView<const S> table, MatrixView<T> y) {
+  expect_shape("embed: y", y, static_cast<Index>(ids.size()), table.cols);
+  for (std::size_t i = 0; i < ids.size(); ++i)
+    QDYLORA_EXPECTS(ids[i] >= 0 && ids[i] < table.rows, bad_argument,
+                    "embed: token id " + std::to_string(ids[i]) + " at position " + std::to_string(i) + " is outside the table of " +
+                        std::to_string(table.rows));
+  Scratch scratch(context);
+  const auto* const rows = listed(context, scratch, ids);
+  for_each(context, y.rows, y.cols, device::GatherRows<S, T, std::int32_t>{table, rows, y});
+}
+
+inline void expect_rows(const char* what, std::span<const Index> rows, Index count) {
+  for (const Index row : rows)
+    QDYLORA_EXPECTS(row >= 0 && row < count, bad_argument,
+                    std::string(what) + ": row " + std::to_string(row) + " is outside of " + std::to_string(count));
+}
+
+template <class T>
+void gather_rows(const CudaContext& context, MatrixView<const T> x, std::span<const Index> rows, MatrixView<T> y) {
+  expect_shape("gather_rows: y", y, static_cast<Index>(rows.size()), x.cols);
+  expect_rows("gather_rows", rows, x.rows);
+  Scratch scratch(context);
+  const auto* const list = listed(context, scratch, rows);
+  for_each(context, y.rows, y.cols, device::GatherRows<T, T, Index>{x, list, y});
+}
+
+template <class T>
+void scatter_rows(const CudaContext& context, MatrixView<const T> x, std::span<const Index> rows, MatrixView<T> y) {
+  expect_shape("scatter_rows: x", x, static_cast<Index>(rows.size()), y.cols);
+  expect_rows("scatter_rows", rows, y.rows);
+  Scratch scratch(context);
+  const auto* const list = listed(context, scratch, rows);
+  fill(context, y, T{});
+  for_each(context, x.rows, x.cols, device::ScatterRows<T>{x, list, y});
+}
+
+}  // namespace detail
+}  // namespace qdylora

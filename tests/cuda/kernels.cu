@@ -1,0 +1,85 @@
+// Compiled by nvcc for each architecture, run by nothing: every kernel of the library, and one that uses each primitive of device.cuh.
+#include <qdylora/cuda.hpp>
+
+namespace qd = qdylora;
+namespace device = qdylora::device;
+
+template <class T>
+struct EveryPrimitive {
+  static constexpr int threads = 64;
+  const T* in;
+  float* out;
+  unsigned* words;
+
+  __device__ void operator()(device::SharedMemory memory) const {
+    using namespace device;
+    const auto tile = memory.take<T>(512);
+    const auto counts = memory.take<unsigned>(1);
+    tile.store(thread(), load(in + thread()));
+    if (thread() == 0) counts.store(0, 0u);
+    sync_block();
+    counts.atomic_add(0, 1u);
+    sync_warp();
+    unsigned bits = shuffle(1u, 2) + shuffle_up(3u, 1) + shuffle_down(4u, 1) + shuffle_xor(5u, 1, 8) + device::ballot(lane() > 3);
+    bits += reduce_add(bits) + reduce_max(bits) + (device::all(bits > 0) ? 1u : 0u) + (device::any(bits > 1) ? 2u : 0u);
+    float d[4] = {};
+#if __CUDA_ARCH__ >= 800
+    copy_async<16>(tile.from(8 * thread()), in + 8 * thread());
+    copy_async<8>(tile.from(4 * thread()), in + 4 * thread());
+    copy_async<16>(tile.from(8 * thread()), in + 8 * thread(), 4);
+    commit_copies();
+    wait_copies<0>();
+    sync_block();
+    multiply_add<T>(d, load_matrices<4>(tile.from(lane() * 8)), load_matrices<2, true>(tile.from(lane() * 8)));
+#endif
+    bits += load_matrices<1>(tile.from(lane() * 8)).word[0] + load_matrices<4, true>(tile.from(lane() * 8)).word[3];
+    bits += load_matrices<2>(tile.from(lane() * 8)).word[1] + load_matrices<1, true>(tile.from(lane() * 8)).word[0];
+    bits += load_once(words + thread()) + load_once(reinterpret_cast<const Words<2>*>(words)).word[1];
+    atomic_add(words, bits + pack<T>(d[0], d[1]));
+    atomic_min(words + 1, static_cast<unsigned>(block_threads()) + counts.load(0));
+    store(out + thread(), divide(add(multiply(d[2], 2.0f), d[3]), 3.0f) + widen(narrow<T>(d[0])) + static_cast<float>(warp()));
+  }
+};
+
+template <class T>
+void every_operation(const qd::Cuda& cuda, qd::MatrixView<T> x, qd::MatrixView<qd::Accumulator<T>> a, std::span<const std::int32_t> ids,
+                     std::span<const qd::Index> rows) {
+  cuda.fill(x, T{});
+  cuda.copy(x, a);
+  cuda.copy(a, x);
+  cuda.add(x, x);
+  cuda.add_row(a, x);
+  cuda.scale_columns(a, a, a);
+  cuda.column_products(a, a, a);
+  cuda.dropout(x, 0.5f, {}, x);
+  cuda.adamw(a, a, a, a, {});
+  cuda.sum_squares(a);
+  cuda.rms_norm(x, a, 1e-5f, x, a);
+  cuda.rms_norm_backward(x, x, a, a, x);
+  cuda.rope(x, ids, a, qd::RopeLayout::half_split, 1);
+  cuda.swiglu(x, x, x);
+  cuda.swiglu_backward(x, x, x, x, x);
+  cuda.gelu(x, x);
+  cuda.gelu_backward(x, x, x);
+  cuda.embed(ids, a, x);
+  cuda.gather_rows(x, rows, x);
+  cuda.scatter_rows(x, rows, x);
+  cuda.dequantize(cuda.quantize<qd::NF4, qd::DoubleQuant<>>(x).view(), x);
+  cuda.dequantize(cuda.quantize<qd::FP4, qd::Float32Scales>(x).view(), x);
+  cuda.dequantize(cuda.quantize<qd::INT4, qd::DoubleQuant<qd::FP8E4M3>>(x).view(), x);
+  cuda.dequantize(cuda.quantize<qd::FP8E4M3, qd::DoubleQuant<>>(x).view(), x);
+  cuda.dequantize(cuda.quantize<qd::FP8E5M2, qd::Float32Scales>(x).view(), x);
+}
+
+template void every_operation(const qd::Cuda&, qd::MatrixView<float>, qd::MatrixView<float>, std::span<const std::int32_t>,
+                              std::span<const qd::Index>);
+template void every_operation(const qd::Cuda&, qd::MatrixView<qd::half>, qd::MatrixView<float>, std::span<const std::int32_t>,
+                              std::span<const qd::Index>);
+template void every_operation(const qd::Cuda&, qd::MatrixView<qd::bfloat16>, qd::MatrixView<float>, std::span<const std::int32_t>,
+                              std::span<const qd::Index>);
+template void every_operation(const qd::Cuda&, qd::MatrixView<double>, qd::MatrixView<double>, std::span<const std::int32_t>,
+                              std::span<const qd::Index>);
+template void device::launch(const device::Launch&, const EveryPrimitive<qd::half>&);
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+template void device::launch(const device::Launch&, const EveryPrimitive<qd::bfloat16>&);
+#endif

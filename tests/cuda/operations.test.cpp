@@ -1,0 +1,68 @@
+// The backend tests that the CPU passes, on the emulated device.
+#include <qdylora/cuda.hpp>
+
+#include "backend/elementwise.inc"
+#include "backend/memory.inc"
+#include "backend/transformer.inc"
+
+namespace qd = qdylora;
+using qd::Cuda;
+
+namespace {
+
+/// A context, and at the end no block of memory that an operation has kept.
+class Gpu {
+ public:
+  Gpu() : before_(test::emulator::global_memory().used()), context_({.workspace_bytes = std::size_t{1} << 20}) {}
+  ~Gpu() { CHECK(test::emulator::global_memory().used() == before_ + (std::size_t{1} << 20)); }
+  operator Cuda() const { return Cuda(context_); }
+
+ private:
+  std::size_t before_;
+  qd::CudaContext context_;
+};
+
+}  // namespace
+
+#define ON_THE_DEVICE(name, body)                                             \
+  TEMPLATE_TEST_CASE(name, "[cuda]", float, double, qd::bfloat16, qd::half) { \
+    const Gpu gpu;                                                            \
+    body<Cuda, TestType>(gpu);                                                \
+  }
+
+ON_THE_DEVICE("data goes to the device and back", test::memory_traffic)
+ON_THE_DEVICE("the device's quantization is the reference's to the bit", test::quantization)
+ON_THE_DEVICE("elementwise operations on the device are the reference's", test::elementwise)
+ON_THE_DEVICE("dropout on the device is the reference's and its mask exact", test::dropout)
+ON_THE_DEVICE("AdamW on the device is the reference's", test::adamw)
+ON_THE_DEVICE("the sum of squares on the device is taken in double", test::sum_squares)
+ON_THE_DEVICE("RMS norm on the device is the reference's", test::rms_norm)
+ON_THE_DEVICE("rotary embedding on the device is the reference's", test::rope)
+ON_THE_DEVICE("activations on the device are the reference's", test::activations)
+ON_THE_DEVICE("embedding on the device is the reference's", test::embedding)
+
+TEMPLATE_TEST_CASE("rows are gathered and scattered on the device", "[cuda]", float, qd::bfloat16) {
+  using T = TestType;
+  const Gpu gpu;
+  const Cuda cuda = gpu;
+  const auto x = test::normal_matrix<T>(7, 37, 1);
+  const test::Remote<Cuda, T> remote(cuda, x.view());
+  const std::vector<qd::Index> rows = {6, 0, 3};
+  test::Output<Cuda, T> gathered(cuda, 3, 37, qd::Update::overwrite), scattered(cuda, 7, 37, qd::Update::overwrite);
+  cuda.gather_rows(remote.in(), rows, gathered.view());
+  cuda.scatter_rows(gathered.remote().in(), rows, scattered.view());
+  for (qd::Index i = 0; i < 7; ++i)
+    for (qd::Index j = 0; j < 37; ++j) scattered.expected()(i, j) = 0.0;
+  for (qd::Index i = 0; i < 3; ++i)
+    for (qd::Index j = 0; j < 37; ++j) {
+      const auto value = static_cast<double>(x(rows[static_cast<std::size_t>(i)], j));
+      gathered.expected()(i, j) = value;
+      scattered.expected()(rows[static_cast<std::size_t>(i)], j) = value;
+    }
+  gathered.check(0.0);
+  scattered.check(0.0);
+  CHECK(test::code_of([&] { cuda.gather_rows(remote.in(), std::vector<qd::Index>{7, 0, 0}, gathered.view()); }) ==
+        qd::Errc::bad_argument);
+  CHECK(test::code_of([&] { cuda.scatter_rows(gathered.remote().in(), std::vector<qd::Index>{-1, 0, 0}, scattered.view()); }) ==
+        qd::Errc::bad_argument);
+}

@@ -1,0 +1,340 @@
+// One block of threads, each a fiber that runs until it has to wait for others. Barriers and the exchanges of a warp are kept to their
+// rules, and shared memory to the order that only they make:
+//
+//   sync_block   all threads, at one place of the source, none of them ended
+//   collectives  (shuffles, votes, sync_warp, ldmatrix, mma) every lane of the mask, each naming the same mask
+//   shared memory: between a write and another access to the same byte by another thread there is a barrier of the block, or within a
+//   warp a sync_warp of both lanes. Order is kept as vector clocks (Mattern 1988), one a lane; a barrier of the block orders all.
+//   asynchronous copies land when their thread waits for them, the last moment a GPU may take; until then their target is untouchable.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <deque>
+#include <exception>
+#include <functional>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "support/cuda_emulator/fault.hpp"
+#include "support/cuda_emulator/global_memory.hpp"
+
+namespace test::emulator {
+
+inline constexpr int warp_size = 32;
+
+enum class Access { read, write, atomic };
+
+class Block {
+ public:
+  Block(std::string kernel, std::array<unsigned, 3> grid, std::array<unsigned, 3> index, int threads, int shared_bytes)
+      : kernel_(std::move(kernel)),
+        grid_(grid),
+        index_(index),
+        shared_(static_cast<std::size_t>(shared_bytes) + 128),
+        shadows_(static_cast<std::size_t>(shared_bytes)),
+        shared_bytes_(shared_bytes),
+        threads_(static_cast<std::size_t>(threads)) {
+    for (int t = 0; t < threads; ++t) threads_[static_cast<std::size_t>(t)].seen[static_cast<std::size_t>(t % warp_size)] = 1;
+  }
+
+  /// Runs the body once for each thread. Throws the first Fault.
+  void run(const std::function<void()>& body) {
+    static const auto stacks = std::make_unique<std::byte[]>(stack_bytes * 1024);
+    running_block = this;
+    body_ = &body;
+    for (std::size_t t = 0; t < threads_.size(); ++t) {
+      ucontext_t& context = threads_[t].context;
+      ::getcontext(&context);
+      context.uc_stack.ss_sp = stacks.get() + t * stack_bytes;
+      context.uc_stack.ss_size = stack_bytes;
+      context.uc_link = &scheduler_;
+      ::makecontext(&context, &Block::enter, 0);
+    }
+    while (step()) {
+    }
+    running_block = nullptr;
+    if (failure_) std::rethrow_exception(failure_);
+  }
+
+  static Block& running() { return *running_block; }
+
+  int thread() const { return current_; }
+  int threads() const { return static_cast<int>(threads_.size()); }
+  int lane() const { return current_ % warp_size; }
+  const std::array<unsigned, 3>& index() const { return index_; }
+  const std::array<unsigned, 3>& grid() const { return grid_; }
+
+  [[noreturn]] void fail(const std::string& what) const { fail(what, current_); }
+
+  // ---- order -------------------------------------------------------------------------------------------------------------------
+
+  void barrier(int line) { wait(State::at_barrier, "sync_block", line); }
+
+  /// Every lane of the mask brings `own`; the last to come performs the exchange for all: perform(lanes), lanes[l] pointing at what
+  /// lane l brought, null where it is not in the mask.
+  template <class Own, class Perform>
+  void collective(const char* what, unsigned mask, int line, Own& own, Perform perform) {
+    if ((mask >> lane() & 1u) == 0) fail(place_text(what, line) + " by a lane that is not in its mask");
+    Thread& self = threads_[static_cast<std::size_t>(current_)];
+    self.mask = mask;
+    self.brought = &own;
+    bool complete = true;
+    const int first = current_ - lane();
+    for (int l = 0; l < warp_size; ++l) {
+      const Thread& other = threads_[static_cast<std::size_t>(first + l)];
+      if ((mask >> l & 1u) == 0 || first + l == current_) continue;
+      if (other.state == State::ended) fail(place_text(what, line) + " waits for lane " + std::to_string(l) + ", which has ended");
+      const bool there = other.state == State::in_collective;
+      const bool same = there && other.mask == mask && std::strcmp(other.doing, what) == 0;
+      if (there && !same && (other.mask >> lane() & 1u))
+        fail(place_text(what, line) + " meets lane " + std::to_string(l) + " in " + place_text(other.doing, other.line) +
+             ": another exchange or another mask");
+      complete = complete && same;
+    }
+    if (!complete) return wait(State::in_collective, what, line);
+    std::array<Own*, warp_size> lanes{};
+    for (int l = 0; l < warp_size; ++l)
+      if (mask >> l & 1u) lanes[static_cast<std::size_t>(l)] = static_cast<Own*>(threads_[static_cast<std::size_t>(first + l)].brought);
+    perform(lanes);
+    for (int l = 0; l < warp_size; ++l)
+      if ((mask >> l & 1u) && first + l != current_) threads_[static_cast<std::size_t>(first + l)].state = State::ready;
+  }
+
+  /// What one lane of the mask did before, the others have seen.
+  void sync_warp(unsigned mask, int line) {
+    Thread& self = threads_[static_cast<std::size_t>(current_)];
+    collective("sync_warp", mask, line, self, [](const std::array<Thread*, warp_size>& lanes) {
+      Clock joint{};
+      for (const Thread* t : lanes)
+        for (std::size_t l = 0; t != nullptr && l < warp_size; ++l) joint[l] = std::max(joint[l], t->seen[l]);
+      for (std::size_t l = 0; l < warp_size; ++l)
+        if (lanes[l] != nullptr) {
+          lanes[l]->seen = joint;
+          ++lanes[l]->seen[l];
+        }
+    });
+  }
+
+  // ---- memory ------------------------------------------------------------------------------------------------------------------
+
+  std::byte* shared_begin() {
+    return shared_.data() + (128 - reinterpret_cast<std::uintptr_t>(shared_.data()) % 128) % 128;
+  }
+  int shared_bytes() const { return shared_bytes_; }
+
+  /// Checks an access of the current thread to shared memory, and remembers it.
+  void access_shared(std::ptrdiff_t offset, std::size_t bytes, std::size_t aligned, Access access) {
+    const char* const what = access == Access::read ? "reads" : "writes";
+    if (offset < 0 || offset + static_cast<std::ptrdiff_t>(bytes) > shared_bytes_)
+      fail(std::string(what) + " " + std::to_string(bytes) + " bytes at " + std::to_string(offset) + " of " +
+           std::to_string(shared_bytes_) + " bytes of shared memory");
+    if (static_cast<std::size_t>(offset) % aligned != 0)
+      fail(std::string(what) + " shared memory at " + std::to_string(offset) + ", which is not aligned to " + std::to_string(aligned) +
+           " bytes");
+    for (std::size_t i = 0; i < bytes; ++i) {
+      Shadow& byte = shadows_[static_cast<std::size_t>(offset) + i];
+      const auto refuse = [&](const std::string& why) {
+        fail(std::string(what) + " byte " + std::to_string(offset + static_cast<std::ptrdiff_t>(i)) + " of shared memory, " + why);
+      };
+      if (byte.copier >= 0) refuse("where a copy of thread " + std::to_string(byte.copier) + " is on its way: no wait_copies");
+      if (access == Access::read && byte.writer < 0) refuse("which nobody has written");
+      if (byte.written == epoch_ && !seen(byte.writer, byte.write_time) && !(access == Access::atomic && byte.atomic))
+        refuse("which thread " + std::to_string(byte.writer) + " has written, with no barrier between");
+      if (access == Access::read) note_read(byte);
+      else note_write(byte, access == Access::atomic, refuse);
+    }
+  }
+
+  /// Begins a copy of `valid` bytes, and zeros up to `bytes`.
+  void copy_async(std::ptrdiff_t offset, const void* source, std::size_t bytes, std::size_t valid) {
+    if (valid > 0) access_global("copies from", source, valid, bytes);
+    access_shared(offset, bytes, bytes, Access::write);
+    for (std::size_t i = 0; i < bytes; ++i) shadows_[static_cast<std::size_t>(offset) + i].copier = current_;
+    threads_[static_cast<std::size_t>(current_)].open.push_back({offset, source, bytes, valid});
+  }
+  void commit_copies() {
+    Thread& self = threads_[static_cast<std::size_t>(current_)];
+    self.groups.push_back(std::exchange(self.open, {}));
+  }
+  void wait_copies(std::size_t pending) {
+    Thread& self = threads_[static_cast<std::size_t>(current_)];
+    for (; self.groups.size() > pending; self.groups.pop_front())
+      for (const Copy& copy : self.groups.front()) {
+        for (std::size_t i = 0; i < copy.bytes; ++i) shadows_[static_cast<std::size_t>(copy.offset) + i].copier = -1;
+        access_shared(copy.offset, copy.bytes, 1, Access::write);
+        std::memset(shared_begin() + copy.offset, 0, copy.bytes);
+        if (copy.valid > 0) std::memcpy(shared_begin() + copy.offset, copy.source, copy.valid);
+      }
+  }
+
+  void access_global(const char* what, const void* p, std::size_t bytes, std::size_t aligned) const {
+    if (const auto complaint = global_memory().complaint(p, bytes, aligned))
+      fail(std::string(what) + " global memory: " + std::to_string(bytes) + " bytes at an address that " + *complaint);
+  }
+
+ private:
+  enum class State { ready, at_barrier, in_collective, ended };
+  using Clock = std::array<std::uint32_t, warp_size>;  // of each lane of the warp, the last moment this one has seen
+
+  struct Copy {
+    std::ptrdiff_t offset;
+    const void* source;
+    std::size_t bytes, valid;
+  };
+  struct Thread {
+    ucontext_t context;
+    State state = State::ready;
+    const char* doing = "";  // what it waits in
+    int line = 0;
+    unsigned mask = 0;
+    void* brought = nullptr;
+    Clock seen{};
+    std::vector<Copy> open;
+    std::deque<std::vector<Copy>> groups;
+  };
+  // Of one byte: the last write, and the reads since. Reads of several warps need no times: no thread may write after them.
+  struct Shadow {
+    std::uint32_t written = 0;  // epochs; the first is 1
+    std::uint32_t write_time = 0;
+    int writer = -1;
+    bool atomic = false;
+    int copier = -1;
+    std::uint32_t read = 0;
+    std::uint32_t reading_warps = 0;
+    Clock read_times{};
+  };
+
+  static constexpr std::size_t stack_bytes = 64 * 1024;
+  static inline Block* running_block = nullptr;
+
+  static std::string place_text(const char* what, int line) { return std::string(what) + " (line " + std::to_string(line) + ")"; }
+
+  [[noreturn]] void fail(const std::string& what, int thread) const {
+    throw Fault({kernel_, {index_[0], index_[1], index_[2]}, thread}, what);
+  }
+
+  static void enter() {
+    Block& block = running();
+    try {
+      (*block.body_)();
+    } catch (...) {
+      block.failure_ = std::current_exception();
+    }
+    block.threads_[static_cast<std::size_t>(block.current_)].state = State::ended;
+  }
+
+  void wait(State state, const char* doing, int line) {
+    Thread& self = threads_[static_cast<std::size_t>(current_)];
+    self.state = state;
+    self.doing = doing;
+    self.line = line;
+    ::swapcontext(&self.context, &scheduler_);
+  }
+
+  // Lets every thread that is ready run until it waits; false when all have ended or one has failed.
+  bool step() {
+    bool progress = false;
+    for (std::size_t t = 0; t < threads_.size(); ++t)
+      if (threads_[t].state == State::ready) {
+        current_ = static_cast<int>(t);
+        progress = true;
+        ::swapcontext(&scheduler_, &threads_[t].context);
+        if (failure_) return false;
+      }
+    if (progress) return true;
+    int ended = -1, waiting = -1, exchanging = -1;
+    for (int t = 0; t < threads(); ++t) {
+      const State state = threads_[static_cast<std::size_t>(t)].state;
+      (state == State::ended ? ended : state == State::at_barrier ? waiting : exchanging) = t;
+    }
+    if (waiting < 0 && exchanging < 0) return false;
+    try {
+      if (exchanging >= 0) fail_exchange(exchanging);
+      release_barrier(waiting, ended);
+    } catch (const Fault&) {
+      failure_ = std::current_exception();
+      return false;
+    }
+    return true;
+  }
+
+  void release_barrier(int waiting, int ended) {
+    const int line = threads_[static_cast<std::size_t>(waiting)].line;
+    if (ended >= 0)
+      fail("waits at " + place_text("sync_block", line) + ", which thread " + std::to_string(ended) + " has not reached before it ended",
+           waiting);
+    for (const Thread& t : threads_)
+      if (t.line != line)
+        fail("waits at " + place_text("sync_block", line) + ", others at " + place_text("sync_block", t.line), waiting);
+    for (Thread& t : threads_) t.state = State::ready;
+    ++epoch_;
+  }
+
+  [[noreturn]] void fail_exchange(int waiting) {
+    const Thread& t = threads_[static_cast<std::size_t>(waiting)];
+    std::string missing;
+    for (int l = 0; l < warp_size; ++l) {
+      const Thread& other = threads_[static_cast<std::size_t>(waiting / warp_size * warp_size + l)];
+      if ((t.mask >> l & 1u) && (other.state != State::in_collective || other.mask != t.mask || std::strcmp(other.doing, t.doing) != 0))
+        missing += (missing.empty() ? "" : ", ") + std::to_string(l);
+    }
+    fail("waits in " + place_text(t.doing, t.line) + " for lanes " + missing + ", which do not come", waiting);
+  }
+
+  // Whether the current thread has seen what another did at a moment of this epoch.
+  bool seen(int other, std::uint32_t time) const {
+    if (other == current_) return true;
+    return other / warp_size == current_ / warp_size &&
+           threads_[static_cast<std::size_t>(current_)].seen[static_cast<std::size_t>(other % warp_size)] >= time;
+  }
+  std::uint32_t now() const { return threads_[static_cast<std::size_t>(current_)].seen[static_cast<std::size_t>(lane())]; }
+
+  void note_read(Shadow& byte) {
+    if (byte.read != epoch_) {
+      byte.read = epoch_;
+      byte.reading_warps = 0;
+      byte.read_times = {};
+    }
+    byte.reading_warps |= 1u << (current_ / warp_size);
+    byte.read_times[static_cast<std::size_t>(lane())] = now();
+  }
+  template <class Refuse>
+  void note_write(Shadow& byte, bool atomic, const Refuse& refuse) {
+    if (byte.read == epoch_) {
+      const int warp = current_ / warp_size;
+      if (const std::uint32_t others = byte.reading_warps & ~(1u << warp); others != 0)
+        refuse("which warp " + std::to_string(std::countr_zero(others)) + " has read, with no barrier between");
+      for (int l = 0; l < warp_size; ++l)
+        if (!seen(warp * warp_size + l, byte.read_times[static_cast<std::size_t>(l)]))
+          refuse("which lane " + std::to_string(l) + " of its warp has read, with no sync_warp between");
+    }
+    byte.read = 0;
+    byte.written = epoch_;
+    byte.writer = current_;
+    byte.write_time = now();
+    byte.atomic = atomic;
+  }
+
+  std::string kernel_;
+  std::array<unsigned, 3> grid_, index_;
+  std::vector<std::byte> shared_;
+  std::vector<Shadow> shadows_;
+  int shared_bytes_;
+  std::vector<Thread> threads_;
+  ucontext_t scheduler_{};
+  const std::function<void()>* body_ = nullptr;
+  int current_ = 0;
+  std::uint32_t epoch_ = 1;
+  std::exception_ptr failure_;
+};
+
+}  // namespace test::emulator

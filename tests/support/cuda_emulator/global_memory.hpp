@@ -1,0 +1,71 @@
+// The emulated device's memory: host memory in a register of allocations, against which every access of a kernel is checked.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <map>
+#include <new>
+#include <optional>
+#include <string>
+
+namespace test::emulator {
+
+class GlobalMemory {
+ public:
+  ~GlobalMemory() {
+    for (const auto& [begin, bytes] : allocations_) ::operator delete(begin, std::align_val_t{alignment});
+  }
+
+  /// Nothing where less is free. Filled with the bits of NaN, so that results made of uninitialized memory are noticed.
+  std::byte* allocate(std::size_t bytes) {
+    if (bytes > free()) return nullptr;
+    auto* begin = static_cast<std::byte*>(::operator new(bytes, std::align_val_t{alignment}));
+    std::memset(begin, 0xFF, bytes);
+    allocations_.emplace(begin, bytes);
+    used_ += bytes;
+    return begin;
+  }
+  bool release(void* begin) {
+    const auto found = allocations_.find(static_cast<std::byte*>(begin));
+    if (found == allocations_.end()) return false;
+    used_ -= found->second;
+    ::operator delete(begin, std::align_val_t{alignment});
+    allocations_.erase(found);
+    return true;
+  }
+
+  /// What is wrong with an access, if anything is.
+  std::optional<std::string> complaint(const void* p, std::size_t bytes, std::size_t aligned) const {
+    const auto* at = static_cast<const std::byte*>(p);
+    if (reinterpret_cast<std::uintptr_t>(p) % aligned != 0) return "is not aligned to " + std::to_string(aligned) + " bytes";
+    auto next = allocations_.upper_bound(const_cast<std::byte*>(at));
+    const std::string outside = "is outside of every allocation";
+    if (next == allocations_.begin()) return outside;
+    const auto& [begin, size] = *--next;
+    const auto offset = static_cast<std::size_t>(at - begin);
+    if (offset > size + 65536) return outside;
+    if (offset + bytes > size)
+      return "ends " + std::to_string(offset + bytes - size) + " bytes behind an allocation of " + std::to_string(size);
+    return std::nullopt;
+  }
+
+  std::size_t total() const noexcept { return total_; }
+  std::size_t used() const noexcept { return used_; }
+  std::size_t free() const noexcept { return total_ - used_; }
+  void set_total(std::size_t bytes) noexcept { total_ = bytes; }
+
+ private:
+  static constexpr std::size_t alignment = 256;
+
+  std::map<std::byte*, std::size_t> allocations_;
+  std::size_t total_ = std::size_t{1} << 32;
+  std::size_t used_ = 0;
+};
+
+inline GlobalMemory& global_memory() {
+  static GlobalMemory memory;
+  return memory;
+}
+
+}  // namespace test::emulator
