@@ -126,8 +126,8 @@ class Cuda {
   void gelu_backward(In<T> dy, In<T> x, MatrixView<T> dx) const {
     detail::gelu_backward(*context_, dy, x, dx);
   }
-  template <class T>
-  void embed(std::span<const std::int32_t> ids, In<Accumulator<T>> table, MatrixView<T> y) const {
+  template <class T, class Table>
+  void embed(std::span<const std::int32_t> ids, const Table& table, MatrixView<T> y) const {
     detail::embed(*context_, ids, table, y);
   }
   template <class T>

@@ -9,6 +9,14 @@
 
 namespace qdylora::device {
 
+/// Element `flat` of w, decoded.
+template <CodeFormat Format, class Scales>
+__device__ inline float decoded(const QuantizedView<Format, Scales>& w, Index flat, int block_shift) {
+  int code = load(w.codes + (Format::bits == 4 ? flat >> 1 : flat));
+  if constexpr (Format::bits == 4) code = flat & 1 ? code & 15 : code >> 4;
+  return multiply(values<Format>.at[code], absmax<Scales>(w.scales, flat >> block_shift));
+}
+
 /// y[i, j] = element (first_row + i, first_col + j) of decoded w, wherever in memory they are.
 template <CodeFormat Format, class Scales, Scalar T>
 struct DequantizeElement {
@@ -18,10 +26,7 @@ struct DequantizeElement {
   int block_shift;  // log2(block size)
 
   __device__ void operator()(Index i, Index j) const {
-    const Index flat = (first_row + i) * w.cols + first_col + j;
-    int code = load(w.codes + (Format::bits == 4 ? flat >> 1 : flat));
-    if constexpr (Format::bits == 4) code = flat & 1 ? code & 15 : code >> 4;
-    write(y, i, j, multiply(values<Format>.at[code], absmax<Scales>(w.scales, flat >> block_shift)));
+    write(y, i, j, decoded(w, (first_row + i) * w.cols + first_col + j, block_shift));
   }
 };
 

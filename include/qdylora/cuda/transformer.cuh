@@ -6,6 +6,7 @@
 #include <span>
 #include <string>
 
+#include <qdylora/cuda/dequantize.cuh>
 #include <qdylora/cuda/elementwise.cuh>
 #include <qdylora/cuda/reduce.cuh>
 
@@ -148,6 +149,18 @@ struct GatherRows {
   }
 };
 
+/// y[i] = decoded w[rows[i]]
+template <CodeFormat Format, class Scales, class Y, class Row>
+struct GatherCodedRows {
+  QuantizedView<Format, Scales> w;
+  const Row* rows;
+  MatrixView<Y> y;
+  int block_shift;
+  __device__ void operator()(Index i, Index j) const {
+    write(y, i, j, decoded(w, static_cast<Index>(load(rows + i)) * w.cols + j, block_shift));
+  }
+};
+
 /// y[rows[i]] = x[i]
 template <class T>
 struct ScatterRows {
@@ -239,8 +252,9 @@ void gelu_backward(const CudaContext& context, MatrixView<const T> dy, MatrixVie
   for_each(context, x.rows, x.cols, device::GeluBackward<T>{dy, x, dx});
 }
 
-template <class S, class T>
-void embed(const CudaContext& context, std::span<const std::int32_t> ids, MatrixView<const S> table, MatrixView<T> y) {
+/// Rows of a dense table, or of a quantized one.
+template <class T, class Table>
+void embed(const CudaContext& context, std::span<const std::int32_t> ids, const Table& table, MatrixView<T> y) {
   expect_shape("embed: y", y, static_cast<Index>(ids.size()), table.cols);
   for (std::size_t i = 0; i < ids.size(); ++i)
     QDYLORA_EXPECTS(ids[i] >= 0 && ids[i] < table.rows, bad_argument,
@@ -248,7 +262,15 @@ void embed(const CudaContext& context, std::span<const std::int32_t> ids, Matrix
                         std::to_string(table.rows));
   Scratch scratch(context);
   const auto* const rows = listed(context, scratch, ids);
-  for_each(context, y.rows, y.cols, device::GatherRows<S, T, std::int32_t>{table, rows, y});
+  const auto gather = [&]<class S>(const MatrixView<S>& dense) {
+    for_each(context, y.rows, y.cols, device::GatherRows<std::remove_const_t<S>, T, std::int32_t>{dense, rows, y});
+  };
+  const auto gather_coded = [&]<CodeFormat Format, class Scales>(const QuantizedView<Format, Scales>& coded) {
+    const int block_shift = std::countr_zero(static_cast<std::size_t>(coded.block_size));
+    for_each(context, y.rows, y.cols, device::GatherCodedRows<Format, Scales, T, std::int32_t>{coded, rows, y, block_shift});
+  };
+  if constexpr (requires { table.codes; }) gather_coded(table);
+  else gather(table);
 }
 
 inline void expect_rows(const char* what, std::span<const Index> rows, Index count) {
