@@ -118,8 +118,19 @@ namespace generic {
 #undef QDYLORA_VECTOR_BYTES
 #undef QDYLORA_TILE_ROWS
 #undef QDYLORA_TILE_VECTORS
-inline constexpr CodeKernels code_table = {
-    scales, decode, encode, forward_panel, backward_panel, dense_panel, {number_dots<1>, number_dots<4>}, {few_backward<1>, few_backward<4>, few_backward<16>}, {}, {}, {}, {}, {}};
+inline constexpr CodeKernels code_table = {scales,
+                                           decode,
+                                           encode,
+                                           forward_panel,
+                                           backward_panel,
+                                           dense_panel,
+                                           {number_dots<1>, number_dots<4>},
+                                           {few_backward<1>, few_backward<4>, few_backward<16>},
+                                           {},
+                                           {},
+                                           {},
+                                           {},
+                                           {}};
 }  // namespace generic
 
 #if defined(QDYLORA_X86_TARGETS)
@@ -181,8 +192,9 @@ QDYLORA_TARGET_END
 
 QDYLORA_TARGET_BEGIN(QDYLORA_AVX512_VNNI)
 namespace avx512_vnni {
-using avx512::bytes_in_order, avx512::chunk_dwords, avx512::code_columns, avx512::Codes, avx512::columns, avx512::first_lanes, avx512::lane_sum;
-using avx512::has_columns, avx512::lanes, avx512::numbers_in_order, avx512::rounded_product, avx512::transpose_rows, avx512::Vec;
+using avx512::bytes_in_order, avx512::chunk_dwords, avx512::code_columns, avx512::Codes, avx512::columns, avx512::first_lanes;
+using avx512::has_columns, avx512::lane_sum, avx512::lanes, avx512::numbers_in_order, avx512::rounded_product;
+using avx512::transpose_rows, avx512::Vec;
 #include <qdylora/cpu/kernels/avx512_vnni.inc>
 #include <qdylora/cpu/kernels/codes.inc>
 #include <qdylora/cpu/kernels/few.inc>
