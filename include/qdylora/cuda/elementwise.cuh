@@ -24,7 +24,7 @@ template <class X, class Y>
 struct Convert {
   MatrixView<const X> x;
   MatrixView<Y> y;
-  __device__ void operator()(Index i, Index j) const { write(y, i, j, static_cast<Accumulator<Y>>(read(x, i, j))); }
+  __device__ void operator()(Index i, Index j) const { assign(x, i, y, i, j); }
 };
 
 template <class T>

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <type_traits>
 
 #include <qdylora/cuda/context.cuh>
 #include <qdylora/cuda/device.cuh>
@@ -37,6 +38,12 @@ __device__ inline auto read(const MatrixView<T>& x, Index i, Index j) {
 template <class T>
 __device__ inline void write(const MatrixView<T>& y, Index i, Index j, Accumulator<T> value) {
   store(y.row(i) + j, narrow<T>(value));
+}
+/// y[k, j] = x[i, j]: bit for bit, or rounded where the types differ.
+template <class X, class Y>
+__device__ inline void assign(const MatrixView<const X>& x, Index i, const MatrixView<Y>& y, Index k, Index j) {
+  if constexpr (std::is_same_v<X, Y>) store(y.row(k) + j, load(x.row(i) + j));
+  else write(y, k, j, static_cast<Accumulator<Y>>(read(x, i, j)));
 }
 
 }  // namespace device

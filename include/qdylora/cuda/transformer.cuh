@@ -144,9 +144,7 @@ struct GatherRows {
   MatrixView<const X> x;
   const Row* rows;
   MatrixView<Y> y;
-  __device__ void operator()(Index i, Index j) const {
-    write(y, i, j, static_cast<Accumulator<Y>>(read(x, static_cast<Index>(load(rows + i)), j)));
-  }
+  __device__ void operator()(Index i, Index j) const { assign(x, load(rows + i), y, i, j); }
 };
 
 /// y[i] = decoded w[rows[i]]
@@ -167,7 +165,7 @@ struct ScatterRows {
   MatrixView<const T> x;
   const Index* rows;
   MatrixView<T> y;
-  __device__ void operator()(Index i, Index j) const { store(y.row(load(rows + i)) + j, load(x.row(i) + j)); }
+  __device__ void operator()(Index i, Index j) const { assign(x, i, y, load(rows + i), j); }
 };
 
 }  // namespace device
