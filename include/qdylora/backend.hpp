@@ -9,9 +9,11 @@
 // Weights W [out, in] are QuantizedView or dense MatrixView<const S>; nn/weight.hpp holds them.
 #pragma once
 
+#include <cmath>
 #include <concepts>
 #include <cstdint>
 #include <span>
+#include <string>
 
 #include <qdylora/core/matrix.hpp>
 #include <qdylora/core/random.hpp>
@@ -60,6 +62,85 @@ struct AdamWUpdate {
   std::span<const float> row_lr = {};
   std::span<const std::int64_t> row_steps = {};
 };
+
+// ---- what every backend refuses, and reads of its arguments alike -----------------------------------------------------------------
+
+namespace detail {
+
+/// What an AdamWUpdate means for one row.
+template <class S>
+struct AdamWRow {
+  S gradient_scale, decay, keep1, take1, keep2, take2, step_size, correction2, epsilon;
+};
+
+template <class S>
+AdamWRow<S> adamw_row(const AdamWUpdate& update, Index i) {
+  const auto row = static_cast<std::size_t>(i);
+  const double lr = update.lr * (update.row_lr.empty() ? 1.0 : static_cast<double>(update.row_lr[row]));
+  const auto step = static_cast<double>(update.row_steps.empty() ? update.step : update.row_steps[row]);
+  return {.gradient_scale = static_cast<S>(update.gradient_scale),
+          .decay = static_cast<S>(1.0 - lr * update.weight_decay),
+          .keep1 = static_cast<S>(update.beta1),
+          .take1 = static_cast<S>(1.0 - update.beta1),
+          .keep2 = static_cast<S>(update.beta2),
+          .take2 = static_cast<S>(1.0 - update.beta2),
+          .step_size = static_cast<S>(lr / (1.0 - std::pow(update.beta1, step))),
+          .correction2 = static_cast<S>(std::sqrt(1.0 - std::pow(update.beta2, step))),
+          .epsilon = static_cast<S>(update.epsilon)};
+}
+
+template <class S>
+void expect_adamw(MatrixView<S> p, MatrixView<const S> g, MatrixView<S> m, MatrixView<S> v, const AdamWUpdate& update) {
+  expect_shape("adamw: gradient", g, p.rows, p.cols);
+  expect_shape("adamw: first moment", m, p.rows, p.cols);
+  expect_shape("adamw: second moment", v, p.rows, p.cols);
+  const auto rows = static_cast<std::size_t>(p.rows);
+  QDYLORA_EXPECTS(update.row_lr.empty() || update.row_lr.size() == rows, shape_mismatch, "adamw: row_lr must have one entry a row");
+  QDYLORA_EXPECTS(update.row_steps.empty() || update.row_steps.size() == rows, shape_mismatch,
+                  "adamw: row_steps must have one entry a row");
+}
+
+inline void expect_dropout(float probability) {
+  QDYLORA_EXPECTS(probability >= 0.0f && probability < 1.0f, bad_argument,
+                  "dropout: probability " + std::to_string(probability) + " is not in [0, 1)");
+}
+/// Random words below it drop their element.
+inline std::uint64_t dropout_threshold(float probability) noexcept {
+  return static_cast<std::uint64_t>(static_cast<double>(probability) * 0x1p32);
+}
+
+template <class T, class S>
+void expect_rope(MatrixView<T> x, std::span<const std::int32_t> positions, MatrixView<const S> table) {
+  const Index head_dim = table.cols;
+  QDYLORA_EXPECTS(head_dim > 0 && head_dim % 2 == 0 && x.cols % head_dim == 0, shape_mismatch,
+                  "rope: x " + shape_text(x) + " is not made of heads of " + std::to_string(head_dim));
+  QDYLORA_EXPECTS(static_cast<Index>(positions.size()) == x.rows, shape_mismatch,
+                  "rope: " + std::to_string(positions.size()) + " positions for " + std::to_string(x.rows) + " tokens");
+  for (const auto position : positions)
+    QDYLORA_EXPECTS(position >= 0 && position < table.rows, bad_argument,
+                    "rope: position " + std::to_string(position) + " is outside the table of " + std::to_string(table.rows));
+}
+
+/// `y` is what a table of some shape gives for `ids`.
+template <class Table, class T>
+void expect_embed(std::span<const std::int32_t> ids, const Table& table, MatrixView<T> y) {
+  expect_shape("embed: y", y, static_cast<Index>(ids.size()), table.cols);
+  for (std::size_t i = 0; i < ids.size(); ++i)
+    QDYLORA_EXPECTS(ids[i] >= 0 && ids[i] < table.rows, bad_argument,
+                    "embed: token id " + std::to_string(ids[i]) + " at position " + std::to_string(i) + " is outside the table of " +
+                        std::to_string(table.rows));
+}
+
+/// `some` [rows.size(), cols] are rows of `all` [any, cols].
+template <class T, class U>
+void expect_rows(const char* what, const char* name, MatrixView<T> some, std::span<const Index> rows, MatrixView<U> all) {
+  expect_shape(name, some, static_cast<Index>(rows.size()), all.cols);
+  for (const Index row : rows)
+    QDYLORA_EXPECTS(row >= 0 && row < all.rows, bad_argument,
+                    std::string(what) + ": row " + std::to_string(row) + " is outside " + shape_text(all));
+}
+
+}  // namespace detail
 
 // ---- the parts -----------------------------------------------------------------------------------------------------------------
 

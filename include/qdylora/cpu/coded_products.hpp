@@ -192,9 +192,9 @@ void multiply_coded(const CpuRun& run, MatrixView<const T> x, const W& weight, M
   const bool plain_codes = w.bits == 4 && w.whole_blocks() && w.cols > 0;
   const Index few = direction == Direction::backward && bits16 && kernels.pairs ? few_tokens_in_pairs : few_tokens;
   if (plain_codes && x.rows <= few && w.rows > 0) {
-    const FewKernels& kernel = compute == Compute::int8               ? kernels.few_int8
-                               : bits16 && kernels.few_bits16.steps > 0 ? kernels.few_bits16
-                                                                        : kernels.few_float32;
+    const FewKernels& kernel = compute == Compute::int8         ? kernels.few_int8
+                               : bits16 && kernels.few_bits16 ? kernels.few_bits16
+                                                              : kernels.few_float32;
     if (direction == Direction::backward || kernel) {
       Matrix<float> storage;
       const MatrixView<const float> input = as_scalar<float>(x, storage);

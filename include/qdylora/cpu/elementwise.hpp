@@ -58,10 +58,9 @@ template <class T>
 void dropout(const CpuRun& run, MatrixView<const T> x, float probability, DropoutKey key, MatrixView<T> y, Update update) {
   using S = Accumulator<T>;
   expect_shape("dropout: y", y, x.rows, x.cols);
-  QDYLORA_EXPECTS(probability >= 0.0f && probability < 1.0f, bad_argument,
-                  "dropout: probability " + std::to_string(probability) + " is not in [0, 1)");
+  expect_dropout(probability);
   const S keep_scale = S{1} / (S{1} - static_cast<S>(probability));
-  const auto threshold = static_cast<std::uint64_t>(static_cast<double>(probability) * 0x1p32);
+  const auto threshold = dropout_threshold(probability);
   run.parallel_ranges(x.rows, row_grain(x.cols), [&](Index begin, Index end) {
     for (Index i = begin; i < end; ++i)
       for (Index j = 0; j < x.cols; ++j) {
@@ -140,11 +139,7 @@ void gelu_backward(const CpuRun& run, MatrixView<const T> dy, MatrixView<const T
 /// Rows of a dense table, or of a quantized one.
 template <class T, class Table>
 void embed(const CpuRun& run, std::span<const std::int32_t> ids, const Table& table, MatrixView<T> y) {
-  expect_shape("embed: y", y, static_cast<Index>(ids.size()), table.cols);
-  for (std::size_t i = 0; i < ids.size(); ++i)
-    QDYLORA_EXPECTS(ids[i] >= 0 && ids[i] < table.rows, bad_argument,
-                    "embed: token id " + std::to_string(ids[i]) + " at position " + std::to_string(i) + " is outside the table of " +
-                        std::to_string(table.rows));
+  expect_embed(ids, table, y);
   run.parallel_ranges(y.rows, row_grain(y.cols), [&](Index begin, Index end) {
     for (Index i = begin; i < end; ++i) {
       const Index id = ids[static_cast<std::size_t>(i)];
@@ -159,10 +154,7 @@ void embed(const CpuRun& run, std::span<const std::int32_t> ids, const Table& ta
 
 template <class T>
 void gather_rows(const CpuRun& run, MatrixView<const T> x, std::span<const Index> rows, MatrixView<T> y) {
-  expect_shape("gather_rows: y", y, static_cast<Index>(rows.size()), x.cols);
-  for (const Index row : rows)
-    QDYLORA_EXPECTS(row >= 0 && row < x.rows, bad_argument,
-                    "gather_rows: row " + std::to_string(row) + " is outside " + shape_text(x));
+  expect_rows("gather_rows", "gather_rows: y", y, rows, x);
   run.parallel_ranges(y.rows, row_grain(y.cols), [&](Index begin, Index end) {
     for (Index i = begin; i < end; ++i) std::copy_n(x.row(rows[static_cast<std::size_t>(i)]), x.cols, y.row(i));
   });
@@ -170,42 +162,17 @@ void gather_rows(const CpuRun& run, MatrixView<const T> x, std::span<const Index
 
 template <class T>
 void scatter_rows(const CpuRun&, MatrixView<const T> x, std::span<const Index> rows, MatrixView<T> y) {
-  expect_shape("scatter_rows: x", x, static_cast<Index>(rows.size()), y.cols);
+  expect_rows("scatter_rows", "scatter_rows: x", x, rows, y);
   for (Index i = 0; i < y.rows; ++i) std::fill_n(y.row(i), y.cols, T{});
-  for (Index i = 0; i < x.rows; ++i) {
-    const Index row = rows[static_cast<std::size_t>(i)];
-    QDYLORA_EXPECTS(row >= 0 && row < y.rows, bad_argument,
-                    "scatter_rows: row " + std::to_string(row) + " is outside " + shape_text(y));
-    std::copy_n(x.row(i), x.cols, y.row(row));
-  }
+  for (Index i = 0; i < x.rows; ++i) std::copy_n(x.row(i), x.cols, y.row(rows[static_cast<std::size_t>(i)]));
 }
 
 template <class S>
 void adamw(const CpuRun& run, MatrixView<S> p, MatrixView<const S> g, MatrixView<S> m, MatrixView<S> v, const AdamWUpdate& update) {
-  expect_shape("adamw: gradient", g, p.rows, p.cols);
-  expect_shape("adamw: first moment", m, p.rows, p.cols);
-  expect_shape("adamw: second moment", v, p.rows, p.cols);
-  const auto rows = static_cast<std::size_t>(p.rows);
-  QDYLORA_EXPECTS(update.row_lr.empty() || update.row_lr.size() == rows, shape_mismatch, "adamw: row_lr must have one entry a row");
-  QDYLORA_EXPECTS(update.row_steps.empty() || update.row_steps.size() == rows, shape_mismatch,
-                  "adamw: row_steps must have one entry a row");
-  const auto grain = row_grain(p.cols);
-  run.parallel_ranges(p.rows, grain, [&](Index begin, Index end) {
-    for (Index i = begin; i < end; ++i) {
-      const auto row = static_cast<std::size_t>(i);
-      const double lr = update.lr * (update.row_lr.empty() ? 1.0 : static_cast<double>(update.row_lr[row]));
-      const auto step = static_cast<double>(update.row_steps.empty() ? update.step : update.row_steps[row]);
-      const AdamWRow<S> a = {.gradient_scale = static_cast<S>(update.gradient_scale),
-                             .decay = static_cast<S>(1.0 - lr * update.weight_decay),
-                             .keep1 = static_cast<S>(update.beta1),
-                             .take1 = static_cast<S>(1.0 - update.beta1),
-                             .keep2 = static_cast<S>(update.beta2),
-                             .take2 = static_cast<S>(1.0 - update.beta2),
-                             .step_size = static_cast<S>(lr / (1.0 - std::pow(update.beta1, step))),
-                             .correction2 = static_cast<S>(std::sqrt(1.0 - std::pow(update.beta2, step))),
-                             .epsilon = static_cast<S>(update.epsilon)};
-      run.kernels<S>().adamw(p.cols, a, p.row(i), g.row(i), m.row(i), v.row(i));
-    }
+  expect_adamw(p, g, m, v, update);
+  run.parallel_ranges(p.rows, row_grain(p.cols), [&](Index begin, Index end) {
+    for (Index i = begin; i < end; ++i)
+      run.kernels<S>().adamw(p.cols, adamw_row<S>(update, i), p.row(i), g.row(i), m.row(i), v.row(i));
   });
 }
 

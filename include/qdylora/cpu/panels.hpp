@@ -7,8 +7,7 @@
 
 #include <cstring>
 
-#include <qdylora/backend.hpp>
-#include <qdylora/cpu/run.hpp>
+#include <qdylora/cpu/elementwise.hpp>
 
 namespace qdylora::detail {
 
@@ -22,12 +21,14 @@ inline constexpr bool is_dense = false;
 template <class S>
 inline constexpr bool is_dense<MatrixView<S>> = true;
 
+constexpr Index rounded_up(Index x, Index unit) noexcept { return (x + unit - 1) / unit * unit; }
+
 /// Whether rows `stride` bytes apart crowd into few sets of a first-level cache of 4 KiB a way.
 constexpr bool crowds_cache(Index stride) noexcept { return stride % 4096 == 0; }
 template <class S>
 constexpr Index uncrowded_stride(Index cols) noexcept {
   constexpr Index line = 64 / static_cast<Index>(sizeof(S));
-  const Index stride = (cols + line - 1) / line * line;
+  const Index stride = rounded_up(cols, line);
   return crowds_cache(stride * static_cast<Index>(sizeof(S))) ? stride + line : stride;
 }
 
@@ -124,10 +125,7 @@ struct PlainCells {
       if (x.rows <= 2 || !crowds_cache(x.stride * static_cast<Index>(sizeof(S)))) return x;
     const Index stride = uncrowded_stride<Cell>(x.cols);
     const MatrixView<Cell> cells{scratch<Cell, 10>(x.rows * stride), x.rows, x.cols, stride};
-    run.parallel_ranges(x.rows, row_grain(x.cols), [&](Index begin, Index end) {
-      for (Index i = begin; i < end; ++i)
-        for (Index j = 0; j < x.cols; ++j) cells(i, j) = static_cast<S>(x(i, j));
-    });
+    convert(run, x, cells);
     return cells;
   }
   void gemm(Index m, Index n, Index depth, const Cell* a, Index a_row, const Cell* b, S* c, Index c_row, bool accumulate) const {
@@ -159,8 +157,6 @@ struct PairCells {
 constexpr Index depth_parts(Index outputs, Index depth) noexcept {
   return depth >= 8192 && depth >= 16 * outputs ? std::min<Index>(depth / 4096, 8) : 1;
 }
-
-constexpr Index rounded_up(Index x, Index unit) noexcept { return (x + unit - 1) / unit * unit; }
 
 /// y [m, outputs] (+)= x [m, depth] . panels
 template <class S, class Cells, class Panels, class T, class Y>

@@ -48,14 +48,8 @@ void rms_norm_backward(const CpuRun& run, MatrixView<const T> dy, MatrixView<con
 template <class T, class S>
 void rope(const CpuRun& run, MatrixView<T> x, std::span<const std::int32_t> positions, MatrixView<const S> table, RopeLayout layout,
           int direction) {
+  expect_rope(x, positions, table);
   const Index head_dim = table.cols;
-  QDYLORA_EXPECTS(head_dim > 0 && head_dim % 2 == 0 && x.cols % head_dim == 0, shape_mismatch,
-                  "rope: x " + shape_text(x) + " is not made of heads of " + std::to_string(head_dim));
-  QDYLORA_EXPECTS(static_cast<Index>(positions.size()) == x.rows, shape_mismatch,
-                  "rope: " + std::to_string(positions.size()) + " positions for " + std::to_string(x.rows) + " tokens");
-  for (const auto position : positions)
-    QDYLORA_EXPECTS(position >= 0 && position < table.rows, bad_argument,
-                    "rope: position " + std::to_string(position) + " is outside the table of " + std::to_string(table.rows));
   const Index half = head_dim / 2;
   const Index step = layout == RopeLayout::interleaved ? 2 : 1;
   const Index partner = layout == RopeLayout::interleaved ? 1 : half;

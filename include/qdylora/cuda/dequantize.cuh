@@ -98,9 +98,7 @@ namespace qdylora::detail {
 template <CodeFormat Format, class Scales, Scalar T>
 void dequantize(const CudaContext& context, const QuantizedView<Format, Scales>& w, MatrixView<T> y, Index first_row = 0,
                 Index first_col = 0) {
-  QDYLORA_EXPECTS(first_row >= 0 && first_col >= 0 && first_row <= w.rows - y.rows && first_col <= w.cols - y.cols, shape_mismatch,
-                  "dequantize: " + shape_text(y) + " at " + shape_text(first_row, first_col) + " is outside " +
-                      shape_text(w.rows, w.cols));
+  expect_inside(w, y, first_row, first_col);
   const int block_shift = std::countr_zero(static_cast<std::size_t>(w.block_size));
   if constexpr (Format::bits == 4 && sizeof(T) <= 4) {
     const auto aligned = [](const void* p, std::size_t bytes) { return reinterpret_cast<std::uintptr_t>(p) % bytes == 0; };

@@ -127,31 +127,17 @@ template <class T>
 void dropout(const CudaContext& context, MatrixView<const T> x, float probability, DropoutKey key, MatrixView<T> y, Update update) {
   using S = Accumulator<T>;
   expect_shape("dropout: y", y, x.rows, x.cols);
-  QDYLORA_EXPECTS(probability >= 0.0f && probability < 1.0f, bad_argument,
-                  "dropout: probability " + std::to_string(probability) + " is not in [0, 1)");
-  const auto threshold = static_cast<std::uint64_t>(static_cast<double>(probability) * 0x1p32);
+  expect_dropout(probability);
   const S keep_scale = S{1} / (S{1} - static_cast<S>(probability));
-  for_each(context, y.rows, y.cols, device::Dropout<T>{x, y, key, threshold, keep_scale, update});
+  for_each(context, y.rows, y.cols, device::Dropout<T>{x, y, key, dropout_threshold(probability), keep_scale, update});
 }
 
 template <class S>
 void adamw(const CudaContext& context, MatrixView<S> p, MatrixView<const S> g, MatrixView<S> m, MatrixView<S> v,
            const AdamWUpdate& update) {
-  expect_shape("adamw: gradient", g, p.rows, p.cols);
-  expect_shape("adamw: first moment", m, p.rows, p.cols);
-  expect_shape("adamw: second moment", v, p.rows, p.cols);
-  const auto rows = static_cast<std::size_t>(p.rows);
-  QDYLORA_EXPECTS(update.row_lr.empty() || update.row_lr.size() == rows, shape_mismatch, "adamw: row_lr must have one entry a row");
-  QDYLORA_EXPECTS(update.row_steps.empty() || update.row_steps.size() == rows, shape_mismatch,
-                  "adamw: row_steps must have one entry a row");
+  expect_adamw(p, g, m, v, update);
   using Kernel = device::AdamWRows<S>;
-  const auto numbers = [&](Index i) -> typename Kernel::Row {
-    const auto row = static_cast<std::size_t>(i);
-    const double lr = update.lr * (update.row_lr.empty() ? 1.0 : static_cast<double>(update.row_lr[row]));
-    const auto step = static_cast<double>(update.row_steps.empty() ? update.step : update.row_steps[row]);
-    return {static_cast<S>(1.0 - lr * update.weight_decay), static_cast<S>(lr / (1.0 - std::pow(update.beta1, step))),
-            static_cast<S>(std::sqrt(1.0 - std::pow(update.beta2, step)))};
-  };
+  const AdamWRow<S> all = adamw_row<S>(update, 0);
   const bool alike = update.row_lr.empty() && update.row_steps.empty();
   for (Index begin = 0; begin < p.rows;) {
     const Index count = alike ? p.rows : std::min(Kernel::most, p.rows - begin);
@@ -159,15 +145,18 @@ void adamw(const CudaContext& context, MatrixView<S> p, MatrixView<const S> g, M
                   g.middle_rows(begin, count),
                   m.middle_rows(begin, count),
                   v.middle_rows(begin, count),
-                  static_cast<S>(update.beta1),
-                  static_cast<S>(1.0 - update.beta1),
-                  static_cast<S>(update.beta2),
-                  static_cast<S>(1.0 - update.beta2),
-                  static_cast<S>(update.epsilon),
-                  static_cast<S>(update.gradient_scale),
+                  all.keep1,
+                  all.take1,
+                  all.keep2,
+                  all.take2,
+                  all.epsilon,
+                  all.gradient_scale,
                   alike,
                   {}};
-    for (Index i = 0; i < (alike ? 1 : count); ++i) kernel.row[i] = numbers(begin + i);
+    for (Index i = 0; i < (alike ? 1 : count); ++i) {
+      const AdamWRow<S> row = adamw_row<S>(update, begin + i);
+      kernel.row[i] = {row.decay, row.step_size, row.correction2};
+    }
     for_each(context, count, p.cols, kernel);
     begin += count;
   }

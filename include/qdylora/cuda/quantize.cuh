@@ -86,15 +86,14 @@ typename Scales::template Storage<DeviceMemory> on_device(const CudaContext& con
   else return {on_device(context, scales.absmax)};
 }
 
-/// Throws Errc::non_finite, naming the first such element; there is one in block `b`.
+/// Throws Errc::non_finite, naming the first such element from `begin` on; there is one.
 template <class T>
-[[noreturn]] void raise_non_finite(const CudaContext& context, MatrixView<const T> x, Index begin) {
+[[noreturn]] void raise_first_non_finite(const CudaContext& context, MatrixView<const T> x, Index begin) {
   for (Index flat = begin;; ++flat) {
     T value;
     copy_to_host(context, x.row(flat / x.cols) + flat % x.cols, &value, 1);
     if (!(std::fabs(static_cast<float>(value)) <= std::numeric_limits<float>::max()))
-      raise(Errc::non_finite, "weight [" + std::to_string(flat / x.cols) + ", " + std::to_string(flat % x.cols) +
-                                  "] is not finite; NonFinite::propagate would keep it");
+      raise_non_finite(flat / x.cols, flat % x.cols);
   }
 }
 
@@ -102,8 +101,7 @@ template <class T>
 /// quantization is a number of the host's, and a sum in the host's order. So it waits.
 template <CodeFormat Format, class Scales, Scalar T>
 QuantizedTensor<Format, Scales, DeviceMemory> quantize(const CudaContext& context, MatrixView<const T> x, QuantizeOptions options) {
-  QDYLORA_EXPECTS(is_block_size(options.block_size), block_size,
-                  "block size " + std::to_string(options.block_size) + ": expected a power of two in 32 ... 4096");
+  expect_block_size(options.block_size);
   using Kernel = device::QuantizeBlocks<Format, T>;
   constexpr Index blocks_at_once = Kernel::threads / device::warp_size;
   const Index blocks = (x.size() + options.block_size - 1) / options.block_size;
@@ -116,7 +114,7 @@ QuantizedTensor<Format, Scales, DeviceMemory> quantize(const CudaContext& contex
   if (options.non_finite == NonFinite::reject)
     for (Index b = 0; b < blocks; ++b)
       if (!(seen[static_cast<std::size_t>(b)] <= std::numeric_limits<float>::max()))
-        raise_non_finite(context, x, b * options.block_size);
+        raise_first_non_finite(context, x, b * options.block_size);
   return {x.rows, x.cols, options.block_size, std::move(codes), on_device<Scales>(context, make_scales<Scales>(seen))};
 }
 

@@ -206,14 +206,7 @@ void rms_norm_backward(const CudaContext& context, MatrixView<const T> dy, Matri
 template <class T, class S>
 void rope(const CudaContext& context, MatrixView<T> x, std::span<const std::int32_t> positions, MatrixView<const S> table,
           RopeLayout layout, int direction) {
-  const Index head_dim = table.cols;
-  QDYLORA_EXPECTS(head_dim > 0 && head_dim % 2 == 0 && x.cols % head_dim == 0, shape_mismatch,
-                  "rope: x " + shape_text(x) + " is not made of heads of " + std::to_string(head_dim));
-  QDYLORA_EXPECTS(static_cast<Index>(positions.size()) == x.rows, shape_mismatch,
-                  "rope: " + std::to_string(positions.size()) + " positions for " + std::to_string(x.rows) + " tokens");
-  for (const auto position : positions)
-    QDYLORA_EXPECTS(position >= 0 && position < table.rows, bad_argument,
-                    "rope: position " + std::to_string(position) + " is outside the table of " + std::to_string(table.rows));
+  expect_rope(x, positions, table);
   Scratch scratch(context);
   const auto* const listed_positions = listed(context, scratch, positions);
   for_each(context, x.rows, x.cols / 2,
@@ -253,11 +246,7 @@ void gelu_backward(const CudaContext& context, MatrixView<const T> dy, MatrixVie
 /// Rows of a dense table, or of a quantized one.
 template <class T, class Table>
 void embed(const CudaContext& context, std::span<const std::int32_t> ids, const Table& table, MatrixView<T> y) {
-  expect_shape("embed: y", y, static_cast<Index>(ids.size()), table.cols);
-  for (std::size_t i = 0; i < ids.size(); ++i)
-    QDYLORA_EXPECTS(ids[i] >= 0 && ids[i] < table.rows, bad_argument,
-                    "embed: token id " + std::to_string(ids[i]) + " at position " + std::to_string(i) + " is outside the table of " +
-                        std::to_string(table.rows));
+  expect_embed(ids, table, y);
   Scratch scratch(context);
   const auto* const rows = listed(context, scratch, ids);
   const auto gather = [&]<class S>(const MatrixView<S>& dense) {
@@ -271,16 +260,9 @@ void embed(const CudaContext& context, std::span<const std::int32_t> ids, const 
   else gather(table);
 }
 
-inline void expect_rows(const char* what, std::span<const Index> rows, Index count) {
-  for (const Index row : rows)
-    QDYLORA_EXPECTS(row >= 0 && row < count, bad_argument,
-                    std::string(what) + ": row " + std::to_string(row) + " is outside of " + std::to_string(count));
-}
-
 template <class T>
 void gather_rows(const CudaContext& context, MatrixView<const T> x, std::span<const Index> rows, MatrixView<T> y) {
-  expect_shape("gather_rows: y", y, static_cast<Index>(rows.size()), x.cols);
-  expect_rows("gather_rows", rows, x.rows);
+  expect_rows("gather_rows", "gather_rows: y", y, rows, x);
   Scratch scratch(context);
   const auto* const list = listed(context, scratch, rows);
   for_each(context, y.rows, y.cols, device::GatherRows<T, T, Index>{x, list, y});
@@ -288,8 +270,7 @@ void gather_rows(const CudaContext& context, MatrixView<const T> x, std::span<co
 
 template <class T>
 void scatter_rows(const CudaContext& context, MatrixView<const T> x, std::span<const Index> rows, MatrixView<T> y) {
-  expect_shape("scatter_rows: x", x, static_cast<Index>(rows.size()), y.cols);
-  expect_rows("scatter_rows", rows, y.rows);
+  expect_rows("scatter_rows", "scatter_rows: x", x, rows, y);
   Scratch scratch(context);
   const auto* const list = listed(context, scratch, rows);
   fill(context, y, T{});

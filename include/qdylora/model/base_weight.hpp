@@ -45,8 +45,7 @@ struct BaseOptions {
 inline void expect_finite(MatrixView<const float> weight, Index first_row = 0) {
   for (Index i = 0; i < weight.rows; ++i)
     for (Index j = 0; j < weight.cols; ++j)
-      QDYLORA_EXPECTS(std::isfinite(weight(i, j)), non_finite,
-                      "weight " + detail::shape_text(first_row + i, j) + " is not finite");
+      if (!std::isfinite(weight(i, j))) detail::raise_non_finite(first_row + i, j);
 }
 
 /// f(), with file and tensor added to an Error that does not name its file yet.

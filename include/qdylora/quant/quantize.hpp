@@ -59,6 +59,10 @@ float encode_block(const float* x, Index count, bool partial, std::uint8_t* code
   return partial ? divisor : absmax;
 }
 
+[[noreturn]] inline void raise_non_finite(Index row, Index col) {
+  raise(Errc::non_finite, "weight " + shape_text(row, col) + " is not finite");
+}
+
 // How a Quantizer encodes a block where it is not told better: packed(x, count, partial, out) writes codes as a tensor stores them and
 // returns the absmax to store. A backend's kernels do the same.
 template <CodeFormat Format>
@@ -133,8 +137,7 @@ template <CodeFormat Format = NF4, class Scales = DoubleQuant<DynamicMap8>>
 class Quantizer {
  public:
   Quantizer(Index rows, Index cols, QuantizeOptions options = {}) : rows_(rows), cols_(cols), options_(options) {
-    QDYLORA_EXPECTS(is_block_size(options.block_size), block_size,
-                    "block size " + std::to_string(options.block_size) + ": expected a power of two in 32 ... 4096");
+    expect_block_size(options.block_size);
     QDYLORA_EXPECTS(rows >= 0 && cols >= 0 && (cols == 0 || rows <= std::numeric_limits<Index>::max() / cols), bad_argument,
                     "Quantizer: " + detail::shape_text(rows, cols) + " is not a shape");
     const Index size = rows * cols;
@@ -187,8 +190,7 @@ class Quantizer {
       if (!(std::fabs(source[i]) <= std::numeric_limits<float>::max())) note_bad(first_bad, source, i);
     if (const Index bad = first_bad.load(); bad < count && options_.non_finite == NonFinite::reject) {
       const Index element = received_ - carried + bad;
-      detail::raise(Errc::non_finite,
-                    "weight [" + std::to_string(element / cols_) + ", " + std::to_string(element % cols_) + "] is not finite");
+      detail::raise_non_finite(element / cols_, element % cols_);
     }
     received_ += chunk.size();
     done_ += encoded;
@@ -279,10 +281,7 @@ void dequantize_range(const QuantizedView<Format, Scales>& tensor, Index begin, 
 /// Decodes rows [first_row, first_row + out.rows), columns [first_col, first_col + out.cols) into out.
 template <Scalar T, CodeFormat Format, class Scales>
 void dequantize(const QuantizedView<Format, Scales>& tensor, MatrixView<T> out, Index first_row = 0, Index first_col = 0) {
-  QDYLORA_EXPECTS(first_row >= 0 && first_col >= 0 && first_row <= tensor.rows - out.rows && first_col <= tensor.cols - out.cols,
-                  shape_mismatch,
-                  "dequantize: " + shape_text(out) + " at " + detail::shape_text(first_row, first_col) + " is outside " +
-                      detail::shape_text(tensor.rows, tensor.cols));
+  detail::expect_inside(tensor, out, first_row, first_col);
   for (Index i = 0; i < out.rows; ++i)
     dequantize_range(tensor, (first_row + i) * tensor.cols + first_col, out.cols, out.row(i));
 }

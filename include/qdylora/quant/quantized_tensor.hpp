@@ -83,8 +83,25 @@ struct QuantizedView {
   }
 };
 
+namespace detail {
+
+/// Throws Errc::shape_mismatch unless `out`, at (first_row, first_col), lies inside the tensor.
+template <CodeFormat Format, class Scales, class T>
+void expect_inside(const QuantizedView<Format, Scales>& tensor, MatrixView<T> out, Index first_row, Index first_col) {
+  QDYLORA_EXPECTS(first_row >= 0 && first_col >= 0 && first_row <= tensor.rows - out.rows && first_col <= tensor.cols - out.cols,
+                  shape_mismatch,
+                  "dequantize: " + shape_text(out) + " at " + shape_text(first_row, first_col) + " is outside " +
+                      shape_text(tensor.rows, tensor.cols));
+}
+
+}  // namespace detail
+
 /// Block sizes bitsandbytes writes for 4-bit weights, which are the ones accepted here.
 constexpr bool is_block_size(Index size) noexcept { return size >= 32 && size <= 4096 && (size & (size - 1)) == 0; }
+
+inline void expect_block_size(Index size) {
+  QDYLORA_EXPECTS(is_block_size(size), block_size, "block size " + std::to_string(size) + ": expected a power of two in 32 ... 4096");
+}
 
 /// Bytes that `count` codes take.
 template <CodeFormat Format>
@@ -103,8 +120,7 @@ class QuantizedTensor {
   /// Takes existing codes and scales, e.g. those of a file. Throws Errc::shape_mismatch unless their sizes fit the shape.
   QuantizedTensor(Index rows, Index cols, Index block_size, Buffer<std::uint8_t, Memory> codes, ScaleStorage scales)
       : rows_(rows), cols_(cols), block_size_(block_size), codes_(std::move(codes)), scales_(std::move(scales)) {
-    QDYLORA_EXPECTS(is_block_size(block_size), block_size,
-                    "block size " + std::to_string(block_size) + ": expected a power of two in 32 ... 4096");
+    expect_block_size(block_size);
     QDYLORA_EXPECTS(rows >= 0 && cols >= 0 && (cols == 0 || rows <= std::numeric_limits<Index>::max() / cols), bad_argument,
                     "QuantizedTensor: " + detail::shape_text(rows, cols) + " is not a shape");
     expect_count("codes", codes_.size(), code_bytes<Format>(size()));

@@ -8,21 +8,14 @@
 #include <type_traits>
 #include <utility>
 
-#include <qdylora/core/scalar.hpp>
+#include <qdylora/backend.hpp>
 #include <qdylora/cpu/kernels/coded_weight.hpp>
 #include <qdylora/cpu/kernels/isa.hpp>
-#include <qdylora/quant/quantize.hpp>
 
 namespace qdylora::detail {
 
 /// Outputs that stand side by side in a panel, the form in which products take a weight: [depth][panel_width].
 inline constexpr Index panel_width = 32;
-
-/// What AdamWUpdate (backend.hpp) means for one row.
-template <class S>
-struct AdamWRow {
-  S gradient_scale, decay, keep1, take1, keep2, take2, step_size, correction2, epsilon;
-};
 
 template <class S>
 struct KernelTable {
@@ -118,19 +111,7 @@ namespace generic {
 #undef QDYLORA_VECTOR_BYTES
 #undef QDYLORA_TILE_ROWS
 #undef QDYLORA_TILE_VECTORS
-inline constexpr CodeKernels code_table = {scales,
-                                           decode,
-                                           encode,
-                                           forward_panel,
-                                           backward_panel,
-                                           dense_panel,
-                                           {number_dots<1>, number_dots<4>},
-                                           {few_backward<1>, few_backward<4>, few_backward<16>},
-                                           {},
-                                           {},
-                                           {},
-                                           {},
-                                           {}};
+inline constexpr CodeKernels code_table = own_code_table;
 }  // namespace generic
 
 #if defined(QDYLORA_X86_TARGETS)
@@ -147,19 +128,12 @@ namespace avx2 {
 #undef QDYLORA_VECTOR_BYTES
 #undef QDYLORA_TILE_ROWS
 #undef QDYLORA_TILE_VECTORS
-inline constexpr CodeKernels code_table = {scales,
-                                           decode,
-                                           encode,
-                                           forward_panel,
-                                           backward_panel,
-                                           dense_panel,
-                                           {number_dots<1>, number_dots<4>},
-                                           {few_backward<1>, few_backward<4>, few_backward<16>},
-                                           QDYLORA_FEW_KERNELS(FewFloat32, few_row, (few_forward<FewFloat32, 1>)),
-                                           QDYLORA_FEW_KERNELS(FewInt16, few_row, (few_forward<FewInt16, 1>)),
-                                           {},
-                                           {},
-                                           {}};
+inline constexpr CodeKernels code_table = [] {
+  CodeKernels table = own_code_table;
+  table.few_float32 = QDYLORA_FEW_KERNELS(FewFloat32, few_row, (few_forward<FewFloat32, 1>));
+  table.few_bits16 = QDYLORA_FEW_KERNELS(FewInt16, few_row, (few_forward<FewInt16, 1>));
+  return table;
+}();
 }  // namespace avx2
 QDYLORA_TARGET_END
 
@@ -174,19 +148,11 @@ namespace avx512 {
 #include <qdylora/cpu/kernels/avx512_gather.inc>
 #include <qdylora/cpu/kernels/codes.inc>
 #include <qdylora/cpu/kernels/few.inc>
-inline constexpr CodeKernels code_table = {scales,
-                                           decode,
-                                           encode,
-                                           forward_panel,
-                                           backward_panel,
-                                           dense_panel,
-                                           {number_dots<1>, number_dots<4>},
-                                           {few_backward<1>, few_backward<4>, few_backward<16>},
-                                           QDYLORA_FEW_STREAMED(FewFloat32),
-                                           {},
-                                           {},
-                                           {},
-                                           {}};
+inline constexpr CodeKernels code_table = [] {
+  CodeKernels table = own_code_table;
+  table.few_float32 = QDYLORA_FEW_STREAMED(FewFloat32);
+  return table;
+}();
 }  // namespace avx512
 QDYLORA_TARGET_END
 
@@ -198,19 +164,14 @@ using avx512::transpose_rows, avx512::Vec;
 #include <qdylora/cpu/kernels/avx512_vnni.inc>
 #include <qdylora/cpu/kernels/codes.inc>
 #include <qdylora/cpu/kernels/few.inc>
-inline constexpr CodeKernels code_table = {scales,
-                                           decode,
-                                           encode,
-                                           forward_panel,
-                                           backward_panel,
-                                           dense_panel,
-                                           {number_dots<1>, number_dots<4>},
-                                           {few_backward<1>, few_backward<4>, few_backward<16>},
-                                           avx512::code_table.few_float32,
-                                           QDYLORA_FEW_STREAMED(FewInt16),
-                                           QDYLORA_FEW_STREAMED(FewInt8),
-                                           {},
-                                           {byte_columns, byte_gemm}};
+inline constexpr CodeKernels code_table = [] {
+  CodeKernels table = own_code_table;
+  table.few_float32 = avx512::code_table.few_float32;
+  table.few_bits16 = QDYLORA_FEW_STREAMED(FewInt16);
+  table.few_int8 = QDYLORA_FEW_STREAMED(FewInt8);
+  table.bytes = {byte_columns, byte_gemm};
+  return table;
+}();
 }  // namespace avx512_vnni
 QDYLORA_TARGET_END
 
