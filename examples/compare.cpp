@@ -50,20 +50,16 @@ void declare(CLI::App& app, Options& o) {
   app.add_option("--recipes", o.recipes, "which to train, separated by commas; default: all")->check(not_empty());
   app.add_option("--seeds", o.seeds, "of adapters, data order and ranks; the same for every recipe")->capture_default_str();
   app.add_option("--ranks", o.ranks, "ranks")->capture_default_str();
-  app.add_option("--alpha", o.alpha, "of recipes whose scale is alpha/r")->check(in_range(1e-6, 1e6))->capture_default_str();
-  app.add_option("--alpha-over-rank", o.alpha_over_rank, "of recipes whose scale is alpha/b")
-      ->check(in_range(1e-6, 1e6))
-      ->capture_default_str();
-  app.add_option("--lr", o.lr, "peak learning rate")->check(in_range(1e-9, 10.0))->capture_default_str();
-  app.add_option("--steps", o.steps, "optimizer steps")->check(in_range<Index>(1, most_steps))->capture_default_str();
-  app.add_option("--batch", o.batch, "rows a step")->check(in_range<Index>(1, most_batch))->capture_default_str();
-  app.add_option("--seq-len", o.seq_len, "tokens a row; of examples at most")
-      ->check(in_range<Index>(8, most_tokens))
-      ->capture_default_str();
-  app.add_option("--eval-rows", o.eval_rows, "held-out rows")->check(in_range<Index>(1, most_examples))->capture_default_str();
+  add_number(app, "--alpha", o.alpha, "of recipes whose scale is alpha/r", 1e-6, 1e6);
+  add_number(app, "--alpha-over-rank", o.alpha_over_rank, "of recipes whose scale is alpha/b", 1e-6, 1e6);
+  add_number(app, "--lr", o.lr, "peak learning rate", 1e-9, 10.0);
+  add_number(app, "--steps", o.steps, "optimizer steps", 1, most_steps);
+  add_number(app, "--batch", o.batch, "rows a step", 1, most_batch);
+  add_number(app, "--seq-len", o.seq_len, "tokens a row; of examples at most", 8, most_tokens);
+  add_number(app, "--eval-rows", o.eval_rows, "held-out rows", 1, most_examples);
   app.add_option("--base-format", o.base, "base weights")->capture_default_str();
   app.add_option("--against", o.against, "the recipe that differences are taken to")->capture_default_str();
-  app.add_option("--threads", o.threads, "0: one for each processor")->check(in_range(0, most_threads))->capture_default_str();
+  add_number(app, "--threads", o.threads, "0: one for each processor", 0, most_threads);
   app.add_option("--results", o.out, "runs, one JSON line each")->check(not_empty())->capture_default_str();
 }
 

@@ -41,17 +41,11 @@ void declare(CLI::App& app, Options& o) {
   data->excludes(ids);
   ids->needs(logits);
   logits->needs(ids);
-  app.add_option("--max-examples", o.max_examples, "use this many examples of the data at most")
-      ->check(in_range<Index>(1, most_examples))
-      ->capture_default_str();
-  app.add_option("--answers", o.answers, "examples of the data to answer and compare")
-      ->check(in_range<Index>(0, most_examples))
-      ->capture_default_str();
-  app.add_option("--max-new-tokens", o.new_tokens, "tokens of an answer at most")
-      ->check(in_range<Index>(1, most_new_tokens))
-      ->capture_default_str();
-  app.add_option("--seq-len", o.seq_len, "tokens of a sequence at most")->check(in_range<Index>(2, most_tokens))->capture_default_str();
-  app.add_option("--threads", o.threads, "0: one for each processor")->check(in_range(0, most_threads))->capture_default_str();
+  add_number(app, "--max-examples", o.max_examples, "use this many examples of the data at most", 1, most_examples);
+  add_number(app, "--answers", o.answers, "examples of the data to answer and compare", 0, most_examples);
+  add_number(app, "--max-new-tokens", o.new_tokens, "tokens of an answer at most", 1, most_new_tokens);
+  add_number(app, "--seq-len", o.seq_len, "tokens of a sequence at most", 2, most_tokens);
+  add_number(app, "--threads", o.threads, "0: one for each processor", 0, most_threads);
   app.add_flag("--no-chat-template", o.no_chat, "no chat template around prompts");
 }
 

@@ -59,31 +59,21 @@ void declare(CLI::App& app, Options& o) {
       ->capture_default_str();
   app.add_flag("--gates", o.gates, "train a factor for every row at every rank (order-then-nest)");
   app.add_option("--base-format", o.base, "base weights: nf4, fp4, int4, fp8 or float32")->capture_default_str();
-  app.add_option("--alpha", o.alpha, "LoRA's alpha")->check(in_range(1e-6, 1e6))->capture_default_str();
-  app.add_option("--dropout", o.dropout, "on the adapters' inputs")->check(in_range(0.0, 0.99))->capture_default_str();
-  app.add_option("--lr", o.lr, "peak learning rate")->check(in_range(1e-9, 10.0))->capture_default_str();
-  app.add_option("--steps", o.steps, "optimizer steps")->check(in_range<Index>(1, most_steps))->capture_default_str();
-  app.add_option("--batch", o.batch, "sequences a step")->check(in_range<Index>(1, most_batch))->capture_default_str();
-  app.add_option("--seq-len", o.seq_len, "tokens of a sequence at most")->check(in_range<Index>(8, most_tokens))->capture_default_str();
-  app.add_option("--threads", o.threads, "0: one for each processor")->check(in_range(0, most_threads))->capture_default_str();
+  add_number(app, "--alpha", o.alpha, "LoRA's alpha", 1e-6, 1e6);
+  add_number(app, "--dropout", o.dropout, "on the adapters' inputs", 0.0, 0.99);
+  add_number(app, "--lr", o.lr, "peak learning rate", 1e-9, 10.0);
+  add_number(app, "--steps", o.steps, "optimizer steps", 1, most_steps);
+  add_number(app, "--batch", o.batch, "sequences a step", 1, most_batch);
+  add_number(app, "--seq-len", o.seq_len, "tokens of a sequence at most", 8, most_tokens);
+  add_number(app, "--threads", o.threads, "0: one for each processor", 0, most_threads);
   app.add_option("--seed", o.seed, "of adapters, data order and ranks")
       ->check(in_range<Index>(0, std::numeric_limits<Index>::max()))  // unsigned, -1 would be taken as 2^64 - 1
       ->capture_default_str();
-  app.add_option("--train-examples", o.examples, "training examples to generate where there is no --data")
-      ->check(in_range<Index>(2, most_examples))
-      ->capture_default_str();
-  app.add_option("--eval-examples", o.eval_examples, "held-out examples for the losses")
-      ->check(in_range<Index>(1, most_examples))
-      ->capture_default_str();
-  app.add_option("--answers", o.answers, "held-out examples to answer at every rank; 0: none")
-      ->check(in_range<Index>(0, most_examples))
-      ->capture_default_str();
-  app.add_option("--max-new-tokens", o.new_tokens, "tokens of an answer at most")
-      ->check(in_range<Index>(1, most_new_tokens))
-      ->capture_default_str();
-  app.add_option("--save-every", o.save_every, "steps between saved states; 0: only when stopped")
-      ->check(in_range<Index>(0, most_steps))
-      ->capture_default_str();
+  add_number(app, "--train-examples", o.examples, "training examples to generate where there is no --data", 2, most_examples);
+  add_number(app, "--eval-examples", o.eval_examples, "held-out examples for the losses", 1, most_examples);
+  add_number(app, "--answers", o.answers, "held-out examples to answer at every rank; 0: none", 0, most_examples);
+  add_number(app, "--max-new-tokens", o.new_tokens, "tokens of an answer at most", 1, most_new_tokens);
+  add_number(app, "--save-every", o.save_every, "steps between saved states; 0: only when stopped", 0, most_steps);
   app.add_flag("--gradient-checkpointing", o.checkpoint, "recompute activations: less memory, a third more work");
   app.add_flag("--no-chat-template", o.no_chat, "no chat template around prompts");
   app.add_flag("--resume", o.resume, "go on from the state in --out");

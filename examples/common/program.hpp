@@ -8,6 +8,7 @@
 #include <sstream>
 #include <string>
 #include <system_error>
+#include <type_traits>
 
 #include <CLI/CLI.hpp>
 
@@ -67,6 +68,13 @@ CLI::Validator in_range(T least, T most) {
             return message.str();
           },
           ""};
+}
+
+/// An option whose value is a number in [least, most]; --help shows its default.
+template <class T, class Bound = std::conditional_t<std::is_floating_point_v<T>, double, T>>
+void add_number(CLI::App& app, const std::string& name, T& value, const std::string& text, std::type_identity_t<Bound> least,
+                std::type_identity_t<Bound> most) {
+  app.add_option(name, value, text)->check(in_range<Bound>(least, most))->capture_default_str();
 }
 
 /// A check against the empty text that a shell makes of a variable nobody set.

@@ -68,9 +68,9 @@ class Decoder {
       : weights_(std::move(weights)), options_(std::move(options)), backend_(backend) {
     const auto& c = config();
     c.validate();
-    weights_->embedding.visit([&](const auto& table) { expect_weight("embedding", table, c.vocab, c.width); });
+    expect_shape("embedding", weights_->embedding, c.vocab, c.width);
     expect_shape("final norm", weights_->final_norm.view(), 1, c.width);
-    if (!c.tied_head) weights_->head.visit([&](const auto& table) { expect_weight("head", table, c.vocab, c.width); });
+    if (!c.tied_head) expect_shape("head", weights_->head, c.vocab, c.width);
     QDYLORA_EXPECTS(static_cast<Index>(weights_->blocks.size()) == c.layers, bad_config,
                     "expected " + std::to_string(c.layers) + " blocks, found " + std::to_string(weights_->blocks.size()));
     blocks_.reserve(weights_->blocks.size());
@@ -206,13 +206,6 @@ class Decoder {
 
  private:
   static constexpr Index head_chunk = 96;  // rows of logits in memory at a time, at most
-
-  template <class Table>
-  static void expect_weight(const char* what, const Table& table, Index rows, Index cols) {
-    QDYLORA_EXPECTS(table.rows == rows && table.cols == cols, shape_mismatch,
-                    std::string(what) + ": expected " + detail::shape_text(rows, cols) + ", found " +
-                        detail::shape_text(table.rows, table.cols));
-  }
 
   void embed(std::span<const std::int32_t> ids, MatrixView<T> x) const {
     weights_->embedding.visit([&](const auto& table) { backend_.embed(ids, table, x); });

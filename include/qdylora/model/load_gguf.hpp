@@ -54,12 +54,15 @@ inline DecoderConfig gguf_config(const GgufFile& file) {
 
 namespace detail {
 
-/// A matrix of type Q8_0 as it is: x = d q becomes (q / 127) (127 d), and 127 d needs no rounding.
-inline QuantizedTensor<INT8, Float32Scales> q8_0_table(const GgufFile& file, const std::string& tensor, Index rows, Index cols) {
-  const auto& shape = file.info(tensor).shape;
-  if (shape != std::vector<Index>{rows, cols})
+inline void expect_matrix(const GgufFile& file, const std::string& tensor, Index rows, Index cols) {
+  if (const auto& shape = file.info(tensor).shape; shape != std::vector<Index>{rows, cols})
     throw Error(Errc::shape_mismatch, "expected " + shape_text(rows, cols) + ", found " + shape_text(shape),
                 {.file = file.name(), .tensor = tensor});
+}
+
+/// A matrix of type Q8_0 as it is: x = d q becomes (q / 127) (127 d), and 127 d needs no rounding.
+inline QuantizedTensor<INT8, Float32Scales> q8_0_table(const GgufFile& file, const std::string& tensor, Index rows, Index cols) {
+  expect_matrix(file, tensor, rows, cols);
   const Index count = rows * cols / BlockQ8_0::elements;
   Buffer<BlockQ8_0> blocks(count);
   file.read(tensor, std::as_writable_bytes(blocks.span()));
@@ -89,10 +92,7 @@ std::shared_ptr<const DecoderWeights<float>> load_gguf(const GgufFile& file, Bas
     return checked_weight(file.matrix(tensor), rows, cols, file.name(), tensor);
   };
   const auto linear = [&](const std::string& tensor, Index rows, Index cols) {
-    const auto& shape = file.info(tensor).shape;
-    if (shape != std::vector<Index>{rows, cols})
-      throw Error(Errc::shape_mismatch, "expected " + detail::shape_text(rows, cols) + ", found " + detail::shape_text(shape),
-                  {.file = file.name(), .tensor = tensor});
+    detail::expect_matrix(file, tensor, rows, cols);
     return at_tensor(file.name(), tensor, [&] {
       return make_base_weight(
           rows, cols, options,

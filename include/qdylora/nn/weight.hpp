@@ -1,6 +1,7 @@
 // Frozen weights: quantized in a format fixed at compile time, dense, or whatever a file holds.
 #pragma once
 
+#include <string>
 #include <type_traits>
 #include <utility>
 #include <variant>
@@ -57,6 +58,14 @@ class Weight {
 
   std::variant<Storages...> storage_;
 };
+
+/// Throws Errc::shape_mismatch, naming the weight and both shapes, unless it is [rows, cols].
+template <class... Storages>
+void expect_shape(const char* what, const Weight<Storages...>& weight, Index rows, Index cols) {
+  QDYLORA_EXPECTS(weight.rows() == rows && weight.cols() == cols, shape_mismatch,
+                  std::string(what) + ": expected " + detail::shape_text(rows, cols) + ", found " +
+                      detail::shape_text(weight.rows(), weight.cols()));
+}
 
 namespace detail {
 
