@@ -1,9 +1,13 @@
 // CudaContext: what the operations of one device share. The user makes it, owns it, and hands it to Cuda.
 #pragma once
 
+#include <algorithm>
+#include <compare>
 #include <cstdint>
 #include <limits>
+#include <map>
 #include <memory>
+#include <span>
 #include <string>
 #include <type_traits>
 
@@ -15,7 +19,23 @@ namespace qdylora {
 struct CudaOptions {
   int device = 0;
   std::size_t workspace_bytes = std::size_t{64} << 20;  // scratch memory of all operations; they allocate no other
+  std::size_t slab_bytes = 0;  // decoded weights at once in products of many tokens; 0: what the L2 cache holds beside the activations
 };
+
+namespace detail {
+
+/// What cuBLASLt chooses an algorithm by.
+struct GemmProblem {
+  int type, output_type;
+  bool a_transposed, b_transposed;
+  Index m, n, k, a_stride, b_stride, y_stride;
+  std::uint32_t a_alignment, b_alignment, y_alignment;
+  std::size_t workspace_bytes;
+
+  auto operator<=>(const GemmProblem&) const = default;
+};
+
+}  // namespace detail
 
 /// A device, a stream, a cuBLASLt handle and scratch memory. Throws Errc::device where there is no such device or the driver is too old,
 /// Errc::unsupported below compute capability 7.5, Errc::memory where the workspace does not fit. For one host thread at a time, with
@@ -24,6 +44,8 @@ class CudaContext {
  public:
   explicit CudaContext(CudaOptions options = {})
       : device_(options.device), properties_(select(options.device)), stream_(make_stream()), blas_(make_blas()) {
+    const auto half_cache = static_cast<std::size_t>(properties_.l2CacheSize) / 2;
+    slab_bytes_ = static_cast<Index>(options.slab_bytes > 0 ? options.slab_bytes : std::min(half_cache, options.workspace_bytes / 2));
     // Memory that is given back stays in the pool, else every synchronization would return it to the driver.
     cudaMemPool_t pool = nullptr;
     std::uint64_t keep = std::numeric_limits<std::uint64_t>::max();
@@ -40,6 +62,10 @@ class CudaContext {
   cublasLtHandle_t blas() const noexcept { return blas_.get(); }
   /// Memory in the order of this context's stream.
   DeviceMemory memory() const noexcept { return {stream()}; }
+  /// Bytes of a weight that products decode at once.
+  Index slab_bytes() const noexcept { return slab_bytes_; }
+  /// Algorithms that cuBLASLt has chosen: it takes longer to choose one than many a product takes.
+  std::map<detail::GemmProblem, cublasLtMatmulAlgo_t>& gemm_algorithms() const noexcept { return gemm_algorithms_; }
   void synchronize() const { QDYLORA_CUDA_TRY(cudaStreamSynchronize(stream())); }
 
  private:
@@ -87,6 +113,8 @@ class CudaContext {
   cudaDeviceProp properties_;
   Stream stream_;
   Blas blas_;
+  Index slab_bytes_ = 0;
+  mutable std::map<detail::GemmProblem, cublasLtMatmulAlgo_t> gemm_algorithms_;
   Buffer<std::byte, DeviceMemory> workspace_;
 };
 
@@ -105,6 +133,10 @@ class Scratch {
                     "an operation needs a workspace of " + std::to_string(used_) + " bytes; CudaOptions::workspace_bytes is " +
                         std::to_string(workspace_.size()));
     return reinterpret_cast<T*>(const_cast<std::byte*>(workspace_.data()) + begin);
+  }
+  /// What is left, `most` bytes at most. The next take begins there again.
+  std::span<std::byte> rest(Index most) const {
+    return {const_cast<std::byte*>(workspace_.data()) + used_, static_cast<std::size_t>(std::min(most, workspace_.size() - used_))};
   }
 
  private:

@@ -40,6 +40,7 @@ struct cudaDeviceProp {
   int multiProcessorCount;
   std::size_t totalGlobalMem;
   std::size_t sharedMemPerBlockOptin;
+  int l2CacheSize;
 };
 
 struct CUstream_st {};
@@ -91,7 +92,8 @@ inline cudaError_t cudaSetDevice(int device) {
 }
 inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
   const int capability = test::emulator::machine().compute_capability;
-  *properties = {"emulated", capability / 10, capability % 10, 4, test::emulator::global_memory().total(), std::size_t{227} << 10};
+  *properties = {"emulated", capability / 10, capability % 10, 4, test::emulator::global_memory().total(), std::size_t{227} << 10,
+                 1 << 20};
   return test::emulator::result(cudaSuccess);
 }
 inline cudaError_t cudaMemGetInfo(std::size_t* free, std::size_t* total) {
