@@ -1,4 +1,4 @@
-// The CUDA backend: the operations of the Backend concept that exist on the device so far. Products, attention and cross-entropy do not.
+// The CUDA backend: the operations of the Backend concept that exist on the device so far. Attention and cross-entropy do not.
 #pragma once
 
 #include <span>
@@ -7,6 +7,7 @@
 #include <qdylora/backend.hpp>
 #include <qdylora/cuda/dequantize.cuh>
 #include <qdylora/cuda/elementwise.cuh>
+#include <qdylora/cuda/products.cuh>
 #include <qdylora/cuda/quantize.cuh>
 #include <qdylora/cuda/reduce.cuh>
 #include <qdylora/cuda/transformer.cuh>
@@ -62,6 +63,20 @@ class Cuda {
   QuantizedTensor<Format, Scales, DeviceMemory> upload(const QuantizedTensor<Format, Scales>& w) const {
     return {w.rows(), w.cols(), w.block_size(), detail::on_device(*context_, w.codes()),
             detail::on_device<Scales>(*context_, w.scales())};
+  }
+
+  // products
+  template <class X, class W, class Y>
+  void matmul(MatrixView<X> x, const W& w, MatrixView<Y> y, Update update = Update::overwrite) const {
+    detail::matmul(*context_, MatrixView<const std::remove_const_t<X>>(x), w, y, update);
+  }
+  template <class X, class W, class Y>
+  void matmul_transposed(MatrixView<X> x, const W& w, MatrixView<Y> y, Update update = Update::overwrite) const {
+    detail::matmul_transposed(*context_, MatrixView<const std::remove_const_t<X>>(x), w, y, update);
+  }
+  template <class U, class X, class G>
+  void weight_gradient(MatrixView<U> u, MatrixView<X> x, MatrixView<G> g, Update update = Update::overwrite) const {
+    detail::weight_gradient(*context_, MatrixView<const std::remove_const_t<U>>(u), MatrixView<const std::remove_const_t<X>>(x), g, update);
   }
 
   // elementwise
@@ -155,9 +170,8 @@ class Cuda {
 };
 
 template <class T>
-inline constexpr bool cuda_has_what_it_says = HasMemory<Cuda, T> && HasQuantize<Cuda, T> && HasElementwise<Cuda, T> && HasAdamW<Cuda, T> &&
-                                              HasNorm<Cuda, T> && HasRope<Cuda, T> && HasActivation<Cuda, T> && HasEmbedding<Cuda, T> &&
-                                              HasRowSelection<Cuda, T>;
+inline constexpr bool cuda_has_what_it_says = Backend<Cuda, T> && HasNorm<Cuda, T> && HasRope<Cuda, T> && HasActivation<Cuda, T> &&
+                                              HasEmbedding<Cuda, T> && HasRowSelection<Cuda, T>;
 static_assert(cuda_has_what_it_says<float> && cuda_has_what_it_says<double> && cuda_has_what_it_says<bfloat16> &&
               cuda_has_what_it_says<half>);
 

@@ -1,0 +1,58 @@
+// The products of linear layers: which kernel makes them.
+#pragma once
+
+#include <concepts>
+
+#include <qdylora/cuda/few_tokens.cuh>
+#include <qdylora/cuda/slabs.cuh>
+
+namespace qdylora::detail {
+
+/// Whether operands of these types would be converted before cuBLASLt multiplied them.
+template <class X, class S, class Y>
+constexpr bool is_converted = !std::same_as<X, ProductType<X, S, Y>> || !std::same_as<S, ProductType<X, S, Y>>;
+
+/// y [tokens, out] (+)= x [tokens, in] . w [out, in]^T
+template <class X, class W, class Y>
+void matmul(const CudaContext& context, MatrixView<const X> x, const W& w, MatrixView<Y> y, Update update) {
+  QDYLORA_EXPECTS(x.cols == w.cols, shape_mismatch,
+                  "matmul: x " + shape_text(x) + " does not fit weight " + shape_text(w.rows, w.cols));
+  expect_shape("matmul: y", y, x.rows, w.rows);
+  if (y.empty()) return;
+  if constexpr (!std::is_void_v<Element<W>>) {
+    const MatrixView<const Element<W>> dense(w);
+    if (is_converted<X, Element<W>, Y> && x.rows <= few_tokens) return multiply_few(context, x, dense, y, update);
+    multiply_by_slabs(context, x, dense, y, update);
+  } else {
+    multiply_by_slabs(context, x, w, y, update);
+  }
+}
+
+/// y [tokens, in] (+)= x [tokens, out] . w [out, in]
+template <class X, class W, class Y>
+void matmul_transposed(const CudaContext& context, MatrixView<const X> x, const W& w, MatrixView<Y> y, Update update) {
+  QDYLORA_EXPECTS(x.cols == w.rows, shape_mismatch,
+                  "matmul_transposed: x " + shape_text(x) + " does not fit weight " + shape_text(w.rows, w.cols));
+  expect_shape("matmul_transposed: y", y, x.rows, w.cols);
+  if (y.empty()) return;
+  if constexpr (!std::is_void_v<Element<W>>) {
+    const MatrixView<const Element<W>> dense(w);
+    if (is_converted<X, Element<W>, Y> && x.rows <= few_tokens) return multiply_transposed_few(context, x, dense, y, update);
+    multiply_transposed_by_slabs(context, x, dense, y, update);
+  } else {
+    multiply_transposed_by_slabs(context, x, w, y, update);
+  }
+}
+
+/// g [r, features] (+)= u [tokens, r]^T . x [tokens, features]
+template <class U, class X, class G>
+void weight_gradient(const CudaContext& context, MatrixView<const U> u, MatrixView<const X> x, MatrixView<G> g, Update update) {
+  QDYLORA_EXPECTS(u.rows == x.rows, shape_mismatch,
+                  "weight_gradient: u " + shape_text(u) + " and x " + shape_text(x) + " have different tokens");
+  expect_shape("weight_gradient: g", g, u.cols, x.cols);
+  if (g.empty()) return;
+  if (is_converted<X, U, G> && x.rows <= few_tokens) return weight_gradient_few(context, u, x, g, update);
+  weight_gradient_by_slabs(context, u, x, g, update);
+}
+
+}  // namespace qdylora::detail

@@ -1,0 +1,172 @@
+// Products whose operands are not what cuBLASLt multiplies: codes, or elements of another type. A slab of the weight at a time is decoded
+// into the workspace, where the L2 cache holds it, and multiplied there. Right for many tokens; the path of everything that has no other.
+#pragma once
+
+#include <algorithm>
+#include <concepts>
+#include <type_traits>
+
+#include <qdylora/cuda/dequantize.cuh>
+#include <qdylora/cuda/gemm.cuh>
+
+namespace qdylora::detail {
+
+template <class W>
+struct ElementOf {
+  using type = void;  // codes
+};
+template <class S>
+struct ElementOf<MatrixView<S>> {
+  using type = std::remove_const_t<S>;
+};
+/// The element type of a dense weight, void for a quantized one.
+template <class W>
+using Element = typename ElementOf<W>::type;
+
+template <class T>
+concept SixteenBits = std::same_as<T, bfloat16> || std::same_as<T, half>;
+
+/// The type that x and w (S; void for codes) are multiplied in where y is of Y.
+///   Any double makes it double; floats stay floats, to the bit of float32.
+///   A 16-bit y takes 16-bit operands: its own rounding is no smaller than theirs.
+///   A float y keeps what x and w are, or codes in the type of x. Float adapters beside bfloat16 activations are rounded to bfloat16, as
+///   under autocast; half activations become float instead, because gradients pass below half's range.
+template <class X, class S, class Y>
+constexpr auto product_type() {
+  if constexpr (std::same_as<X, double> || std::same_as<S, double> || std::same_as<Y, double>) return std::type_identity<double>{};
+  else if constexpr (SixteenBits<Y>) return std::type_identity<Y>{};
+  else if constexpr (std::same_as<X, S> || std::is_void_v<S>) return std::type_identity<X>{};
+  else if constexpr (std::same_as<X, bfloat16> && std::same_as<S, float>) return std::type_identity<bfloat16>{};
+  else return std::type_identity<float>{};
+}
+template <class X, class S, class Y>
+using ProductType = typename decltype(product_type<X, S, Y>())::type;
+
+/// `slab` = the part of w that begins at (first_row, first_col).
+template <CodeFormat Format, class Scales, class C>
+void decode(const CudaContext& context, const QuantizedView<Format, Scales>& w, MatrixView<C> slab, Index first_row, Index first_col) {
+  dequantize(context, w, slab, first_row, first_col);
+}
+template <class S, class C>
+void decode(const CudaContext& context, MatrixView<S> w, MatrixView<C> slab, Index first_row, Index first_col) {
+  convert(context, MatrixView<const std::remove_const_t<S>>(w.middle_rows(first_row, slab.rows).middle_cols(first_col, slab.cols)), slab);
+}
+
+/// `extent` cut into pieces of nearly one size, each `most` at most: multiples of 128 where that leaves something, else of 8.
+inline Index piece_of(Index extent, Index most) {
+  most = std::max<Index>(most >= 128 ? most / 128 * 128 : most >= 8 ? most / 8 * 8 : most, 1);
+  if (extent <= most) return std::max<Index>(extent, 1);
+  const Index pieces = (extent + most - 1) / most, step = most >= 128 ? 128 : most >= 8 ? 8 : 1;
+  return ((extent + pieces - 1) / pieces + step - 1) / step * step;
+}
+
+/// f(begin, count) for the pieces of an extent.
+template <class F>
+void for_each_piece(Index extent, Index piece, F&& f) {
+  for (Index begin = 0; begin < extent; begin += piece) f(begin, std::min(piece, extent - begin));
+}
+
+/// Rows of x as C, a piece at a time: where they are, or converted into the workspace.
+template <class C, class X>
+class ConvertedRows {
+ public:
+  static constexpr bool in_place = std::same_as<C, X>;
+
+  ConvertedRows(Scratch& scratch, MatrixView<const X> x, Index most_bytes) : x_(x), at_once_(std::max<Index>(x.rows, 1)) {
+    if constexpr (!in_place) {
+      stride_ = (x.cols + 7) / 8 * 8;
+      at_once_ = piece_of(x.rows, most_bytes / std::max<Index>(stride_ * static_cast<Index>(sizeof(C)), 1));
+      copy_ = scratch.take<C>(at_once_ * stride_);
+    }
+  }
+  Index at_once() const noexcept { return at_once_; }
+  /// Valid until the next call.
+  MatrixView<const C> take(const CudaContext& context, Index begin, Index count) const {
+    if constexpr (in_place) {
+      return x_.middle_rows(begin, count);
+    } else {
+      const MatrixView<C> copy(copy_, count, x_.cols, stride_);
+      convert(context, x_.middle_rows(begin, count), copy);
+      return copy;
+    }
+  }
+
+ private:
+  MatrixView<const X> x_;
+  Index at_once_;
+  Index stride_ = 0;
+  C* copy_ = nullptr;
+};
+
+/// A slab takes half of the workspace at most, and converted activations half of that: two of them are for a weight's gradient, which has
+/// no slab.
+inline Index converted_bytes(const CudaContext& context) { return context.slab_bytes() / 2; }
+
+/// y [tokens, out] (+)= x [tokens, in] . w [out, in]^T. A slab is some rows of w, and its product some columns of y.
+template <class X, class W, class Y>
+void multiply_by_slabs(const CudaContext& context, MatrixView<const X> x, const W& w, MatrixView<Y> y, Update update) {
+  using C = ProductType<X, Element<W>, Y>;
+  Scratch scratch(context);
+  const ConvertedRows<C, X> input(scratch, x, converted_bytes(context));
+  const auto multiply = [&](MatrixView<const C> slab, Index first) {
+    for_each_piece(x.rows, input.at_once(), [&](Index begin, Index count) {
+      gemm<C>(context, scratch, {input.take(context, begin, count)}, {slab, true}, y.middle_rows(begin, count).middle_cols(first, slab.rows),
+              update);
+    });
+  };
+  if constexpr (std::same_as<Element<W>, C>) {
+    multiply(w, 0);
+  } else {
+    const Index stride = (w.cols + 7) / 8 * 8, row_bytes = stride * static_cast<Index>(sizeof(C));
+    const Index at_once = piece_of(w.rows, context.slab_bytes() / std::max<Index>(row_bytes, 1));
+    C* const memory = scratch.take<C>(at_once * stride);
+    for_each_piece(w.rows, at_once, [&](Index first, Index rows) {
+      const MatrixView<C> slab(memory, rows, w.cols, stride);
+      decode(context, w, slab, first, 0);
+      multiply(slab, first);
+    });
+  }
+}
+
+/// y [tokens, in] (+)= x [tokens, out] . w [out, in]. A slab is some columns of w, all its rows: sums stay whole, and y is rounded once.
+template <class X, class W, class Y>
+void multiply_transposed_by_slabs(const CudaContext& context, MatrixView<const X> x, const W& w, MatrixView<Y> y, Update update) {
+  using C = ProductType<X, Element<W>, Y>;
+  Scratch scratch(context);
+  const ConvertedRows<C, X> input(scratch, x, converted_bytes(context));
+  const auto multiply = [&](MatrixView<const C> slab, Index first) {
+    for_each_piece(x.rows, input.at_once(), [&](Index begin, Index count) {
+      gemm<C>(context, scratch, {input.take(context, begin, count)}, {slab}, y.middle_rows(begin, count).middle_cols(first, slab.cols),
+              update);
+    });
+  };
+  if constexpr (std::same_as<Element<W>, C>) {
+    multiply(w, 0);
+  } else {
+    const Index column_bytes = w.rows * static_cast<Index>(sizeof(C));
+    const Index at_once = piece_of(w.cols, context.slab_bytes() / std::max<Index>(column_bytes, 1));
+    const Index stride = (at_once + 7) / 8 * 8;
+    C* const memory = scratch.take<C>(w.rows * stride);
+    for_each_piece(w.cols, at_once, [&](Index first, Index cols) {
+      const MatrixView<C> slab(memory, w.rows, cols, stride);
+      decode(context, w, slab, 0, first);
+      multiply(slab, first);
+    });
+  }
+}
+
+/// g [r, features] (+)= u [tokens, r]^T . x [tokens, features], g float or double.
+template <class U, class X, class S>
+void weight_gradient_by_slabs(const CudaContext& context, MatrixView<const U> u, MatrixView<const X> x, MatrixView<S> g, Update update) {
+  using C = ProductType<X, U, S>;
+  Scratch scratch(context);
+  const ConvertedRows<C, U> left(scratch, u, converted_bytes(context));
+  const ConvertedRows<C, X> right(scratch, x, converted_bytes(context));
+  if (x.rows == 0) return gemm<C>(context, scratch, {left.take(context, 0, 0), true}, {right.take(context, 0, 0)}, g, update);
+  for_each_piece(x.rows, std::min(left.at_once(), right.at_once()), [&](Index begin, Index count) {
+    gemm<C>(context, scratch, {left.take(context, begin, count), true}, {right.take(context, begin, count)}, g,
+            begin == 0 ? update : Update::accumulate);
+  });
+}
+
+}  // namespace qdylora::detail
