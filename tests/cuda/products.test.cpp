@@ -44,6 +44,47 @@ TEMPLATE_TEST_CASE("products go slab by slab through little memory", "[cuda]", f
   test::dense_products_of<Cuda, T, float, T, T>(gpu, shapes);
 }
 
+TEMPLATE_TEST_CASE("an adapter rides on the product of its layer", "[cuda]", float, qd::bfloat16, qd::half) {
+  using T = TestType;
+  const Gpu gpu;
+  const Cuda cuda = gpu;
+  for (const Index tokens : {3, 40})
+    for (const Index rank : {1, 8, 13}) {
+      const auto x = test::normal_matrix<T>(tokens, 128, 1);
+      const auto u = test::normal_matrix<float>(tokens, rank, 2), b = test::normal_matrix<float>(16, 50, 3);
+      const auto host = qd::quantize(test::normal_matrix<float>(50, 128, 4, 0.2).view());
+      const auto w = cuda.upload(host);
+      const test::Remote<Cuda, T> remote_x(cuda, x.view());
+      const test::Remote<Cuda, float> remote_u(cuda, u.view()), remote_b(cuda, b.view());
+      test::Output<Cuda, T> y(cuda, tokens, 50, qd::Update::overwrite);
+      cuda.matmul(remote_x.in(), w.view(), y.view(), qd::Update::overwrite, {remote_u.in(), remote_b.in().top_rows(rank)});
+      test::reference::matmul(x.view(), host.view(), y.expected(), qd::Update::overwrite);
+      test::reference::matmul_transposed(u.view(), b.view().top_rows(rank), y.expected(), qd::Update::accumulate);
+      y.check(test::bound<T>());
+      CHECK(test::code_of([&] {
+              cuda.matmul(remote_x.in(), w.view(), y.view(), qd::Update::overwrite, {remote_u.in(), remote_b.in().left_cols(49).top_rows(rank)});
+            }) == qd::Errc::shape_mismatch);
+    }
+}
+
+TEST_CASE("a product's kernel is chosen by its shape, the device and the user") {
+  using enum qd::ProductKernel;
+  const auto kernel = [](Index tokens, int compute_capability, qd::ProductLimits limits = {}) {
+    return qd::choose_product({tokens, 4096, 4096, true, true}, {compute_capability, 132}, limits);
+  };
+  CHECK(kernel(1, 90) == small_batch);
+  CHECK(kernel(32, 80) == small_batch);
+  CHECK(kernel(1, 75) == slabs);
+  CHECK(kernel(4096, 90) == slabs);
+  CHECK(kernel(16, 90, {.small_batch = 8, .tiles = 0}) == slabs);
+  CHECK(kernel(1, 75, {.small_batch = 8}) == slabs);
+  CHECK(qd::choose_product({1, 4096, 4096, false, true}, {}) == slabs);
+  CHECK(qd::choose_product({1, 4096, 4096, true, false}, {}) == slabs);
+  const qd::CudaContext context({.workspace_bytes = 1024, .product_limits = {.small_batch = 4}});
+  CHECK(context.choose_product({4, 64, 64, true, true}) == small_batch);
+  CHECK(context.choose_product({5, 64, 64, true, true}) != small_batch);
+}
+
 TEST_CASE("a workspace too small for one row of a slab is an error") {
   const qd::CudaContext context({.workspace_bytes = 1024});
   const Cuda cuda(context);

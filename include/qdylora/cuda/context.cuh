@@ -13,6 +13,7 @@
 
 #include <qdylora/core/matrix.hpp>
 #include <qdylora/cuda/memory.cuh>
+#include <qdylora/cuda/product_plan.hpp>
 
 namespace qdylora {
 
@@ -20,6 +21,7 @@ struct CudaOptions {
   int device = 0;
   std::size_t workspace_bytes = std::size_t{64} << 20;  // scratch memory of all operations; they allocate no other
   std::size_t slab_bytes = 0;  // decoded weights at once in products of many tokens; 0: what the L2 cache holds beside the activations
+  ProductLimits product_limits = {};  // which kernel makes a product, by its tokens
 };
 
 namespace detail {
@@ -43,7 +45,11 @@ struct GemmProblem {
 class CudaContext {
  public:
   explicit CudaContext(CudaOptions options = {})
-      : device_(options.device), properties_(select(options.device)), stream_(make_stream()), blas_(make_blas()) {
+      : device_(options.device),
+        properties_(select(options.device)),
+        stream_(make_stream()),
+        blas_(make_blas()),
+        product_limits_(options.product_limits) {
     const auto half_cache = static_cast<std::size_t>(properties_.l2CacheSize) / 2;
     slab_bytes_ = static_cast<Index>(options.slab_bytes > 0 ? options.slab_bytes : std::min(half_cache, options.workspace_bytes / 2));
     // Memory that is given back stays in the pool, else every synchronization would return it to the driver.
@@ -64,6 +70,10 @@ class CudaContext {
   DeviceMemory memory() const noexcept { return {stream()}; }
   /// Bytes of a weight that products decode at once.
   Index slab_bytes() const noexcept { return slab_bytes_; }
+  /// The kernel for a product.
+  ProductKernel choose_product(const ProductProblem& problem) const noexcept {
+    return qdylora::choose_product(problem, {10 * properties_.major + properties_.minor, properties_.multiProcessorCount}, product_limits_);
+  }
   /// Algorithms that cuBLASLt has chosen: it takes longer to choose one than many a product takes.
   std::map<detail::GemmProblem, cublasLtMatmulAlgo_t>& gemm_algorithms() const noexcept { return gemm_algorithms_; }
   void synchronize() const { QDYLORA_CUDA_TRY(cudaStreamSynchronize(stream())); }
@@ -113,6 +123,7 @@ class CudaContext {
   cudaDeviceProp properties_;
   Stream stream_;
   Blas blas_;
+  ProductLimits product_limits_;
   Index slab_bytes_ = 0;
   mutable std::map<detail::GemmProblem, cublasLtMatmulAlgo_t> gemm_algorithms_;
   Buffer<std::byte, DeviceMemory> workspace_;

@@ -70,6 +70,11 @@ class Cuda {
   void matmul(MatrixView<X> x, const W& w, MatrixView<Y> y, Update update = Update::overwrite) const {
     detail::matmul(*context_, MatrixView<const std::remove_const_t<X>>(x), w, y, update);
   }
+  /// y (+)= x . w^T + u . b in one pass over y: a linear layer and its adapter.
+  template <class X, class W, class Y>
+  void matmul(MatrixView<X> x, const W& w, MatrixView<Y> y, Update update, const AdapterTerm& adapter) const {
+    detail::matmul(*context_, MatrixView<const std::remove_const_t<X>>(x), w, y, update, adapter);
+  }
   template <class X, class W, class Y>
   void matmul_transposed(MatrixView<X> x, const W& w, MatrixView<Y> y, Update update = Update::overwrite) const {
     detail::matmul_transposed(*context_, MatrixView<const std::remove_const_t<X>>(x), w, y, update);

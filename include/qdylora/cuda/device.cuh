@@ -18,6 +18,13 @@ namespace qdylora::device {
 inline constexpr int warp_size = 32;
 inline constexpr unsigned all_lanes = 0xFFFFFFFFu;
 
+/// Whether code is compiled for sm_80 or later. The body of a kernel that is not launched on an earlier device need not exist there.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+inline constexpr bool is_sm80 = false;
+#else
+inline constexpr bool is_sm80 = true;
+#endif
+
 /// N 32-bit words that are loaded and stored at once.
 template <int N>
 struct alignas(4 * N) Words {
@@ -55,6 +62,23 @@ class Shared {
 
  private:
   T* data_;
+};
+
+/// Words of shared memory that are looked up again and again. Their address stays in a register, where a compiler would make it anew from
+/// its parts, so that a look-up is one addition and one load.
+class LookUpTable {
+ public:
+  __device__ __forceinline__ explicit LookUpTable(const Shared<std::uint32_t>& words) : address_(words.address()) {
+    asm volatile("" : "+r"(address_));
+  }
+  __device__ __forceinline__ std::uint32_t load(unsigned i) const {
+    std::uint32_t word;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(address_ + 4 * i));
+    return word;
+  }
+
+ private:
+  unsigned address_;
 };
 
 /// All of a block's shared memory, dealt out from its beginning. Sizes are constants, and so are the addresses.
@@ -239,6 +263,11 @@ __device__ __forceinline__ void multiply_add(float (&d)[4], const Words<4>& a, c
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a.word[0]), "r"(a.word[1]), "r"(a.word[2]), "r"(a.word[3]), "r"(b.word[0]), "r"(b.word[1]));
 }
+
+// ---- bits ------------------------------------------------------------------------------------------------------------------------
+
+/// Byte i of a word, counted from the lowest.
+__device__ __forceinline__ unsigned byte_of(std::uint32_t word, int i) { return __byte_perm(word, 0, 0x4440 + static_cast<unsigned>(i)); }
 
 // ---- arithmetic that is rounded as written: never fused into a multiply-add, whatever the compiler's flags ----------------------------
 

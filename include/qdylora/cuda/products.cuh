@@ -5,6 +5,7 @@
 
 #include <qdylora/cuda/few_tokens.cuh>
 #include <qdylora/cuda/slabs.cuh>
+#include <qdylora/cuda/small_batch.cuh>
 
 namespace qdylora::detail {
 
@@ -12,20 +13,34 @@ namespace qdylora::detail {
 template <class X, class S, class Y>
 constexpr bool is_converted = !std::same_as<X, ProductType<X, S, Y>> || !std::same_as<S, ProductType<X, S, Y>>;
 
-/// y [tokens, out] (+)= x [tokens, in] . w [out, in]^T
 template <class X, class W, class Y>
-void matmul(const CudaContext& context, MatrixView<const X> x, const W& w, MatrixView<Y> y, Update update) {
+void matmul_transposed(const CudaContext& context, MatrixView<const X> x, const W& w, MatrixView<Y> y, Update update);
+
+/// y [tokens, out] (+)= x [tokens, in] . w [out, in]^T, and what an adapter adds
+template <class X, class W, class Y>
+void matmul(const CudaContext& context, MatrixView<const X> x, const W& w, MatrixView<Y> y, Update update,
+            const AdapterTerm& adapter = {}) {
   QDYLORA_EXPECTS(x.cols == w.cols, shape_mismatch,
                   "matmul: x " + shape_text(x) + " does not fit weight " + shape_text(w.rows, w.cols));
   expect_shape("matmul: y", y, x.rows, w.rows);
-  if (y.empty()) return;
-  if constexpr (!std::is_void_v<Element<W>>) {
-    const MatrixView<const Element<W>> dense(w);
-    if (is_converted<X, Element<W>, Y> && x.rows <= few_tokens) return multiply_few(context, x, dense, y, update);
-    multiply_by_slabs(context, x, dense, y, update);
-  } else {
-    multiply_by_slabs(context, x, w, y, update);
+  const Index rank = adapter.u.cols;
+  if (rank > 0) {
+    expect_shape("matmul: the adapter's u", adapter.u, x.rows, rank);
+    expect_shape("matmul: the adapter's b", adapter.b, rank, w.rows);
   }
+  if (y.empty()) return;
+  if constexpr (FusedTypes<W, X, Y>) {
+    if (context.choose_product({x.rows, w.rows, w.cols, true, has_whole_chunks(w)}) == ProductKernel::small_batch)
+      return multiply_small_batch(context, x, w, y, update, adapter);
+  }
+  if constexpr (std::is_void_v<Element<W>>) {
+    multiply_by_slabs(context, x, w, y, update);
+  } else {
+    const MatrixView<const Element<W>> dense(w);
+    if (is_converted<X, Element<W>, Y> && x.rows <= few_tokens) multiply_few(context, x, dense, y, update);
+    else multiply_by_slabs(context, x, dense, y, update);
+  }
+  if (rank > 0) matmul_transposed(context, adapter.u, adapter.b, y, Update::accumulate);
 }
 
 /// y [tokens, in] (+)= x [tokens, out] . w [out, in]

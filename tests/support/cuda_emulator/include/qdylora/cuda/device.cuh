@@ -28,6 +28,7 @@ using test::emulator::Access;
 
 inline constexpr int warp_size = 32;
 inline constexpr unsigned all_lanes = 0xFFFFFFFFu;
+inline constexpr bool is_sm80 = true;
 
 template <int N>
 struct alignas(4 * N) Words {
@@ -78,6 +79,15 @@ class Shared {
   }
 
   std::ptrdiff_t offset_;
+};
+
+class LookUpTable {
+ public:
+  explicit LookUpTable(const Shared<std::uint32_t>& words) : words_(words) {}
+  std::uint32_t load(unsigned i) const { return words_.load(static_cast<int>(i)); }
+
+ private:
+  Shared<std::uint32_t> words_;
 };
 
 class SharedMemory {
@@ -271,6 +281,10 @@ void multiply_add(float (&d)[4], const Words<4>& a, const Words<2>& b, int line 
       }
   });
 }
+
+// ---- bits ------------------------------------------------------------------------------------------------------------------------
+
+inline unsigned byte_of(std::uint32_t word, int i) { return word >> (8 * i) & 255u; }
 
 // ---- arithmetic ------------------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,105 @@
+// The fused product of few tokens on the emulated device.
+#include <qdylora/cuda/small_batch.cuh>
+
+#include <qdylora/cpu/reference.hpp>
+#include <qdylora/cuda/quantize.cuh>
+
+#include "support/catch.hpp"
+#include "support/distortion.hpp"
+#include "support/random_data.hpp"
+
+namespace qd = qdylora;
+using qd::Index, qd::Update;
+using test::Matrix, test::MatrixView;
+
+namespace {
+
+/// A matrix in the device's memory that begins `offset` elements into an allocation and whose rows are `padding` apart. What is between is
+/// NaN, and stays so.
+template <class T>
+class OnDevice {
+ public:
+  OnDevice(MatrixView<const T> host, Index offset = 0, Index padding = 0)
+      : memory_(1, offset + host.rows * (host.cols + padding)), view_(memory_.data() + offset, host.rows, host.cols, host.cols + padding) {
+    for (Index i = 0; i < memory_.size(); ++i) memory_.data()[i] = test::scalar<T>(std::numeric_limits<double>::quiet_NaN());
+    for (Index i = 0; i < host.rows; ++i) std::copy_n(host.row(i), host.cols, view_.row(i));
+  }
+  MatrixView<T> view() const { return view_; }
+  bool padding_intact() const {
+    Index numbers = 0;
+    for (Index i = 0; i < memory_.size(); ++i) numbers += static_cast<double>(memory_.data()[i]) == static_cast<double>(memory_.data()[i]);
+    return numbers == view_.size();
+  }
+
+ private:
+  Matrix<T, qd::DeviceMemory> memory_;  // which is the host's
+  MatrixView<T> view_;
+};
+
+struct Case {
+  Index tokens, out, in, block = 64, rank = 0;
+};
+
+template <class Format, class Scales, class T, class Y>
+void check(const qd::CudaContext& context, const Case& c, Index offset = 0, Index padding = 0) {
+  CAPTURE(Format::name, c.tokens, c.out, c.in, c.block, c.rank, offset, padding);
+  const auto host = qd::reference::quantize<Format, Scales>(test::normal_matrix<float>(c.out, c.in, 1, 0.2).view(), c.block);
+  const qd::QuantizedTensor<Format, Scales, qd::DeviceMemory> w(c.out, c.in, c.block, qd::detail::on_device(context, host.codes()),
+                                                                qd::detail::on_device<Scales>(context, host.scales()));
+  const auto x = test::normal_matrix<T>(c.tokens, c.in, 2);
+  const auto u = test::normal_matrix<float>(c.tokens, c.rank, 3, 0.5), b = test::normal_matrix<float>(c.rank, c.out, 4);
+  const OnDevice<T> device_x(x.view(), offset, padding);
+  const OnDevice<float> device_u(u.view(), 0, 1), device_b(b.view(), 0, 3);
+  for (const Update update : {Update::overwrite, Update::accumulate}) {
+    Matrix<T> initial = test::normal_matrix<T>(c.tokens, c.out, 5);
+    Matrix<Y> start(c.tokens, c.out);
+    Matrix<double> expected(c.tokens, c.out);
+    for (Index i = 0; i < start.size(); ++i) {
+      start.data()[i] = test::scalar<Y>(static_cast<double>(initial.data()[i]));
+      expected.data()[i] = static_cast<double>(start.data()[i]);
+    }
+    qd::reference::matmul(x.view(), host.view(), expected.view(), update);
+    for (Index i = 0; i < c.tokens; ++i)
+      for (Index j = 0; j < c.out; ++j)
+        for (Index r = 0; r < c.rank; ++r) expected(i, j) += static_cast<double>(u(i, r)) * static_cast<double>(b(r, j));
+    OnDevice<Y> y(start.view(), 0, 3);
+    qd::detail::multiply_small_batch(context, MatrixView<const T>(device_x.view()), w.view(), y.view(), update,
+                                     {device_u.view(), device_b.view()});
+    CHECK(test::normalised_squared_error(y.view(), expected.view()) <= (std::is_same_v<T, qd::half> ? 5e-7 : 2e-5));
+    CHECK(y.padding_intact());
+  }
+}
+
+}  // namespace
+
+TEMPLATE_TEST_CASE("few tokens with 4-bit weights on the device are the reference's", "[cuda]", qd::bfloat16, qd::half) {
+  using namespace qdylora;
+  using T = TestType;
+  const CudaContext context({.workspace_bytes = std::size_t{1} << 20});
+  // One row and chunk; rows and tokens beside the tiles; chunks beside a group of 4 and a round of 8 warps; many second-level blocks.
+  const Case cases[] = {{1, 1, 64},    {1, 16, 256},        {2, 17, 320},       {8, 33, 448},     {9, 15, 2048},      {16, 31, 2112},
+                        {17, 47, 192}, {31, 5, 4352, 64, 3}, {32, 49, 128, 128}, {5, 130, 640, 64, 64}, {1, 16, 2304, 64, 8}};
+  for (const Case& c : cases) check<NF4, DoubleQuant<>, T, T>(context, c);
+  for (const Index block : {128, 512, 4096}) check<NF4, DoubleQuant<>, T, T>(context, {3, 37, 8256, block, 9});
+  check<NF4, DoubleQuant<>, T, float>(context, {7, 29, 320, 64, 5});
+  check<NF4, Float32Scales, T, T>(context, {20, 40, 704, 64, 7});
+  check<FP4, DoubleQuant<>, T, T>(context, {4, 40, 384, 64, 0});
+  check<NF4, DoubleQuant<FP8E4M3>, T, T>(context, {4, 40, 384, 256, 0});
+  check<NF4, DoubleQuant<>, T, T>(context, {6, 20, 320}, 1, 0);  // x that is aligned to its elements alone
+  check<NF4, DoubleQuant<>, T, T>(context, {6, 20, 320}, 8, 3);
+  check<NF4, DoubleQuant<>, T, T>(context, {6, 20, 320}, 8, 8);
+}
+
+TEST_CASE("a weight that is not a number spoils its own outputs, and no others") {
+  using T = qd::bfloat16;
+  const qd::CudaContext context({.workspace_bytes = std::size_t{1} << 20});
+  auto weight = test::normal_matrix<float>(40, 256, 1);
+  weight(17, 70) = std::numeric_limits<float>::infinity();
+  const auto host = qd::reference::quantize<qd::NF4, qd::Float32Scales>(MatrixView<const float>(weight.view()), 64);
+  const qd::QuantizedTensor<qd::NF4, qd::Float32Scales, qd::DeviceMemory> w(
+      40, 256, 64, qd::detail::on_device(context, host.codes()), qd::detail::on_device<qd::Float32Scales>(context, host.scales()));
+  const OnDevice<T> x(test::normal_matrix<T>(3, 256, 2).view()), y(test::normal_matrix<T>(3, 40, 2).view());
+  qd::detail::multiply_small_batch(context, MatrixView<const T>(x.view()), w.view(), y.view(), Update::overwrite);
+  for (Index i = 0; i < 3; ++i)
+    for (Index j = 0; j < 40; ++j) CHECK(std::isfinite(static_cast<float>(y.view()(i, j))) == (j != 17));
+}
