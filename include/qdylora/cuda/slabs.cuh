@@ -110,8 +110,8 @@ void multiply_by_slabs(const CudaContext& context, MatrixView<const X> x, const 
   const ConvertedRows<C, X> input(scratch, x, converted_bytes(context));
   const auto multiply = [&](MatrixView<const C> slab, Index first) {
     for_each_piece(x.rows, input.at_once(), [&](Index begin, Index count) {
-      gemm<C>(context, scratch, {input.take(context, begin, count)}, {slab, true}, y.middle_rows(begin, count).middle_cols(first, slab.rows),
-              update);
+      const MatrixView<Y> part = y.middle_rows(begin, count).middle_cols(first, slab.rows);
+      gemm<C>(context, scratch, {input.take(context, begin, count)}, {slab, true}, part, update);
     });
   };
   if constexpr (std::same_as<Element<W>, C>) {
@@ -136,8 +136,8 @@ void multiply_transposed_by_slabs(const CudaContext& context, MatrixView<const X
   const ConvertedRows<C, X> input(scratch, x, converted_bytes(context));
   const auto multiply = [&](MatrixView<const C> slab, Index first) {
     for_each_piece(x.rows, input.at_once(), [&](Index begin, Index count) {
-      gemm<C>(context, scratch, {input.take(context, begin, count)}, {slab}, y.middle_rows(begin, count).middle_cols(first, slab.cols),
-              update);
+      const MatrixView<Y> part = y.middle_rows(begin, count).middle_cols(first, slab.cols);
+      gemm<C>(context, scratch, {input.take(context, begin, count)}, {slab}, part, update);
     });
   };
   if constexpr (std::same_as<Element<W>, C>) {

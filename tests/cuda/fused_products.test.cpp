@@ -1,5 +1,5 @@
-// The fused product of few tokens on the emulated device.
-#include <qdylora/cuda/small_batch.cuh>
+// Products that decode on the way into the tensor cores, on the emulated device.
+#include <qdylora/cuda/tiles.cuh>
 
 #include <qdylora/cpu/reference.hpp>
 #include <qdylora/cuda/quantize.cuh>
@@ -40,7 +40,9 @@ struct Case {
   Index tokens, out, in, block = 64, rank = 0;
 };
 
-template <class Format, class Scales, class T, class Y>
+enum class Kernel { small_batch, tiles };
+
+template <class Format, class Scales, class T, class Y, Kernel kernel = Kernel::small_batch>
 void check(const qd::CudaContext& context, const Case& c, Index offset = 0, Index padding = 0) {
   CAPTURE(Format::name, c.tokens, c.out, c.in, c.block, c.rank, offset, padding);
   const auto host = qd::reference::quantize<Format, Scales>(test::normal_matrix<float>(c.out, c.in, 1, 0.2).view(), c.block);
@@ -63,8 +65,9 @@ void check(const qd::CudaContext& context, const Case& c, Index offset = 0, Inde
       for (Index j = 0; j < c.out; ++j)
         for (Index r = 0; r < c.rank; ++r) expected(i, j) += static_cast<double>(u(i, r)) * static_cast<double>(b(r, j));
     OnDevice<Y> y(start.view(), 0, 3);
-    qd::detail::multiply_small_batch(context, MatrixView<const T>(device_x.view()), w.view(), y.view(), update,
-                                     {device_u.view(), device_b.view()});
+    const MatrixView<const T> in = device_x.view();
+    if constexpr (kernel == Kernel::tiles) qd::detail::multiply_tiles(context, in, w.view(), y.view(), update);
+    else qd::detail::multiply_small_batch(context, in, w.view(), y.view(), update, {device_u.view(), device_b.view()});
     CHECK(test::normalised_squared_error(y.view(), expected.view()) <= (std::is_same_v<T, qd::half> ? 5e-7 : 2e-5));
     CHECK(y.padding_intact());
   }
@@ -88,6 +91,20 @@ TEMPLATE_TEST_CASE("few tokens with 4-bit weights on the device are the referenc
   check<NF4, DoubleQuant<>, T, T>(context, {6, 20, 320}, 1, 0);  // x that is aligned to its elements alone
   check<NF4, DoubleQuant<>, T, T>(context, {6, 20, 320}, 8, 3);
   check<NF4, DoubleQuant<>, T, T>(context, {6, 20, 320}, 8, 8);
+}
+
+TEMPLATE_TEST_CASE("tiles of tokens with 4-bit weights on the device are the reference's", "[cuda]", qd::bfloat16, qd::half) {
+  using namespace qdylora;
+  using T = TestType;
+  constexpr auto tiles = Kernel::tiles;
+  const CudaContext context({.workspace_bytes = std::size_t{1} << 20});
+  // Rows beside a warp's 16 and a block's 128; tokens beside a tile; sums in one part and in several, of different lengths.
+  const Case cases[] = {{1, 1, 256}, {33, 128, 256}, {32, 129, 512}, {65, 15, 1280}, {30, 17, 2304}, {70, 100, 512, 128}};
+  for (const Case& c : cases) check<NF4, DoubleQuant<>, T, T, tiles>(context, c);
+  check<NF4, DoubleQuant<>, T, float, tiles>(context, {33, 29, 1280});
+  check<FP4, Float32Scales, T, T, tiles>(context, {20, 40, 256, 256});
+  check<NF4, DoubleQuant<>, T, T, tiles>(context, {9, 20, 256}, 1, 0);
+  check<NF4, DoubleQuant<>, T, T, tiles>(context, {9, 20, 512}, 8, 8);
 }
 
 TEST_CASE("a weight that is not a number spoils its own outputs, and no others") {

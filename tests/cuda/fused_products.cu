@@ -1,0 +1,16 @@
+// The kernels whose main loops sass.cmake counts.
+#include <qdylora/cuda/tiles.cuh>
+
+namespace qd = qdylora;
+namespace device = qd::device;
+
+template <int token_tiles>
+using FewTokens = device::SmallBatch<qd::NF4, qd::DoubleQuant<>, qd::bfloat16, qd::bfloat16, token_tiles>;
+template void device::launch(const device::Launch&, const FewTokens<1>&);
+template void device::launch(const device::Launch&, const FewTokens<2>&);
+template void device::launch(const device::Launch&, const FewTokens<4>&);
+
+template <int token_tiles>
+using ManyTokens = device::Tiles<qd::NF4, qd::DoubleQuant<>, qd::bfloat16, qd::bfloat16, token_tiles>;
+template void device::launch(const device::Launch&, const ManyTokens<4>&);
+template void device::launch(const device::Launch&, const ManyTokens<8>&);
