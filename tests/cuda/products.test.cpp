@@ -49,10 +49,10 @@ TEMPLATE_TEST_CASE("an adapter rides on the product of its layer", "[cuda]", flo
   const Gpu gpu;
   const Cuda cuda = gpu;
   for (const Index tokens : {3, 40})
-    for (const Index rank : {1, 8, 13}) {
-      const auto x = test::normal_matrix<T>(tokens, 128, 1);
+    for (const Index rank : {1, 13}) {
+      const auto x = test::normal_matrix<T>(tokens, 256, 1);
       const auto u = test::normal_matrix<float>(tokens, rank, 2), b = test::normal_matrix<float>(16, 50, 3);
-      const auto host = qd::quantize(test::normal_matrix<float>(50, 128, 4, 0.2).view());
+      const auto host = qd::quantize(test::normal_matrix<float>(50, 256, 4, 0.2).view());
       const auto w = cuda.upload(host);
       const test::Remote<Cuda, T> remote_x(cuda, x.view());
       const test::Remote<Cuda, float> remote_u(cuda, u.view()), remote_b(cuda, b.view());
@@ -62,7 +62,8 @@ TEMPLATE_TEST_CASE("an adapter rides on the product of its layer", "[cuda]", flo
       test::reference::matmul_transposed(u.view(), b.view().top_rows(rank), y.expected(), qd::Update::accumulate);
       y.check(test::bound<T>());
       CHECK(test::code_of([&] {
-              cuda.matmul(remote_x.in(), w.view(), y.view(), qd::Update::overwrite, {remote_u.in(), remote_b.in().left_cols(49).top_rows(rank)});
+              const auto narrow = remote_b.in().left_cols(49).top_rows(rank);
+              cuda.matmul(remote_x.in(), w.view(), y.view(), qd::Update::overwrite, {remote_u.in(), narrow});
             }) == qd::Errc::shape_mismatch);
     }
 }
@@ -74,10 +75,22 @@ TEST_CASE("a product's kernel is chosen by its shape, the device and the user") 
   };
   CHECK(kernel(1, 90) == small_batch);
   CHECK(kernel(32, 80) == small_batch);
+  CHECK(kernel(33, 80) == tiles);
+  CHECK(kernel(256, 90) == tiles);
+  CHECK(kernel(257, 90) == slabs);
+  CHECK(kernel(512, 89) == tiles);
+  CHECK(kernel(65, 100) == slabs);
+  CHECK(kernel(64, 103) == tiles);
   CHECK(kernel(1, 75) == slabs);
   CHECK(kernel(4096, 90) == slabs);
+  CHECK(kernel(9, 90, {.small_batch = 8}) == tiles);
   CHECK(kernel(16, 90, {.small_batch = 8, .tiles = 0}) == slabs);
+  CHECK(kernel(33, 90, {.small_batch = 100, .tiles = 0}) == slabs);  // more than it can take
   CHECK(kernel(1, 75, {.small_batch = 8}) == slabs);
+  CHECK(qd::choose_product({16, 22016, 4096, true, true}, {}) == small_batch);
+  CHECK(qd::choose_product({17, 22016, 4096, true, true}, {}) == tiles);   // many rows: x is read for 128 of them at once
+  CHECK(qd::choose_product({40, 4096, 4160, true, true}, {}) == slabs);    // no whole groups
+  CHECK(qd::choose_product({20, 22016, 4160, true, true}, {}) == small_batch);
   CHECK(qd::choose_product({1, 4096, 4096, false, true}, {}) == slabs);
   CHECK(qd::choose_product({1, 4096, 4096, true, false}, {}) == slabs);
   const qd::CudaContext context({.workspace_bytes = 1024, .product_limits = {.small_batch = 4}});

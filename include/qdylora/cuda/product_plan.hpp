@@ -1,12 +1,12 @@
 // Which kernel makes a product with a quantized weight. Host code alone: a plan can be asked for, and tested, without a device.
 //
-//   small_batch   decodes into tensor cores a chunk at a time, each block 16 rows of the weight: a memory-bound kernel, which reads x once
-//                 for every 16 rows
-//   tiles         decodes into tensor cores, each block many rows of the weight and a tile of tokens that lies in shared memory
+//   small_batch   decodes into tensor cores, each block 16 rows of the weight: memory-bound, though it reads x once for every 16 rows
+//   tiles         decodes into tensor cores, each block 128 rows of the weight and a tile of tokens, which lies in shared memory
 //   slabs         decodes a slab into the workspace and leaves the product to cuBLASLt: any types, any shape, and the best there is where
 //                 the product outweighs the decoding
 //
-// The most tokens that each takes, by compute capability, where the codes have 4 bits, activations 16, and rows are whole chunks of 64:
+// The most tokens that each takes, by compute capability, where the codes have 4 bits, activations 16, and rows are whole chunks of 64 (for
+// tiles, whole groups of 256):
 //
 //                          small_batch   tiles
 //   7.5                              0       0   no mma.m16n8k16 of bfloat16 or half
@@ -15,8 +15,13 @@
 //   9.0                             32     256   beyond, wgmma through cuBLASLt is ahead of mma
 //   10.x  11.x                      32      64   mma is a fraction of what tcgen05 does
 //
+// From 17 tokens on, x is more than four times the codes of 16 rows: tiles are ahead of small_batch as soon as there are blocks of 128 rows
+// for half of the processors.
+//
 // The numbers come from instruction counts and data sheets, not from measurements. ProductLimits overrides them.
 #pragma once
+
+#include <algorithm>
 
 #include <qdylora/core/scalar.hpp>
 
@@ -28,7 +33,7 @@ enum class ProductKernel { small_batch, tiles, slabs };
 struct ProductProblem {
   Index tokens = 0, out = 0, in = 0;
   bool fused_types = false;   // 4-bit codes, bfloat16 or half activations
-  bool whole_chunks = false;  // `in` and the block size are multiples of 64, codes are aligned to 16 bytes
+  bool whole_chunks = false;  // `in` and the block size are multiples of 64, and codes are aligned
 };
 
 struct ProductDevice {
@@ -36,7 +41,7 @@ struct ProductDevice {
   int processors = 132;
 };
 
-/// The most tokens that a kernel is given; -1: what the table has.
+/// The most tokens that a kernel is given, for small_batch 32 at most; -1: what the table has.
 struct ProductLimits {
   Index small_batch = -1;
   Index tiles = -1;
@@ -54,8 +59,10 @@ constexpr ProductKernel choose_product(const ProductProblem& problem, const Prod
   if (limits.small_batch < 0) limits.small_batch = table.small_batch;
   if (limits.tiles < 0) limits.tiles = table.tiles;
   if (!problem.fused_types || !problem.whole_chunks || device.compute_capability < 80) return ProductKernel::slabs;
-  if (problem.tokens <= limits.small_batch) return ProductKernel::small_batch;
-  return ProductKernel::slabs;
+  const bool fits_tiles = problem.in % 256 == 0 && problem.tokens <= limits.tiles;
+  if (fits_tiles && problem.tokens > 16 && (problem.out + 127) / 128 >= device.processors / 2) return ProductKernel::tiles;
+  if (problem.tokens <= std::min<Index>(limits.small_batch, 32)) return ProductKernel::small_batch;
+  return fits_tiles ? ProductKernel::tiles : ProductKernel::slabs;
 }
 
 }  // namespace qdylora

@@ -6,6 +6,7 @@
 #include <qdylora/cuda/few_tokens.cuh>
 #include <qdylora/cuda/slabs.cuh>
 #include <qdylora/cuda/small_batch.cuh>
+#include <qdylora/cuda/tiles.cuh>
 
 namespace qdylora::detail {
 
@@ -30,10 +31,12 @@ void matmul(const CudaContext& context, MatrixView<const X> x, const W& w, Matri
   }
   if (y.empty()) return;
   if constexpr (FusedTypes<W, X, Y>) {
-    if (context.choose_product({x.rows, w.rows, w.cols, true, has_whole_chunks(w)}) == ProductKernel::small_batch)
-      return multiply_small_batch(context, x, w, y, update, adapter);
-  }
-  if constexpr (std::is_void_v<Element<W>>) {
+    switch (context.choose_product({x.rows, w.rows, w.cols, true, has_whole_chunks(w)})) {
+      case ProductKernel::small_batch: return multiply_small_batch(context, x, w, y, update, adapter);
+      case ProductKernel::tiles: multiply_tiles(context, x, w, y, update); break;
+      case ProductKernel::slabs: multiply_by_slabs(context, x, w, y, update); break;
+    }
+  } else if constexpr (std::is_void_v<Element<W>>) {
     multiply_by_slabs(context, x, w, y, update);
   } else {
     const MatrixView<const Element<W>> dense(w);
