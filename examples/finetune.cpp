@@ -271,8 +271,9 @@ int finetune(const Options& o) {
   std::printf("trained    %lld steps, %lld tokens in %.0f s (%.0f tokens/s); memory %.0f MB at most\n", static_cast<long long>(o.steps),
               static_cast<long long>(history.tokens), history.seconds, history.tokens_per_second(), static_cast<double>(memory.peak) / 1e6);
   if (chosen.measure)
-    std::printf("auto       %.0f %% of the later rows went to low ranks; %s at the end\n", 100.0 * trainer.nested().share,
-                trainer.reordered_at_end() ? "re-ordered" : "not re-ordered");
+    std::printf(trainer.reordered_at_end() ? "auto       low ranks need no rows of their own here; re-ordered at the end\n"
+                                           : "auto       %.0f %% of the later rows went to low ranks\n",
+                100.0 * trainer.nested().share);
   std::printf("evaluating every rank ...\n");
   std::fflush(stdout);
 

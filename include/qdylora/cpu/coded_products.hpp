@@ -10,7 +10,7 @@
 namespace qdylora::detail {
 
 inline constexpr Index few_tokens = 16;     // at most this many tokens go without panels
-inline constexpr Index few_tokens_in_pairs = 4;  // the same where panels would be of bfloat16 and these kernels are float32
+inline constexpr Index few_tokens_in_pairs = 4;  // backward, where panels of pairs come straight from codes and these kernels are float32
 
 /// Every scale of a weight, where kernels read them as a table.
 inline const float* all_scales(const CpuRun& run, const CodedWeight& w) {
@@ -190,7 +190,7 @@ void multiply_coded(const CpuRun& run, MatrixView<const T> x, const W& weight, M
   QDYLORA_EXPECTS(direction == Direction::forward || compute != Compute::int8, unsupported,
                   "matmul_transposed: Compute::int8 is for inference; gradients need exact or bits16");
   const bool plain_codes = w.bits == 4 && w.whole_blocks() && w.cols > 0;
-  const Index few = direction == Direction::backward && bits16 && kernels.pairs ? few_tokens_in_pairs : few_tokens;
+  const Index few = direction == Direction::backward && bits16 && kernels.bits16.backward != nullptr ? few_tokens_in_pairs : few_tokens;
   if (plain_codes && x.rows <= few && w.rows > 0) {
     const FewKernels& kernel = compute == Compute::int8         ? kernels.few_int8
                                : bits16 && kernels.few_bits16 ? kernels.few_bits16
@@ -209,8 +209,8 @@ void multiply_coded(const CpuRun& run, MatrixView<const T> x, const W& weight, M
       return multiply_rounded(run, x, weight, y, update);
     }
   const CodedPanels<direction> panels{kernels, w, all_scales(run, w)};
-  if (bits16 && kernels.pairs)
-    multiply_panels<float>(run, PairCells{kernels.pairs}, panels, task_outputs(panels.outputs()), token_group, x, y, update);
+  if (bits16 && kernels.bits16)
+    multiply_panels<float>(run, Bits16Cells{kernels.bits16}, panels, task_outputs(panels.outputs()), token_group, x, y, update);
   else
     multiply_panels<float>(run, PlainCells<float>{run.kernels<float>()}, panels, task_outputs(panels.outputs()), token_group, x, y, update);
 }

@@ -41,6 +41,18 @@ void store(Y& target, S value, Update update) noexcept {
 
 enum class Direction { forward, backward };
 
+/// A panel in 16 bits, from one in float32.
+template <class Panels>
+void fill_rounded(const Panels& panels, const CodeKernels& kernels, Index first, Index count, Index begin, Index part, std::uint32_t* out) {
+  constexpr Index rows = 64;  // which stay in the first-level cache
+  float* panel = scratch<float, 9>(rows * panel_width);
+  for (Index k = 0; k < part; k += rows) {
+    const Index here = std::min(rows, part - k);
+    panels.fill(first, count, begin + k, here, panel);
+    kernels.bits16.round_panel(panel, here, out + kernels.bits16.cells_of(k) * panel_width);
+  }
+}
+
 /// Forward, the outputs of a product are a weight's rows and its sums run along columns; backward it is the other way.
 template <Direction direction>
 struct CodedPanels {
@@ -56,15 +68,15 @@ struct CodedPanels {
     else kernels.backward_panel(w, scales, begin, part, first, count, out);
   }
   void fill(Index first, Index count, Index begin, Index part, std::uint32_t* out) const {
-    if (w.bits != 4 || !w.whole_blocks()) {
-      float* panel = scratch<float, 9>(part * panel_width);
-      fill(first, count, begin, part, panel);
-      kernels.pairs.pair_rows(panel, part, out);
-    } else if constexpr (direction == Direction::forward) {
-      if (count < panel_width) std::fill_n(out, (part + 1) / 2 * panel_width, 0u);
-      kernels.pairs.forward(w, scales_from(first), first, count, begin, part, out);
+    const CellKernels& cells = kernels.bits16;
+    const bool direct = w.bits == 4 && w.whole_blocks() &&
+                        (direction == Direction::forward ? w.block_size >= cells.numbers : cells.backward != nullptr);
+    if (!direct) return fill_rounded(*this, kernels, first, count, begin, part, out);
+    if constexpr (direction == Direction::forward) {
+      if (count < panel_width) std::fill_n(out, cells.cells_of(part) * panel_width, 0u);
+      cells.forward(w, scales_from(first), first, count, begin, part, out);
     } else {
-      kernels.pairs.backward(w, scales, begin, part, first, out);
+      cells.backward(w, scales, begin, part, first, out);
     }
   }
 
@@ -104,9 +116,7 @@ struct ElementPanels {
     }
   }
   void fill(Index first, Index count, Index begin, Index part, std::uint32_t* out) const {
-    float* panel = scratch<float, 9>(part * panel_width);
-    fill(first, count, begin, part, panel);
-    kernels.pairs.pair_rows(panel, part, out);
+    fill_rounded(*this, kernels, first, count, begin, part, out);
   }
 };
 
@@ -115,8 +125,11 @@ struct ElementPanels {
 template <class S>
 struct PlainCells {
   using Cell = S;
-  static constexpr Index numbers = 1;  // of the sum in a cell
   const KernelTable<S>& kernels;
+
+  /// Of a sum, in a panel.
+  static constexpr Index panel_depth() noexcept { return panel_cells; }
+  static constexpr Index cells_of(Index depth) noexcept { return depth; }
 
   /// Rows of x as cells: its own memory where that serves, else the calling thread's.
   template <class T>
@@ -133,14 +146,15 @@ struct PlainCells {
   }
 };
 
-struct PairCells {
+struct Bits16Cells {
   using Cell = std::uint32_t;
-  static constexpr Index numbers = 2;
-  const PairKernels& kernels;
+  const CellKernels& kernels;
 
+  Index panel_depth() const noexcept { return panel_cells / kernels.cells * kernels.numbers; }
+  Index cells_of(Index depth) const noexcept { return kernels.cells_of(depth); }
   template <class T>
   MatrixView<const Cell> prepare(const CpuRun& run, MatrixView<const T> x) const {
-    const Index cols = (x.cols + 1) / 2, stride = uncrowded_stride<Cell>(cols);
+    const Index cols = cells_of(x.cols), stride = uncrowded_stride<Cell>(cols);
     const MatrixView<Cell> cells{scratch<Cell, 10>(x.rows * stride), x.rows, cols, stride};
     run.parallel_ranges(x.rows, row_grain(x.cols), [&](Index begin, Index end) {
       for (Index i = begin; i < end; ++i) kernels.round(row_as<float, 2>(x, i), x.cols, cells.row(i));
@@ -163,7 +177,7 @@ template <class S, class Cells, class Panels, class T, class Y>
 void multiply_panels(const CpuRun& run, const Cells& cells, const Panels& panels, Index task_outputs, Index group_tokens,
                      MatrixView<const T> x, MatrixView<Y> y, Update update) {
   using Cell = typename Cells::Cell;
-  constexpr Index panel_depth = panel_cells * Cells::numbers;
+  const Index panel_depth = cells.panel_depth();
   const MatrixView<const Cell> input = cells.prepare(run, x);
   const Index outputs = panels.outputs(), depth = panels.depth();
   const Index parts = depth_parts(outputs, depth);
@@ -190,14 +204,14 @@ void multiply_panels(const CpuRun& run, const Cells& cells, const Panels& panels
     Cell* panel = scratch<Cell, 0>(padded * panel_cells);
     for (Index k = begin; k < std::max(end, begin + 1); k += panel_depth) {
       const Index part = std::clamp<Index>(end - k, 0, panel_depth);
-      const Index here = (part + Cells::numbers - 1) / Cells::numbers;
+      const Index here = cells.cells_of(part);
       for (Index p = 0; p < width; p += panel_width)
         panels.fill(first + p, std::min(panel_width, width - p), k, part, panel + p * panel_cells);
       const bool add = k > begin || (direct && update == Update::accumulate);
       for (Index m = 0; m < tokens; m += token_block)
         for (Index p = 0; p < width; p += panel_width)
           cells.gemm(std::min(token_block, tokens - m), width - p > panel_width / 2 ? panel_width : panel_width / 2, here,
-                     input.row(token + m) + k / Cells::numbers, input.stride, panel + p * panel_cells, out.row(m) + p, out.stride, add);
+                     input.row(token + m) + cells.cells_of(k), input.stride, panel + p * panel_cells, out.row(m) + p, out.stride, add);
     }
     if (!direct && parts == 1)
       for (Index m = 0; m < tokens; ++m)

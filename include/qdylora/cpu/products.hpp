@@ -72,8 +72,8 @@ void multiply_dense(const CpuRun& run, MatrixView<const T> x, const W& w, Matrix
   const auto go = [&](const auto& panels) {
     const Index group = is_dense<W> ? dense_group : token_group;
     if constexpr (std::is_same_v<S, float>)
-      if (run.compute_of<T>() == Compute::bits16 && kernels.pairs && x.rows >= few_dots)
-        return multiply_panels<S>(run, PairCells{kernels.pairs}, panels, 2 * panel_width, group, x, y, update);
+      if (run.compute_of<T>() == Compute::bits16 && kernels.bits16 && x.rows >= few_dots)
+        return multiply_panels<S>(run, Bits16Cells{kernels.bits16}, panels, 2 * panel_width, group, x, y, update);
     multiply_panels<S>(run, PlainCells<S>{run.kernels<S>()}, panels, 2 * panel_width, group, x, y, update);
   };
   if constexpr (is_dense<W>) go(ElementPanels<direction, ConstView<W>>{kernels, w});

@@ -17,8 +17,8 @@ namespace qdylora {
 enum class Compute {
   automatic,  // bits16 where activations are bfloat16, else exact
   exact,      // float32: 3e-7
-  bits16,     // 16-bit factors, float32 sums: bfloat16 (2e-3) where the machine has it, else integers (2e-4) or float32; few tokens with
-              // dense or INT8 weights stay in float32
+  bits16,     // 16-bit factors: bfloat16 (2e-3) or integers (3e-4), whichever the machine multiplies faster, where that is faster than
+              // float32; few tokens with dense or INT8 weights stay in float32
   int8,       // for inference: activations in 8 bits, a scale for 64 of them (1e-2); products with quantized weights alone, no gradients
 };
 

@@ -7,8 +7,8 @@
 //   per-row          every sequence of a batch at a rank of its own, from the first step
 //   order-then-nest  full rank first; then the adapter is re-ordered so that its first rows carry the most, and ranks are dealt out row by
 //                    row, first rows learning faster at first
-//   auto             as order-then-nest, but what is spent on low ranks follows what they lose after the re-ordering, measured on
-//                    sequences held back from training
+//   auto             measures at mid-run, on sequences held back from training, what low ranks lose when the adapter is re-ordered: where
+//                    that is next to nothing it goes on as qlora-svd, else as order-then-nest, spending on each rank what its loss is worth
 #pragma once
 
 #include <algorithm>
@@ -43,9 +43,9 @@ struct Recipe {
   double head_power = 2.0;
   std::int64_t rewarm_steps = 10;
   bool gates = false;               // a trained factor for every row at every rank
-  bool measure = false;             // auto: full_share, weights and boost follow the measured gaps
+  bool measure = false;             // auto: whether there is a second phase, and its full_share, weights and boost, follow the measured gaps
 
-  bool order_at_end = false;        // qlora-svd; auto does it where it spent little on low ranks
+  bool order_at_end = false;        // qlora-svd; auto does it where it has no second phase
 };
 
 inline constexpr std::array<std::string_view, 7> recipe_names = {"auto",    "order-then-nest", "qdylora",  "qdylora-frozen",
@@ -86,16 +86,17 @@ constexpr Index held_back_rows(Index rows, Index ranks) noexcept {
 
 /// The share of rows, and its division among the ranks below the largest, that `auto` spends on low ranks.
 struct NestedShare {
-  double share = 0.0;           // of all rows
+  double share = 0.0;           // of all rows; 0: ordering alone is enough
   double strength = 0.0;        // 0 ... 1, scales the learning-rate boost
   std::vector<double> weights;  // one a rank of the set, 0 for the largest; sum 1 unless share is 0
 };
 
 inline constexpr double largest_nested_share = 0.5;
+inline constexpr double largest_gap_left_to_ordering = 0.09;
 
 /// losses: mean loss at every rank of the set; base: without adapter. The gap of a rank is measured in units of what full rank gains over
-/// the base; a mean gap of a quarter of the gain or more gets the largest share, smaller ones in proportion to the square root of the gap, and
-/// so do the ranks among each other.
+/// the base. Mean gaps up to largest_gap_left_to_ordering get no rows; a quarter of the gain or more gets the largest share, what lies between
+/// in proportion to the square root of the gap, and so do the ranks among each other.
 inline NestedShare nested_share(const std::vector<double>& losses, double base) {
   NestedShare result;
   const std::size_t ranks = losses.size();
@@ -106,12 +107,13 @@ inline NestedShare nested_share(const std::vector<double>& losses, double base) 
   for (std::size_t i = 0; i + 1 < ranks; ++i) {
     const double gap = std::max(0.0, losses[i] - losses.back());
     gaps += gap;
-    roots += result.weights[i] = std::sqrt(gap);
+    roots += std::sqrt(gap);
   }
-  if (gaps <= 0.0) return result;
-  result.strength = std::min(1.0, std::sqrt(gaps / static_cast<double>(ranks - 1) / gain / 0.25));
+  const double gap = gaps / static_cast<double>(ranks - 1) / gain;
+  if (gap <= largest_gap_left_to_ordering) return result;
+  result.strength = std::min(1.0, std::sqrt(gap / 0.25));
   result.share = largest_nested_share * result.strength;
-  for (double& w : result.weights) w /= roots;
+  for (std::size_t i = 0; i + 1 < ranks; ++i) result.weights[i] = std::sqrt(std::max(0.0, losses[i] - losses.back())) / roots;
   return result;
 }
 

@@ -147,7 +147,7 @@ class Trainer {
 
   std::vector<double> losses_by_rank(const Batch& batch) { return losses_by_rank(std::span<const Batch>(&batch, 1)); }
 
-  /// What `auto` decided, for reports; empty weights before it did.
+  /// What `auto` decided; empty weights before it did.
   const NestedShare& nested() const noexcept { return nested_share_; }
   bool reordered_at_end() const noexcept { return reordered_at_end_; }
   std::int64_t skipped_steps() const noexcept { return optimizer_.skipped_steps(); }
@@ -166,8 +166,9 @@ class Trainer {
   State state() const { return {step_, nesting_, sampler_.state(), nested_share_, reordered_at_end_}; }
   /// Throws Errc::bad_argument if the state cannot be of a run with these options, shape_mismatch if it is of other ranks.
   void restore(const State& state) {
+    const bool chose_not_to = !state.nested.weights.empty() && state.nested.share == 0.0;
     QDYLORA_EXPECTS(state.step >= 0 && state.step <= options_.steps &&
-                        state.nesting == (order_step_ < options_.steps && state.step > order_step_),
+                        state.nesting == (order_step_ < options_.steps && state.step > order_step_ && !chose_not_to),
                     bad_argument, "Trainer::restore: the state at step " + std::to_string(state.step) + " is of another run");
     step_ = state.step;
     nesting_ = state.nesting;
@@ -179,7 +180,7 @@ class Trainer {
   /// Whether moments were gathered for a re-ordering that is still to come, so that a checkpoint keeps them.
   bool collecting() const noexcept {
     const auto& r = options_.recipe;
-    return order_step_ < options_.steps && r.ordering == Reordering::gram && !nesting_ && step_ > 0 &&
+    return order_step_ < options_.steps && r.ordering == Reordering::gram && step_ > 0 && step_ <= order_step_ &&
            step_ > order_step_ - r.collect_steps;
   }
 
@@ -212,7 +213,7 @@ class Trainer {
     SamplerOptions options;
     options.granularity = options_.recipe.granularity;
     options.full_share = options_.recipe.full_share;
-    if (measured() && nested_share_.share > 0.0) {
+    if (nested_share_.share > 0.0) {
       options.full_share = 1.0 - nested_share_.share;
       options.weights = nested_share_.weights;
     }
@@ -220,8 +221,7 @@ class Trainer {
   }
 
   RankPlan next_plan(Index sequences) {
-    const bool draw = nesting_ ? !measured() || nested_share_.share > 0.0 : options_.recipe.draw_ranks;
-    return draw ? sampler_.next(sequences) : RankPlan::uniform(options_.ranks.max());
+    return nesting_ || options_.recipe.draw_ranks ? sampler_.next(sequences) : RankPlan::uniform(options_.ranks.max());
   }
 
   // Rows [first, first + count) of a plan.
@@ -253,22 +253,41 @@ class Trainer {
                                   [&](Index i) { reorder(*adapters[static_cast<std::size_t>(i)], kind); });
   }
 
+  std::vector<Matrix<Acc, typename Backend::Memory>> values() const {
+    std::vector<Matrix<Acc, typename Backend::Memory>> all;
+    for (const auto& p : optimizer_.parameters()) {
+      all.emplace_back(p->value.rows(), p->value.cols());
+      model_.backend().copy(std::as_const(p->value).view(), all.back().view());
+    }
+    return all;
+  }
+  void set_values(const std::vector<Matrix<Acc, typename Backend::Memory>>& all) {
+    for (std::size_t i = 0; i < all.size(); ++i) model_.backend().copy(all[i].view(), optimizer_.parameters()[i]->value.view());
+  }
+
+  // The adapters are re-ordered and ranks are dealt out from here on, unless measuring says that they need not be.
   void begin_nesting() {
     if (order_step_ == 0) {
       nesting_ = true;
       return;
     }
     const auto& r = options_.recipe;
+    const bool measure = r.measure && !held_back_.empty();
+    const auto before = measure ? values() : std::vector<Matrix<Acc, typename Backend::Memory>>{};
     reorder_all(r.ordering == Reordering::gram && r.collect_steps > 0 ? Reordering::gram : Reordering::svd);
     model_.for_each_linear([](auto& linear) { linear.adapter().stop_collecting(); });
-    optimizer_.reset_state();
-    nesting_ = true;
-    if (r.measure && !held_back_.empty()) {
+    if (measure) {
       auto losses = losses_by_rank(held_back_);
       const double base = losses.back();
       losses.pop_back();
       nested_share_ = nested_share(losses, base);
+      if (nested_share_.share == 0.0) {  // nothing has happened: the optimizer's moments still fit the rows
+        set_values(before);
+        return;
+      }
     }
+    optimizer_.reset_state();
+    nesting_ = true;
     sampler_ = RankSampler(options_.ranks, Rng(options_.seed), sampler_options());
   }
 
@@ -294,10 +313,8 @@ class Trainer {
 
   void finish() {
     const auto& r = options_.recipe;
-    // Where next to nothing was spent on low ranks, what training did after the first re-ordering is ordered as well; where much was, its
-    // prefixes are better than those of any re-ordering.
-    const bool nearly_free = measured() && nested_share_.share < 0.3 && !r.gates;
-    if (r.order_at_end || nearly_free) {
+    // Where ranks were dealt out, their prefixes are better than those of any re-ordering.
+    if (r.order_at_end || (measured() && !nesting_)) {
       reorder_all(Reordering::svd);
       reordered_at_end_ = true;
     }

@@ -47,11 +47,16 @@ inline bool supported(Isa isa) noexcept {
 #endif
 }
 
+/// The quickest set of this machine. Intel's cores (measured: Emerald Rapids) take a product of bfloat16 vectors in four times the time of one
+/// of 16-bit integers, so there it is avx512_vnni.
 inline Isa best_isa() noexcept {
   static const Isa best = [] {
     Isa found = Isa::generic;
     for (const Isa isa : all_isas)
       if (supported(isa)) found = isa;
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+    if (found == Isa::avx512_bf16 && __builtin_cpu_is("intel")) found = Isa::avx512_vnni;
+#endif
     return found;
   }();
   return best;

@@ -56,15 +56,19 @@ struct FewKernels {
 };
 inline constexpr Index few_tile[3] = {1, 4, 16};
 
-/// Products of panels of pairs in bfloat16.
-struct PairKernels {
+/// Products of panels in 16 bits. `numbers` consecutive ones of a sum take `cells` cells, in a row of x and, [cells][panel_width] of them, in a
+/// panel; the last are filled up with zeros.
+struct CellKernels {
+  Index numbers = 0, cells = 0;
+  /// Of 4-bit weights in whole blocks of at least `numbers`. Without a kernel, panels of floats are rounded.
   void (*forward)(const CodedWeight&, const float* row_scales, Index row, Index rows, Index col, Index depth, std::uint32_t* out) = nullptr;
   void (*backward)(const CodedWeight&, const float* all_scales, Index row, Index depth, Index col, std::uint32_t* out) = nullptr;
-  void (*pair_rows)(const float* panel, Index depth, std::uint32_t* out) = nullptr;
+  void (*round_panel)(const float* panel, Index depth, std::uint32_t* out) = nullptr;
   void (*round)(const float* x, Index count, std::uint32_t* out) = nullptr;
   void (*gemm)(Index m, Index n, Index depth, const std::uint32_t* a, Index a_row, Index a_depth, const std::uint32_t* b, Index b_depth,
                float* c, Index c_row, bool accumulate) = nullptr;
   explicit operator bool() const noexcept { return gemm != nullptr; }
+  Index cells_of(Index depth) const noexcept { return (depth + numbers - 1) / numbers * cells; }
 };
 
 /// Products of panels of bytes: weights unsigned, x signed, as few_int8 makes it.
@@ -87,7 +91,7 @@ struct CodeKernels {
   void (*number_dots[2])(const CodedWeight&, Index row, Index rows, const float* x, Index x_row, float* out);  // of 1 and 4 tokens
   void (*few_backward[3])(const CodedWeight&, const float* all_scales, Index col, Index width, const float* dy, float* total);
   FewKernels few_float32, few_bits16, few_int8;
-  PairKernels pairs;
+  CellKernels bits16;
   ByteKernels bytes;
 };
 
@@ -169,6 +173,7 @@ inline constexpr CodeKernels code_table = [] {
   table.few_float32 = avx512::code_table.few_float32;
   table.few_bits16 = QDYLORA_FEW_STREAMED(FewInt16);
   table.few_int8 = QDYLORA_FEW_STREAMED(FewInt8);
+  table.bits16 = {word_unit, word_cells, word_columns, nullptr, word_panel, words, word_gemm};
   table.bytes = {byte_columns, byte_gemm};
   return table;
 }();
@@ -188,7 +193,7 @@ using avx512_vnni::in_order, avx512_vnni::load, avx512_vnni::store, avx512_vnni:
 inline constexpr CodeKernels code_table = [] {
   CodeKernels table = avx512_vnni::code_table;
   table.few_bits16 = QDYLORA_FEW_STREAMED(FewBfloat16);
-  table.pairs = {columns, backward_pairs, pair_rows, to_bfloat16, gemm<PairDot>};
+  table.bits16 = {2, 1, columns, backward_pairs, pair_rows, to_bfloat16, gemm<PairDot>};
   return table;
 }();
 }  // namespace avx512_bf16
