@@ -181,10 +181,10 @@ concept HasGemm = requires(const B b, MatrixView<const T> x, MatrixView<T> y, Ma
 
 template <class B, class T>
 concept HasElementwise = requires(const B b, MatrixView<const T> x, MatrixView<T> y, MatrixView<const Accumulator<T>> w,
-                                  MatrixView<Accumulator<T>> h, float p, DropoutKey key) {
+                                  MatrixView<Accumulator<T>> h, std::span<const Accumulator<T>> factors, float p, DropoutKey key) {
   b.add(x, y);                // y += x
   b.add_row(w, y);            // y[i, j] += w[0, j]
-  b.scale_columns(w, w, h);   // h[i, j] = first[i, j] * second[0, j]
+  b.scale_columns(w, factors, h);  // h[i, j] = w[i, j] * factors[j], which are the host's
   b.column_products(w, w, h); // h[0, j] += sum_i first[i, j] * second[i, j]
   b.dropout(x, p, key, y, Update::overwrite);  // y (+)= x * mask / (1 - p)
 };

@@ -101,7 +101,7 @@ class CountingBackend {
     cpu_.add_row(row, y);
   }
   template <class S>
-  void scale_columns(qdylora::In<S> x, qdylora::In<S> factors, qdylora::MatrixView<S> y) const {
+  void scale_columns(qdylora::In<S> x, std::span<const S> factors, qdylora::MatrixView<S> y) const {
     cpu_.scale_columns(x, factors, y);
   }
   template <class S>

@@ -114,7 +114,7 @@ class Cpu {
     detail::add_row(run_, row, y);
   }
   template <class S>
-  void scale_columns(In<S> x, In<S> factors, MatrixView<S> y) const {
+  void scale_columns(In<S> x, std::span<const S> factors, MatrixView<S> y) const {
     detail::scale_columns(run_, x, factors, y);
   }
   template <class S>

@@ -94,7 +94,7 @@ class Cuda {
     detail::add_row(*context_, row, y);
   }
   template <class S>
-  void scale_columns(In<S> x, In<S> factors, MatrixView<S> y) const {
+  void scale_columns(In<S> x, std::span<const S> factors, MatrixView<S> y) const {
     detail::scale_columns(*context_, x, factors, y);
   }
   template <class S>
