@@ -65,6 +65,7 @@ void every_operation(const qd::Cuda& cuda, qd::MatrixView<T> x, qd::MatrixView<q
   cuda.embed(ids, cuda.quantize<qd::INT8, qd::Float32Scales>(x, {.block_size = 32}).view(), x);
   cuda.gather_rows(x, rows, x);
   cuda.scatter_rows(x, rows, x);
+  cuda.cross_entropy(a, ids, 1.0, a);
   cuda.dequantize(cuda.quantize<qd::NF4, qd::DoubleQuant<>>(x).view(), x);
   cuda.dequantize(cuda.quantize<qd::FP4, qd::Float32Scales>(x).view(), x);
   cuda.dequantize(cuda.quantize<qd::INT4, qd::DoubleQuant<qd::FP8E4M3>>(x).view(), x);
