@@ -1,7 +1,7 @@
 // The Backend concept: the only place where layers and devices meet.
 //
 // A backend is a cheap, copyable handle passed by value. Its operations take views of memory it can reach (Backend::Memory) and are
-// stream-ordered: on a device they return before the work is done. Only download, sum_squares, cross_entropy and synchronize wait.
+// stream-ordered: on a device they return before the work is done. Only download, quantize, sum_squares and synchronize wait.
 // Results do not depend on the number of threads. Shapes are checked on every call (Errc::shape_mismatch).
 //
 // The concept is a conjunction of named parts, each requirement with its meaning, so that a compiler names the missing operation.
@@ -100,6 +100,12 @@ void expect_adamw(MatrixView<S> p, MatrixView<const S> g, MatrixView<S> m, Matri
                   "adamw: row_steps must have one entry a row");
 }
 
+template <class S>
+void expect_factors(std::span<const S> factors, Index cols) {
+  QDYLORA_EXPECTS(static_cast<Index>(factors.size()) == cols, shape_mismatch,
+                  "scale_columns: " + std::to_string(factors.size()) + " factors for " + std::to_string(cols) + " columns");
+}
+
 inline void expect_dropout(float probability) {
   QDYLORA_EXPECTS(probability >= 0.0f && probability < 1.0f, bad_argument,
                   "dropout: probability " + std::to_string(probability) + " is not in [0, 1)");
@@ -138,6 +144,69 @@ void expect_rows(const char* what, const char* name, MatrixView<T> some, std::sp
   for (const Index row : rows)
     QDYLORA_EXPECTS(row >= 0 && row < all.rows, bad_argument,
                     std::string(what) + ": row " + std::to_string(row) + " is outside " + shape_text(all));
+}
+
+inline void expect_attention(std::span<const Index> offsets, HeadShape shape, Index tokens, Index q_cols, Index kv_cols) {
+  QDYLORA_EXPECTS(shape.heads > 0 && shape.kv_heads > 0 && shape.head_dim > 0 && shape.heads % shape.kv_heads == 0, bad_argument,
+                  "attention: " + std::to_string(shape.heads) + " heads cannot share " + std::to_string(shape.kv_heads) +
+                      " key-value heads");
+  QDYLORA_EXPECTS(q_cols == shape.heads * shape.head_dim && kv_cols == shape.kv_heads * shape.head_dim, shape_mismatch,
+                  "attention: q has " + std::to_string(q_cols) + " and k, v " + std::to_string(kv_cols) + " columns; expected " +
+                      std::to_string(shape.heads * shape.head_dim) + " and " + std::to_string(shape.kv_heads * shape.head_dim));
+  bool ordered = !offsets.empty() && offsets.front() == 0 && offsets.back() == tokens;
+  for (std::size_t s = 1; ordered && s < offsets.size(); ++s) ordered = offsets[s - 1] <= offsets[s];
+  QDYLORA_EXPECTS(ordered, bad_argument, "attention: sequence offsets must ascend from 0 to the " + std::to_string(tokens) + " tokens");
+}
+
+template <class T, class S>
+void expect_attention(MatrixView<const T> q, MatrixView<const T> k, MatrixView<const T> v, std::span<const Index> offsets,
+                      HeadShape shape, MatrixView<T> y, MatrixView<S> lse) {
+  expect_attention(offsets, shape, q.rows, q.cols, k.cols);
+  expect_shape("attention: k", k, q.rows, shape.kv_heads * shape.head_dim);
+  expect_shape("attention: v", v, q.rows, shape.kv_heads * shape.head_dim);
+  expect_shape("attention: y", y, q.rows, q.cols);
+  expect_shape("attention: lse", lse, q.rows, shape.heads);
+}
+
+template <class T, class S>
+void expect_attention_backward(MatrixView<const T> dy, MatrixView<const T> q, MatrixView<const T> k, MatrixView<const T> v,
+                               MatrixView<const T> y, MatrixView<const S> lse, std::span<const Index> offsets, HeadShape shape,
+                               MatrixView<T> dq, MatrixView<T> dk, MatrixView<T> dv) {
+  expect_attention(offsets, shape, q.rows, q.cols, k.cols);
+  expect_shape("attention_backward: dy", dy, q.rows, q.cols);
+  expect_shape("attention_backward: y", y, q.rows, q.cols);
+  expect_shape("attention_backward: dq", dq, q.rows, q.cols);
+  expect_shape("attention_backward: k", k, q.rows, shape.kv_heads * shape.head_dim);
+  expect_shape("attention_backward: v", v, k.rows, k.cols);
+  expect_shape("attention_backward: dk", dk, k.rows, k.cols);
+  expect_shape("attention_backward: dv", dv, v.rows, v.cols);
+  expect_shape("attention_backward: lse", lse, q.rows, shape.heads);
+}
+
+template <class T>
+void expect_attention_decode(MatrixView<const T> q, std::span<const MatrixView<const T>> keys,
+                             std::span<const MatrixView<const T>> values, HeadShape shape, MatrixView<T> y) {
+  QDYLORA_EXPECTS(shape.heads > 0 && shape.kv_heads > 0 && shape.head_dim > 0 && shape.heads % shape.kv_heads == 0, bad_argument,
+                  "attention_decode: " + std::to_string(shape.heads) + " heads cannot share " + std::to_string(shape.kv_heads) +
+                      " key-value heads");
+  expect_shape("attention_decode: q", q, static_cast<Index>(keys.size()), shape.heads * shape.head_dim);
+  expect_shape("attention_decode: y", y, q.rows, q.cols);
+  QDYLORA_EXPECTS(values.size() == keys.size(), shape_mismatch, "attention_decode: one cache of keys and one of values a sequence");
+  for (std::size_t s = 0; s < keys.size(); ++s) {
+    expect_shape("attention_decode: keys", keys[s], keys[s].rows, shape.kv_heads * shape.head_dim);
+    expect_shape("attention_decode: values", values[s], keys[s].rows, shape.kv_heads * shape.head_dim);
+    QDYLORA_EXPECTS(keys[s].rows > 0, bad_argument, "attention_decode: an empty cache has nothing to attend to");
+  }
+}
+
+template <class S>
+void expect_cross_entropy(MatrixView<S> logits, std::span<const std::int32_t> targets, MatrixView<S> losses) {
+  QDYLORA_EXPECTS(static_cast<Index>(targets.size()) == logits.rows, shape_mismatch,
+                  "cross_entropy: " + std::to_string(targets.size()) + " targets for " + std::to_string(logits.rows) + " rows");
+  expect_shape("cross_entropy: losses", losses, logits.rows, 1);
+  for (const auto target : targets)
+    QDYLORA_EXPECTS(target >= -1 && target < logits.cols, bad_argument,
+                    "cross_entropy: target " + std::to_string(target) + " is outside the vocabulary of " + std::to_string(logits.cols));
 }
 
 }  // namespace detail

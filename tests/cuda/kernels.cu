@@ -49,7 +49,7 @@ void every_operation(const qd::Cuda& cuda, qd::MatrixView<T> x, qd::MatrixView<q
   cuda.copy(a, x);
   cuda.add(x, x);
   cuda.add_row(a, x);
-  cuda.scale_columns(a, a, a);
+  cuda.scale_columns(a, std::span<const qd::Accumulator<T>>(), a);
   cuda.column_products(a, a, a);
   cuda.dropout(x, 0.5f, {}, x);
   cuda.adamw(a, a, a, a, {});
@@ -65,6 +65,7 @@ void every_operation(const qd::Cuda& cuda, qd::MatrixView<T> x, qd::MatrixView<q
   cuda.embed(ids, cuda.quantize<qd::INT8, qd::Float32Scales>(x, {.block_size = 32}).view(), x);
   cuda.gather_rows(x, rows, x);
   cuda.scatter_rows(x, rows, x);
+  cuda.cross_entropy(a, ids, 1.0, a);
   cuda.dequantize(cuda.quantize<qd::NF4, qd::DoubleQuant<>>(x).view(), x);
   cuda.dequantize(cuda.quantize<qd::FP4, qd::Float32Scales>(x).view(), x);
   cuda.dequantize(cuda.quantize<qd::INT4, qd::DoubleQuant<qd::FP8E4M3>>(x).view(), x);

@@ -1,6 +1,9 @@
 // The backend tests that the CPU passes, on the emulated device.
 #include <qdylora/cuda.hpp>
 
+#include <algorithm>
+#include <atomic>
+
 #include "backend/elementwise.inc"
 #include "backend/memory.inc"
 #include "backend/transformer.inc"
@@ -39,6 +42,7 @@ ON_THE_DEVICE("the sum of squares on the device is taken in double", test::sum_s
 ON_THE_DEVICE("RMS norm on the device is the reference's", test::rms_norm)
 ON_THE_DEVICE("rotary embedding on the device is the reference's", test::rope)
 ON_THE_DEVICE("activations on the device are the reference's", test::activations)
+ON_THE_DEVICE("cross-entropy on the device is the reference's", test::cross_entropy)
 ON_THE_DEVICE("embedding on the device is the reference's", test::embedding)
 
 TEMPLATE_TEST_CASE("rows are gathered and scattered on the device", "[cuda]", float, qd::bfloat16) {
@@ -65,4 +69,31 @@ TEMPLATE_TEST_CASE("rows are gathered and scattered on the device", "[cuda]", fl
         qd::Errc::bad_argument);
   CHECK(test::code_of([&] { cuda.scatter_rows(gathered.remote().in(), std::vector<qd::Index>{-1, 0, 0}, scattered.view()); }) ==
         qd::Errc::bad_argument);
+}
+
+TEST_CASE("a list longer than a kernel's arguments comes in parts", "[cuda]") {
+  const Gpu gpu;
+  const Cuda cuda = gpu;
+  const auto x = test::normal_matrix<float>(5, 2, 3);
+  const test::Remote<Cuda, float> remote(cuda, x.view());
+  std::vector<qd::Index> rows;
+  for (qd::Index i = 0; i < 1000; ++i) rows.push_back((i * i + 3) % 5);
+  test::Output<Cuda, float> y(cuda, 1000, 2, qd::Update::overwrite);
+  cuda.gather_rows(remote.in(), rows, y.view());
+  for (qd::Index i = 0; i < 1000; ++i)
+    for (qd::Index j = 0; j < 2; ++j) y.expected()(i, j) = static_cast<double>(x(rows[static_cast<std::size_t>(i)], j));
+  y.check(0.0);
+}
+
+TEST_CASE("the host's loop takes each index once and hands on what is thrown", "[cuda]") {
+  const Gpu gpu;
+  const Cuda cuda = gpu;
+  std::vector<std::atomic<int>> taken(1000);
+  cuda.parallel_for(1000, [&](qd::Index i) { ++taken[static_cast<std::size_t>(i)]; });
+  CHECK(std::all_of(taken.begin(), taken.end(), [](const auto& count) { return count == 1; }));
+  cuda.parallel_for(0, [](qd::Index) { throw std::runtime_error("never called"); });
+  const auto refuse = [](qd::Index i) {
+    if (i == 7) qd::detail::raise(qd::Errc::bad_argument, "seven");
+  };
+  CHECK(test::code_of([&] { cuda.parallel_for(50, refuse); }) == qd::Errc::bad_argument);
 }

@@ -38,11 +38,11 @@ void add_row(const CpuRun& run, MatrixView<const S> row, MatrixView<T> y) {
 }
 
 template <class S>
-void scale_columns(const CpuRun& run, MatrixView<const S> x, MatrixView<const S> factors, MatrixView<S> y) {
-  expect_shape("scale_columns: factors", factors, 1, x.cols);
+void scale_columns(const CpuRun& run, MatrixView<const S> x, std::span<const S> factors, MatrixView<S> y) {
+  expect_factors(factors, x.cols);
   expect_shape("scale_columns: y", y, x.rows, x.cols);
   run.parallel_ranges(y.rows, row_grain(y.cols), [&](Index begin, Index end) {
-    for (Index i = begin; i < end; ++i) run.kernels<S>().multiply(x.cols, x.row(i), factors.data, y.row(i));
+    for (Index i = begin; i < end; ++i) run.kernels<S>().multiply(x.cols, x.row(i), factors.data(), y.row(i));
   });
 }
 

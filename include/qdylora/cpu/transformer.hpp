@@ -75,18 +75,6 @@ void rope(const CpuRun& run, MatrixView<T> x, std::span<const std::int32_t> posi
 
 inline constexpr Index query_block = 64;
 
-inline void expect_attention(std::span<const Index> offsets, HeadShape shape, Index tokens, Index q_cols, Index kv_cols) {
-  QDYLORA_EXPECTS(shape.heads > 0 && shape.kv_heads > 0 && shape.head_dim > 0 && shape.heads % shape.kv_heads == 0, bad_argument,
-                  "attention: " + std::to_string(shape.heads) + " heads cannot share " + std::to_string(shape.kv_heads) +
-                      " key-value heads");
-  QDYLORA_EXPECTS(q_cols == shape.heads * shape.head_dim && kv_cols == shape.kv_heads * shape.head_dim, shape_mismatch,
-                  "attention: q has " + std::to_string(q_cols) + " and k, v " + std::to_string(kv_cols) + " columns; expected " +
-                      std::to_string(shape.heads * shape.head_dim) + " and " + std::to_string(shape.kv_heads * shape.head_dim));
-  bool ordered = !offsets.empty() && offsets.front() == 0 && offsets.back() == tokens;
-  for (std::size_t s = 1; ordered && s < offsets.size(); ++s) ordered = offsets[s - 1] <= offsets[s];
-  QDYLORA_EXPECTS(ordered, bad_argument, "attention: sequence offsets must ascend from 0 to the " + std::to_string(tokens) + " tokens");
-}
-
 // The columns of one head, rows [row, row + rows), as S.
 template <class S, int Slot, class T>
 MatrixView<const S> head_part(MatrixView<const T> x, Index row, Index rows, Index head, Index head_dim) {
@@ -123,11 +111,7 @@ inline std::vector<QueryBlock> query_blocks(std::span<const Index> offsets, Inde
 template <class T, class S>
 void attention(const CpuRun& run, MatrixView<const T> q, MatrixView<const T> k, MatrixView<const T> v, std::span<const Index> offsets,
                HeadShape shape, MatrixView<T> y, MatrixView<S> lse) {
-  expect_attention(offsets, shape, q.rows, q.cols, k.cols);
-  expect_shape("attention: k", k, q.rows, shape.kv_heads * shape.head_dim);
-  expect_shape("attention: v", v, q.rows, shape.kv_heads * shape.head_dim);
-  expect_shape("attention: y", y, q.rows, q.cols);
-  expect_shape("attention: lse", lse, q.rows, shape.heads);
+  expect_attention(q, k, v, offsets, shape, y, lse);
   const auto blocks = query_blocks(offsets, shape.heads);
   const auto& kernels = run.kernels<S>();
   const Index d = shape.head_dim;
@@ -170,15 +154,7 @@ template <class T, class S>
 void attention_backward(const CpuRun& run, MatrixView<const T> dy, MatrixView<const T> q, MatrixView<const T> k, MatrixView<const T> v,
                         MatrixView<const T> y, MatrixView<const S> lse, std::span<const Index> offsets, HeadShape shape, MatrixView<T> dq,
                         MatrixView<T> dk, MatrixView<T> dv) {
-  expect_attention(offsets, shape, q.rows, q.cols, k.cols);
-  expect_shape("attention_backward: dy", dy, q.rows, q.cols);
-  expect_shape("attention_backward: y", y, q.rows, q.cols);
-  expect_shape("attention_backward: dq", dq, q.rows, q.cols);
-  expect_shape("attention_backward: k", k, q.rows, shape.kv_heads * shape.head_dim);
-  expect_shape("attention_backward: v", v, k.rows, k.cols);
-  expect_shape("attention_backward: dk", dk, k.rows, k.cols);
-  expect_shape("attention_backward: dv", dv, v.rows, v.cols);
-  expect_shape("attention_backward: lse", lse, q.rows, shape.heads);
+  expect_attention_backward(dy, q, k, v, y, lse, offsets, shape, dq, dk, dv);
   const auto& kernels = run.kernels<S>();
   const Index d = shape.head_dim;
   const Index group = shape.heads / shape.kv_heads;
@@ -246,9 +222,7 @@ void attention_decode(const CpuRun& run, MatrixView<const T> q, std::span<const 
                       std::span<const MatrixView<const T>> values, HeadShape shape, MatrixView<T> y) {
   using S = Accumulator<T>;
   const auto sequences = static_cast<Index>(keys.size());
-  expect_shape("attention_decode: q", q, sequences, shape.heads * shape.head_dim);
-  expect_shape("attention_decode: y", y, q.rows, q.cols);
-  QDYLORA_EXPECTS(values.size() == keys.size(), shape_mismatch, "attention_decode: one cache of keys and one of values a sequence");
+  expect_attention_decode(q, keys, values, shape, y);
   const auto& kernels = run.kernels<S>();
   const Index d = shape.head_dim;
   const Index group = shape.heads / shape.kv_heads;
@@ -259,9 +233,6 @@ void attention_decode(const CpuRun& run, MatrixView<const T> q, std::span<const 
     const auto& cache_k = keys[static_cast<std::size_t>(s)];
     const auto& cache_v = values[static_cast<std::size_t>(s)];
     const Index length = cache_k.rows;
-    expect_shape("attention_decode: keys", cache_k, length, shape.kv_heads * d);
-    expect_shape("attention_decode: values", cache_v, length, shape.kv_heads * d);
-    QDYLORA_EXPECTS(length > 0, bad_argument, "attention_decode: an empty cache has nothing to attend to");
     const auto qs = head_part<S, 2>(q, s, 1, head, d);
     const auto ks = head_part<S, 3>(cache_k, 0, length, head / group, d);
     const auto vs = head_part<S, 4>(cache_v, 0, length, head / group, d);
@@ -278,12 +249,7 @@ void attention_decode(const CpuRun& run, MatrixView<const T> q, std::span<const 
 
 template <class S>
 void cross_entropy(const CpuRun& run, MatrixView<S> logits, std::span<const std::int32_t> targets, double scale, MatrixView<S> losses) {
-  QDYLORA_EXPECTS(static_cast<Index>(targets.size()) == logits.rows, shape_mismatch,
-                  "cross_entropy: " + std::to_string(targets.size()) + " targets for " + std::to_string(logits.rows) + " rows");
-  expect_shape("cross_entropy: losses", losses, logits.rows, 1);
-  for (const auto target : targets)
-    QDYLORA_EXPECTS(target >= -1 && target < logits.cols, bad_argument,
-                    "cross_entropy: target " + std::to_string(target) + " is outside the vocabulary of " + std::to_string(logits.cols));
+  expect_cross_entropy(logits, targets, losses);
   run.parallel_for(logits.rows, [&](Index i) {
     S* row = logits.row(i);
     const auto target = targets[static_cast<std::size_t>(i)];

@@ -1,12 +1,14 @@
-// The CUDA backend: the operations of the Backend concept that exist on the device so far. Attention and cross-entropy do not.
+// The CUDA backend: the operations of the Backend concept that exist on the device so far. Attention does not.
 #pragma once
 
 #include <span>
 #include <type_traits>
 
 #include <qdylora/backend.hpp>
+#include <qdylora/cuda/cross_entropy.cuh>
 #include <qdylora/cuda/dequantize.cuh>
 #include <qdylora/cuda/elementwise.cuh>
+#include <qdylora/cuda/host_loop.cuh>
 #include <qdylora/cuda/products.cuh>
 #include <qdylora/cuda/quantize.cuh>
 #include <qdylora/cuda/reduce.cuh>
@@ -158,6 +160,16 @@ class Cuda {
   void scatter_rows(In<T> x, std::span<const Index> rows, MatrixView<T> y) const {
     detail::scatter_rows(*context_, x, rows, y);
   }
+  template <class S>
+  void cross_entropy(MatrixView<S> logits, std::span<const std::int32_t> targets, double scale, MatrixView<S> losses) const {
+    detail::cross_entropy(*context_, logits, targets, scale, losses);
+  }
+
+  /// f(0) ... f(count - 1) on the host's threads; returns when all are done.
+  template <class F>
+  void parallel_for(Index count, F&& f) const {
+    detail::host_loop(count, f);
+  }
 
  private:
   template <class T>
@@ -176,7 +188,8 @@ class Cuda {
 
 template <class T>
 inline constexpr bool cuda_has_what_it_says = Backend<Cuda, T> && HasNorm<Cuda, T> && HasRope<Cuda, T> && HasActivation<Cuda, T> &&
-                                              HasEmbedding<Cuda, T> && HasRowSelection<Cuda, T>;
+                                              HasEmbedding<Cuda, T> && HasRowSelection<Cuda, T> && HasCrossEntropy<Cuda, T> &&
+                                              HasHostLoop<Cuda>;
 static_assert(cuda_has_what_it_says<float> && cuda_has_what_it_says<double> && cuda_has_what_it_says<bfloat16> &&
               cuda_has_what_it_says<half>);
 

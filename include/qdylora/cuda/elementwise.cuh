@@ -9,6 +9,7 @@
 
 #include <qdylora/backend.hpp>
 #include <qdylora/cuda/for_each.cuh>
+#include <qdylora/cuda/lists.cuh>
 
 namespace qdylora {
 namespace device {
@@ -43,9 +44,10 @@ struct AddRow {
 
 template <class S>
 struct ScaleColumns {
-  MatrixView<const S> x, factors;
+  MatrixView<const S> x;
+  const S* factors;
   MatrixView<S> y;
-  __device__ void operator()(Index i, Index j) const { write(y, i, j, read(x, i, j) * read(factors, 0, j)); }
+  __device__ void operator()(Index i, Index j) const { write(y, i, j, read(x, i, j) * load(factors + j)); }
 };
 
 template <class T>
@@ -117,10 +119,12 @@ void add_row(const CudaContext& context, MatrixView<const Accumulator<T>> row, M
 }
 
 template <class S>
-void scale_columns(const CudaContext& context, MatrixView<const S> x, MatrixView<const S> factors, MatrixView<S> y) {
-  expect_shape("scale_columns: factors", factors, 1, x.cols);
+void scale_columns(const CudaContext& context, MatrixView<const S> x, std::span<const S> factors, MatrixView<S> y) {
+  expect_factors(factors, x.cols);
   expect_shape("scale_columns: y", y, x.rows, x.cols);
-  for_each(context, y.rows, y.cols, device::ScaleColumns<S>{x, factors, y});
+  Scratch scratch(context);
+  const S* const listed_factors = listed(context, scratch, factors);
+  for_each(context, y.rows, y.cols, device::ScaleColumns<S>{x, listed_factors, y});
 }
 
 template <class T>

@@ -8,6 +8,7 @@
 
 #include <qdylora/cuda/dequantize.cuh>
 #include <qdylora/cuda/elementwise.cuh>
+#include <qdylora/cuda/lists.cuh>
 #include <qdylora/cuda/reduce.cuh>
 
 namespace qdylora {
@@ -171,15 +172,6 @@ struct ScatterRows {
 }  // namespace device
 
 namespace detail {
-
-/// A list of the host's, in scratch memory.
-template <class E>
-const E* listed(const CudaContext& context, Scratch& scratch, std::span<const E> list) {
-  const auto count = static_cast<Index>(list.size());
-  E* const target = scratch.take<E>(count);
-  copy_to_device(context, list.data(), target, count);
-  return target;
-}
 
 template <class T, class S>
 void rms_norm(const CudaContext& context, MatrixView<const T> x, MatrixView<const S> weight, float epsilon, MatrixView<T> y,

@@ -241,7 +241,7 @@ class Trainer {
                       step_ >= order_step_ - r.collect_steps;
     model_.for_each_linear([&](auto& linear) {
       auto& adapter = linear.adapter();
-      if (want && !adapter.collecting) adapter.start_collecting();
+      if (want && !adapter.collecting) adapter.start_collecting(model_.backend());
       adapter.collecting = want;
     });
   }

@@ -54,6 +54,7 @@ class DynamicLoRALinear {
   DynamicLoRALinear(std::shared_ptr<const WeightType> base, LoRAOptions options, Backend backend = {})
       : backend_(backend), base_(checked(std::move(base), options.name)), adapter_(base_->cols(), base_->rows(), std::move(options)) {
     set_rank(adapter_.max_rank());
+    if constexpr (!Memory::host) adapter_.initialize(backend_);
   }
 
   Index in() const noexcept { return base_->cols(); }
@@ -127,7 +128,8 @@ class DynamicLoRALinear {
       add_gradient(as_const(work), dy, context.plan, adapter_.b().gradient.view());
       scale_rows(t.view(), context.plan, work.view(), true);
       add_gradient(as_const(work), input, context.plan, adapter_.a().gradient.view());
-      if (adapter_.gated()) gate_gradients(context, t.view());
+      if constexpr (Memory::host)
+        if (adapter_.gated()) gate_gradients(context, t.view());
       if (adapter_.collecting) collect(context, t.view());
       touch(context.plan);
     }
@@ -171,9 +173,12 @@ class DynamicLoRALinear {
     if (rank == 0) return merged;
     // delta W = U^T A with U[i, :] = coefficient_i * B[i, :]
     const auto coefficients = adapter_.coefficients(rank, rank);
-    Matrix<Acc, Memory> scaled(rank, out());
+    Matrix<Acc> on_host(rank, out());
+    backend_.download(rows_of(adapter_.b().value, rank), on_host.view());
     for (Index i = 0; i < rank; ++i)
-      for (Index j = 0; j < out(); ++j) scaled(i, j) = coefficients[static_cast<std::size_t>(i)] * adapter_.b().value(i, j);
+      for (Index j = 0; j < out(); ++j) on_host(i, j) *= coefficients[static_cast<std::size_t>(i)];
+    Matrix<Acc, Memory> scaled(rank, out());
+    backend_.upload(as_const(on_host), scaled.view());
     backend_.weight_gradient(as_const(scaled), rows_of(adapter_.a().value, rank), merged.view(), Update::accumulate);
     return merged;
   }
@@ -291,7 +296,7 @@ class DynamicLoRALinear {
       auto coefficients = adapter_.coefficients(rank, width);
       if (for_gradient && adapter_.options().gradient_rows == GradientRows::last_row)
         for (Index i = 0; i + 1 < rank; ++i) coefficients[static_cast<std::size_t>(i)] = Acc{};
-      backend_.scale_columns(source.middle_rows(first, count), {coefficients.data(), 1, width}, target.middle_rows(first, count));
+      backend_.scale_columns(source.middle_rows(first, count), std::span<const Acc>(coefficients), target.middle_rows(first, count));
     });
   }
 
@@ -312,7 +317,7 @@ class DynamicLoRALinear {
     // The optimizer skips a step that is not finite; the moments must not keep it either.
     if (!std::isfinite(backend_.sum_squares(context.z.view()) + backend_.sum_squares(t))) return;
     const Index width = t.cols;
-    const auto part = [width](Matrix<Acc>& moment) { return moment.view().top_rows(width).left_cols(width); };
+    const auto part = [width](Matrix<Acc, Memory>& moment) { return moment.view().top_rows(width).left_cols(width); };
     backend_.weight_gradient(context.z.view(), context.z.view(), part(adapter_.moment_a), Update::accumulate);
     backend_.weight_gradient(t, t, part(adapter_.moment_b), Update::accumulate);
   }

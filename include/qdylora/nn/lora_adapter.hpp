@@ -52,8 +52,8 @@ class LoRAAdapter {
  public:
   using Param = Parameter<S, Memory>;
 
-  /// A uniform in +-1/sqrt(in) (torch's kaiming_uniform_ with a = sqrt(5), as PEFT), B zero. Throws Errc::rank_range unless
-  /// 1 <= max_rank <= 65535.
+  /// A uniform in +-1/sqrt(in) (torch's kaiming_uniform_ with a = sqrt(5), as PEFT), B zero; on a device, both as initialize leaves them.
+  /// Throws Errc::rank_range unless 1 <= max_rank <= 65535, Errc::unsupported for gates on a device.
   LoRAAdapter(Index in, Index out, LoRAOptions options) : options_(std::move(options)) {
     const Index r = options_.max_rank;
     QDYLORA_EXPECTS(r >= 1 && r <= 65535, rank_range, options_.name + ": max_rank " + std::to_string(r) + " is not in 1 ... 65535");
@@ -61,6 +61,7 @@ class LoRAAdapter {
     QDYLORA_EXPECTS(options_.dropout >= 0.0f && options_.dropout < 1.0f, bad_argument, options_.name + ": dropout is not in [0, 1)");
     a_ = std::make_shared<Param>(options_.name + ".lora_A", r, in);
     b_ = std::make_shared<Param>(options_.name + ".lora_B", r, out);
+    QDYLORA_EXPECTS(Memory::host || options_.gated_ranks.empty(), unsupported, options_.name + ": gates are for adapters in host memory");
     if (!options_.gated_ranks.empty()) {
       const RankSet ranks = [this] {
         try {
@@ -75,11 +76,17 @@ class LoRAAdapter {
       if constexpr (Memory::host)
         for (S& g : gates_->value.span()) g = S{1};
     }
-    if constexpr (Memory::host) {
-      Rng rng(options_.seed, Purpose::init, options_.layer);
-      const S bound = S{1} / std::sqrt(static_cast<S>(std::max<Index>(in, 1)));
-      for (S& value : a_->value.span()) value = bound * (S{2} * static_cast<S>(rng.uniform()) - S{1});
-    }
+    if constexpr (Memory::host) draw_a(a_->value.span());
+  }
+
+  /// Gives an adapter in a device's memory the values that one in host memory begins with.
+  template <class Backend>
+  void initialize(const Backend& backend) {
+    Matrix<S> a(max_rank(), in());
+    draw_a(a.span());
+    backend.upload(a.view(), a_->value.view());
+    for (const MatrixView<S> zero : {b_->value.view(), a_->gradient.view(), b_->gradient.view()}) backend.fill(zero, S{});
+    backend.synchronize();  // a's memory is given back
   }
 
   const LoRAOptions& options() const noexcept { return options_; }
@@ -125,9 +132,10 @@ class LoRAAdapter {
     std::vector<S> result(static_cast<std::size_t>(width));
     if (rank == 0) return result;
     const S s = scale(rank);
-    const Index row = gate_row(rank);
-    for (Index i = 0; i < std::min(rank, width); ++i)
-      result[static_cast<std::size_t>(i)] = row < 0 ? s : s * gates_->value(row, i);
+    std::fill_n(result.begin(), std::min(rank, width), s);
+    if constexpr (Memory::host)
+      if (const Index row = gate_row(rank); row >= 0)
+        for (Index i = 0; i < std::min(rank, width); ++i) result[static_cast<std::size_t>(i)] = s * gates_->value(row, i);
     return result;
   }
 
@@ -138,11 +146,20 @@ class LoRAAdapter {
 
   // Second moments of z = A x and of dz = B dy, r x r, gathered by the layer's passes while `collecting`; what re-ordering needs.
   bool collecting = false;
-  Matrix<S> moment_a, moment_b;
+  Matrix<S, Memory> moment_a, moment_b;
 
-  void start_collecting() {
-    moment_a = Matrix<S>(max_rank(), max_rank());
-    moment_b = Matrix<S>(max_rank(), max_rank());
+  void start_collecting() requires(Memory::host) {
+    moment_a = Matrix<S, Memory>(max_rank(), max_rank());
+    moment_b = Matrix<S, Memory>(max_rank(), max_rank());
+    collecting = true;
+  }
+  /// The same in any memory.
+  template <class Backend>
+  void start_collecting(const Backend& backend) {
+    for (auto* moment : {&moment_a, &moment_b}) {
+      moment->resize(max_rank(), max_rank());
+      backend.fill(moment->view(), S{});
+    }
     collecting = true;
   }
   /// Forgets the moments.
@@ -153,6 +170,12 @@ class LoRAAdapter {
   }
 
  private:
+  void draw_a(std::span<S> a) const {
+    Rng rng(options_.seed, Purpose::init, options_.layer);
+    const S bound = S{1} / std::sqrt(static_cast<S>(std::max<Index>(in(), 1)));
+    for (S& value : a) value = bound * (S{2} * static_cast<S>(rng.uniform()) - S{1});
+  }
+
   LoRAOptions options_;
   std::shared_ptr<Param> a_, b_, gates_;
 };

@@ -42,6 +42,8 @@ class AdamW {
       const Index rows = p->value.rows();
       states_.push_back({Matrix<Acc, StateMemory>(rows, p->value.cols(), memory), Matrix<Acc, StateMemory>(rows, p->value.cols(), memory),
                          std::vector<std::int64_t>(static_cast<std::size_t>(rows))});
+      if constexpr (!StateMemory::host)
+        for (auto* moment : {&states_.back().m, &states_.back().v}) backend_.fill(moment->view(), Acc{});
     }
   }
 
