@@ -104,7 +104,7 @@ struct TokenSums {
 
 namespace detail {
 
-inline constexpr Index few_tokens = 8;
+inline constexpr Index few_mixed_tokens = 8;
 
 template <class X, class W, class Y>
 void multiply_few(const CudaContext& context, MatrixView<const X> x, MatrixView<const W> w, MatrixView<Y> y, Update update) {

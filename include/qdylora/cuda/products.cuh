@@ -40,7 +40,7 @@ void matmul(const CudaContext& context, MatrixView<const X> x, const W& w, Matri
     multiply_by_slabs(context, x, w, y, update);
   } else {
     const MatrixView<const Element<W>> dense(w);
-    if (is_converted<X, Element<W>, Y> && x.rows <= few_tokens) multiply_few(context, x, dense, y, update);
+    if (is_converted<X, Element<W>, Y> && x.rows <= few_mixed_tokens) multiply_few(context, x, dense, y, update);
     else multiply_by_slabs(context, x, dense, y, update);
   }
   if (rank > 0) matmul_transposed(context, adapter.u, adapter.b, y, Update::accumulate);
@@ -55,7 +55,7 @@ void matmul_transposed(const CudaContext& context, MatrixView<const X> x, const 
   if (y.empty()) return;
   if constexpr (!std::is_void_v<Element<W>>) {
     const MatrixView<const Element<W>> dense(w);
-    if (is_converted<X, Element<W>, Y> && x.rows <= few_tokens) return multiply_transposed_few(context, x, dense, y, update);
+    if (is_converted<X, Element<W>, Y> && x.rows <= few_mixed_tokens) return multiply_transposed_few(context, x, dense, y, update);
     multiply_transposed_by_slabs(context, x, dense, y, update);
   } else {
     multiply_transposed_by_slabs(context, x, w, y, update);
@@ -69,7 +69,7 @@ void weight_gradient(const CudaContext& context, MatrixView<const U> u, MatrixVi
                   "weight_gradient: u " + shape_text(u) + " and x " + shape_text(x) + " have different tokens");
   expect_shape("weight_gradient: g", g, u.cols, x.cols);
   if (g.empty()) return;
-  if (is_converted<X, U, G> && x.rows <= few_tokens) return weight_gradient_few(context, u, x, g, update);
+  if (is_converted<X, U, G> && x.rows <= few_mixed_tokens) return weight_gradient_few(context, u, x, g, update);
   weight_gradient_by_slabs(context, u, x, g, update);
 }
 
