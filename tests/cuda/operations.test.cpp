@@ -42,8 +42,12 @@ ON_THE_DEVICE("the sum of squares on the device is taken in double", test::sum_s
 ON_THE_DEVICE("RMS norm on the device is the reference's", test::rms_norm)
 ON_THE_DEVICE("rotary embedding on the device is the reference's", test::rope)
 ON_THE_DEVICE("activations on the device are the reference's", test::activations)
-ON_THE_DEVICE("cross-entropy on the device is the reference's", test::cross_entropy)
 ON_THE_DEVICE("embedding on the device is the reference's", test::embedding)
+
+TEMPLATE_TEST_CASE("cross-entropy on the device is the reference's", "[cuda]", float, double) {
+  const Gpu gpu;
+  test::cross_entropy<Cuda, TestType>(gpu);
+}
 
 TEMPLATE_TEST_CASE("rows are gathered and scattered on the device", "[cuda]", float, qd::bfloat16) {
   using T = TestType;

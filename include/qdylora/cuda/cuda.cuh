@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include <qdylora/backend.hpp>
+#include <qdylora/cuda/attention_decode.cuh>
 #include <qdylora/cuda/cross_entropy.cuh>
 #include <qdylora/cuda/dequantize.cuh>
 #include <qdylora/cuda/elementwise.cuh>
@@ -113,6 +114,21 @@ class Cuda {
     detail::rope(*context_, x, positions, table, layout, direction);
   }
   template <class T>
+  void attention(In<T> q, In<T> k, In<T> v, std::span<const Index> offsets, HeadShape shape, MatrixView<T> y,
+                 MatrixView<Accumulator<T>> lse) const {
+    detail::attention(*context_, q, k, v, offsets, shape, y, lse);
+  }
+  template <class T>
+  void attention_backward(In<T> dy, In<T> q, In<T> k, In<T> v, In<T> y, In<Accumulator<T>> lse, std::span<const Index> offsets,
+                          HeadShape shape, MatrixView<T> dq, MatrixView<T> dk, MatrixView<T> dv) const {
+    detail::attention_backward(*context_, dy, q, k, v, y, lse, offsets, shape, dq, dk, dv);
+  }
+  template <class T>
+  void attention_decode(In<T> q, std::span<const MatrixView<const T>> keys, std::span<const MatrixView<const T>> values, HeadShape shape,
+                        MatrixView<T> y) const {
+    detail::attention_decode(*context_, q, keys, values, shape, y);
+  }
+  template <class T>
   void swiglu(In<T> gate, In<T> up, MatrixView<T> y) const {
     detail::swiglu(*context_, gate, up, y);
   }
@@ -167,9 +183,10 @@ class Cuda {
 };
 
 template <class T>
-inline constexpr bool cuda_has_what_it_says = HasMemory<Cuda, T> && HasQuantize<Cuda, T> && HasElementwise<Cuda, T> && HasAdamW<Cuda, T> &&
-                                              HasNorm<Cuda, T> && HasRope<Cuda, T> && HasActivation<Cuda, T> && HasEmbedding<Cuda, T> &&
-                                              HasRowSelection<Cuda, T> && HasCrossEntropy<Cuda, T> && HasHostLoop<Cuda>;
+inline constexpr bool cuda_has_what_it_says =
+    HasMemory<Cuda, T> && HasQuantize<Cuda, T> && HasElementwise<Cuda, T> && HasAdamW<Cuda, T> && HasNorm<Cuda, T> &&
+    HasRope<Cuda, T> && HasAttention<Cuda, T> && HasActivation<Cuda, T> && HasEmbedding<Cuda, T> &&
+    HasRowSelection<Cuda, T> && HasCrossEntropy<Cuda, T> && HasHostLoop<Cuda>;
 static_assert(cuda_has_what_it_says<float> && cuda_has_what_it_says<double> && cuda_has_what_it_says<bfloat16> &&
               cuda_has_what_it_says<half>);
 
