@@ -110,6 +110,23 @@ inline std::uint64_t dropout_threshold(float probability) noexcept {
 }
 
 template <class T, class S>
+void expect_layer_norm(MatrixView<const T> x, MatrixView<const S> weight, MatrixView<const S> bias, MatrixView<T> y,
+                       MatrixView<S> moments) {
+  expect_shape("layer_norm: weight", weight, 1, x.cols);
+  expect_shape("layer_norm: bias", bias, 1, x.cols);
+  expect_shape("layer_norm: y", y, x.rows, x.cols);
+  expect_shape("layer_norm: moments", moments, x.rows, 2);
+}
+template <class T, class S>
+void expect_layer_norm_backward(MatrixView<const T> dy, MatrixView<const T> x, MatrixView<const S> weight, MatrixView<const S> moments,
+                                MatrixView<T> dx) {
+  expect_shape("layer_norm_backward: x", x, dy.rows, dy.cols);
+  expect_shape("layer_norm_backward: weight", weight, 1, x.cols);
+  expect_shape("layer_norm_backward: moments", moments, x.rows, 2);
+  expect_shape("layer_norm_backward: dx", dx, x.rows, x.cols);
+}
+
+template <class T, class S>
 void expect_rope(MatrixView<T> x, std::span<const std::int32_t> positions, MatrixView<const S> table) {
   const Index head_dim = table.cols;
   QDYLORA_EXPECTS(head_dim > 0 && head_dim % 2 == 0 && x.cols % head_dim == 0, shape_mismatch,
@@ -266,6 +283,15 @@ concept HasNorm = requires(const B b, MatrixView<const T> x, MatrixView<T> y, Ma
   b.rms_norm(x, w, epsilon, y, r);              // r [tokens, 1] keeps r_i for the backward pass
   b.rms_norm_backward(x, x, w, w, y, update);   // (dy, x, w, r, dx): dx (+)= r (dy w - x r^2 mean_j(dy w x))
 };
+
+/// Layer normalization (Ba, Kiros & Hinton 2016): y[i, j] = (x[i, j] - m_i) * r_i * w[0, j] + c[0, j],  m_i = mean_j x[i, j],
+/// r_i = 1 / sqrt(mean_j (x[i, j] - m_i)^2 + epsilon).
+template <class B, class T>
+concept HasLayerNorm = requires(const B b, MatrixView<const T> x, MatrixView<T> y, MatrixView<const Accumulator<T>> w,
+                                MatrixView<Accumulator<T>> s, float epsilon, Update update) {
+  b.layer_norm(x, w, w, epsilon, y, s);          // (x, w, c, epsilon, y, s): s [tokens, 2] keeps m_i and r_i for the backward pass
+  b.layer_norm_backward(x, x, w, w, y, update);  // (dy, x, w, s, dx): with d = dy w and n = (x - m) r,
+};                                               // dx (+)= r (d - mean_j(d) - n mean_j(d n))
 
 /// Rotary position embedding (Su et al. 2021), in place: pair i of every head of token t turns by the angle whose cosine and sine are
 /// table[positions[t], 2i] and table[positions[t], 2i + 1] (nn/rope.hpp makes the table). Direction -1 turns back: the backward pass.

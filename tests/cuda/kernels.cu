@@ -55,6 +55,8 @@ void every_operation(const qd::Cuda& cuda, qd::MatrixView<T> x, qd::MatrixView<q
   cuda.sum_squares(a);
   cuda.rms_norm(x, a, 1e-5f, x, a);
   cuda.rms_norm_backward(x, x, a, a, x);
+  cuda.layer_norm(x, a, a, 1e-5f, x, a);
+  cuda.layer_norm_backward(x, x, a, a, x);
   cuda.rope(x, ids, a, qd::RopeLayout::half_split, 1);
   cuda.swiglu(x, x, x);
   cuda.swiglu_backward(x, x, x, x, x);

@@ -147,6 +147,16 @@ class Cpu {
     detail::rms_norm_backward(run_, dy, x, weight, inverse_rms, dx, update);
   }
   template <class T>
+  void layer_norm(In<T> x, In<Accumulator<T>> weight, In<Accumulator<T>> bias, float epsilon, MatrixView<T> y,
+                  MatrixView<Accumulator<T>> moments) const {
+    detail::layer_norm(run_, x, weight, bias, epsilon, y, moments);
+  }
+  template <class T>
+  void layer_norm_backward(In<T> dy, In<T> x, In<Accumulator<T>> weight, In<Accumulator<T>> moments, MatrixView<T> dx,
+                           Update update = Update::overwrite) const {
+    detail::layer_norm_backward(run_, dy, x, weight, moments, dx, update);
+  }
+  template <class T>
   void rope(MatrixView<T> x, std::span<const std::int32_t> positions, In<Accumulator<T>> table, RopeLayout layout, int direction) const {
     detail::rope(run_, x, positions, table, layout, direction);
   }
@@ -210,6 +220,7 @@ class Cpu {
   detail::CpuRun run_;
 };
 
+static_assert(HasLayerNorm<Cpu, float> && HasLayerNorm<Cpu, bfloat16>);
 static_assert(TransformerBackend<Cpu, float> && TransformerBackend<Cpu, double> && TransformerBackend<Cpu, bfloat16> &&
               TransformerBackend<Cpu, half>);
 

@@ -325,6 +325,39 @@ void rms_norm_backward(MatrixView<D> dy, MatrixView<X> x, MatrixView<W> w, Matri
   }
 }
 
+/// y[i, j] = (x[i, j] - m_i) * r_i * w[0, j] + c[0, j],   m_i = mean_j x[i, j],   r_i = 1 / sqrt(mean_j (x[i, j] - m_i)^2 + epsilon)
+template <class X, class W, class Y, class M>
+void layer_norm(MatrixView<X> x, MatrixView<W> w, MatrixView<W> c, float epsilon, MatrixView<Y> y, MatrixView<M> moments) {
+  const auto count = static_cast<double>(x.cols);
+  for (Index i = 0; i < x.rows; ++i) {
+    double mean = 0.0, variance = 0.0;
+    for (Index j = 0; j < x.cols; ++j) mean += static_cast<double>(x(i, j)) / count;
+    for (Index j = 0; j < x.cols; ++j) variance += std::pow(static_cast<double>(x(i, j)) - mean, 2) / count;
+    const double r = 1.0 / std::sqrt(variance + static_cast<double>(epsilon));
+    put(moments(i, 0), mean);
+    put(moments(i, 1), r);
+    for (Index j = 0; j < x.cols; ++j)
+      put(y(i, j), (static_cast<double>(x(i, j)) - mean) * r * static_cast<double>(w(0, j)) + static_cast<double>(c(0, j)));
+  }
+}
+
+/// With d = dy w and n = (x - m) r:   dx (+)= r (d - mean_j(d) - n mean_j(d n))
+template <class D, class X, class W, class M, class G>
+void layer_norm_backward(MatrixView<D> dy, MatrixView<X> x, MatrixView<W> w, MatrixView<M> moments, MatrixView<G> dx, Update update) {
+  const auto count = static_cast<double>(x.cols);
+  for (Index i = 0; i < x.rows; ++i) {
+    const double m = static_cast<double>(moments(i, 0)), r = static_cast<double>(moments(i, 1));
+    const auto d = [&](Index j) { return static_cast<double>(dy(i, j)) * static_cast<double>(w(0, j)); };
+    const auto n = [&](Index j) { return (static_cast<double>(x(i, j)) - m) * r; };
+    double mean_d = 0.0, mean_dn = 0.0;
+    for (Index j = 0; j < x.cols; ++j) {
+      mean_d += d(j) / count;
+      mean_dn += d(j) * n(j) / count;
+    }
+    for (Index j = 0; j < x.cols; ++j) put(dx(i, j), r * (d(j) - mean_d - n(j) * mean_dn), update);
+  }
+}
+
 /// Pair i of every head of token t, (a, b), turns by the angle whose cosine and sine are c = table[positions[t], 2i] and
 /// s = table[positions[t], 2i + 1]:   a' = a c - d b s,   b' = d a s + b c,   d = direction
 template <class X, class W>

@@ -10,6 +10,7 @@
 #include <qdylora/cuda/dequantize.cuh>
 #include <qdylora/cuda/elementwise.cuh>
 #include <qdylora/cuda/host_loop.cuh>
+#include <qdylora/cuda/layer_norm.cuh>
 #include <qdylora/cuda/quantize.cuh>
 #include <qdylora/cuda/reduce.cuh>
 #include <qdylora/cuda/transformer.cuh>
@@ -110,6 +111,16 @@ class Cuda {
     detail::rms_norm_backward(*context_, dy, x, weight, inverse_rms, dx, update);
   }
   template <class T>
+  void layer_norm(In<T> x, In<Accumulator<T>> weight, In<Accumulator<T>> bias, float epsilon, MatrixView<T> y,
+                  MatrixView<Accumulator<T>> moments) const {
+    detail::layer_norm(*context_, x, weight, bias, epsilon, y, moments);
+  }
+  template <class T>
+  void layer_norm_backward(In<T> dy, In<T> x, In<Accumulator<T>> weight, In<Accumulator<T>> moments, MatrixView<T> dx,
+                           Update update = Update::overwrite) const {
+    detail::layer_norm_backward(*context_, dy, x, weight, moments, dx, update);
+  }
+  template <class T>
   void rope(MatrixView<T> x, std::span<const std::int32_t> positions, In<Accumulator<T>> table, RopeLayout layout, int direction) const {
     detail::rope(*context_, x, positions, table, layout, direction);
   }
@@ -185,6 +196,7 @@ class Cuda {
 template <class T>
 inline constexpr bool cuda_has_what_it_says =
     HasMemory<Cuda, T> && HasQuantize<Cuda, T> && HasElementwise<Cuda, T> && HasAdamW<Cuda, T> && HasNorm<Cuda, T> &&
+    HasLayerNorm<Cuda, T> &&
     HasRope<Cuda, T> && HasAttention<Cuda, T> && HasActivation<Cuda, T> && HasEmbedding<Cuda, T> &&
     HasRowSelection<Cuda, T> && HasCrossEntropy<Cuda, T> && HasHostLoop<Cuda>;
 static_assert(cuda_has_what_it_says<float> && cuda_has_what_it_says<double> && cuda_has_what_it_says<bfloat16> &&
