@@ -17,6 +17,7 @@
 
 #include <qdylora/core/matrix.hpp>
 #include <qdylora/core/random.hpp>
+#include <qdylora/quant/moments8.hpp>
 #include <qdylora/quant/quantize.hpp>
 
 namespace qdylora {
@@ -89,15 +90,26 @@ AdamWRow<S> adamw_row(const AdamWUpdate& update, Index i) {
           .epsilon = static_cast<S>(update.epsilon)};
 }
 
+inline void expect_adamw_rows(Index rows, const AdamWUpdate& update) {
+  const auto count = static_cast<std::size_t>(rows);
+  QDYLORA_EXPECTS(update.row_lr.empty() || update.row_lr.size() == count, shape_mismatch, "adamw: row_lr must have one entry a row");
+  QDYLORA_EXPECTS(update.row_steps.empty() || update.row_steps.size() == count, shape_mismatch,
+                  "adamw: row_steps must have one entry a row");
+}
 template <class S>
 void expect_adamw(MatrixView<S> p, MatrixView<const S> g, MatrixView<S> m, MatrixView<S> v, const AdamWUpdate& update) {
   expect_shape("adamw: gradient", g, p.rows, p.cols);
   expect_shape("adamw: first moment", m, p.rows, p.cols);
   expect_shape("adamw: second moment", v, p.rows, p.cols);
-  const auto rows = static_cast<std::size_t>(p.rows);
-  QDYLORA_EXPECTS(update.row_lr.empty() || update.row_lr.size() == rows, shape_mismatch, "adamw: row_lr must have one entry a row");
-  QDYLORA_EXPECTS(update.row_steps.empty() || update.row_steps.size() == rows, shape_mismatch,
-                  "adamw: row_steps must have one entry a row");
+  expect_adamw_rows(p.rows, update);
+}
+inline void expect_adamw(MatrixView<float> p, MatrixView<const float> g, const Moments8View& moments, const AdamWUpdate& update) {
+  expect_shape("adamw: gradient", g, p.rows, p.cols);
+  expect_shape("adamw: codes of the first moment", moments.m, p.rows, p.cols);
+  expect_shape("adamw: codes of the second moment", moments.v, p.rows, p.cols);
+  expect_shape("adamw: absmax of the first moment", moments.m_absmax, p.rows, Moments8View::blocks(p.cols));
+  expect_shape("adamw: absmax of the second moment", moments.v_absmax, p.rows, Moments8View::blocks(p.cols));
+  expect_adamw_rows(p.rows, update);
 }
 
 inline void expect_dropout(float probability) {
@@ -274,6 +286,12 @@ template <class B, class T>
 concept HasAdamW = requires(const B b, MatrixView<Accumulator<T>> p, MatrixView<const Accumulator<T>> g, AdamWUpdate update) {
   b.adamw(p, g, p, p, update);                            // (value, gradient, first moment, second moment), all [rows, cols]
   { b.sum_squares(g) } -> std::convertible_to<double>;    // sum of squares in double, fixed order; waits
+};
+
+/// The same with moments in 8 bits. They are decoded, updated, used, and encoded again; 1 - beta is taken in float.
+template <class B>
+concept HasAdamW8 = requires(const B b, MatrixView<float> p, MatrixView<const float> g, Moments8View moments, AdamWUpdate update) {
+  b.adamw(p, g, moments, update);  // (value, gradient, moments)
 };
 
 /// RMS normalization (Zhang & Sennrich 2019): y[i, j] = x[i, j] * r_i * w[0, j],  r_i = 1 / sqrt(mean_j x[i, j]^2 + epsilon).

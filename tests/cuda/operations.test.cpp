@@ -50,6 +50,11 @@ TEMPLATE_TEST_CASE("cross-entropy on the device is the reference's", "[cuda]", f
   test::cross_entropy<Cuda, TestType>(gpu);
 }
 
+TEST_CASE("AdamW with moments in 8 bits on the device has the reference's codes", "[cuda]") {
+  const Gpu gpu;
+  test::adamw8<Cuda>(gpu);
+}
+
 TEMPLATE_TEST_CASE("rows are gathered and scattered on the device", "[cuda]", float, qd::bfloat16) {
   using T = TestType;
   const Gpu gpu;

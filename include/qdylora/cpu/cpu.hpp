@@ -131,6 +131,9 @@ class Cpu {
   void adamw(MatrixView<S> value, In<S> gradient, MatrixView<S> m, MatrixView<S> v, const AdamWUpdate& update) const {
     detail::adamw(run_, value, gradient, m, v, update);
   }
+  void adamw(MatrixView<float> value, In<float> gradient, const Moments8View& moments, const AdamWUpdate& update) const {
+    detail::adamw(run_, value, gradient, moments, update);
+  }
   template <class S>
   double sum_squares(MatrixView<S> x) const {
     return detail::sum_squares(run_, MatrixView<const std::remove_const_t<S>>(x));
@@ -220,7 +223,7 @@ class Cpu {
   detail::CpuRun run_;
 };
 
-static_assert(HasLayerNorm<Cpu, float> && HasLayerNorm<Cpu, bfloat16>);
+static_assert(HasAdamW8<Cpu> && HasLayerNorm<Cpu, float> && HasLayerNorm<Cpu, bfloat16>);
 static_assert(TransformerBackend<Cpu, float> && TransformerBackend<Cpu, double> && TransformerBackend<Cpu, bfloat16> &&
               TransformerBackend<Cpu, half>);
 

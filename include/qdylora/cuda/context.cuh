@@ -12,6 +12,8 @@
 
 namespace qdylora {
 
+class Pager;  // cuda/paging.cuh
+
 struct CudaOptions {
   int device = 0;
   std::size_t workspace_bytes = std::size_t{64} << 20;  // scratch memory of all operations; they allocate no other
@@ -40,6 +42,8 @@ class CudaContext {
   cublasLtHandle_t blas() const noexcept { return blas_.get(); }
   /// Memory in the order of this context's stream.
   DeviceMemory memory() const noexcept { return {stream()}; }
+  /// Streams for state in the host's memory, made when they are first asked for.
+  const Pager& pager() const;
   void synchronize() const { QDYLORA_CUDA_TRY(cudaStreamSynchronize(stream())); }
 
  private:
@@ -88,6 +92,7 @@ class CudaContext {
   Stream stream_;
   Blas blas_;
   Buffer<std::byte, DeviceMemory> workspace_;
+  mutable std::shared_ptr<const Pager> pager_;
 };
 
 /// The workspace, dealt out to one operation from its beginning. The next operation takes the same memory: the stream keeps them apart.
@@ -106,6 +111,8 @@ class Scratch {
                         std::to_string(workspace_.size()));
     return reinterpret_cast<T*>(const_cast<std::byte*>(workspace_.data()) + begin);
   }
+  /// Bytes that are left.
+  Index room() const noexcept { return workspace_.size() - used_; }
 
  private:
   const Buffer<std::byte, DeviceMemory>& workspace_;

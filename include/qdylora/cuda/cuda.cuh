@@ -11,6 +11,7 @@
 #include <qdylora/cuda/elementwise.cuh>
 #include <qdylora/cuda/host_loop.cuh>
 #include <qdylora/cuda/layer_norm.cuh>
+#include <qdylora/cuda/paged_adamw.cuh>
 #include <qdylora/cuda/quantize.cuh>
 #include <qdylora/cuda/reduce.cuh>
 #include <qdylora/cuda/transformer.cuh>
@@ -95,9 +96,24 @@ class Cuda {
   void adamw(MatrixView<S> value, In<S> gradient, MatrixView<S> m, MatrixView<S> v, const AdamWUpdate& update) const {
     detail::adamw(*context_, value, gradient, m, v, update);
   }
+  void adamw(MatrixView<float> value, In<float> gradient, const Moments8View& moments, const AdamWUpdate& update) const {
+    detail::adamw(*context_, value, gradient, moments, update);
+  }
+  /// The same with moments in the host's pinned memory, which pass through the workspace part by part, beside the arithmetic.
+  template <class S>
+  void adamw_paged(MatrixView<S> value, In<S> gradient, MatrixView<S> m, MatrixView<S> v, const AdamWUpdate& update) const {
+    detail::adamw_paged(*context_, value, gradient, m, v, update);
+  }
+  void adamw_paged(MatrixView<float> value, In<float> gradient, const Moments8View& moments, const AdamWUpdate& update) const {
+    detail::adamw_paged(*context_, value, gradient, moments, update);
+  }
   template <class S>
   double sum_squares(MatrixView<S> x) const {
     return detail::sum_squares(*context_, MatrixView<const std::remove_const_t<S>>(x));
+  }
+  template <class S>
+  double sum_squares(std::span<const MatrixView<const S>> matrices) const {
+    return detail::sum_squares(*context_, matrices);
   }
 
   // transformer
@@ -196,9 +212,9 @@ class Cuda {
 template <class T>
 inline constexpr bool cuda_has_what_it_says =
     HasMemory<Cuda, T> && HasQuantize<Cuda, T> && HasElementwise<Cuda, T> && HasAdamW<Cuda, T> && HasNorm<Cuda, T> &&
-    HasLayerNorm<Cuda, T> &&
-    HasRope<Cuda, T> && HasAttention<Cuda, T> && HasActivation<Cuda, T> && HasEmbedding<Cuda, T> &&
+    HasLayerNorm<Cuda, T> && HasRope<Cuda, T> && HasAttention<Cuda, T> && HasActivation<Cuda, T> && HasEmbedding<Cuda, T> &&
     HasRowSelection<Cuda, T> && HasCrossEntropy<Cuda, T> && HasHostLoop<Cuda>;
+static_assert(HasAdamW8<Cuda>);
 static_assert(cuda_has_what_it_says<float> && cuda_has_what_it_says<double> && cuda_has_what_it_says<bfloat16> &&
               cuda_has_what_it_says<half>);
 
