@@ -17,6 +17,7 @@
 
 #include <qdylora/core/matrix.hpp>
 #include <qdylora/core/random.hpp>
+#include <qdylora/quant/moments8.hpp>
 #include <qdylora/quant/quantize.hpp>
 
 namespace qdylora {
@@ -89,15 +90,26 @@ AdamWRow<S> adamw_row(const AdamWUpdate& update, Index i) {
           .epsilon = static_cast<S>(update.epsilon)};
 }
 
+inline void expect_adamw_rows(Index rows, const AdamWUpdate& update) {
+  const auto count = static_cast<std::size_t>(rows);
+  QDYLORA_EXPECTS(update.row_lr.empty() || update.row_lr.size() == count, shape_mismatch, "adamw: row_lr must have one entry a row");
+  QDYLORA_EXPECTS(update.row_steps.empty() || update.row_steps.size() == count, shape_mismatch,
+                  "adamw: row_steps must have one entry a row");
+}
 template <class S>
 void expect_adamw(MatrixView<S> p, MatrixView<const S> g, MatrixView<S> m, MatrixView<S> v, const AdamWUpdate& update) {
   expect_shape("adamw: gradient", g, p.rows, p.cols);
   expect_shape("adamw: first moment", m, p.rows, p.cols);
   expect_shape("adamw: second moment", v, p.rows, p.cols);
-  const auto rows = static_cast<std::size_t>(p.rows);
-  QDYLORA_EXPECTS(update.row_lr.empty() || update.row_lr.size() == rows, shape_mismatch, "adamw: row_lr must have one entry a row");
-  QDYLORA_EXPECTS(update.row_steps.empty() || update.row_steps.size() == rows, shape_mismatch,
-                  "adamw: row_steps must have one entry a row");
+  expect_adamw_rows(p.rows, update);
+}
+inline void expect_adamw(MatrixView<float> p, MatrixView<const float> g, const Moments8View& moments, const AdamWUpdate& update) {
+  expect_shape("adamw: gradient", g, p.rows, p.cols);
+  expect_shape("adamw: codes of the first moment", moments.m, p.rows, p.cols);
+  expect_shape("adamw: codes of the second moment", moments.v, p.rows, p.cols);
+  expect_shape("adamw: absmax of the first moment", moments.m_absmax, p.rows, Moments8View::blocks(p.cols));
+  expect_shape("adamw: absmax of the second moment", moments.v_absmax, p.rows, Moments8View::blocks(p.cols));
+  expect_adamw_rows(p.rows, update);
 }
 
 template <class S>
@@ -113,6 +125,23 @@ inline void expect_dropout(float probability) {
 /// Random words below it drop their element.
 inline std::uint64_t dropout_threshold(float probability) noexcept {
   return static_cast<std::uint64_t>(static_cast<double>(probability) * 0x1p32);
+}
+
+template <class T, class S>
+void expect_layer_norm(MatrixView<const T> x, MatrixView<const S> weight, MatrixView<const S> bias, MatrixView<T> y,
+                       MatrixView<S> moments) {
+  expect_shape("layer_norm: weight", weight, 1, x.cols);
+  expect_shape("layer_norm: bias", bias, 1, x.cols);
+  expect_shape("layer_norm: y", y, x.rows, x.cols);
+  expect_shape("layer_norm: moments", moments, x.rows, 2);
+}
+template <class T, class S>
+void expect_layer_norm_backward(MatrixView<const T> dy, MatrixView<const T> x, MatrixView<const S> weight, MatrixView<const S> moments,
+                                MatrixView<T> dx) {
+  expect_shape("layer_norm_backward: x", x, dy.rows, dy.cols);
+  expect_shape("layer_norm_backward: weight", weight, 1, x.cols);
+  expect_shape("layer_norm_backward: moments", moments, x.rows, 2);
+  expect_shape("layer_norm_backward: dx", dx, x.rows, x.cols);
 }
 
 template <class T, class S>
@@ -265,6 +294,12 @@ concept HasAdamW = requires(const B b, MatrixView<Accumulator<T>> p, MatrixView<
   { b.sum_squares(g) } -> std::convertible_to<double>;    // sum of squares in double, fixed order; waits
 };
 
+/// The same with moments in 8 bits. They are decoded, updated, used, and encoded again; 1 - beta is taken in float.
+template <class B>
+concept HasAdamW8 = requires(const B b, MatrixView<float> p, MatrixView<const float> g, Moments8View moments, AdamWUpdate update) {
+  b.adamw(p, g, moments, update);  // (value, gradient, moments)
+};
+
 /// RMS normalization (Zhang & Sennrich 2019): y[i, j] = x[i, j] * r_i * w[0, j],  r_i = 1 / sqrt(mean_j x[i, j]^2 + epsilon).
 template <class B, class T>
 concept HasNorm = requires(const B b, MatrixView<const T> x, MatrixView<T> y, MatrixView<const Accumulator<T>> w,
@@ -272,6 +307,15 @@ concept HasNorm = requires(const B b, MatrixView<const T> x, MatrixView<T> y, Ma
   b.rms_norm(x, w, epsilon, y, r);              // r [tokens, 1] keeps r_i for the backward pass
   b.rms_norm_backward(x, x, w, w, y, update);   // (dy, x, w, r, dx): dx (+)= r (dy w - x r^2 mean_j(dy w x))
 };
+
+/// Layer normalization (Ba, Kiros & Hinton 2016): y[i, j] = (x[i, j] - m_i) * r_i * w[0, j] + c[0, j],  m_i = mean_j x[i, j],
+/// r_i = 1 / sqrt(mean_j (x[i, j] - m_i)^2 + epsilon).
+template <class B, class T>
+concept HasLayerNorm = requires(const B b, MatrixView<const T> x, MatrixView<T> y, MatrixView<const Accumulator<T>> w,
+                                MatrixView<Accumulator<T>> s, float epsilon, Update update) {
+  b.layer_norm(x, w, w, epsilon, y, s);          // (x, w, c, epsilon, y, s): s [tokens, 2] keeps m_i and r_i for the backward pass
+  b.layer_norm_backward(x, x, w, w, y, update);  // (dy, x, w, s, dx): with d = dy w and n = (x - m) r,
+};                                               // dx (+)= r (d - mean_j(d) - n mean_j(d n))
 
 /// Rotary position embedding (Su et al. 2021), in place: pair i of every head of token t turns by the angle whose cosine and sine are
 /// table[positions[t], 2i] and table[positions[t], 2i + 1] (nn/rope.hpp makes the table). Direction -1 turns back: the backward pass.

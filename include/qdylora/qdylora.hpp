@@ -20,6 +20,6 @@
 #include <qdylora/nn/ranks.hpp>
 #include <qdylora/nn/reorder.hpp>
 
-// optim: AdamW, learning-rate schedules
+// optim: AdamW with moments in full or in 8 bits, learning-rate schedules
 #include <qdylora/optim/adamw.hpp>
 #include <qdylora/optim/schedule.hpp>

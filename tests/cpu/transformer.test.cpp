@@ -7,6 +7,10 @@ TEMPLATE_TEST_CASE("RMS norm is the reference's", "[cpu]", float, double, qd::bf
   each_isa([](const qd::Cpu& cpu) { test::rms_norm<qd::Cpu, TestType>(cpu); });
 }
 
+TEMPLATE_TEST_CASE("layer norm is the reference's", "[cpu]", float, double, qd::bfloat16, qd::half) {
+  test::layer_norm<qd::Cpu, TestType>(qd::Cpu(2));
+}
+
 TEMPLATE_TEST_CASE("rotary embedding is the reference's", "[cpu]", float, double, qd::bfloat16, qd::half) {
   each_isa([](const qd::Cpu& cpu) { test::rope<qd::Cpu, TestType>(cpu); });
 }

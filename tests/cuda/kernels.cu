@@ -23,21 +23,20 @@ struct EveryPrimitive {
     unsigned bits = shuffle(1u, 2) + shuffle_up(3u, 1) + shuffle_down(4u, 1) + shuffle_xor(5u, 1, 8) + device::ballot(lane() > 3);
     bits += reduce_add(bits) + reduce_max(bits) + (device::all(bits > 0) ? 1u : 0u) + (device::any(bits > 1) ? 2u : 0u);
     float d[4] = {};
-#if __CUDA_ARCH__ >= 800
     copy_async<16>(tile.from(8 * thread()), in + 8 * thread());
     copy_async<8>(tile.from(4 * thread()), in + 4 * thread());
     copy_async<16>(tile.from(8 * thread()), in + 8 * thread(), 4);
     commit_copies();
     wait_copies<0>();
     sync_block();
-    multiply_add<T>(d, load_matrices<4>(tile.from(lane() * 8)), load_matrices<2, true>(tile.from(lane() * 8)));
-#endif
+    if constexpr (multiplies<T>)
+      multiply_add<T>(d, load_matrices<4>(tile.from(lane() * 8)), load_matrices<2, true>(tile.from(lane() * 8)));
     bits += load_matrices<1>(tile.from(lane() * 8)).word[0] + load_matrices<4, true>(tile.from(lane() * 8)).word[3];
     bits += load_matrices<2>(tile.from(lane() * 8)).word[1] + load_matrices<1, true>(tile.from(lane() * 8)).word[0];
     bits += load_once(words + thread()) + load_once(reinterpret_cast<const Words<2>*>(words)).word[1];
     atomic_add(words, bits + pack<T>(d[0], d[1]));
     atomic_min(words + 1, static_cast<unsigned>(block_threads()) + counts.load(0));
-    store(out + thread(), divide(add(multiply(d[2], 2.0f), d[3]), 3.0f) + widen(narrow<T>(d[0])) + static_cast<float>(warp()));
+    store(out + thread(), divide(add(multiply(d[2], 2.0f), d[3]), 3.0f) + device::exp2(widen(narrow<T>(d[0]))) + float(warp()));
   }
 };
 
@@ -53,9 +52,12 @@ void every_operation(const qd::Cuda& cuda, qd::MatrixView<T> x, qd::MatrixView<q
   cuda.column_products(a, a, a);
   cuda.dropout(x, 0.5f, {}, x);
   cuda.adamw(a, a, a, a, {});
+  if constexpr (std::is_same_v<decltype(a), qd::MatrixView<float>>) cuda.adamw_paged(a, a, qd::Moments8View{}, {});
   cuda.sum_squares(a);
   cuda.rms_norm(x, a, 1e-5f, x, a);
   cuda.rms_norm_backward(x, x, a, a, x);
+  cuda.layer_norm(x, a, a, 1e-5f, x, a);
+  cuda.layer_norm_backward(x, x, a, a, x);
   cuda.rope(x, ids, a, qd::RopeLayout::half_split, 1);
   cuda.swiglu(x, x, x);
   cuda.swiglu_backward(x, x, x, x, x);
@@ -66,6 +68,9 @@ void every_operation(const qd::Cuda& cuda, qd::MatrixView<T> x, qd::MatrixView<q
   cuda.gather_rows(x, rows, x);
   cuda.scatter_rows(x, rows, x);
   cuda.cross_entropy(a, ids, 1.0, a);
+  cuda.attention(x, x, x, rows, {}, x, a);
+  cuda.attention_backward(x, x, x, x, x, a, rows, {}, x, x, x);
+  cuda.attention_decode(x, std::span<const qd::MatrixView<const T>>(), std::span<const qd::MatrixView<const T>>(), {}, x);
   cuda.dequantize(cuda.quantize<qd::NF4, qd::DoubleQuant<>>(x).view(), x);
   cuda.dequantize(cuda.quantize<qd::FP4, qd::Float32Scales>(x).view(), x);
   cuda.dequantize(cuda.quantize<qd::INT4, qd::DoubleQuant<qd::FP8E4M3>>(x).view(), x);
@@ -110,6 +115,4 @@ template void every_operation(const qd::Cuda&, qd::MatrixView<qd::bfloat16>, qd:
 template void every_operation(const qd::Cuda&, qd::MatrixView<double>, qd::MatrixView<double>, std::span<const std::int32_t>,
                               std::span<const qd::Index>);
 template void device::launch(const device::Launch&, const EveryPrimitive<qd::half>&);
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
 template void device::launch(const device::Launch&, const EveryPrimitive<qd::bfloat16>&);
-#endif

@@ -40,10 +40,20 @@ ON_THE_DEVICE("dropout on the device is the reference's and its mask exact", tes
 ON_THE_DEVICE("AdamW on the device is the reference's", test::adamw)
 ON_THE_DEVICE("the sum of squares on the device is taken in double", test::sum_squares)
 ON_THE_DEVICE("RMS norm on the device is the reference's", test::rms_norm)
+ON_THE_DEVICE("layer norm on the device is the reference's", test::layer_norm)
 ON_THE_DEVICE("rotary embedding on the device is the reference's", test::rope)
 ON_THE_DEVICE("activations on the device are the reference's", test::activations)
-ON_THE_DEVICE("cross-entropy on the device is the reference's", test::cross_entropy)
 ON_THE_DEVICE("embedding on the device is the reference's", test::embedding)
+
+TEMPLATE_TEST_CASE("cross-entropy on the device is the reference's", "[cuda]", float, double) {
+  const Gpu gpu;
+  test::cross_entropy<Cuda, TestType>(gpu);
+}
+
+TEST_CASE("AdamW with moments in 8 bits on the device has the reference's codes", "[cuda]") {
+  const Gpu gpu;
+  test::adamw8<Cuda>(gpu);
+}
 
 TEMPLATE_TEST_CASE("rows are gathered and scattered on the device", "[cuda]", float, qd::bfloat16) {
   using T = TestType;

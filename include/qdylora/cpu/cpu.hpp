@@ -131,6 +131,9 @@ class Cpu {
   void adamw(MatrixView<S> value, In<S> gradient, MatrixView<S> m, MatrixView<S> v, const AdamWUpdate& update) const {
     detail::adamw(run_, value, gradient, m, v, update);
   }
+  void adamw(MatrixView<float> value, In<float> gradient, const Moments8View& moments, const AdamWUpdate& update) const {
+    detail::adamw(run_, value, gradient, moments, update);
+  }
   template <class S>
   double sum_squares(MatrixView<S> x) const {
     return detail::sum_squares(run_, MatrixView<const std::remove_const_t<S>>(x));
@@ -145,6 +148,16 @@ class Cpu {
   void rms_norm_backward(In<T> dy, In<T> x, In<Accumulator<T>> weight, In<Accumulator<T>> inverse_rms, MatrixView<T> dx,
                          Update update = Update::overwrite) const {
     detail::rms_norm_backward(run_, dy, x, weight, inverse_rms, dx, update);
+  }
+  template <class T>
+  void layer_norm(In<T> x, In<Accumulator<T>> weight, In<Accumulator<T>> bias, float epsilon, MatrixView<T> y,
+                  MatrixView<Accumulator<T>> moments) const {
+    detail::layer_norm(run_, x, weight, bias, epsilon, y, moments);
+  }
+  template <class T>
+  void layer_norm_backward(In<T> dy, In<T> x, In<Accumulator<T>> weight, In<Accumulator<T>> moments, MatrixView<T> dx,
+                           Update update = Update::overwrite) const {
+    detail::layer_norm_backward(run_, dy, x, weight, moments, dx, update);
   }
   template <class T>
   void rope(MatrixView<T> x, std::span<const std::int32_t> positions, In<Accumulator<T>> table, RopeLayout layout, int direction) const {
@@ -210,6 +223,7 @@ class Cpu {
   detail::CpuRun run_;
 };
 
+static_assert(HasAdamW8<Cpu> && HasLayerNorm<Cpu, float> && HasLayerNorm<Cpu, bfloat16>);
 static_assert(TransformerBackend<Cpu, float> && TransformerBackend<Cpu, double> && TransformerBackend<Cpu, bfloat16> &&
               TransformerBackend<Cpu, half>);
 

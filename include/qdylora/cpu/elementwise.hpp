@@ -176,6 +176,41 @@ void adamw(const CpuRun& run, MatrixView<S> p, MatrixView<const S> g, MatrixView
   });
 }
 
+/// Products and sums are rounded as written, so that codes are the same on every backend.
+inline void adamw(const CpuRun& run, MatrixView<float> p, MatrixView<const float> g, const Moments8View& moments,
+                  const AdamWUpdate& update) {
+  expect_adamw(p, g, moments, update);
+  constexpr Index size = Moments8View::block_size;
+  run.parallel_ranges(p.rows, row_grain(p.cols), [&](Index begin, Index end) {
+    float first[size], second[size];
+    for (Index i = begin; i < end; ++i) {
+      const AdamWRow<float> row = adamw_row<float>(update, i);
+      const float take1 = 1.0f - row.keep1, take2 = 1.0f - row.keep2;
+      for (Index b = 0; b < moments.m_absmax.cols; ++b) {
+        const Index at = b * size, count = std::min(size, p.cols - at);
+        float *values = p.row(i) + at, &m_absmax = moments.m_absmax(i, b), &v_absmax = moments.v_absmax(i, b);
+        const float* gradient = g.row(i) + at;
+        std::uint8_t *m = moments.m.row(i) + at, *v = moments.v.row(i) + at;
+        float first_max = 0.0f, second_max = 0.0f;
+        for (Index j = 0; j < count; ++j) {
+          const float d = gradient[j] * row.gradient_scale;
+          first[j] = rounded(row.keep1 * rounded(DynamicMap8::values[m[j]] * m_absmax)) + rounded(take1 * d);
+          second[j] = rounded(row.keep2 * rounded(DynamicMapU8::values[v[j]] * v_absmax)) + rounded(rounded(take2 * d) * d);
+          first_max = std::max(first_max, std::fabs(first[j]));
+          second_max = std::max(second_max, second[j]);
+          values[j] = values[j] * row.decay - row.step_size * (first[j] / (std::sqrt(second[j]) / row.correction2 + row.epsilon));
+        }
+        m_absmax = first_max;
+        v_absmax = second_max;
+        for (Index j = 0; j < count; ++j) {
+          m[j] = first_moment_code(first[j], first_max, DynamicMap8::values.data());
+          v[j] = second_moment_code(second[j], second_max, DynamicMapU8::values.data());
+        }
+      }
+    }
+  });
+}
+
 template <class S>
 double sum_squares(const CpuRun& run, MatrixView<const S> x) {
   const Index grain = row_grain(x.cols);

@@ -283,6 +283,41 @@ void adamw(MatrixView<P> p, MatrixView<G> gradient, MatrixView<M> m, MatrixView<
   }
 }
 
+/// The same with moments in 8 bits, bitsandbytes' rule: m = b1 m + (1 - b1) g and v likewise are rounded to float as written, each product
+/// and each sum, and so is 1 - b; p is updated by them, and their codes are made last.
+inline void adamw(MatrixView<float> p, MatrixView<const float> gradient, const Moments8View& s, const AdamWUpdate& u) {
+  const auto beta1 = static_cast<float>(u.beta1), beta2 = static_cast<float>(u.beta2);
+  for (Index i = 0; i < p.rows; ++i) {
+    const auto row = static_cast<std::size_t>(i);
+    const double lr = u.row_lr.empty() ? u.lr : u.lr * static_cast<double>(u.row_lr[row]);
+    const auto t = static_cast<double>(u.row_steps.empty() ? u.step : u.row_steps[row]);
+    for (Index b = 0; b < s.m_absmax.cols; ++b) {
+      const Index begin = b * Moments8View::block_size, end = std::min(begin + Moments8View::block_size, p.cols);
+      std::vector<float> first, second;
+      float first_max = 0.0f, second_max = 0.0f;
+      for (Index j = begin; j < end; ++j) {
+        const float g = gradient(i, j) * static_cast<float>(u.gradient_scale);
+        first.push_back(detail::rounded(beta1 * detail::rounded(DynamicMap8::values[s.m(i, j)] * s.m_absmax(i, b))) +
+                        detail::rounded((1.0f - beta1) * g));
+        second.push_back(detail::rounded(beta2 * detail::rounded(DynamicMapU8::values[s.v(i, j)] * s.v_absmax(i, b))) +
+                         detail::rounded(detail::rounded((1.0f - beta2) * g) * g));
+        first_max = std::max(first_max, std::fabs(first.back()));
+        second_max = std::max(second_max, second.back());
+        const double denominator = std::sqrt(static_cast<double>(second.back())) / std::sqrt(1.0 - std::pow(u.beta2, t)) + u.epsilon;
+        const double decayed = static_cast<double>(p(i, j)) * (1.0 - lr * u.weight_decay);
+        put(p(i, j), decayed - lr / (1.0 - std::pow(u.beta1, t)) * static_cast<double>(first.back()) / denominator);
+      }
+      s.m_absmax(i, b) = first_max;
+      s.v_absmax(i, b) = second_max;
+      for (Index j = begin; j < end; ++j) {
+        const auto at = static_cast<std::size_t>(j - begin);
+        s.m(i, j) = detail::first_moment_code(first[at], first_max, DynamicMap8::values.data());
+        s.v(i, j) = detail::second_moment_code(second[at], second_max, DynamicMapU8::values.data());
+      }
+    }
+  }
+}
+
 /// sum over all elements of x^2
 template <class X>
 double sum_squares(MatrixView<X> x) {
@@ -322,6 +357,39 @@ void rms_norm_backward(MatrixView<D> dy, MatrixView<X> x, MatrixView<W> w, Matri
     for (Index j = 0; j < dx.cols; ++j) mean += dyw(j) * static_cast<double>(x(i, j)) / static_cast<double>(dx.cols);
     for (Index j = 0; j < dx.cols; ++j)
       put(dx(i, j), r_i * (dyw(j) - static_cast<double>(x(i, j)) * r_i * r_i * mean), update);
+  }
+}
+
+/// y[i, j] = (x[i, j] - m_i) * r_i * w[0, j] + c[0, j],   m_i = mean_j x[i, j],   r_i = 1 / sqrt(mean_j (x[i, j] - m_i)^2 + epsilon)
+template <class X, class W, class Y, class M>
+void layer_norm(MatrixView<X> x, MatrixView<W> w, MatrixView<W> c, float epsilon, MatrixView<Y> y, MatrixView<M> moments) {
+  const auto count = static_cast<double>(x.cols);
+  for (Index i = 0; i < x.rows; ++i) {
+    double mean = 0.0, variance = 0.0;
+    for (Index j = 0; j < x.cols; ++j) mean += static_cast<double>(x(i, j)) / count;
+    for (Index j = 0; j < x.cols; ++j) variance += std::pow(static_cast<double>(x(i, j)) - mean, 2) / count;
+    const double r = 1.0 / std::sqrt(variance + static_cast<double>(epsilon));
+    put(moments(i, 0), mean);
+    put(moments(i, 1), r);
+    for (Index j = 0; j < x.cols; ++j)
+      put(y(i, j), (static_cast<double>(x(i, j)) - mean) * r * static_cast<double>(w(0, j)) + static_cast<double>(c(0, j)));
+  }
+}
+
+/// With d = dy w and n = (x - m) r:   dx (+)= r (d - mean_j(d) - n mean_j(d n))
+template <class D, class X, class W, class M, class G>
+void layer_norm_backward(MatrixView<D> dy, MatrixView<X> x, MatrixView<W> w, MatrixView<M> moments, MatrixView<G> dx, Update update) {
+  const auto count = static_cast<double>(x.cols);
+  for (Index i = 0; i < x.rows; ++i) {
+    const double m = static_cast<double>(moments(i, 0)), r = static_cast<double>(moments(i, 1));
+    const auto d = [&](Index j) { return static_cast<double>(dy(i, j)) * static_cast<double>(w(0, j)); };
+    const auto n = [&](Index j) { return (static_cast<double>(x(i, j)) - m) * r; };
+    double mean_d = 0.0, mean_dn = 0.0;
+    for (Index j = 0; j < x.cols; ++j) {
+      mean_d += d(j) / count;
+      mean_dn += d(j) * n(j) / count;
+    }
+    for (Index j = 0; j < x.cols; ++j) put(dx(i, j), r * (d(j) - mean_d - n(j) * mean_dn), update);
   }
 }
 

@@ -46,6 +46,53 @@ void rms_norm_backward(const CpuRun& run, MatrixView<const T> dy, MatrixView<con
 }
 
 template <class T, class S>
+void layer_norm(const CpuRun& run, MatrixView<const T> x, MatrixView<const S> weight, MatrixView<const S> bias, float epsilon,
+                MatrixView<T> y, MatrixView<S> moments) {
+  expect_layer_norm(x, weight, bias, y, moments);
+  run.parallel_ranges(x.rows, row_grain(x.cols), [&](Index begin, Index end) {
+    const auto count = static_cast<double>(x.cols);
+    for (Index i = begin; i < end; ++i) {
+      const S* row = row_as<S, 2>(x, i);
+      double sum = 0.0, squares = 0.0;
+      for (Index j = 0; j < x.cols; ++j) sum += static_cast<double>(row[j]);
+      const double mean = sum / count;
+      for (Index j = 0; j < x.cols; ++j) squares += (static_cast<double>(row[j]) - mean) * (static_cast<double>(row[j]) - mean);
+      const S m = moments(i, 0) = static_cast<S>(mean);
+      const S r = moments(i, 1) = static_cast<S>(1.0 / std::sqrt(squares / count + static_cast<double>(epsilon)));
+      write_row<S, 3>(y, i, Update::overwrite, [&](S* out) {
+        for (Index j = 0; j < x.cols; ++j) out[j] = (row[j] - m) * r * weight(0, j) + bias(0, j);
+      });
+    }
+  });
+}
+
+template <class T, class S>
+void layer_norm_backward(const CpuRun& run, MatrixView<const T> dy, MatrixView<const T> x, MatrixView<const S> weight,
+                         MatrixView<const S> moments, MatrixView<T> dx, Update update) {
+  expect_layer_norm_backward(dy, x, weight, moments, dx);
+  run.parallel_ranges(x.rows, row_grain(x.cols), [&](Index begin, Index end) {
+    const auto count = static_cast<double>(x.cols);
+    for (Index i = begin; i < end; ++i) {
+      const S m = moments(i, 0), r = moments(i, 1);
+      const S *d = row_as<S, 2>(dy, i), *row = row_as<S, 3>(x, i);
+      double sum = 0.0, dot = 0.0;
+      for (Index j = 0; j < x.cols; ++j) {
+        const auto dw = static_cast<double>(d[j] * weight(0, j));
+        sum += dw;
+        dot += dw * static_cast<double>(row[j] - m);
+      }
+      const S mean = static_cast<S>(sum / count), slope = static_cast<S>(dot / count) * r * r;
+      write_row<S, 4>(dx, i, update, [&](S* out) {
+        for (Index j = 0; j < x.cols; ++j) {
+          const S value = r * (d[j] * weight(0, j) - mean - (row[j] - m) * slope);
+          out[j] = update == Update::accumulate ? out[j] + value : value;
+        }
+      });
+    }
+  });
+}
+
+template <class T, class S>
 void rope(const CpuRun& run, MatrixView<T> x, std::span<const std::int32_t> positions, MatrixView<const S> table, RopeLayout layout,
           int direction) {
   expect_rope(x, positions, table);

@@ -17,6 +17,8 @@
 
 namespace qdylora {
 
+class Pager;  // cuda/paging.cuh
+
 struct CudaOptions {
   int device = 0;
   std::size_t workspace_bytes = std::size_t{64} << 20;  // scratch memory of all operations; they allocate no other
@@ -76,6 +78,8 @@ class CudaContext {
   }
   /// Algorithms that cuBLASLt has chosen: it takes longer to choose one than many a product takes.
   std::map<detail::GemmProblem, cublasLtMatmulAlgo_t>& gemm_algorithms() const noexcept { return gemm_algorithms_; }
+  /// Streams for state in the host's memory, made when they are first asked for.
+  const Pager& pager() const;
   void synchronize() const { QDYLORA_CUDA_TRY(cudaStreamSynchronize(stream())); }
 
  private:
@@ -127,6 +131,7 @@ class CudaContext {
   Index slab_bytes_ = 0;
   mutable std::map<detail::GemmProblem, cublasLtMatmulAlgo_t> gemm_algorithms_;
   Buffer<std::byte, DeviceMemory> workspace_;
+  mutable std::shared_ptr<const Pager> pager_;
 };
 
 /// The workspace, dealt out to one operation from its beginning. The next operation takes the same memory: the stream keeps them apart.
@@ -149,6 +154,8 @@ class Scratch {
   std::span<std::byte> rest(Index most) const {
     return {const_cast<std::byte*>(workspace_.data()) + used_, static_cast<std::size_t>(std::min(most, workspace_.size() - used_))};
   }
+  /// Bytes that are left.
+  Index room() const noexcept { return workspace_.size() - used_; }
 
  private:
   const Buffer<std::byte, DeviceMemory>& workspace_;

@@ -37,7 +37,7 @@ struct ExpSum {
 /// One block, one row: it is read once for its sum, and again, from the L2 cache where that holds it, for its gradient.
 template <class S>
 struct CrossEntropy {
-  static constexpr int threads = 1024;
+  static constexpr int threads = 512;
   static constexpr int warps = threads / warp_size;
   static constexpr int shared_bytes = warps * static_cast<int>(sizeof(ExpSum<S>));
 

@@ -1,14 +1,17 @@
-// The CUDA backend: the operations of the Backend concept that exist on the device so far. Attention does not.
+// The CUDA backend: the Backend concept on a device of NVIDIA's.
 #pragma once
 
 #include <span>
 #include <type_traits>
 
 #include <qdylora/backend.hpp>
+#include <qdylora/cuda/attention_decode.cuh>
 #include <qdylora/cuda/cross_entropy.cuh>
 #include <qdylora/cuda/dequantize.cuh>
 #include <qdylora/cuda/elementwise.cuh>
 #include <qdylora/cuda/host_loop.cuh>
+#include <qdylora/cuda/layer_norm.cuh>
+#include <qdylora/cuda/paged_adamw.cuh>
 #include <qdylora/cuda/products.cuh>
 #include <qdylora/cuda/quantize.cuh>
 #include <qdylora/cuda/reduce.cuh>
@@ -113,9 +116,24 @@ class Cuda {
   void adamw(MatrixView<S> value, In<S> gradient, MatrixView<S> m, MatrixView<S> v, const AdamWUpdate& update) const {
     detail::adamw(*context_, value, gradient, m, v, update);
   }
+  void adamw(MatrixView<float> value, In<float> gradient, const Moments8View& moments, const AdamWUpdate& update) const {
+    detail::adamw(*context_, value, gradient, moments, update);
+  }
+  /// The same with moments in the host's pinned memory, which pass through the workspace part by part, beside the arithmetic.
+  template <class S>
+  void adamw_paged(MatrixView<S> value, In<S> gradient, MatrixView<S> m, MatrixView<S> v, const AdamWUpdate& update) const {
+    detail::adamw_paged(*context_, value, gradient, m, v, update);
+  }
+  void adamw_paged(MatrixView<float> value, In<float> gradient, const Moments8View& moments, const AdamWUpdate& update) const {
+    detail::adamw_paged(*context_, value, gradient, moments, update);
+  }
   template <class S>
   double sum_squares(MatrixView<S> x) const {
     return detail::sum_squares(*context_, MatrixView<const std::remove_const_t<S>>(x));
+  }
+  template <class S>
+  double sum_squares(std::span<const MatrixView<const S>> matrices) const {
+    return detail::sum_squares(*context_, matrices);
   }
 
   // transformer
@@ -129,8 +147,33 @@ class Cuda {
     detail::rms_norm_backward(*context_, dy, x, weight, inverse_rms, dx, update);
   }
   template <class T>
+  void layer_norm(In<T> x, In<Accumulator<T>> weight, In<Accumulator<T>> bias, float epsilon, MatrixView<T> y,
+                  MatrixView<Accumulator<T>> moments) const {
+    detail::layer_norm(*context_, x, weight, bias, epsilon, y, moments);
+  }
+  template <class T>
+  void layer_norm_backward(In<T> dy, In<T> x, In<Accumulator<T>> weight, In<Accumulator<T>> moments, MatrixView<T> dx,
+                           Update update = Update::overwrite) const {
+    detail::layer_norm_backward(*context_, dy, x, weight, moments, dx, update);
+  }
+  template <class T>
   void rope(MatrixView<T> x, std::span<const std::int32_t> positions, In<Accumulator<T>> table, RopeLayout layout, int direction) const {
     detail::rope(*context_, x, positions, table, layout, direction);
+  }
+  template <class T>
+  void attention(In<T> q, In<T> k, In<T> v, std::span<const Index> offsets, HeadShape shape, MatrixView<T> y,
+                 MatrixView<Accumulator<T>> lse) const {
+    detail::attention(*context_, q, k, v, offsets, shape, y, lse);
+  }
+  template <class T>
+  void attention_backward(In<T> dy, In<T> q, In<T> k, In<T> v, In<T> y, In<Accumulator<T>> lse, std::span<const Index> offsets,
+                          HeadShape shape, MatrixView<T> dq, MatrixView<T> dk, MatrixView<T> dv) const {
+    detail::attention_backward(*context_, dy, q, k, v, y, lse, offsets, shape, dq, dk, dv);
+  }
+  template <class T>
+  void attention_decode(In<T> q, std::span<const MatrixView<const T>> keys, std::span<const MatrixView<const T>> values, HeadShape shape,
+                        MatrixView<T> y) const {
+    detail::attention_decode(*context_, q, keys, values, shape, y);
   }
   template <class T>
   void swiglu(In<T> gate, In<T> up, MatrixView<T> y) const {
@@ -187,9 +230,8 @@ class Cuda {
 };
 
 template <class T>
-inline constexpr bool cuda_has_what_it_says = Backend<Cuda, T> && HasNorm<Cuda, T> && HasRope<Cuda, T> && HasActivation<Cuda, T> &&
-                                              HasEmbedding<Cuda, T> && HasRowSelection<Cuda, T> && HasCrossEntropy<Cuda, T> &&
-                                              HasHostLoop<Cuda>;
+inline constexpr bool cuda_has_what_it_says = TransformerBackend<Cuda, T> && HasLayerNorm<Cuda, T>;
+static_assert(HasAdamW8<Cuda>);
 static_assert(cuda_has_what_it_says<float> && cuda_has_what_it_says<double> && cuda_has_what_it_says<bfloat16> &&
               cuda_has_what_it_says<half>);
 

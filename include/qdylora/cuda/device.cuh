@@ -188,32 +188,49 @@ __device__ __forceinline__ unsigned reduce_max(unsigned value) {
 #endif
 }
 
-// ---- copies from global to shared memory that run beside the thread. sm_80 ----------------------------------------------------------
+// ---- copies from global to shared memory that run beside the thread. sm_80; before it the thread makes them itself --------------------
 
 /// `bytes` bytes, both ends aligned to as many. They may be read after wait_copies, by other threads after a barrier on top.
 template <int bytes, class T>
 __device__ __forceinline__ void copy_async(Shared<T> to, const T* from) {
   static_assert(bytes == 4 || bytes == 8 || bytes == 16);
+#if __CUDA_ARCH__ >= 800
   if constexpr (bytes == 16)
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to.address()), "l"(from) : "memory");
   else
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to.address()), "l"(from), "n"(bytes) : "memory");
+#else
+  using Bytes = Words<bytes / 4>;
+  to.template from<Bytes>(0).store(0, load(reinterpret_cast<const Bytes*>(from)));
+#endif
 }
 /// The same where only the first `valid` bytes exist: zeros take the place of the others.
 template <int bytes, class T>
 __device__ __forceinline__ void copy_async(Shared<T> to, const T* from, int valid) {
   static_assert(bytes == 4 || bytes == 8 || bytes == 16);
+#if __CUDA_ARCH__ >= 800
   if constexpr (bytes == 16)
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to.address()), "l"(from), "r"(valid) : "memory");
   else
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to.address()), "l"(from), "n"(bytes), "r"(valid) : "memory");
+#else
+#pragma unroll
+  for (int i = 0; i < bytes / static_cast<int>(sizeof(T)); ++i)
+    to.store(i, i * static_cast<int>(sizeof(T)) < valid ? load(from + i) : T{});
+#endif
 }
 /// Closes a group of the copies this thread has begun.
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void commit_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
 /// Waits until at most the newest `pending` groups of this thread are still on their way.
 template <int pending>
 __device__ __forceinline__ void wait_copies() {
+#if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+#endif
 }
 
 // ---- tensor cores. A fragment word holds two neighbours of a row, the first in its low half ------------------------------------------
@@ -250,10 +267,18 @@ __device__ __forceinline__ Words<matrices> load_matrices(Shared<T> row) {
 /// d [16, 8] += a [16, 16] . b [16, 8], T = bfloat16 or half, mma.sync.m16n8k16. With g = lane / 4, t = lane % 4:
 ///   a: words (g, 2t) (g + 8, 2t) (g, 2t + 8) (g + 8, 2t + 8), each with its right neighbour
 ///   b: words (2t, g) (2t + 8, g), each with its lower neighbour      d: (g, 2t) (g, 2t + 1) (g + 8, 2t) (g + 8, 2t + 1)
-/// sm_80
+/// sm_80; on sm_75 half alone, in two steps of m16n8k8.
+#if __CUDA_ARCH__ >= 800
+template <class T>
+inline constexpr bool multiplies = std::same_as<T, bfloat16> || std::same_as<T, half>;
+#else
+template <class T>
+inline constexpr bool multiplies = std::same_as<T, half>;
+#endif
 template <class T>
 __device__ __forceinline__ void multiply_add(float (&d)[4], const Words<4>& a, const Words<2>& b) {
   static_assert(std::same_as<T, bfloat16> || std::same_as<T, half>);
+#if __CUDA_ARCH__ >= 800
   if constexpr (std::same_as<T, bfloat16>)
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
@@ -262,6 +287,14 @@ __device__ __forceinline__ void multiply_add(float (&d)[4], const Words<4>& a, c
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a.word[0]), "r"(a.word[1]), "r"(a.word[2]), "r"(a.word[3]), "r"(b.word[0]), "r"(b.word[1]));
+#else
+  static_assert(multiplies<T>);
+#pragma unroll
+  for (int k = 0; k < 2; ++k)
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a.word[2 * k]), "r"(a.word[2 * k + 1]), "r"(b.word[k]));
+#endif
 }
 
 // ---- bits ------------------------------------------------------------------------------------------------------------------------
@@ -274,6 +307,14 @@ __device__ __forceinline__ unsigned byte_of(std::uint32_t word, int i) { return 
 __device__ __forceinline__ float multiply(float a, float b) { return __fmul_rn(a, b); }
 __device__ __forceinline__ float add(float a, float b) { return __fadd_rn(a, b); }
 __device__ __forceinline__ float divide(float a, float b) { return __fdiv_rn(a, b); }
+
+/// 2^x, to two units in the last place; a float result below the smallest normal number is zero.
+__device__ __forceinline__ float exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ double exp2(double x) { return ::exp2(x); }
 
 /// An activation as what sums are kept in, and back, rounded to nearest even.
 template <Scalar T>
@@ -324,8 +365,16 @@ __device__ __forceinline__ std::uint32_t pack(float first, float second) {
 template <class K>
 concept Kernel = std::is_trivially_copyable_v<K> && K::threads % warp_size == 0 && K::threads <= 1024;
 
+/// How many blocks of K one processor must have registers for. Kernels that keep much in registers say 1; without a word of theirs the
+/// compiler may spill a few to make room for another block.
+template <class K>
+inline constexpr int least_blocks = 0;
+template <class K>
+  requires requires { K::least_blocks; }
+inline constexpr int least_blocks<K> = K::least_blocks;
+
 template <Kernel K>
-__global__ void __launch_bounds__(K::threads) run(const __grid_constant__ K kernel) {
+__global__ void __launch_bounds__(K::threads, least_blocks<K>) run(const __grid_constant__ K kernel) {
   extern __shared__ __align__(128) unsigned char bytes[];
   kernel(SharedMemory(bytes));
 }

@@ -66,28 +66,36 @@ struct Dropout {
   }
 };
 
-/// Rows [first_row, first_row + rows) of one AdamW update; what differs between rows comes with the launch.
+/// An AdamWUpdate's numbers, which come with a launch: those of some rows where rows differ, else of one for all.
 template <class S>
-struct AdamWRows {
+struct AdamWRowNumbers {
   static constexpr Index most = 64;
   struct Row {
     S decay, step_size, correction2;
   };
 
+  S keep1, take1, keep2, take2, epsilon, scale;
+  bool alike;
+  Row row[most];
+
+  __device__ const Row& of(Index i) const { return row[alike ? 0 : i]; }
+};
+
+template <class S>
+struct AdamWRows {
   MatrixView<S> p;
   MatrixView<const S> g;
   MatrixView<S> m, v;
-  S keep1, take1, keep2, take2, epsilon, scale;
-  bool alike;  // all rows have the numbers of the first
-  Row row[most];
+  AdamWRowNumbers<S> numbers;
   __device__ void operator()(Index i, Index j) const {
-    const Row& r = row[alike ? 0 : i];
-    const S gradient = read(g, i, j) * scale;
-    const S first = keep1 * read(m, i, j) + take1 * gradient;
-    const S second = keep2 * read(v, i, j) + take2 * gradient * gradient;
+    const auto& n = numbers;
+    const auto& r = n.of(i);
+    const S gradient = read(g, i, j) * n.scale;
+    const S first = n.keep1 * read(m, i, j) + n.take1 * gradient;
+    const S second = n.keep2 * read(v, i, j) + n.take2 * gradient * gradient;
     write(m, i, j, first);
     write(v, i, j, second);
-    write(p, i, j, read(p, i, j) * r.decay - r.step_size * (first / (std::sqrt(second) / r.correction2 + epsilon)));
+    write(p, i, j, read(p, i, j) * r.decay - r.step_size * (first / (std::sqrt(second) / r.correction2 + n.epsilon)));
   }
 };
 
@@ -136,34 +144,33 @@ void dropout(const CudaContext& context, MatrixView<const T> x, float probabilit
   for_each(context, y.rows, y.cols, device::Dropout<T>{x, y, key, dropout_threshold(probability), keep_scale, update});
 }
 
+/// f(begin, count, numbers) for all rows of an update, so many at once as a launch can tell apart.
+template <class S, class F>
+void for_row_numbers(Index rows, const AdamWUpdate& update, const F& f) {
+  using Numbers = device::AdamWRowNumbers<S>;
+  const bool alike = update.row_lr.empty() && update.row_steps.empty();
+  for (Index begin = 0; begin < rows;) {
+    const Index count = alike ? rows : std::min(Numbers::most, rows - begin);
+    const AdamWRow<S> all = adamw_row<S>(update, begin);
+    Numbers numbers{all.keep1, all.take1, all.keep2, all.take2, all.epsilon, all.gradient_scale, alike, {}};
+    for (Index i = 0; i < (alike ? 1 : count); ++i) {
+      const AdamWRow<S> row = adamw_row<S>(update, begin + i);
+      numbers.row[i] = {row.decay, row.step_size, row.correction2};
+    }
+    f(begin, count, numbers);
+    begin += count;
+  }
+}
+
 template <class S>
 void adamw(const CudaContext& context, MatrixView<S> p, MatrixView<const S> g, MatrixView<S> m, MatrixView<S> v,
            const AdamWUpdate& update) {
   expect_adamw(p, g, m, v, update);
-  using Kernel = device::AdamWRows<S>;
-  const AdamWRow<S> all = adamw_row<S>(update, 0);
-  const bool alike = update.row_lr.empty() && update.row_steps.empty();
-  for (Index begin = 0; begin < p.rows;) {
-    const Index count = alike ? p.rows : std::min(Kernel::most, p.rows - begin);
-    Kernel kernel{p.middle_rows(begin, count),
-                  g.middle_rows(begin, count),
-                  m.middle_rows(begin, count),
-                  v.middle_rows(begin, count),
-                  all.keep1,
-                  all.take1,
-                  all.keep2,
-                  all.take2,
-                  all.epsilon,
-                  all.gradient_scale,
-                  alike,
-                  {}};
-    for (Index i = 0; i < (alike ? 1 : count); ++i) {
-      const AdamWRow<S> row = adamw_row<S>(update, begin + i);
-      kernel.row[i] = {row.decay, row.step_size, row.correction2};
-    }
-    for_each(context, count, p.cols, kernel);
-    begin += count;
-  }
+  for_row_numbers<S>(p.rows, update, [&](Index begin, Index count, const device::AdamWRowNumbers<S>& numbers) {
+    for_each(context, count, p.cols,
+             device::AdamWRows<S>{p.middle_rows(begin, count), g.middle_rows(begin, count), m.middle_rows(begin, count),
+                                  v.middle_rows(begin, count), numbers});
+  });
 }
 
 }  // namespace detail

@@ -55,6 +55,7 @@ struct PinnedMemory {
 /// be asked for than the device has. The host waits for the device (synchronize) before it touches what a kernel may still use.
 struct ManagedMemory {
   static constexpr bool host = true;
+  static constexpr bool device = true;  // kernels work on it in place
 
   static void* allocate(std::size_t bytes) {
     void* pointer = nullptr;

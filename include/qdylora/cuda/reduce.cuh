@@ -1,8 +1,13 @@
 // Sums on the device, in an order that the shape alone decides: equal inputs give equal bits on every GPU.
 #pragma once
 
+#include <algorithm>
+#include <span>
+#include <string>
+
 #include <qdylora/backend.hpp>
 #include <qdylora/cuda/for_each.cuh>
+#include <qdylora/cuda/lists.cuh>
 
 namespace qdylora {
 namespace device {
@@ -52,28 +57,31 @@ struct ColumnProducts {
   }
 };
 
-/// partial[block] = sum of squares over 4096 columns of every grid().y-th row, in double.
+/// partial[matrix, block] = sum of squares, in double, over every grid().x-th piece of 4096 columns of a row. Block (piece, matrix).
 template <class S>
 struct SumSquares {
   static constexpr int threads = 256;
   static constexpr Index columns = 4096;
   static constexpr int shared_bytes = threads / warp_size * 8;
 
-  MatrixView<const S> x;
+  const MatrixView<const S>* matrices;
   double* partial;
 
   __device__ void operator()(SharedMemory memory) const {
     const auto sums = memory.take<double>(threads / warp_size);
-    const Index begin = block().x * columns;
-    const Index end = begin + columns < x.cols ? begin + columns : x.cols;
+    const MatrixView<const S> x = load(matrices + block().y);
+    const Index across = (x.cols + columns - 1) / columns, pieces = x.rows * across;
     double sum = 0.0;
-    for (Index i = block().y; i < x.rows; i += grid().y)
+    for (Index piece = block().x; piece < pieces; piece += grid().x) {
+      const Index i = piece / across, begin = (piece - i * across) * columns;
+      const Index end = begin + columns < x.cols ? begin + columns : x.cols;
       for (Index j = begin + thread(); j < end; j += threads) {
         const double value = static_cast<double>(read(x, i, j));
         sum += value * value;
       }
+    }
     sum = sum_block<threads>(sums, sum);
-    if (thread() == 0) store(partial + block().y * grid().x + block().x, sum);
+    if (thread() == 0) store(partial + static_cast<Index>(block().y) * grid().x + block().x, sum);
   }
 };
 
@@ -107,22 +115,31 @@ void column_products(const CudaContext& context, MatrixView<const S> a, MatrixVi
   device::launch({context.stream(), blocks, Kernel::shared_bytes}, Kernel{a, b, sums});
 }
 
-/// Waits.
+/// Over all elements of all matrices: one launch, one wait.
 template <class S>
-double sum_squares(const CudaContext& context, MatrixView<const S> x) {
+double sum_squares(const CudaContext& context, std::span<const MatrixView<const S>> matrices) {
   using Kernel = device::SumSquares<S>;
-  constexpr Index most_rows = 128;
-  if (x.empty()) return 0.0;
-  const Index across = (x.cols + Kernel::columns - 1) / Kernel::columns, down = std::min(x.rows, most_rows);
+  constexpr Index most_blocks = 128, most_matrices = 65535;
+  QDYLORA_EXPECTS(static_cast<Index>(matrices.size()) <= most_matrices, unsupported,
+                  "sum_squares: " + std::to_string(matrices.size()) + " matrices");
+  Index pieces = 0;
+  for (const auto& x : matrices) pieces = std::max(pieces, x.rows * ((x.cols + Kernel::columns - 1) / Kernel::columns));
+  if (pieces == 0) return 0.0;
+  const Index across = std::min(pieces, most_blocks), count = static_cast<Index>(matrices.size());
   Scratch scratch(context);
-  auto* const partial = scratch.take<double>(across * down);
+  const auto* const list = listed(context, scratch, matrices);
+  auto* const partial = scratch.take<double>(across * count);
   auto* const total = scratch.take<double>(1);
-  device::launch({context.stream(), {static_cast<unsigned>(across), static_cast<unsigned>(down)}, Kernel::shared_bytes},
-                 Kernel{x, partial});
-  device::launch({context.stream(), 1, device::SumPartial::shared_bytes}, device::SumPartial{partial, across * down, total});
+  device::launch({context.stream(), {static_cast<unsigned>(across), static_cast<unsigned>(count)}, Kernel::shared_bytes},
+                 Kernel{list, partial});
+  device::launch({context.stream(), 1, device::SumPartial::shared_bytes}, device::SumPartial{partial, across * count, total});
   double result = 0.0;
   copy_to_host(context, total, &result, 1);
   return result;
+}
+template <class S>
+double sum_squares(const CudaContext& context, MatrixView<const S> x) {
+  return sum_squares(context, std::span<const MatrixView<const S>>(&x, 1));
 }
 
 }  // namespace detail

@@ -2,12 +2,14 @@
 #pragma once
 
 #include <cmath>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include <qdylora/backend.hpp>
 #include <qdylora/nn/parameter.hpp>
+#include <qdylora/optim/moments.hpp>
 
 namespace qdylora {
 
@@ -24,7 +26,9 @@ struct AdamWOptions {
   enum class UntouchedRows { dense, strict } untouched_rows = UntouchedRows::dense;
 };
 
-template <Scalar T, class Backend = Cpu, MemoryResource StateMemory = typename Backend::Memory>
+/// Moments is what a parameter's moments are kept in (optim/moments.hpp).
+template <Scalar T, class Backend = Cpu, MemoryResource StateMemory = typename Backend::Memory,
+          class Moments = FloatMoments<Accumulator<T>, StateMemory>>
 class AdamW {
  public:
   using Acc = Accumulator<T>;
@@ -40,11 +44,9 @@ class AdamW {
                       "AdamW: epsilon, weight_decay and max_gradient_norm must be finite and not negative");
     for (const auto& p : parameters_) {
       const Index rows = p->value.rows();
-      states_.push_back({Matrix<Acc, StateMemory>(rows, p->value.cols(), memory), Matrix<Acc, StateMemory>(rows, p->value.cols(), memory),
-                         std::vector<std::int64_t>(static_cast<std::size_t>(rows))});
-      if constexpr (!StateMemory::host)
-        for (auto* moment : {&states_.back().m, &states_.back().v}) backend_.fill(moment->view(), Acc{});
+      states_.push_back({Moments(rows, p->value.cols(), memory), std::vector<std::int64_t>(static_cast<std::size_t>(rows))});
     }
+    if constexpr (!StateMemory::host) reset_state();  // the host's memory begins as zeros
   }
 
   struct Report {
@@ -58,8 +60,7 @@ class AdamW {
       QDYLORA_EXPECTS(p->row_lr.empty() || p->row_lr.size() == p->touched.size(), shape_mismatch,
                       p->name + ": row_lr has " + std::to_string(p->row_lr.size()) + " entries for " +
                           std::to_string(p->touched.size()) + " rows");
-    double squares = 0.0;
-    for (const auto& p : parameters_) squares += backend_.sum_squares(std::as_const(p->gradient).view());
+    const double squares = gradient_squares();
     Report report{std::sqrt(squares), false};
     if (!std::isfinite(squares)) {
       ++skipped_;
@@ -86,8 +87,8 @@ class AdamW {
         update.row_lr = {};
         if (!p.row_lr.empty())
           update.row_lr = std::span<const float>(p.row_lr).subspan(static_cast<std::size_t>(first), static_cast<std::size_t>(count));
-        backend_.adamw(p.value.view().middle_rows(first, count), std::as_const(p.gradient).view().middle_rows(first, count),
-                       s.m.view().middle_rows(first, count), s.v.view().middle_rows(first, count), update);
+        s.update(backend_, p.value.view().middle_rows(first, count), std::as_const(p.gradient).view().middle_rows(first, count), first,
+                 update);
         first = last;
       }
     }
@@ -104,8 +105,7 @@ class AdamW {
   /// Moments and step counts back to zero, as for a fresh optimizer; values stay.
   void reset_state() {
     for (auto& s : states_) {
-      backend_.fill(s.m.view(), Acc{});
-      backend_.fill(s.v.view(), Acc{});
+      s.clear(backend_);
       s.steps.assign(s.steps.size(), 0);
     }
   }
@@ -116,8 +116,7 @@ class AdamW {
   std::int64_t skipped_steps() const noexcept { return skipped_; }
   const Params& parameters() const noexcept { return parameters_; }
 
-  struct State {
-    Matrix<Acc, StateMemory> m, v;
+  struct State : Moments {
     std::vector<std::int64_t> steps;  // of each row
   };
   std::vector<State>& states() noexcept { return states_; }
@@ -129,11 +128,24 @@ class AdamW {
   }
   std::size_t bytes() const noexcept {
     std::size_t sum = 0;
-    for (const auto& s : states_) sum += s.m.capacity_bytes() + s.v.capacity_bytes();
+    for (const auto& s : states_) sum += s.bytes();
     return sum;
   }
 
  private:
+  /// Of all parameters at once where the backend can: each sum is a wait for a device.
+  double gradient_squares() const {
+    using View = MatrixView<const Acc>;
+    if constexpr (requires(std::span<const View> all) { backend_.sum_squares(all); }) {
+      std::vector<View> all;
+      for (const auto& p : parameters_) all.push_back(std::as_const(p->gradient).view());
+      return backend_.sum_squares(std::span<const View>(all));
+    } else {
+      double squares = 0.0;
+      for (const auto& p : parameters_) squares += backend_.sum_squares(std::as_const(p->gradient).view());
+      return squares;
+    }
+  }
   bool updates(const Parameter<Acc, typename Backend::Memory>& p, Index row) const {
     return options_.untouched_rows == AdamWOptions::UntouchedRows::dense || p.touched[static_cast<std::size_t>(row)];
   }
@@ -145,5 +157,9 @@ class AdamW {
   std::int64_t step_ = 0;
   std::int64_t skipped_ = 0;
 };
+
+/// AdamW with moments in 8 bits: 2 bytes an element instead of 8.
+template <Scalar T, class Backend = Cpu, MemoryResource StateMemory = typename Backend::Memory>
+using AdamW8bit = AdamW<T, Backend, StateMemory, BlockwiseMoments<StateMemory>>;
 
 }  // namespace qdylora

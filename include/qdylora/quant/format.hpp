@@ -234,16 +234,17 @@ struct DynamicMap {
   static constexpr int bits = 8;
   static constexpr std::array<float, 256> values = dynamic_map<Signed>();
 
-  // The nearest code; a tie goes to the even one, NaN to 0. For the host: it reads the table.
-  static constexpr std::uint8_t encode(float v) noexcept {
-    unsigned low = 0;  // invariant: values[low] <= v, or low == 0
+  // The nearest code; a tie goes to the even one, NaN to 0. `table` has the values, wherever the caller can read it.
+  QDYLORA_HD static constexpr std::uint8_t encode(float v, const float* table) noexcept {
+    unsigned low = 0;  // invariant: table[low] <= v, or low == 0
     for (unsigned width = 128; width > 0; width /= 2)
-      if (low + width < 256 && values[low + width] <= v) low += width;
-    if (low == 255 || !(v > values[low])) return static_cast<std::uint8_t>(low);
-    const float middle = (values[low] + values[low + 1]) * 0.5f;
+      if (low + width < 256 && table[low + width] <= v) low += width;
+    if (low == 255 || !(v > table[low])) return static_cast<std::uint8_t>(low);
+    const float middle = (table[low] + table[low + 1]) * 0.5f;
     const bool up = v > middle || (v == middle && (low & 1u));
     return static_cast<std::uint8_t>(low + (up ? 1u : 0u));
   }
+  static constexpr std::uint8_t encode(float v) noexcept { return encode(v, values.data()); }
 };
 
 }  // namespace detail

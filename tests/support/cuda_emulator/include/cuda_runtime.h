@@ -121,6 +121,21 @@ inline cudaError_t cudaStreamDestroy(cudaStream_t stream) {
   --test::emulator::machine().streams;
   return test::emulator::result(cudaSuccess);
 }
+inline constexpr unsigned cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2;
+inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) { return cudaStreamCreate(stream); }
+
+struct CUevent_st {};
+using cudaEvent_t = CUevent_st*;
+inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
+  *event = new CUevent_st;
+  return test::emulator::result(cudaSuccess);
+}
+inline cudaError_t cudaEventDestroy(cudaEvent_t event) {
+  delete event;
+  return test::emulator::result(cudaSuccess);
+}
+inline cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return test::emulator::result(cudaSuccess); }
+inline cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return test::emulator::result(cudaSuccess); }
 inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return test::emulator::result(cudaSuccess); }
 
 inline cudaError_t cudaMallocAsync(void** pointer, std::size_t bytes, cudaStream_t) {

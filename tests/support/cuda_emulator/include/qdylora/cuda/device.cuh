@@ -6,6 +6,7 @@
 
 #include <array>
 #include <bit>
+#include <cmath>
 #include <concepts>
 #include <cstdint>
 #include <cstdlib>
@@ -254,6 +255,9 @@ Words<matrices> load_matrices(Shared<T> row, int line = __builtin_LINE()) {
 }
 
 template <class T>
+inline constexpr bool multiplies = std::same_as<T, bfloat16> || std::same_as<T, half>;
+
+template <class T>
 void multiply_add(float (&d)[4], const Words<4>& a, const Words<2>& b, int line = __builtin_LINE()) {
   static_assert(std::same_as<T, bfloat16> || std::same_as<T, half>);
   struct Own {
@@ -291,6 +295,9 @@ inline unsigned byte_of(std::uint32_t word, int i) { return word >> (8 * i) & 25
 inline float multiply(float a, float b) { return detail::rounded(a * b); }
 inline float add(float a, float b) { return detail::rounded(a + b); }
 inline float divide(float a, float b) { return a / b; }
+
+inline float exp2(float x) { return std::exp2(x); }
+inline double exp2(double x) { return std::exp2(x); }
 
 template <Scalar T>
 Accumulator<T> widen(T value) {

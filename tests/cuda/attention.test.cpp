@@ -1,0 +1,86 @@
+// Attention on the emulated device: with and without tensor cores, aligned and not, every width of tiles.
+#include <qdylora/cuda.hpp>
+
+#include "backend/transformer.inc"
+
+namespace qd = qdylora;
+using qd::Cuda;
+using qd::HeadShape;
+using qd::Index;
+
+namespace {
+
+/// A context on a device of some compute capability, which remains as it was.
+class Gpu {
+ public:
+  explicit Gpu(int capability = 90) : before_(std::exchange(test::emulator::machine().compute_capability, capability)) {}
+  ~Gpu() { test::emulator::machine().compute_capability = before_; }
+  operator Cuda() const { return Cuda(context_); }
+
+ private:
+  int before_;
+  qd::CudaContext context_{{.workspace_bytes = std::size_t{4} << 20}};
+};
+
+}  // namespace
+
+TEMPLATE_TEST_CASE("attention on the device is the reference's", "[cuda]", float, double, qd::bfloat16, qd::half) {
+  const Gpu gpu;
+  test::attention<Cuda, TestType>(gpu);
+  test::attention_of_large_scores<Cuda, TestType>(gpu);
+}
+
+TEMPLATE_TEST_CASE("attention on the device refuses shapes that do not fit", "[cuda]", float, qd::bfloat16) {
+  const Gpu gpu;
+  test::attention_refuses_other_shapes<Cuda, TestType>(gpu);
+  const auto wide = test::normal_matrix<TestType>(1, 258, 1);
+  const test::Remote<Cuda, TestType> x(gpu, wide.view());
+  test::Remote<Cuda, TestType> y(gpu, wide.view());
+  test::Remote<Cuda, float> lse(gpu, wide.view().left_cols(1));
+  const std::vector<Index> offsets = {0, 1};
+  CHECK(test::code_of([&] { Cuda(gpu).attention(x.in(), x.in(), x.in(), offsets, HeadShape{1, 1, 258}, y.view(), lse.view()); }) ==
+        qd::Errc::unsupported);
+}
+
+TEMPLATE_TEST_CASE("attention of one token on a cache, on the device, is the reference's", "[cuda]", float, double, qd::bfloat16,
+                   qd::half) {
+  test::attention_decode<Cuda, TestType>(Gpu());
+}
+
+TEMPLATE_TEST_CASE("heads of every width, copied 16 bytes at a time", "[cuda]", qd::bfloat16, qd::half) {
+  const Gpu gpu;
+  for (const auto& [shape, offsets] : std::vector<test::AttentionCase>{
+           {{1, 1, 64}, {0, 130}}, {{2, 1, 128}, {0, 1, 66}}, {{3, 1, 96}, {0, 40}}, {{1, 1, 256}, {0, 70}}, {{2, 2, 160}, {0, 17, 20}}})
+    test::attention_case<Cuda, TestType>(gpu, shape, offsets, 8, 8);
+}
+
+TEMPLATE_TEST_CASE("a device of compute capability 7.5 multiplies half on tensor cores and bfloat16 without", "[cuda]", qd::bfloat16,
+                   qd::half) {
+  const Gpu gpu(75);
+  for (const Index padding : {0, 3})
+    test::attention_case<Cuda, TestType>(gpu, {2, 1, 72}, {0, 5, 38}, padding, padding);
+}
+
+TEST_CASE("a long cache is shared among blocks, and so are many heads of one cache", "[cuda]") {
+  using T = qd::bfloat16;
+  const Gpu gpu;
+  const HeadShape shape{40, 2, 64};
+  const std::vector<Index> lengths = {1100, 30};
+  const auto q = test::normal_matrix<T>(2, 40 * 64, 1);
+  const test::Remote<Cuda, T> rq(gpu, q.view(), 0);
+  std::vector<qd::Matrix<T>> k, v;
+  std::vector<test::Remote<Cuda, T>> rk, rv;
+  for (const Index length : lengths) {
+    k.push_back(qd::clone(test::normal_matrix<T>(length, 128, 2 + k.size()).view()));
+    v.push_back(qd::clone(test::normal_matrix<T>(length, 128, 4 + v.size()).view()));
+    rk.emplace_back(gpu, k.back().view(), 0);
+    rv.emplace_back(gpu, v.back().view(), 8);
+  }
+  using Views = std::vector<qd::MatrixView<const T>>;
+  using Span = std::span<const qd::MatrixView<const T>>;
+  const Views hk{k[0], k[1]}, hv{v[0], v[1]}, dk{rk[0].in(), rk[1].in()}, dv{rv[0].in(), rv[1].in()};
+  test::Output<Cuda, T> y(gpu, 2, 40 * 64, qd::Update::overwrite, 0);
+  Cuda(gpu).attention_decode(rq.in(), Span(dk), Span(dv), shape, y.view());
+  qd::reference::attention_decode(q.view(), Span(hk), Span(hv), shape, y.expected());
+  y.check(4 * test::bound<T>());
+}
