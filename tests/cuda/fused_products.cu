@@ -11,6 +11,6 @@ template void device::launch(const device::Launch&, const FewTokens<2>&);
 template void device::launch(const device::Launch&, const FewTokens<4>&);
 
 template <int token_tiles>
-using ManyTokens = device::Tiles<qd::NF4, qd::DoubleQuant<>, qd::bfloat16, qd::bfloat16, token_tiles>;
+using ManyTokens = device::CodedTiles<qd::NF4, qd::DoubleQuant<>, qd::bfloat16, qd::bfloat16, token_tiles>;
 template void device::launch(const device::Launch&, const ManyTokens<4>&);
 template void device::launch(const device::Launch&, const ManyTokens<8>&);

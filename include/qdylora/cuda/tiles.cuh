@@ -21,7 +21,7 @@ namespace device {
 /// y [tokens, out] (+)= x [tokens, in] . w [out, in]^T, or, in grid().z parts [tokens, out] of float, its sums over ranges of `in`. Rows of
 /// w are whole groups of chunks, blocks whole chunks, codes are aligned to 8 bytes, rows of x to 16. sm_80
 template <CodeFormat Format, class Scales, class T, class Y, int token_tiles>
-struct Tiles {
+struct CodedTiles {
   static constexpr int threads = 256;
   static constexpr int warp_rows = 16, rows = threads / warp_size * warp_rows;
   static constexpr int tokens = 8 * token_tiles;
@@ -173,7 +173,7 @@ void multiply_tiles(const CudaContext& context, MatrixView<const T> x, const Qua
   x = aligned_rows(context, scratch, x);
   const int block_shift = std::countr_zero(static_cast<std::size_t>(w.block_size)) - 6;
   const auto go = [&]<int token_tiles>(std::integral_constant<int, token_tiles>) {
-    using Kernel = device::Tiles<Format, Scales, T, Y, token_tiles>;
+    using Kernel = device::CodedTiles<Format, Scales, T, Y, token_tiles>;
     const auto count = [](Index extent, Index each) { return (extent + each - 1) / each; };
     const Index across = count(w.rows, Kernel::rows), down = count(x.rows, Kernel::tokens);
     const Index part_bytes = y.rows * y.cols * static_cast<Index>(sizeof(float));

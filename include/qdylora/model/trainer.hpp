@@ -249,8 +249,16 @@ class Trainer {
   void reorder_all(Reordering kind) {
     std::vector<LoRAAdapter<Acc, typename Backend::Memory>*> adapters;
     model_.for_each_linear([&](auto& linear) { adapters.push_back(&linear.adapter()); });
-    model_.backend().parallel_for(static_cast<Index>(adapters.size()),
-                                  [&](Index i) { reorder(*adapters[static_cast<std::size_t>(i)], kind); });
+    const auto& backend = model_.backend();
+    const auto count = static_cast<Index>(adapters.size());
+    if constexpr (Backend::Memory::host) {
+      backend.parallel_for(count, [&](Index i) { reorder(*adapters[static_cast<std::size_t>(i)], kind); });
+    } else {  // the device is one thread's
+      std::vector<LoRAAdapter<Acc>> on_host;
+      for (const auto* adapter : adapters) on_host.push_back(to_host(*adapter, backend));
+      backend.parallel_for(count, [&](Index i) { reorder(on_host[static_cast<std::size_t>(i)], kind); });
+      for (std::size_t i = 0; i < adapters.size(); ++i) assign(*adapters[i], on_host[i], backend);
+    }
   }
 
   std::vector<Matrix<Acc, typename Backend::Memory>> values() const {

@@ -180,4 +180,25 @@ class LoRAAdapter {
   std::shared_ptr<Param> a_, b_, gates_;
 };
 
+/// A copy in host memory, with the moments but without gradients, of an adapter without gates. Waits.
+template <class S, MemoryResource Memory, class Backend>
+LoRAAdapter<S> to_host(const LoRAAdapter<S, Memory>& adapter, const Backend& backend) {
+  LoRAAdapter<S> copy(adapter.in(), adapter.out(), adapter.options());
+  backend.download(adapter.a().value.view(), copy.a().value.view());
+  backend.download(adapter.b().value.view(), copy.b().value.view());
+  for (const auto& [from, to] : {std::pair(&adapter.moment_a, &copy.moment_a), std::pair(&adapter.moment_b, &copy.moment_b)}) {
+    *to = Matrix<S>(from->rows(), from->cols());
+    backend.download(from->view(), to->view());
+  }
+  return copy;
+}
+
+/// Gives an adapter the values of one of its shape in host memory, which may be let go at once.
+template <class S, MemoryResource Memory, class Backend>
+void assign(LoRAAdapter<S, Memory>& adapter, const LoRAAdapter<S>& values, const Backend& backend) {
+  backend.upload(values.a().value.view(), adapter.a().value.view());
+  backend.upload(values.b().value.view(), adapter.b().value.view());
+  backend.synchronize();
+}
+
 }  // namespace qdylora

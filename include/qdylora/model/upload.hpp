@@ -1,0 +1,56 @@
+// A model's frozen weights from host memory to a device's.
+#pragma once
+
+#include <memory>
+#include <utility>
+#include <variant>
+
+#include <qdylora/model/decoder.hpp>
+
+namespace qdylora {
+namespace detail {
+
+template <class S, class Backend>
+Matrix<S, typename Backend::Memory> uploaded(const Matrix<S>& matrix, const Backend& backend) {
+  Matrix<S, typename Backend::Memory> there(matrix.rows(), matrix.cols());
+  backend.upload(matrix.view(), there.view());
+  return there;
+}
+template <CodeFormat Format, class Scales, class Backend>
+auto uploaded(const QuantizedTensor<Format, Scales>& tensor, const Backend& backend) {
+  return backend.upload(tensor);
+}
+template <class There, class... Storages, class Backend>
+There uploaded_weight(const Weight<Storages...>& weight, const Backend& backend) {
+  return std::visit([&](const auto& storage) -> There { return uploaded(storage, backend); }, weight.storage());
+}
+
+}  // namespace detail
+
+/// The weights in the memory of a device, as Decoder<T, Backend> takes them. Those of the host may be let go at once.
+template <class Acc, class Backend>
+  requires(!Backend::Memory::host)
+std::shared_ptr<const DecoderWeights<Acc, typename Backend::Memory>> upload(const DecoderWeights<Acc>& weights, const Backend& backend) {
+  using Memory = typename Backend::Memory;
+  using Table = TableWeight<Acc, Memory>;
+  using Base = WeightFor<AnyFormat, Memory>;
+  auto there = std::make_shared<DecoderWeights<Acc, Memory>>();
+  there->config = weights.config;
+  there->embedding = detail::uploaded_weight<Table>(weights.embedding, backend);
+  there->head = detail::uploaded_weight<Table>(weights.head, backend);
+  there->final_norm = detail::uploaded(weights.final_norm, backend);
+  for (const auto& block : weights.blocks) {
+    auto copy = std::make_shared<BlockWeights<Acc, Memory>>();
+    for (std::size_t i = 0; i < block->linear.size(); ++i) {
+      copy->linear[i] = std::make_shared<const Base>(detail::uploaded_weight<Base>(*block->linear[i], backend));
+      copy->bias[i] = detail::uploaded(block->bias[i], backend);
+    }
+    copy->attention_norm = detail::uploaded(block->attention_norm, backend);
+    copy->mlp_norm = detail::uploaded(block->mlp_norm, backend);
+    there->blocks.push_back(std::move(copy));
+  }
+  backend.synchronize();
+  return there;
+}
+
+}  // namespace qdylora
