@@ -27,7 +27,10 @@ class Gpu {
     body<Cuda, TestType>(gpu);                                                \
   }
 
-ON_THE_DEVICE("quantized products on the device are the reference's", test::quantized_products)
+TEMPLATE_TEST_CASE("quantized products on the device are the reference's", "[cuda]", float, qd::bfloat16, qd::half) {  // double: below
+  const Gpu gpu;
+  test::quantized_products<Cuda, TestType>(gpu);
+}
 ON_THE_DEVICE("dense products on the device are the reference's", test::dense_products)
 ON_THE_DEVICE("dense products with other types on the device", test::dense_products_with_weights_of_other_types)
 ON_THE_DEVICE("weight gradients on the device are the reference's", test::weight_gradients)
