@@ -69,12 +69,12 @@ void attention(const CudaContext& context, MatrixView<const T> q, MatrixView<con
                std::span<const Index> offsets, HeadShape shape, MatrixView<T> y, MatrixView<S> lse) {
   expect_attention(q, k, v, offsets, shape, y, lse);
   const auto head_dim = static_cast<int>(shape.head_dim), group = static_cast<int>(shape.heads / shape.kv_heads);
-  const auto kernel_of = [](auto width) { return device::Attention<device::Tiles<T, width(), 4, width() <= 128 ? 64 : 32>>{}; };
+  const auto kernel_of = [](auto width) { return device::Attention<device::AttentionTiles<T, width(), 4, width() <= 128 ? 64 : 32>>{}; };
   with_tile_width<T>(
       context, shape.head_dim, [&](auto width) { return decltype(kernel_of(width))::shared_bytes; },
       [&](auto width) {
         using Kernel = decltype(kernel_of(width));
-        const auto tiles = sequence_tiles(offsets, device::Tiles<T, width(), 4, 64>::own, [](const auto& t) { return t.first; });
+        const auto tiles = sequence_tiles(offsets, device::AttentionTiles<T, width(), 4, 64>::own, [](const auto& t) { return t.first; });
         Scratch scratch(context);
         const auto* const list = listed(context, scratch, std::span<const device::SequenceTile>(tiles));
         device::launch({context.stream(), {static_cast<unsigned>(tiles.size()), static_cast<unsigned>(shape.heads)}, Kernel::shared_bytes},
@@ -95,7 +95,7 @@ void attention_backward(const CudaContext& context, MatrixView<const T> dy, Matr
   constexpr Index warps = device::AttentionRowTerms<T>::threads / device::warp_size;
   device::launch({context.stream(), {static_cast<unsigned>((tokens + warps - 1) / warps), static_cast<unsigned>(shape.heads)}},
                  device::AttentionRowTerms<T>{dy, y, lse, shape.head_dim, delta, shift});
-  const auto tiles_of = [](auto width) { return std::type_identity<device::Tiles<T, width(), 4, width() <= 128 ? 32 : 16>>{}; };
+  const auto tiles_of = [](auto width) { return std::type_identity<device::AttentionTiles<T, width(), 4, width() <= 128 ? 32 : 16>>{}; };
   with_tile_width<T>(
       context, shape.head_dim,
       [&](auto width) { return device::AttentionBackwardQ<typename decltype(tiles_of(width))::type>::shared_bytes; },

@@ -113,13 +113,13 @@ void attention_decode(const CudaContext& context, MatrixView<const T> q, std::sp
     longest = std::max(longest, keys[s].rows);
     aligned = aligned && heads_aligned(shape.head_dim, keys[s], values[s]);
   }
-  const auto kernel_of = [](auto width) { return device::AttentionDecode<device::Tiles<T, width(), 1, 32>>{}; };
+  const auto kernel_of = [](auto width) { return device::AttentionDecode<device::AttentionTiles<T, width(), 1, 32>>{}; };
   with_tile_width<T>(
       context, shape.head_dim, [&](auto width) { return decltype(kernel_of(width))::shared_bytes; },
       [&](auto width) {
         using Kernel = decltype(kernel_of(width));
         constexpr Index least = 256, blocks_per_processor = 8;  // keys that are worth a block of their own
-        constexpr int own = device::Tiles<T, width(), 1, 32>::own;
+        constexpr int own = device::AttentionTiles<T, width(), 1, 32>::own;
         const int group_tiles = (group + own - 1) / own;
         const Index blocks = shape.kv_heads * group_tiles * q.rows;
         const Index wanted = std::max<Index>(1, blocks_per_processor * context.properties().multiProcessorCount / blocks);

@@ -313,6 +313,6 @@ struct ChooseTiles<T, 0, row_warps, step> {
   using Type = PlainTiles<T>;
 };
 template <class T, int width, int row_warps, int step>
-using Tiles = typename ChooseTiles<T, width, row_warps, step>::Type;
+using AttentionTiles = typename ChooseTiles<T, width, row_warps, step>::Type;
 
 }  // namespace qdylora::device
