@@ -374,6 +374,9 @@ concept HasHostLoop = requires(const B b, void (*f)(Index)) {
 template <class B, class T>
 concept Backend = std::copyable<B> && Scalar<T> && HasMemory<B, T> && HasQuantize<B, T> && HasQuantizedMatmul<B, T> && HasGemm<B, T> &&
                   HasElementwise<B, T> && HasAdamW<B, T>;
+/// The same under a name that a template parameter called Backend does not hide: nvcc loses the qualification of qdylora::Backend.
+template <class B, class T>
+concept BackendFor = Backend<B, T>;
 
 /// What a transformer needs on top.
 template <class B, class T>

@@ -1,7 +1,11 @@
 # Uses the library as a program elsewhere would, in a folder of its own, and runs that program.
 #   WAY      find_package: installed first, found by CMake; add_subdirectory: a folder of the program's project;
-#            copied_headers: a copy of include/ and one call of the compiler
+#            copied_headers: a copy of include/ and one call of the compiler; cuda: installed, for .cu files, by NVCC
 cmake_minimum_required(VERSION 3.22)
+if(WAY STREQUAL cuda AND NOT EXISTS "${NVCC}")
+  message("SKIPPED: there is no nvcc here")
+  return()
+endif()
 set(here ${CMAKE_CURRENT_LIST_DIR})
 set(work ${BINARY}/tests/consumer/${WAY})
 file(REMOVE_RECURSE ${work})
@@ -20,7 +24,10 @@ if(WAY STREQUAL copied_headers)
   run(${COMPILER} -std=c++20 -O1 -I${work}/include ${FLAGS} ${here}/main.cpp -o ${work}/program -pthread)
 else()
   set(arguments -D CMAKE_BUILD_TYPE=Release)
-  if(WAY STREQUAL find_package)
+  if(WAY STREQUAL cuda)
+    list(APPEND arguments -D CMAKE_CUDA_COMPILER=${NVCC} -D CMAKE_CUDA_HOST_COMPILER=${COMPILER} -D CMAKE_CUDA_ARCHITECTURES=90)
+  endif()
+  if(NOT WAY STREQUAL add_subdirectory)
     run(${CMAKE_COMMAND} --install ${BINARY} --prefix ${work}/installed --config Release)
     list(PREPEND PREFIX_PATH ${work}/installed)
   else()

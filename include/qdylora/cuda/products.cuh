@@ -31,7 +31,7 @@ void matmul(const CudaContext& context, MatrixView<const X> x, const W& w, Matri
   }
   if (y.empty()) return;
   if constexpr (FusedTypes<W, X, Y>) {
-    switch (context.choose_product({x.rows, w.rows, w.cols, true, has_whole_chunks(w)})) {
+    switch (context.choose_product(ProductProblem{x.rows, w.rows, w.cols, true, has_whole_chunks(w)})) {
       case ProductKernel::small_batch: return multiply_small_batch(context, x, w, y, update, adapter);
       case ProductKernel::tiles: multiply_tiles(context, x, w, y, update); break;
       case ProductKernel::slabs: multiply_by_slabs(context, x, w, y, update); break;

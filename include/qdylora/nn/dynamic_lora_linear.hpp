@@ -25,7 +25,7 @@ namespace qdylora {
 enum class GradientMode { accumulate, ignore };
 
 template <Scalar T, class Backend = Cpu, class Format = NF4>
-  requires qdylora::Backend<Backend, T>
+  requires BackendFor<Backend, T>
 class DynamicLoRALinear {
  public:
   using Acc = Accumulator<T>;
