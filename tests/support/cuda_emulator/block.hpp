@@ -40,9 +40,10 @@ class Block {
         grid_(grid),
         index_(index),
         shared_(static_cast<std::size_t>(shared_bytes) + 128),
-        shadows_(static_cast<std::size_t>(shared_bytes)),
         shared_bytes_(shared_bytes),
         threads_(static_cast<std::size_t>(threads)) {
+    ++block_number;
+    if (shadows.size() < static_cast<std::size_t>(shared_bytes)) shadows.resize(static_cast<std::size_t>(shared_bytes));
     for (int t = 0; t < threads; ++t) threads_[static_cast<std::size_t>(t)].seen[static_cast<std::size_t>(t % warp_size)] = 1;
   }
 
@@ -141,7 +142,7 @@ class Block {
       fail(std::string(what) + " shared memory at " + std::to_string(offset) + ", which is not aligned to " + std::to_string(aligned) +
            " bytes");
     for (std::size_t i = 0; i < bytes; ++i) {
-      Shadow& byte = shadows_[static_cast<std::size_t>(offset) + i];
+      Shadow& byte = shadow(static_cast<std::size_t>(offset) + i);
       const auto refuse = [&](const std::string& why) {
         fail(std::string(what) + " byte " + std::to_string(offset + static_cast<std::ptrdiff_t>(i)) + " of shared memory, " + why);
       };
@@ -158,7 +159,7 @@ class Block {
   void copy_async(std::ptrdiff_t offset, const void* source, std::size_t bytes, std::size_t valid) {
     if (valid > 0) access_global("copies from", source, valid, bytes);
     access_shared(offset, bytes, bytes, Access::write);
-    for (std::size_t i = 0; i < bytes; ++i) shadows_[static_cast<std::size_t>(offset) + i].copier = current_;
+    for (std::size_t i = 0; i < bytes; ++i) shadow(static_cast<std::size_t>(offset) + i).copier = current_;
     threads_[static_cast<std::size_t>(current_)].open.push_back({offset, source, bytes, valid});
   }
   void commit_copies() {
@@ -169,7 +170,7 @@ class Block {
     Thread& self = threads_[static_cast<std::size_t>(current_)];
     for (; self.groups.size() > pending; self.groups.pop_front())
       for (const Copy& copy : self.groups.front()) {
-        for (std::size_t i = 0; i < copy.bytes; ++i) shadows_[static_cast<std::size_t>(copy.offset) + i].copier = -1;
+        for (std::size_t i = 0; i < copy.bytes; ++i) shadow(static_cast<std::size_t>(copy.offset) + i).copier = -1;
         access_shared(copy.offset, copy.bytes, 1, Access::write);
         std::memset(shared_begin() + copy.offset, 0, copy.bytes);
         if (copy.valid > 0) std::memcpy(shared_begin() + copy.offset, copy.source, copy.valid);
@@ -203,6 +204,7 @@ class Block {
   };
   // Of one byte: the last write, and the reads since. Reads of several warps need no times: no thread may write after them.
   struct Shadow {
+    std::uint64_t block = 0;    // that last touched it: for another one it is new
     std::uint32_t written = 0;  // epochs; the first is 1
     std::uint32_t write_time = 0;
     int writer = -1;
@@ -215,6 +217,17 @@ class Block {
 
   static constexpr std::size_t stack_bytes = 64 * 1024;
   static inline Block* running_block = nullptr;
+  static inline std::uint64_t block_number = 0;
+  static inline std::vector<Shadow> shadows;  // kept from block to block: they are larger than what they stand for
+
+  static Shadow& shadow(std::size_t at) {
+    Shadow& byte = shadows[at];
+    if (byte.block != block_number) {
+      byte = {};
+      byte.block = block_number;
+    }
+    return byte;
+  }
 
   static std::string place_text(const char* what, int line) { return std::string(what) + " (line " + std::to_string(line) + ")"; }
 
@@ -327,7 +340,6 @@ class Block {
   std::string kernel_;
   std::array<unsigned, 3> grid_, index_;
   std::vector<std::byte> shared_;
-  std::vector<Shadow> shadows_;
   int shared_bytes_;
   std::vector<Thread> threads_;
   ucontext_t scheduler_{};
