@@ -1,5 +1,6 @@
 // A whole transformer on the emulated device, beside the same on the CPU: losses, gradients, recipes, decoding.
 #include <cmath>
+#include <utility>
 
 #include <qdylora/cpu/cpu.hpp>
 #include <qdylora/cuda.hpp>
@@ -45,12 +46,11 @@ double distance(const std::vector<double>& found, const std::vector<double>& exp
 }
 
 template <class T>
-constexpr double limit = std::is_same_v<T, double> ? 1e-11 : std::is_same_v<T, float> ? 2e-5 : std::is_same_v<T, qd::half> ? 1e-2 : 6e-2;
+constexpr double limit = std::is_same_v<T, float> ? 2e-5 : 6e-2;
 
 }  // namespace
 
-TEMPLATE_TEST_CASE("a model has the losses and gradients on the device that it has on the CPU", "[cuda]", float, double, qd::bfloat16,
-                   qd::half) {
+TEMPLATE_TEST_CASE("a model has the losses and gradients on the device that it has on the CPU", "[cuda]", float, qd::bfloat16) {
   using T = TestType;
   using Acc = qd::Accumulator<T>;
   const qd::CudaContext context({.workspace_bytes = std::size_t{4} << 20});
@@ -113,19 +113,19 @@ TEST_CASE("recipes train on the device as on the CPU, re-ordering and ranks by r
   const Cuda cuda(context);
   const std::shared_ptr<const qd::DecoderWeights<float>> weights = test::tiny_weights<float>(config_of_blocks(), false, nf4);
   const auto there_weights = qd::upload(*weights, cuda);
-  for (const char* name : {"order-then-nest", "qdylora-frozen"}) {
+  for (const auto& [name, steps] : {std::pair("order-then-nest", 4), std::pair("qdylora-frozen", 2)}) {
     CAPTURE(name);
     auto recipe = qd::recipe(name);
     recipe.collect_steps = 2;
-    const qd::TrainerOptions options{.recipe = recipe, .ranks = ranks, .steps = 6, .lr = 1e-2, .warmup_steps = 2};
+    const qd::TrainerOptions options{.recipe = recipe, .ranks = ranks, .steps = steps, .lr = 1e-2, .warmup_steps = 2};
     const qd::DecoderOptions decoder_options{.lora = qd::adapter_options(recipe, ranks, 8.0f, 1)};
     qd::Decoder<float> here(weights, decoder_options, Cpu(1));
     qd::Decoder<float, Cuda> there(there_weights, decoder_options, cuda);
     qd::Trainer<float> expected(here, options);
     qd::Trainer<float, Cuda> found(there, options);
-    const auto held_back = [] { return test::counting_batch(17, 3, 8, 7); };
+    const auto held_back = [] { return test::counting_batch(17, 2, 6, 7); };
     while (!expected.done()) {
-      const auto batch = test::counting_batch(17, 4, 8, 100 + static_cast<std::uint64_t>(expected.step_count()));
+      const auto batch = test::counting_batch(17, 4, 6, 100 + static_cast<std::uint64_t>(expected.step_count()));
       const auto a = expected.step(batch);
       const auto b = found.step(batch);
       CAPTURE(expected.step_count());
