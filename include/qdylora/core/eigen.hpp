@@ -15,9 +15,6 @@
 #pragma GCC diagnostic ignored "-Wclass-memaccess"
 #endif
 #endif
-#if defined(__CUDACC__) && !defined(EIGEN_NO_CUDA)
-#define EIGEN_NO_CUDA  // it is for the host alone here
-#endif
 #include <Eigen/Dense>
 #if defined(__GNUC__)
 #pragma GCC diagnostic pop
