@@ -90,6 +90,14 @@ AdamWRow<S> adamw_row(const AdamWUpdate& update, Index i) {
           .epsilon = static_cast<S>(update.epsilon)};
 }
 
+/// The part of an update that is for rows [begin, begin + count).
+inline AdamWUpdate middle_rows(AdamWUpdate update, Index begin, Index count) {
+  const auto first = static_cast<std::size_t>(begin), size = static_cast<std::size_t>(count);
+  if (!update.row_lr.empty()) update.row_lr = update.row_lr.subspan(first, size);
+  if (!update.row_steps.empty()) update.row_steps = update.row_steps.subspan(first, size);
+  return update;
+}
+
 inline void expect_adamw_rows(Index rows, const AdamWUpdate& update) {
   const auto count = static_cast<std::size_t>(rows);
   QDYLORA_EXPECTS(update.row_lr.empty() || update.row_lr.size() == count, shape_mismatch, "adamw: row_lr must have one entry a row");
@@ -175,10 +183,13 @@ void expect_rows(const char* what, const char* name, MatrixView<T> some, std::sp
                     std::string(what) + ": row " + std::to_string(row) + " is outside " + shape_text(all));
 }
 
-inline void expect_attention(std::span<const Index> offsets, HeadShape shape, Index tokens, Index q_cols, Index kv_cols) {
+inline void expect_heads(const char* what, HeadShape shape) {
   QDYLORA_EXPECTS(shape.heads > 0 && shape.kv_heads > 0 && shape.head_dim > 0 && shape.heads % shape.kv_heads == 0, bad_argument,
-                  "attention: " + std::to_string(shape.heads) + " heads cannot share " + std::to_string(shape.kv_heads) +
+                  std::string(what) + ": " + std::to_string(shape.heads) + " heads cannot share " + std::to_string(shape.kv_heads) +
                       " key-value heads");
+}
+inline void expect_attention(std::span<const Index> offsets, HeadShape shape, Index tokens, Index q_cols, Index kv_cols) {
+  expect_heads("attention", shape);
   QDYLORA_EXPECTS(q_cols == shape.heads * shape.head_dim && kv_cols == shape.kv_heads * shape.head_dim, shape_mismatch,
                   "attention: q has " + std::to_string(q_cols) + " and k, v " + std::to_string(kv_cols) + " columns; expected " +
                       std::to_string(shape.heads * shape.head_dim) + " and " + std::to_string(shape.kv_heads * shape.head_dim));
@@ -215,9 +226,7 @@ void expect_attention_backward(MatrixView<const T> dy, MatrixView<const T> q, Ma
 template <class T>
 void expect_attention_decode(MatrixView<const T> q, std::span<const MatrixView<const T>> keys,
                              std::span<const MatrixView<const T>> values, HeadShape shape, MatrixView<T> y) {
-  QDYLORA_EXPECTS(shape.heads > 0 && shape.kv_heads > 0 && shape.head_dim > 0 && shape.heads % shape.kv_heads == 0, bad_argument,
-                  "attention_decode: " + std::to_string(shape.heads) + " heads cannot share " + std::to_string(shape.kv_heads) +
-                      " key-value heads");
+  expect_heads("attention_decode", shape);
   expect_shape("attention_decode: q", q, static_cast<Index>(keys.size()), shape.heads * shape.head_dim);
   expect_shape("attention_decode: y", y, q.rows, q.cols);
   QDYLORA_EXPECTS(values.size() == keys.size(), shape_mismatch, "attention_decode: one cache of keys and one of values a sequence");

@@ -28,6 +28,15 @@ struct CudaOptions {
 
 namespace detail {
 
+struct Destroy {
+  void operator()(cudaStream_t stream) const noexcept { cudaStreamDestroy(stream); }
+  void operator()(cudaEvent_t event) const noexcept { cudaEventDestroy(event); }
+  void operator()(cublasLtHandle_t handle) const noexcept { cublasLtDestroy(handle); }
+};
+/// A stream, an event or a handle of cuBLASLt's, destroyed with its owner.
+template <class Handle>
+using Owned = std::unique_ptr<std::remove_pointer_t<Handle>, Destroy>;
+
 /// What cuBLASLt chooses an algorithm by.
 struct GemmProblem {
   int type, output_type;
@@ -85,12 +94,8 @@ class CudaContext {
  private:
   friend class Scratch;
 
-  struct Destroy {
-    void operator()(cudaStream_t stream) const noexcept { cudaStreamDestroy(stream); }
-    void operator()(cublasLtHandle_t handle) const noexcept { cublasLtDestroy(handle); }
-  };
-  using Stream = std::unique_ptr<std::remove_pointer_t<cudaStream_t>, Destroy>;
-  using Blas = std::unique_ptr<std::remove_pointer_t<cublasLtHandle_t>, Destroy>;
+  using Stream = detail::Owned<cudaStream_t>;
+  using Blas = detail::Owned<cublasLtHandle_t>;
 
   static cudaDeviceProp select(int device) {
     int count = 0;

@@ -10,14 +10,6 @@
 
 namespace qdylora::detail {
 
-/// The part of an update that is for rows [begin, begin + count).
-inline AdamWUpdate middle_rows(AdamWUpdate update, Index begin, Index count) {
-  const auto first = static_cast<std::size_t>(begin), size = static_cast<std::size_t>(count);
-  if (!update.row_lr.empty()) update.row_lr = update.row_lr.subspan(first, size);
-  if (!update.row_steps.empty()) update.row_steps = update.row_steps.subspan(first, size);
-  return update;
-}
-
 template <class T>
 PagedRows paged_rows(MatrixView<T> x) {
   QDYLORA_EXPECTS(x.contiguous(), unsupported, "adamw_paged: rows of moments must follow each other");

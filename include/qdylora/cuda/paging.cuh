@@ -4,27 +4,20 @@
 #include <algorithm>
 #include <array>
 #include <memory>
-#include <type_traits>
 
 #include <qdylora/cuda/context.cuh>
 
 namespace qdylora {
 namespace detail {
 
-struct DestroyEvent {
-  void operator()(cudaEvent_t event) const noexcept { cudaEventDestroy(event); }
-};
-using Event = std::unique_ptr<std::remove_pointer_t<cudaEvent_t>, DestroyEvent>;
+using Event = Owned<cudaEvent_t>;
 inline Event make_event() {
   cudaEvent_t event = nullptr;
   QDYLORA_CUDA_TRY(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
   return Event(event);
 }
 
-struct DestroyStream {
-  void operator()(cudaStream_t stream) const noexcept { cudaStreamDestroy(stream); }
-};
-using Stream = std::unique_ptr<std::remove_pointer_t<cudaStream_t>, DestroyStream>;
+using Stream = Owned<cudaStream_t>;
 inline Stream make_copy_stream() {
   cudaStream_t stream = nullptr;
   QDYLORA_CUDA_TRY(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));

@@ -102,6 +102,16 @@ class ConvertedRows {
 /// no slab.
 inline Index converted_bytes(const CudaContext& context) { return context.slab_bytes() / 2; }
 
+/// Columns [first, first + slab.cols()) of y (+)= input . slab, a piece of the tokens at a time.
+template <class C, class X, class Y>
+void multiply_slab(const CudaContext& context, const Scratch& scratch, const ConvertedRows<C, X>& input, const Factor<C>& slab, Index first,
+                   MatrixView<Y> y, Update update) {
+  for_each_piece(y.rows, input.at_once(), [&](Index begin, Index count) {
+    const MatrixView<Y> part = y.middle_rows(begin, count).middle_cols(first, slab.cols());
+    gemm<C>(context, scratch, {input.take(context, begin, count)}, slab, part, update);
+  });
+}
+
 /// y [tokens, out] (+)= x [tokens, in] . w [out, in]^T. A slab is some rows of w, and its product some columns of y.
 template <class X, class W, class Y>
 void multiply_by_slabs(const CudaContext& context, MatrixView<const X> x, const W& w, MatrixView<Y> y, Update update) {
@@ -109,10 +119,7 @@ void multiply_by_slabs(const CudaContext& context, MatrixView<const X> x, const 
   Scratch scratch(context);
   const ConvertedRows<C, X> input(scratch, x, converted_bytes(context));
   const auto multiply = [&](MatrixView<const C> slab, Index first) {
-    for_each_piece(x.rows, input.at_once(), [&](Index begin, Index count) {
-      const MatrixView<Y> part = y.middle_rows(begin, count).middle_cols(first, slab.rows);
-      gemm<C>(context, scratch, {input.take(context, begin, count)}, {slab, true}, part, update);
-    });
+    multiply_slab<C>(context, scratch, input, {slab, true}, first, y, update);
   };
   if constexpr (std::same_as<Element<W>, C>) {
     multiply(w, 0);
@@ -135,10 +142,7 @@ void multiply_transposed_by_slabs(const CudaContext& context, MatrixView<const X
   Scratch scratch(context);
   const ConvertedRows<C, X> input(scratch, x, converted_bytes(context));
   const auto multiply = [&](MatrixView<const C> slab, Index first) {
-    for_each_piece(x.rows, input.at_once(), [&](Index begin, Index count) {
-      const MatrixView<Y> part = y.middle_rows(begin, count).middle_cols(first, slab.cols);
-      gemm<C>(context, scratch, {input.take(context, begin, count)}, {slab}, part, update);
-    });
+    multiply_slab<C>(context, scratch, input, {slab}, first, y, update);
   };
   if constexpr (std::same_as<Element<W>, C>) {
     multiply(w, 0);

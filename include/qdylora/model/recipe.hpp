@@ -16,6 +16,7 @@
 #include <cmath>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include <qdylora/nn/lora_adapter.hpp>
@@ -103,17 +104,19 @@ inline NestedShare nested_share(const std::vector<double>& losses, double base) 
   result.weights.assign(ranks, 0.0);
   const double gain = base - losses.back();
   if (ranks < 2 || !(gain > 0.0)) return result;
-  double gaps = 0.0, roots = 0.0;
+  std::vector<double> roots(ranks);
+  double gaps = 0.0, sum = 0.0;
   for (std::size_t i = 0; i + 1 < ranks; ++i) {
     const double gap = std::max(0.0, losses[i] - losses.back());
     gaps += gap;
-    roots += std::sqrt(gap);
+    sum += roots[i] = std::sqrt(gap);
   }
   const double gap = gaps / static_cast<double>(ranks - 1) / gain;
   if (gap <= largest_gap_left_to_ordering) return result;
   result.strength = std::min(1.0, std::sqrt(gap / 0.25));
   result.share = largest_nested_share * result.strength;
-  for (std::size_t i = 0; i + 1 < ranks; ++i) result.weights[i] = std::sqrt(std::max(0.0, losses[i] - losses.back())) / roots;
+  for (double& root : roots) root /= sum;
+  result.weights = std::move(roots);
   return result;
 }
 

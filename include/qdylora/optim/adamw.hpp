@@ -75,6 +75,8 @@ class AdamW {
       auto& p = *parameters_[i];
       auto& s = states_[i];
       const Index rows = p.value.rows();
+      update.row_lr = p.row_lr;
+      update.row_steps = s.steps;
       for (Index first = 0; first < rows;) {
         if (!updates(p, first)) {
           ++first;
@@ -83,12 +85,8 @@ class AdamW {
         Index last = first;
         for (; last < rows && updates(p, last); ++last) ++s.steps[static_cast<std::size_t>(last)];
         const Index count = last - first;
-        update.row_steps = std::span<const std::int64_t>(s.steps).subspan(static_cast<std::size_t>(first), static_cast<std::size_t>(count));
-        update.row_lr = {};
-        if (!p.row_lr.empty())
-          update.row_lr = std::span<const float>(p.row_lr).subspan(static_cast<std::size_t>(first), static_cast<std::size_t>(count));
         s.update(backend_, p.value.view().middle_rows(first, count), std::as_const(p.gradient).view().middle_rows(first, count), first,
-                 update);
+                 detail::middle_rows(update, first, count));
         first = last;
       }
     }
