@@ -23,9 +23,14 @@ enum class Reordering { svd, gram };
 
 namespace detail {
 
-using DoubleMatrix = Eigen::MatrixXd;
+// Depends on a parameter so that Eigen's decompositions, seconds of a compiler's time, are instantiated by programs that re-order alone.
+template <class S>
+struct DoubleMatrixFor {
+  using type = Eigen::MatrixXd;
+};
 
 // L and its inverse transpose for a symmetric positive semidefinite G, eigenvalues floored so that L is invertible.
+template <class DoubleMatrix>
 struct MomentFactor {
   DoubleMatrix l, inverse_transpose;
 
@@ -44,9 +49,8 @@ struct MomentFactor {
 /// Re-orders all rows of an adapter on the host and returns the singular values, largest first (for gram: of the weighed product).
 /// Throws Errc::state_order for gram without collected moments, and where gates differ from 1, which a product cannot absorb.
 template <class S, MemoryResource Memory>
-  requires(Memory::host)
-std::vector<double> reorder(LoRAAdapter<S, Memory>& adapter, Reordering kind = Reordering::svd) {
-  using detail::DoubleMatrix;
+requires(Memory::host) std::vector<double> reorder(LoRAAdapter<S, Memory>& adapter, Reordering kind = Reordering::svd) {
+  using DoubleMatrix = typename detail::DoubleMatrixFor<S>::type;
   if (adapter.gated())
     for (const S g : adapter.gates().value.span())
       QDYLORA_EXPECTS(g == S{1}, state_order, adapter.options().name + ": has trained gates, which a re-ordering cannot keep");
@@ -60,11 +64,11 @@ std::vector<double> reorder(LoRAAdapter<S, Memory>& adapter, Reordering kind = R
   if (kind == Reordering::gram) {
     QDYLORA_EXPECTS(adapter.moment_a.rows() == r && adapter.moment_b.rows() == r, state_order,
                     adapter.options().name + ": Reordering::gram needs moments; call start_collecting before some training steps");
-    QDYLORA_EXPECTS(as_eigen(std::as_const(adapter.moment_a).view()).allFinite() &&
-                        as_eigen(std::as_const(adapter.moment_b).view()).allFinite(),
-                    non_finite, name + ": reorder by moments that are not finite");
-    const detail::MomentFactor fa(as_eigen(std::as_const(adapter.moment_a).view()).template cast<double>());
-    const detail::MomentFactor fb(as_eigen(std::as_const(adapter.moment_b).view()).template cast<double>());
+    QDYLORA_EXPECTS(
+        as_eigen(std::as_const(adapter.moment_a).view()).allFinite() && as_eigen(std::as_const(adapter.moment_b).view()).allFinite(),
+        non_finite, name + ": reorder by moments that are not finite");
+    const detail::MomentFactor<DoubleMatrix> fa(as_eigen(std::as_const(adapter.moment_a).view()).template cast<double>());
+    const detail::MomentFactor<DoubleMatrix> fb(as_eigen(std::as_const(adapter.moment_b).view()).template cast<double>());
     const Eigen::JacobiSVD<DoubleMatrix> svd(fb.l.transpose() * fa.l, Eigen::ComputeFullU | Eigen::ComputeFullV);
     sigma = svd.singularValues();
     new_b = (fb.inverse_transpose * svd.matrixU()).transpose() * b;
