@@ -45,7 +45,9 @@ struct Options {
 
 void declare(CLI::App& app, Options& o) {
   app.add_option("--model", o.model, "a llama2.c .bin file, a .gguf file, or a Hugging Face folder")->required()->check(not_empty());
-  app.add_option("--tokenizer", o.tokenizer, "of a .bin model: llama2.c's tokenizer file; else a .gguf file")->check(not_empty());
+  app.add_option("--tokenizer", o.tokenizer,
+                 "of a .bin model: llama2.c's tokenizer file; else a .gguf file or a folder with tokenizer.json")
+      ->check(not_empty());
   app.add_option("--data", o.data, "plain text (a stream) or JSON lines (examples)")->required()->check(not_empty());
   app.add_option("--recipes", o.recipes, "which to train, separated by commas; default: all")->check(not_empty());
   app.add_option("--seeds", o.seeds, "of adapters, data order and ranks; the same for every recipe")->capture_default_str();

@@ -48,7 +48,9 @@ struct Options {
 void declare(CLI::App& app, Options& o) {
   auto* model = app.add_option("--model", o.model, "a .gguf file (Llama shapes), or a Hugging Face folder")->check(not_empty());
   app.add_flag("--toy", o.toy, "a small random transformer instead of a model");
-  app.add_option("--tokenizer", o.tokenizer, "a .gguf file whose tokenizer to use")->check(not_empty())->needs(model);
+  app.add_option("--tokenizer", o.tokenizer, "a .gguf file, or a folder with tokenizer.json, whose tokenizer to use")
+      ->check(not_empty())
+      ->needs(model);
   auto* data = app.add_option("--data", o.data,
                               "JSON lines (prompt/response, question/answer, instruction/output, messages) or plain text; "
                               "default: generated word problems");

@@ -187,19 +187,28 @@ struct Sample {
 };
 
 struct TokenizeOptions {
-  bool chat = true;         // SmolLM2's chat template; false: the prompt, a line feed, the response
-  Index max_length = 512;   // tokens, of prompt and response together
-  bool drop_long = false;   // a sample that is too long: true leaves it out, false cuts the response on the right
+  bool chat = true;        // the ChatML template; false: the prompt, a line feed, the response
+  Index max_length = 512;  // tokens, of prompt and response together
+  bool drop_long = false;  // a sample that is too long: true leaves it out, false cuts the response on the right
 };
 
 /// The ids that ask for an answer: what a sample starts with, and what generation starts from.
 inline std::vector<std::int32_t> prompt_ids(const Example& example, const Tokenizer& tokenizer, bool chat = true) {
   std::vector<ChatMessage> turns = example.earlier;
   turns.push_back({"user", example.prompt});
-  if (chat) return encode_chat(tokenizer, turns);
-  std::string text;
-  for (const ChatMessage& turn : turns) text += turn.content + "\n";
-  return tokenizer.encode(text, {.parse_special = false});
+  std::vector<std::int32_t> ids;
+  if (tokenizer.adds_bos()) ids.push_back(tokenizer.bos());
+  std::vector<std::int32_t> asked;
+  if (chat) {
+    const bool smollm = tokenizer.pre_tokenizer() == PreTokenizer::smollm;
+    asked = encode_chat(tokenizer, turns, {.system = smollm ? smollm_system_message : ""});
+  } else {
+    std::string text;
+    for (const ChatMessage& turn : turns) text += turn.content + "\n";
+    asked = tokenizer.encode(text, {.parse_special = false});
+  }
+  ids.insert(ids.end(), asked.begin(), asked.end());
+  return ids;
 }
 
 /// The sample of an example: prompt, response, and the token that ends it, which is scored too. Running text (an empty prompt) has
@@ -211,7 +220,8 @@ inline std::optional<Sample> tokenize(const Example& example, const Tokenizer& t
   Sample sample;
   std::vector<std::int32_t> response = tokenizer.encode(example.response, {.parse_special = false});
   if (example.prompt.empty()) {
-    sample.ids = std::move(response);
+    if (tokenizer.adds_bos()) sample.ids.push_back(tokenizer.bos());
+    sample.ids.insert(sample.ids.end(), response.begin(), response.end());
     sample.prompt_length = 1;
   } else {
     QDYLORA_EXPECTS(tokenizer.eos() >= 0, unsupported, "tokenize: the tokenizer has no end token");

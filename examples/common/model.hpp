@@ -24,7 +24,7 @@ struct OpenModel {
   /// Errc::unsupported where the model has no tokenizer.
   const Tokenizer& need_tokenizer() const {
     QDYLORA_EXPECTS(tokenizer.has_value(), unsupported,
-                    name + ": a Hugging Face folder's tokenizer is not read; give --tokenizer FILE.gguf");
+                    name + ": the folder has no tokenizer.json; give --tokenizer, a .gguf file or a folder that has one");
     return *tokenizer;
   }
 };
@@ -49,13 +49,19 @@ inline void expect_vocabulary(Index tokens, const DecoderConfig& config, const s
                 {.file = file});
 }
 
-/// Opens a .gguf file or a Hugging Face folder; `tokenizer_file` is a GGUF file whose tokenizer is used instead, "" for none.
+/// The tokenizer of a .gguf file or of a Hugging Face folder.
+inline Tokenizer open_tokenizer(const std::filesystem::path& path) {
+  return std::filesystem::is_directory(path) ? load_tokenizer_json(path) : load_tokenizer(GgufFile(path));
+}
+
+/// Opens a .gguf file or a Hugging Face folder; `tokenizer_file` is another one whose tokenizer is used instead, "" for none.
 inline OpenModel open_model(const std::filesystem::path& path, const std::string& tokenizer_file, BaseOptions options, const Cpu& cpu) {
   OpenModel model;
   model.name = printable_utf8((path.has_filename() ? path : path.parent_path()).filename().string());
   if (!std::filesystem::exists(path)) throw Error(Errc::open, "no such file or folder", {.file = path.string()});
-  if (!tokenizer_file.empty()) model.tokenizer = load_tokenizer(GgufFile(tokenizer_file));
+  if (!tokenizer_file.empty()) model.tokenizer = open_tokenizer(tokenizer_file);
   if (std::filesystem::is_directory(path)) {
+    if (tokenizer_file.empty() && std::filesystem::exists(path / "tokenizer.json")) model.tokenizer = open_tokenizer(path);
     model.weights = load_hugging_face(path, options, cpu);
   } else {
     const GgufFile file(path);
@@ -116,8 +122,7 @@ inline OpenModel toy_model(BaseOptions options, const Cpu& cpu, std::uint64_t se
     for (std::size_t p = 0; p < 7; ++p) {
       const auto w = normal(shapes[p].first, shapes[p].second, 0.6f / std::sqrt(static_cast<float>(shapes[p].second)));
       block->linear[p] = make_base_weight(
-          w.rows(), w.cols(), options, [&](Index first, MatrixView<float> out) { copy(w.view().middle_rows(first, out.rows), out); },
-          cpu);
+          w.rows(), w.cols(), options, [&](Index first, MatrixView<float> out) { copy(w.view().middle_rows(first, out.rows), out); }, cpu);
     }
     weights->blocks.push_back(std::move(block));
   }

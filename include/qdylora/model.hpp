@@ -11,4 +11,5 @@
 #include <qdylora/model/recipe.hpp>
 #include <qdylora/model/tokenizer.hpp>
 #include <qdylora/model/tokenizer_gguf.hpp>
+#include <qdylora/model/tokenizer_json.hpp>
 #include <qdylora/model/trainer.hpp>

@@ -54,7 +54,7 @@ std::pair<qd::Errc, std::string> load_error(const std::string& name, std::string
 bool holds(const std::string& text, std::string_view part) { return text.find(part) != std::string::npos; }
 
 /// Bytes as tokens and the marks of the chat template.
-qd::Tokenizer byte_tokenizer(std::int32_t eos = 257) {
+qd::Tokenizer byte_tokenizer(std::int32_t eos = 257, const std::string& pre_tokenizer = "smollm", bool adds_bos = false) {
   qd::TokenizerData data;
   for (const char32_t letter : qd::detail::byte_alphabet) qd::append_utf8(data.tokens.emplace_back(), letter);
   data.token_types.assign(256, 1);
@@ -62,8 +62,10 @@ qd::Tokenizer byte_tokenizer(std::int32_t eos = 257) {
     data.tokens.emplace_back(mark);
     data.token_types.push_back(3);
   }
-  data.pre_tokenizer = "smollm";
+  data.pre_tokenizer = pre_tokenizer;
   data.eos = eos;
+  data.bos = 256;
+  data.adds_bos = adds_bos;
   return qd::Tokenizer(data);
 }
 
@@ -104,8 +106,7 @@ TEST_CASE("JSON lines of all known shapes become examples", "[dataset]") {
 }
 
 TEST_CASE("a .json file may be one array", "[dataset]") {
-  const auto examples =
-      load("array.json", " [{\"prompt\": \"p\",\n\"response\": \"r\"}, {\"question\": \"q\", \"answer\": \"a\"}]");
+  const auto examples = load("array.json", " [{\"prompt\": \"p\",\n\"response\": \"r\"}, {\"question\": \"q\", \"answer\": \"a\"}]");
   REQUIRE(examples.size() == 2);
   CHECK(examples[1].prompt == "q");
   const auto [code, text] = load_error("array.json", "[{\"prompt\": \"p\", \"response\": \"r\"}, {\"prompt\": \"p\"}]");
@@ -169,8 +170,8 @@ TEST_CASE("a file that is absent, empty or a folder is an error", "[dataset]") {
 TEST_CASE("plain text is cut at paragraphs, lines or words, and nothing is lost", "[dataset]") {
   std::string text;
   for (int i = 0; i < 200; ++i) text += "word" + std::to_string(i) + (i % 17 == 0 ? "\n\n" : i % 5 == 0 ? "\n" : " ");
-  text += std::string(300, 'x');                              // nowhere to cut
-  for (int i = 0; i < 100; ++i) text += "\xF0\x9F\x98\x80";   // only between code points
+  text += std::string(300, 'x');                             // nowhere to cut
+  for (int i = 0; i < 100; ++i) text += "\xF0\x9F\x98\x80";  // only between code points
   for (const std::size_t chunk : {16u, 17u, 66u, 101u, 5000u}) {
     std::string joined;
     for (const ex::Example& example : load("text.txt", text, {.chunk_bytes = chunk})) {
@@ -249,6 +250,24 @@ TEST_CASE("running text is scored from its second token and has no end", "[datas
   CHECK(tokenizer.decode(sample->ids) == "some text");
   CHECK(!ex::tokenize({"", "s"}, tokenizer));  // nothing to predict
   CHECK(!ex::tokenize({"", ""}, tokenizer));
+}
+
+TEST_CASE("sequences start with the begin token of a tokenizer that adds it", "[dataset]") {
+  const qd::Tokenizer tokenizer = byte_tokenizer(257, "llama-bpe", true);
+  const auto sample = ex::tokenize({"", "some text"}, tokenizer);
+  REQUIRE(sample);
+  CHECK(sample->prompt_length == 1);
+  CHECK(tokenizer.decode(sample->ids) == "<|im_start|>some text");
+  const auto answer = ex::tokenize({"Q", "A"}, tokenizer, {.chat = false});
+  REQUIRE(answer);
+  CHECK(prompt_text(tokenizer, *answer) == "<|im_start|>Q\n");
+}
+
+TEST_CASE("a model that is not SmolLM gets no system message of SmolLM's", "[dataset]") {
+  const qd::Tokenizer tokenizer = byte_tokenizer(257, "qwen2");
+  const auto sample = ex::tokenize({"Q", "A"}, tokenizer);
+  REQUIRE(sample);
+  CHECK(prompt_text(tokenizer, *sample) == "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n");
 }
 
 TEST_CASE("marks inside of data are text", "[dataset]") {

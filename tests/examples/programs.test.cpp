@@ -468,6 +468,26 @@ TEST_CASE("programs: weights that are not finite are named") {
   CHECK(info.out.find("modules are not finite") != std::string::npos);
 }
 
+TEST_CASE("programs: a Hugging Face folder is evaluated on text by its own tokenizer.json") {
+  if (!built("evaluate")) SKIP("evaluate has not been built");
+  const test::TemporaryFolder folder;
+  std::filesystem::copy(test::golden("llama_tiny_bnb4"), folder / "model");
+  // 61 letters, as the tiny model knows 64 tokens; "in" is a token of its own.
+  std::string vocab;
+  for (int i = 0; i < 61; ++i)
+    vocab += (i == 0 ? "" : ",") + qd::Json(std::string(1, static_cast<char>('=' + i))).dump() + ":" + std::to_string(i);
+  test::write_file(
+      folder / "model" / "tokenizer.json",
+      R"({"model":{"type":"BPE","vocab":{)" + vocab + R"(,"in":61,"Ċ":62},"merges":["i n"]},)" +
+          R"("pre_tokenizer":{"type":"ByteLevel","add_prefix_space":false},"added_tokens":[{"id":63,"content":"</s>","special":true}]})");
+  test::write_file(folder / "model" / "tokenizer_config.json", R"({"eos_token":"</s>"})");
+  test::write_file(folder / "data.jsonl", R"({"prompt":"in","response":"inn"})");
+  const auto result = run("evaluate", "--model " + quoted(folder / "model") + " --data " + quoted(folder / "data.jsonl") + " --seq-len 16 --answers 0");
+  CAPTURE(result.out, result.err);
+  CHECK(result.status == 0);
+  CHECK(result.out.find(", on 1 examples") != std::string::npos);
+}
+
 TEST_CASE("programs: an adapter and a tokenizer of another model are named") {
   if (!built("evaluate")) SKIP("evaluate has not been built");
   const test::TemporaryFolder folder;

@@ -1,5 +1,5 @@
-// SmolLM2's chat template (ChatML): every message is "<|im_start|>role\ncontent<|im_end|>\n"; where the first is no system message,
-// a default one goes before it.
+// The ChatML template (SmolLM2, Qwen2): every message is "<|im_start|>role\ncontent<|im_end|>\n"; where the first is no system message, a
+// default one may go before it.
 #pragma once
 
 #include <cstdint>
@@ -18,12 +18,13 @@ struct ChatMessage {
   std::string content;
 };
 
-struct ChatOptions {
-  bool generation_prompt = true;  // end with the opening of the assistant's turn, for the model to go on
-};
+/// What SmolLM2's own template says first.
+inline constexpr std::string_view smollm_system_message = "You are a helpful AI assistant named SmolLM, trained by Hugging Face";
 
-inline constexpr std::string_view default_system_message =
-    "You are a helpful AI assistant named SmolLM, trained by Hugging Face";
+struct ChatOptions {
+  bool generation_prompt = true;                    // end with the opening of the assistant's turn, for the model to go on
+  std::string_view system = smollm_system_message;  // where a conversation brings none; "": none
+};
 
 namespace detail {
 
@@ -36,7 +37,7 @@ void walk_chat(std::span<const ChatMessage> messages, ChatOptions options, Start
     end();
     text("\n");
   };
-  if (!messages.empty() && messages.front().role != "system") message("system", default_system_message);
+  if (!messages.empty() && messages.front().role != "system" && !options.system.empty()) message("system", options.system);
   for (const ChatMessage& each : messages) message(each.role, each.content);
   if (options.generation_prompt) {
     start();
@@ -50,15 +51,13 @@ void walk_chat(std::span<const ChatMessage> messages, ChatOptions options, Start
 inline std::string chat_text(std::span<const ChatMessage> messages, ChatOptions options = {}) {
   std::string chat;
   detail::walk_chat(
-      messages, options, [&] { chat += "<|im_start|>"; }, [&](std::string_view part) { chat += part; },
-      [&] { chat += "<|im_end|>"; });
+      messages, options, [&] { chat += "<|im_start|>"; }, [&](std::string_view part) { chat += part; }, [&] { chat += "<|im_end|>"; });
   return chat;
 }
 
 /// The token ids of a conversation: those of chat_text, except that a mark inside of a content is ordinary text and ends no turn.
 /// Errors: unsupported where the vocabulary lacks the marks, or a byte of a content.
-inline std::vector<std::int32_t> encode_chat(const Tokenizer& tokenizer, std::span<const ChatMessage> messages,
-                                             ChatOptions options = {}) {
+inline std::vector<std::int32_t> encode_chat(const Tokenizer& tokenizer, std::span<const ChatMessage> messages, ChatOptions options = {}) {
   const auto mark = [&](std::string_view name) {
     const auto id = tokenizer.id(name);
     QDYLORA_EXPECTS(id && tokenizer.is_control(*id), unsupported,

@@ -1,5 +1,5 @@
-// Byte-level byte-pair encoding as GPT-2 defined it (Radford et al. 2019; Sennrich et al. 2016), over the fields a GGUF file stores
-// as tokenizer.ggml.*. A text is cut into words by a fixed pattern, each word into bytes, and neighbours merge by rank until none
+// Byte-level byte-pair encoding as GPT-2 defined it (Radford et al. 2019; Sennrich et al. 2016), over the fields that a GGUF file
+// (tokenizer.ggml.*) and a Hugging Face folder (tokenizer.json) hold. A text is cut into words by a fixed pattern, each word into bytes, and neighbours merge by rank until none
 // can. In vocabulary and merges every byte is written as one printable code point: 33..126, 161..172 and 174..255 as themselves,
 // the other 68 in their order as 256, 257, ... (so a space is U+0120). Control and user-defined tokens are written literally.
 #pragma once
@@ -22,6 +22,7 @@
 #include <qdylora/core/scalar.hpp>
 #include <qdylora/model/pre_tokenizer.hpp>
 #include <qdylora/model/unicode.hpp>
+#include <qdylora/model/unicode_nfc.hpp>
 
 namespace qdylora {
 
@@ -29,9 +30,12 @@ struct TokenizerData {
   std::vector<std::string> tokens;        // position = id
   std::vector<std::string> merges;        // "left right", position = rank
   std::vector<std::int32_t> token_types;  // 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte; empty = all normal
-  std::string pre_tokenizer;              // "gpt-2" or "smollm"
+  std::string pre_tokenizer;              // as GGUF names it: "gpt-2", "smollm", "llama-bpe" or "qwen2"
   std::int32_t bos = -1;                  // -1 = the model has none
   std::int32_t eos = -1;
+  bool adds_bos = false;     // whether sequences start with bos
+  bool whole_words = false;  // a word that is a token stays whole, whatever merges there are (`ignore_merges`)
+  bool nfc = false;          // text is brought to normalization form C first
 };
 
 struct EncodeOptions {
@@ -94,13 +98,17 @@ class Tokenizer {
         tokens_(std::move(data.tokens)),
         types_(std::move(data.token_types)),
         bos_(data.bos),
-        eos_(data.eos) {
+        eos_(data.eos),
+        adds_bos_(data.adds_bos),
+        whole_words_(data.whole_words),
+        nfc_(data.nfc) {
     index_tokens();
     index_merges(data.merges);
   }
 
   /// Token ids of `text`. Special tokens in it are matched first: leftmost, then longest. Time O(n log n) for n bytes, whatever
-  /// they are; bytes that are no UTF-8 are encoded like any other. Without skip_unknown, decode(encode(text)) == text.
+  /// they are; bytes that are no UTF-8 are encoded like any other. Without skip_unknown, decode(encode(text)) == text (or to_nfc of what
+  /// lies between special tokens, for a tokenizer that normalizes). bos is not added: see adds_bos.
   /// Errors: unsupported, with the offset, for a byte that the vocabulary has no token for.
   std::vector<std::int32_t> encode(std::string_view text, EncodeOptions options = {}) const {
     Encoding run{options, {}, {}, {}};
@@ -150,6 +158,8 @@ class Tokenizer {
   /// -1 where the model has none.
   std::int32_t bos() const noexcept { return bos_; }
   std::int32_t eos() const noexcept { return eos_; }
+  /// Whether the model expects bos before every sequence, which is for the caller to put there.
+  bool adds_bos() const noexcept { return adds_bos_; }
   PreTokenizer pre_tokenizer() const noexcept { return pre_tokenizer_; }
 
  private:
@@ -187,7 +197,10 @@ class Tokenizer {
   static PreTokenizer parse_pre_tokenizer(std::string_view name) {
     if (name == "gpt-2") return PreTokenizer::gpt2;
     if (name == "smollm") return PreTokenizer::smollm;
-    throw Error(Errc::unsupported, "tokenizer: expected pre-tokenizer 'gpt-2' or 'smollm', found '" + printable(name) + "'");
+    if (name == "llama-bpe") return PreTokenizer::llama3;
+    if (name == "qwen2") return PreTokenizer::qwen2;
+    throw Error(Errc::unsupported,
+                "tokenizer: expected pre-tokenizer 'gpt-2', 'smollm', 'llama-bpe' or 'qwen2', found '" + printable(name) + "'");
   }
 
   static std::uint64_t pair_key(std::int32_t left, std::int32_t right) noexcept {
@@ -208,10 +221,11 @@ class Tokenizer {
     QDYLORA_EXPECTS(types_.empty() || types_.size() == tokens_.size(), bad_config,
                     "tokenizer: " + std::to_string(tokens_.size()) + " tokens, but " + std::to_string(types_.size()) + " types");
     for (const auto& [name, id] : {std::pair{"bos", bos_}, std::pair{"eos", eos_}}) {
-      QDYLORA_EXPECTS(id >= -1 && id < vocab_size(), bad_config,
-                      std::string("tokenizer: expected ") + name + " in [-1, " + std::to_string(vocab_size()) + "), found " +
-                          std::to_string(id));
+      QDYLORA_EXPECTS(
+          id >= -1 && id < vocab_size(), bad_config,
+          std::string("tokenizer: expected ") + name + " in [-1, " + std::to_string(vocab_size()) + "), found " + std::to_string(id));
     }
+    QDYLORA_EXPECTS(!adds_bos_ || bos_ >= 0, bad_config, "tokenizer: sequences are to start with bos, of which there is none");
     bytes_.resize(tokens_.size());
     ids_.reserve(tokens_.size());
     for (std::size_t i = 0; i < tokens_.size(); ++i) {
@@ -220,8 +234,9 @@ class Tokenizer {
       QDYLORA_EXPECTS(type(i) >= normal && type(i) <= last_type, bad_config,
                       "tokenizer: expected a type in [1, 6] for token " + std::to_string(i) + ", found " + std::to_string(type(i)));
       const auto [place, added] = ids_.emplace(token, static_cast<std::int32_t>(i));
-      QDYLORA_EXPECTS(added, duplicate, "tokenizer: tokens " + std::to_string(place->second) + " and " + std::to_string(i) +
-                                            " are both '" + printable(token) + "'");
+      QDYLORA_EXPECTS(
+          added, duplicate,
+          "tokenizer: tokens " + std::to_string(place->second) + " and " + std::to_string(i) + " are both '" + printable(token) + "'");
       if (type(i) == control || type(i) == user_defined) {
         bytes_[i] = token;
         specials_[static_cast<unsigned char>(token.front())].push_back(static_cast<std::int32_t>(i));
@@ -246,8 +261,8 @@ class Tokenizer {
     for (std::size_t at = 0; at < tokens_[i].size();) {
       const DecodedCodePoint step = decode_utf8(tokens_[i], at);
       const int byte = step.value < detail::byte_alphabet_end ? detail::alphabet_byte[step.value] : -1;
-      QDYLORA_EXPECTS(byte >= 0, bad_config, "tokenizer: token " + std::to_string(i) + " '" + printable(tokens_[i]) +
-                                                 "' has a character that stands for no byte");
+      QDYLORA_EXPECTS(byte >= 0, bad_config,
+                      "tokenizer: token " + std::to_string(i) + " '" + printable(tokens_[i]) + "' has a character that stands for no byte");
       bytes += static_cast<char>(static_cast<unsigned char>(byte));
       at += step.length;
     }
@@ -288,7 +303,24 @@ class Tokenizer {
 
   /// Appends the ids of bytes [begin, end) of `text`, which hold no special token.
   void encode_plain(std::string_view text, std::size_t begin, std::size_t end, Encoding& run) const {
+    std::string normalized;
+    if (nfc_) {
+      normalized = to_nfc(text.substr(begin, end - begin));
+      text = normalized;
+      begin = 0;
+      end = text.size();
+    }
+    std::string letters;
     detail::for_each_word(text.substr(begin, end - begin), pre_tokenizer_, [&](std::size_t word_begin, std::size_t word_end) {
+      if (whole_words_) {
+        letters.clear();
+        for (std::size_t i = begin + word_begin; i < begin + word_end; ++i)
+          append_utf8(letters, detail::byte_alphabet[static_cast<unsigned char>(text[i])]);
+        if (const auto whole = id(letters); whole && type(static_cast<std::size_t>(*whole)) == normal) {
+          run.ids.push_back(*whole);
+          return;
+        }
+      }
       run.symbols.clear();
       for (std::size_t i = begin + word_begin; i < begin + word_end; ++i) {
         const auto byte = static_cast<unsigned char>(text[i]);
@@ -344,6 +376,7 @@ class Tokenizer {
   std::vector<std::int32_t> types_;
   std::int32_t bos_;
   std::int32_t eos_;
+  bool adds_bos_, whole_words_, nfc_;
   std::vector<std::string> bytes_;  // what each token decodes to
   std::unordered_map<std::string, std::int32_t, detail::TextHash, std::equal_to<>> ids_;
   std::unordered_map<std::uint64_t, Merge, detail::PairHash> merges_;  // by pair_key

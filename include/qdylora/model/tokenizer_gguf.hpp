@@ -13,7 +13,7 @@
 
 namespace qdylora {
 
-/// Errors: unsupported (a model other than byte-level BPE, "gpt2"; flags that add a token or a space), bad_config (absent keys, or
+/// Errors: unsupported (a model other than byte-level BPE, "gpt2"; flags that add a space or an end), bad_config (absent keys, or
 /// values of other types), and those of Tokenizer's constructor, with the file's name.
 inline Tokenizer load_tokenizer(const GgufFile& file) {
   const GgufMetadata& metadata = file.metadata();
@@ -40,8 +40,12 @@ inline Tokenizer load_tokenizer(const GgufFile& file) {
   data.pre_tokenizer = metadata.get<std::string>("tokenizer.ggml.pre");
   data.bos = id("tokenizer.ggml.bos_token_id");
   data.eos = id("tokenizer.ggml.eos_token_id");
+  // What the names of pre-tokenizers imply, as llama.cpp and the models' own tokenizers have it.
+  data.whole_words = data.pre_tokenizer == "llama-bpe";
+  data.nfc = data.pre_tokenizer == "qwen2";
+  data.adds_bos = metadata.get_or<bool>("tokenizer.ggml.add_bos_token", data.pre_tokenizer == "llama-bpe" && data.bos >= 0);
   // Flags that would change ids and that no model of this shape sets: refused rather than ignored.
-  for (const std::string_view key : {"tokenizer.ggml.add_space_prefix", "tokenizer.ggml.add_bos_token"}) {
+  for (const std::string_view key : {"tokenizer.ggml.add_space_prefix", "tokenizer.ggml.add_eos_token"}) {
     if (metadata.get_or<bool>(key, false)) fail(Errc::unsupported, "key '" + std::string(key) + "': expected false, found true");
   }
   try {
