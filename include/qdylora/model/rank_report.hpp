@@ -1,0 +1,105 @@
+// What an adapter is worth at each of its ranks, from held-out examples that all ranks were scored on: differences with intervals, the area
+// under the curve of quality over rank, and the smallest rank that is nearly as good as the best.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <numeric>
+#include <span>
+#include <string>
+#include <vector>
+
+#include <qdylora/core/error.hpp>
+#include <qdylora/core/random.hpp>
+
+namespace qdylora {
+
+/// A number and the interval that holds it with the confidence asked for.
+struct Interval {
+  double value = 0.0, low = 0.0, high = 0.0;
+  bool holds(double x) const noexcept { return low <= x && x <= high; }
+};
+
+struct BootstrapOptions {
+  double confidence = 0.95;
+  Index resamples = 4000;
+  std::uint64_t seed = 0;
+};
+
+/// sum_i w_i (a_i - b_i) / sum_i w_i over examples i that both were scored on, and its interval: percentiles of the same statistic over
+/// resamples of the examples (the paired bootstrap: Efron & Tibshirani 1993, section 13.3; Koehn 2004). a, b: a score of each example,
+/// such as its loss a token; weights: how much of the whole each example is, such as its scored tokens; empty: all alike. What examples
+/// share cancels in the difference, so the interval is far narrower than that of either mean.
+/// Errors: bad_argument (sizes that differ, no examples, no weight, confidence not within (0, 1), no resamples).
+inline Interval paired_difference(std::span<const double> a, std::span<const double> b, std::span<const double> weights = {},
+                                  const BootstrapOptions& options = {}) {
+  const auto n = a.size();
+  QDYLORA_EXPECTS(n > 0 && b.size() == n && (weights.empty() || weights.size() == n), bad_argument,
+                  "paired_difference: expected scores and weights of the same examples, found " + std::to_string(n) + ", " +
+                      std::to_string(b.size()) + " and " + std::to_string(weights.size()));
+  QDYLORA_EXPECTS(options.confidence > 0.0 && options.confidence < 1.0 && options.resamples > 0, bad_argument,
+                  "paired_difference: expected a confidence within (0, 1) and resamples, found " + std::to_string(options.confidence) +
+                      " and " + std::to_string(options.resamples));
+  const auto weight = [&](std::size_t i) { return weights.empty() ? 1.0 : weights[i]; };
+  const auto mean = [&](auto&& example) {
+    double sum = 0.0, whole = 0.0;
+    for (std::size_t k = 0; k < n; ++k) {
+      const std::size_t i = example(k);
+      sum += weight(i) * (a[i] - b[i]);
+      whole += weight(i);
+    }
+    return whole > 0.0 ? sum / whole : 0.0;
+  };
+  double whole = 0.0;
+  for (std::size_t i = 0; i < n; ++i) whole += weight(i);
+  QDYLORA_EXPECTS(whole > 0.0, bad_argument, "paired_difference: the examples have no weight");
+  Rng rng(options.seed, Purpose::sample);
+  std::vector<double> means(static_cast<std::size_t>(options.resamples));
+  for (double& m : means) m = mean([&](std::size_t) { return static_cast<std::size_t>(rng.below(static_cast<std::uint32_t>(n))); });
+  std::sort(means.begin(), means.end());
+  const auto percentile = [&](double p) {
+    const auto last = static_cast<double>(means.size() - 1);
+    return means[static_cast<std::size_t>(std::lround(p * last))];
+  };
+  const double tail = (1.0 - options.confidence) / 2.0;
+  return {mean([](std::size_t k) { return k; }), percentile(tail), percentile(1.0 - tail)};
+}
+
+enum class RankScale { linear, log2 };
+
+/// The mean of a quality over ranks, as the trapezoids under the curve have it, over rank or over its logarithm. ranks: ascending, >= 1; one
+/// rank alone has its own value. Errors: bad_argument.
+inline double area_under_ranks(std::span<const Index> ranks, std::span<const double> values, RankScale scale) {
+  QDYLORA_EXPECTS(!ranks.empty() && ranks.size() == values.size(), bad_argument,
+                  "area_under_ranks: expected a value of every rank, found " + std::to_string(ranks.size()) + " ranks and " +
+                      std::to_string(values.size()) + " values");
+  const auto at = [&](std::size_t i) {
+    const auto rank = static_cast<double>(ranks[i]);
+    return scale == RankScale::linear ? rank : std::log2(rank);
+  };
+  double area = 0.0;
+  for (std::size_t i = 0; i < ranks.size(); ++i) {
+    QDYLORA_EXPECTS(ranks[i] >= 1 && (i == 0 || ranks[i] > ranks[i - 1]), bad_argument,
+                    "area_under_ranks: expected ascending ranks from 1, found " + std::to_string(ranks[i]));
+    if (i > 0) area += (at(i) - at(i - 1)) * (values[i] + values[i - 1]) / 2.0;
+  }
+  return ranks.size() == 1 ? values[0] : area / (at(ranks.size() - 1) - at(0));
+}
+
+/// The smallest rank that keeps a share of what the best rank gains over the base: loss <= base - share * (base - best). ranks: ascending.
+/// 0, the base itself, where no rank gains. Errors: bad_argument.
+inline Index smallest_rank_keeping(double share, double base_loss, std::span<const Index> ranks, std::span<const double> losses) {
+  QDYLORA_EXPECTS(!ranks.empty() && ranks.size() == losses.size(), bad_argument,
+                  "smallest_rank_keeping: expected a loss of every rank, found " + std::to_string(ranks.size()) + " ranks and " +
+                      std::to_string(losses.size()) + " losses");
+  QDYLORA_EXPECTS(share > 0.0 && share <= 1.0, bad_argument,
+                  "smallest_rank_keeping: expected a share within (0, 1], found " + std::to_string(share));
+  const double best = *std::min_element(losses.begin(), losses.end());
+  if (!(best < base_loss)) return 0;
+  for (std::size_t i = 0; i < ranks.size(); ++i)
+    if (losses[i] <= base_loss - share * (base_loss - best)) return ranks[i];
+  return ranks.back();
+}
+
+}  // namespace qdylora
