@@ -1,14 +1,16 @@
-// Looks at PEFT adapters and cuts them.
+// Looks at PEFT adapters, cuts them, and makes them into files for llama.cpp.
 //
 //   adapter info DIR
 //   adapter truncate DIR --rank b OUT    keeps the first b rows: for adapters trained to be cut
 //   adapter resize DIR --rank b OUT      re-orders B.A by singular values, then cuts: for any adapter
+//   adapter gguf DIR --rank b --model MODEL.gguf OUT.gguf    for llama.cpp (--lora OUT.gguf), on the same base model
 #include <cmath>
 #include <cstdio>
 #include <string>
 #include <vector>
 
 #include <qdylora/io.hpp>
+#include <qdylora/model/load_gguf.hpp>
 #include <qdylora/nn/reorder.hpp>
 
 #include "common/program.hpp"
@@ -30,8 +32,7 @@ int info(const std::string& folder) {
     for (const Index rank : adapter.ranks) std::printf(" %lld", static_cast<long long>(rank));
     std::printf("\n");
   }
-  std::printf("%-44s %6s %6s %5s %8s  %s\n", "module", "in", "out", "rank", "alpha/r",
-              "share of |B.A| in the first 1, 2, 4 ... rows");
+  std::printf("%-44s %6s %6s %5s %8s  %s\n", "module", "in", "out", "rank", "alpha/r", "share of |B.A| in the first 1, 2, 4 ... rows");
   std::size_t broken = 0;
   for (const auto& m : adapter.modules) {
     std::printf("%-44s %6lld %6lld %5lld %8.4g ", printable(m.name, 44).c_str(), static_cast<long long>(m.in()),
@@ -73,19 +74,42 @@ int cut(const std::string& folder, Index rank, const std::string& out, bool reor
     }
     named.push_back({module.name, &adapters.back(), 0});
   }
-  save_peft_adapter(
-      out, named,
-      {.rank = rank, .base_model = source.config.base_model, .task_type = source.config.task_type, .ranks = source.ranks});
+  save_peft_adapter(out, named,
+                    {.rank = rank, .base_model = source.config.base_model, .task_type = source.config.task_type, .ranks = source.ranks});
   std::printf("wrote %s: %zu modules at rank %lld\n", out.c_str(), named.size(), static_cast<long long>(rank));
+  return 0;
+}
+
+int to_gguf(const std::string& folder, Index rank, const std::string& model, const std::string& out) {
+  for (const auto& in : {folder, model}) expect_no_overwrite(in, out);
+  const auto source = load_peft_adapter(folder);
+  QDYLORA_EXPECTS(rank >= 0 && rank <= source.max_rank(), rank_range,
+                  "--rank " + std::to_string(rank) + ": the adapter has ranks 1 ... " + std::to_string(source.max_rank()));
+  const GgufFile base(model);
+  const auto config = gguf_config(base);
+  std::vector<LoRAAdapter<float>> adapters;
+  std::vector<GgufAdapterTensor> tensors;
+  adapters.reserve(source.modules.size());
+  for (const auto& module : source.modules) {
+    const auto tensor = gguf_tensor_of(module.name);
+    qdylora::detail::expect_matrix(base, tensor, module.out(), module.in());
+    adapters.push_back(to_adapter(module));
+    // PEFT's rows are in Hugging Face's rotary layout.
+    const bool q = tensor.ends_with("attn_q.weight"), k = tensor.ends_with("attn_k.weight");
+    tensors.push_back({tensor, &adapters.back(), q ? config.heads.heads : k ? config.heads.kv_heads : 0});
+  }
+  save_gguf_adapter(out, tensors, {.rank = rank, .name = folder});
+  std::printf("wrote %s: %zu tensors' adapters at rank %lld\n", out.c_str(), tensors.size(),
+              static_cast<long long>(rank == 0 ? source.max_rank() : rank));
   return 0;
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  CLI::App app{"Looks at PEFT adapters and cuts them.", "adapter"};
+  CLI::App app{"Looks at PEFT adapters, cuts them, and makes them into files for llama.cpp.", "adapter"};
   app.require_subcommand(1);
-  std::string folder, out;
+  std::string folder, model, out;
   Index rank = 0;
   auto* info_command = app.add_subcommand("info", "what a folder holds, and how much of each module its first rows carry");
   info_command->add_option("DIR", folder, "adapter folder")->required()->check(not_empty());
@@ -96,6 +120,14 @@ int main(int argc, char** argv) {
     command->add_option("--rank", rank, "rows to keep")->required()->check(in_range<Index>(1, most_rank));
     command->add_option("OUT", out, "folder to write")->required()->check(not_empty());
   }
-  return run_program(app, argc, argv,
-                     [&] { return info_command->parsed() ? info(folder) : cut(folder, rank, out, resize_command->parsed()); });
+  auto* gguf_command = app.add_subcommand("gguf", "write a file for llama.cpp");
+  gguf_command->add_option("DIR", folder, "adapter folder")->required()->check(not_empty());
+  gguf_command->add_option("--rank", rank, "rows to keep; all by default")->check(in_range<Index>(1, most_rank));
+  gguf_command->add_option("--model", model, "the base model, a .gguf file")->required()->check(not_empty());
+  gguf_command->add_option("OUT", out, "file to write")->required()->check(not_empty());
+  return run_program(app, argc, argv, [&] {
+    if (info_command->parsed()) return info(folder);
+    if (gguf_command->parsed()) return to_gguf(folder, rank, model, out);
+    return cut(folder, rank, out, resize_command->parsed());
+  });
 }

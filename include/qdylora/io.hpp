@@ -1,13 +1,15 @@
 // The file formats, all of them. Adds nlohmann/json to what <qdylora/qdylora.hpp> needs; takes no Eigen itself.
 #pragma once
 
-// containers: safetensors read and write, GGUF read; files replaced as a whole, JSON behind bounds
+// containers: safetensors and GGUF, read and write; files replaced as a whole, JSON behind bounds
 #include <qdylora/io/file.hpp>
 #include <qdylora/io/gguf.hpp>
+#include <qdylora/io/gguf_write.hpp>
 #include <qdylora/io/json.hpp>
 #include <qdylora/io/safetensors.hpp>
 
-// what is in them: 4-bit weights of bitsandbytes, adapters of PEFT, the state of a training run
+// what is in them: 4-bit weights of bitsandbytes, adapters of PEFT and llama.cpp, the state of a training run
 #include <qdylora/io/bitsandbytes.hpp>
+#include <qdylora/io/gguf_adapter.hpp>
 #include <qdylora/io/peft.hpp>
 #include <qdylora/io/train_state.hpp>

@@ -138,6 +138,10 @@ TEST_CASE("programs: a wrong argument or file gives one line and status 2") {
       {"evaluate", tiny + " --data " + good + " --max-new-tokens -1", "--max-new-tokens"},
       {"evaluate", tiny + " --data " + good + " --seq-len 1", "--seq-len"},
       {"evaluate", tiny + " --data " + good, "context is 64"},
+      {"adapter", "gguf " + quoted(test::golden("peft_linear")) + " " + quoted(folder / "a.gguf"), "--model"},
+      {"adapter", "gguf " + quoted(test::golden("peft_linear")) + " --model " + junk + " " + quoted(folder / "a.gguf"), "junk.gguf"},
+      {"adapter", "gguf " + quoted(test::golden("peft_linear")) + " --rank 999 --model " + junk + " " + quoted(folder / "a"), "--rank"},
+      {"adapter", "gguf " + quoted(test::golden("peft_linear")) + " --model " + junk + " " + junk, "written over"},
       {"compare", "--model " + junk + " --data " + good + " --seeds 0,,1", "--seeds"},
       {"compare", "--model " + junk + " --data " + good + " --seeds ''", "--seeds"},
       {"compare", "--model " + junk + " --data " + good + " --recipes auto,", "--recipes"},
@@ -482,7 +486,8 @@ TEST_CASE("programs: a Hugging Face folder is evaluated on text by its own token
           R"("pre_tokenizer":{"type":"ByteLevel","add_prefix_space":false},"added_tokens":[{"id":63,"content":"</s>","special":true}]})");
   test::write_file(folder / "model" / "tokenizer_config.json", R"({"eos_token":"</s>"})");
   test::write_file(folder / "data.jsonl", R"({"prompt":"in","response":"inn"})");
-  const auto result = run("evaluate", "--model " + quoted(folder / "model") + " --data " + quoted(folder / "data.jsonl") + " --seq-len 16 --answers 0");
+  const auto result =
+      run("evaluate", "--model " + quoted(folder / "model") + " --data " + quoted(folder / "data.jsonl") + " --seq-len 16 --answers 0");
   CAPTURE(result.out, result.err);
   CHECK(result.status == 0);
   CHECK(result.out.find(", on 1 examples") != std::string::npos);
