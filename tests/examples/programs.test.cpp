@@ -319,6 +319,54 @@ TEST_CASE("programs: evaluate's logits are those of transformers and PEFT") {
   }
 }
 
+TEST_CASE("programs: a merged model has the logits of its adapter at that rank") {
+  if (!built("merge") || !built("evaluate")) SKIP("merge or evaluate has not been built");
+  const test::TemporaryFolder folder;
+  const auto model = quoted(test::golden("llama_tiny_bnb4")), adapter = quoted(test::golden("llama_tiny_adapter"));
+  const auto logits = [&](const std::string& arguments) {
+    const auto result = run("evaluate", arguments + " --base-format float32 --ids 1,2,3,5,8,13,21 --logits " + quoted(folder / "l"));
+    CAPTURE(arguments, result.err);
+    REQUIRE(result.status == 0);
+    return qd::SafetensorsFile(folder / "l").matrix("logits");
+  };
+  const auto distance = [](const qd::Matrix<float>& a, const qd::Matrix<float>& b) {
+    double worst = 0.0;
+    for (std::size_t i = 0; i < a.span().size(); ++i)
+      worst = std::max(worst, std::fabs(static_cast<double>(a.span()[i]) - static_cast<double>(b.span()[i])));
+    return worst;
+  };
+  const auto merge = [&](const std::string& source, const std::string& name, const std::string& options) {
+    const auto result = run("merge", source + " " + adapter + " " + quoted(folder / name) + " " + options);
+    CAPTURE(options, result.out, result.err);
+    REQUIRE(result.status == 0);
+    return result.out;
+  };
+  const auto base = logits("--model " + model);
+  for (const std::string rank : {"4", "8"}) {
+    CAPTURE(rank);
+    const auto expected = logits("--model " + model + " --adapter " + adapter + " --rank " + rank);
+    merge(model, "float" + rank, "--dtype float32 --rank " + rank);
+    CHECK(distance(logits("--model " + quoted(folder / ("float" + rank))), expected) < 1e-5);
+    CHECK(distance(base, expected) > 0.1);
+  }
+  // In 16 bits the sum is rounded; in 4 bits it is another model, and the program says by how much.
+  const auto whole = logits("--model " + model + " --adapter " + adapter);
+  merge(model, "half", "--dtype float16");
+  CHECK(distance(logits("--model " + quoted(folder / "half")), whole) < 2e-2);
+  CHECK(qd::SafetensorsFile(folder / "half" / "model.safetensors").info("model.layers.0.mlp.up_proj.weight").dtype == qd::DType::F16);
+  CHECK(merge(model, "four", "").find("all together") != std::string::npos);
+  CHECK(qd::is_bnb_4bit(qd::SafetensorsFile(folder / "four" / "model.safetensors"), "model.layers.0.mlp.up_proj.weight"));
+  CHECK(distance(logits("--model " + quoted(folder / "four")), base) > 0.1);
+  // Stored floats keep their type.
+  merge(quoted(folder / "half"), "again", "");
+  CHECK(qd::SafetensorsFile(folder / "again" / "model.safetensors").info("model.layers.0.mlp.up_proj.weight").dtype == qd::DType::F16);
+  const auto refused = run("merge", quoted(folder / "half") + " " + quoted(test::golden("peft_linear")) + " " + quoted(folder / "none"));
+  CHECK(refused.status == 2);
+  CHECK(refused.err.find("not in the checkpoint") != std::string::npos);
+  CHECK_FALSE(std::filesystem::exists(folder / "none"));
+  CHECK(run("merge", quoted(folder / "half") + " " + adapter + " " + quoted(folder / "half")).status == 2);
+}
+
 TEST_CASE("programs: quantize writes bitsandbytes' keys and copies the rest") {
   if (!built("quantize")) SKIP("quantize has not been built");
   const test::TemporaryFolder folder;

@@ -1,7 +1,8 @@
 // Byte-level byte-pair encoding as GPT-2 defined it (Radford et al. 2019; Sennrich et al. 2016), over the fields that a GGUF file
-// (tokenizer.ggml.*) and a Hugging Face folder (tokenizer.json) hold. A text is cut into words by a fixed pattern, each word into bytes, and neighbours merge by rank until none
-// can. In vocabulary and merges every byte is written as one printable code point: 33..126, 161..172 and 174..255 as themselves,
-// the other 68 in their order as 256, 257, ... (so a space is U+0120). Control and user-defined tokens are written literally.
+// (tokenizer.ggml.*) and a Hugging Face folder (tokenizer.json) hold. A text is cut into words by a fixed pattern, each word into bytes,
+// and neighbours merge by rank until none can. In vocabulary and merges every byte is written as one printable code point: 33..126,
+// 161..172 and 174..255 as themselves, the other 68 in their order as 256, 257, ... (so a space is U+0120). Control and user-defined
+// tokens are written literally.
 #pragma once
 
 #include <algorithm>

@@ -1,0 +1,216 @@
+// Merges an adapter, at a rank, into the weights of its base model: a folder that any program loads without the adapter.
+//
+//   merge MODEL_DIR ADAPTER_DIR OUT_DIR [--rank b] [--dtype same|float32|float16|bfloat16]
+//
+// Weights keep the type they are stored in unless --dtype says otherwise. Those in bitsandbytes' 4 bits are then quantized again, which
+// loses part of a small update: how much of it survives is shown for each tensor.
+#include <cmath>
+#include <cstdio>
+#include <deque>
+#include <filesystem>
+#include <map>
+#include <memory>
+#include <optional>
+#include <set>
+#include <string>
+#include <utility>
+#include <variant>
+
+#include <qdylora/cpu/cpu.hpp>
+#include <qdylora/io.hpp>
+#include <qdylora/model/load_hugging_face.hpp>
+
+#include "common/program.hpp"
+
+namespace {
+
+using namespace qdylora;
+using namespace qdylora::examples;
+
+using AnyWeight = WeightFor<AnyFormat>;
+
+/// Of an update that was quantized together with its weight: the share of it that is left (its projection), and the size of what is not it.
+struct Retained {
+  double along = 0.0, size = 0.0, error = 0.0;
+
+  void add(const Matrix<float>& before, const Matrix<float>& sum, const Matrix<float>& after) {
+    for (std::size_t i = 0; i < before.span().size(); ++i) {
+      const double update = static_cast<double>(sum.span()[i]) - static_cast<double>(before.span()[i]);
+      const double found = static_cast<double>(after.span()[i]) - static_cast<double>(before.span()[i]);
+      along += found * update;
+      size += update * update;
+      error += (found - update) * (found - update);
+    }
+  }
+  void print(const std::string& tensor) const {
+    std::printf("%-60s %7.1f%% %7.0f%%\n", printable(tensor, 60).c_str(), size > 0.0 ? 100.0 * along / size : 100.0,
+                size > 0.0 ? 100.0 * std::sqrt(error / size) : 0.0);
+  }
+};
+
+class Merger {
+ public:
+  Merger(const PeftAdapter& adapter, Index rank, std::optional<DType> dtype) : adapter_(adapter), rank_(rank), dtype_(dtype) {}
+
+  /// Writes a file's tensors, merged, to `out`, and their names and bytes into `index`.
+  void merge(const SafetensorsFile& file, const std::filesystem::path& out) {
+    SafetensorsWriter writer;
+    for (const auto& [key, value] : file.metadata()) writer.metadata(key, value);
+    std::set<std::string, std::less<>> parts;  // of 4-bit weights, with which they are read
+    for (const auto& tensor : file.tensors())
+      if (is_bnb_4bit(file, tensor.name))
+        for (const auto& part : qdylora::detail::tensors_under(file, tensor.name)) parts.insert(part.name);
+    for (const auto& tensor : file.tensors()) {
+      if (parts.contains(tensor.name)) continue;
+      const auto module =
+          tensor.name.ends_with(".weight") ? adapter_.find(std::string_view(tensor.name).substr(0, tensor.name.size() - 7)) : nullptr;
+      at_tensor(file.name(), tensor.name, [&] {
+        if (is_bnb_4bit(file, tensor.name)) merge_4bit(file, tensor.name, module, writer);
+        else if (module != nullptr)
+          put(writer, tensor.name, sum(*module, std::make_shared<AnyWeight>(file.matrix(tensor.name)), rank_),
+              dtype_.value_or(tensor.dtype));
+        else if (dtype_ && (tensor.dtype == DType::F32 || tensor.dtype == DType::F16 || tensor.dtype == DType::BF16) &&
+                 tensor.shape.size() == 2)
+          put(writer, tensor.name, file.matrix(tensor.name), *dtype_);
+        else writer.add(tensor.name, tensor.dtype, tensor.shape, copies_.emplace_back(file.bytes(tensor.name)).span());
+      });
+      if (module != nullptr) ++merged_;
+    }
+    writer.write(out);
+    states_ = {};
+    matrices_.clear();
+    weights_.clear();
+    copies_.clear();
+  }
+
+  std::size_t merged() const noexcept { return merged_; }
+  const Retained& retained() const noexcept { return retained_; }
+
+ private:
+  /// The weight with the module's update at a rank.
+  Matrix<float> sum(const PeftModule& module, std::shared_ptr<const AnyWeight> base, Index rank) const {
+    DynamicLoRALinear<float, Cpu, AnyFormat> layer(
+        std::move(base), {.max_rank = module.rank(), .name = module.name, .gated_ranks = module.gated_ranks}, cpu_);
+    assign(module, layer.adapter());
+    return layer.merged_weight(std::min(rank, module.rank()));
+  }
+
+  Matrix<float> decoded(const AnyWeight& weight) const {
+    Matrix<float> matrix(weight.rows(), weight.cols());
+    weight.visit([&]<class View>(const View& view) {
+      if constexpr (requires { typename View::format; }) cpu_.dequantize(view, matrix.view());
+      else copy(view, matrix.view());
+    });
+    return matrix;
+  }
+
+  void merge_4bit(const SafetensorsFile& file, const std::string& tensor, const PeftModule* module, SafetensorsWriter& writer) {
+    const BnbState state = bnb_4bit_state(file, tensor);
+    auto weight = std::make_shared<const AnyWeight>(load_bnb_4bit(file, tensor));
+    if (dtype_) return put(writer, tensor, module != nullptr ? sum(*module, weight, rank_) : decoded(*weight), *dtype_);
+    if (module != nullptr) {
+      const auto before = decoded(*weight), whole = sum(*module, weight, rank_);
+      weight = make_base_weight(
+          whole.rows(), whole.cols(), {.format = base_format(state.format), .double_quant = state.nested, .block_size = state.block_size},
+          [&](Index first, MatrixView<float> rows) { copy(whole.view().middle_rows(first, rows.rows), rows); }, cpu_);
+      const auto after = decoded(*weight);
+      if (merged_ == 0) std::printf("%-60s %8s %8s\n", "quantized again", "left", "error");
+      Retained own;
+      own.add(before, whole, after);
+      own.print(tensor);
+      retained_.add(before, whole, after);
+    }
+    add_bnb_4bit(writer, states_, tensor, *weights_.emplace_back(std::move(weight)), state.dtype);
+  }
+
+  void put(SafetensorsWriter& writer, const std::string& tensor, Matrix<float> matrix, DType dtype) {
+    const auto add = [&]<class S>(S) {
+      Matrix<S> stored(matrix.rows(), matrix.cols());
+      for (std::size_t i = 0; i < matrix.span().size(); ++i) stored.span()[i] = static_cast<S>(matrix.span()[i]);
+      expect_finite(matrix.view());
+      writer.add(tensor, std::as_const(std::get<Matrix<S>>(matrices_.emplace_back(std::move(stored)))).view());
+    };
+    if (dtype == DType::F16) add(half{});
+    else if (dtype == DType::BF16) add(bfloat16{});
+    else add(float{});
+  }
+
+  const PeftAdapter& adapter_;
+  Index rank_;
+  std::optional<DType> dtype_;
+  Cpu cpu_;
+  std::size_t merged_ = 0;
+  Retained retained_;
+  // What the writer of a file borrows.
+  BnbStates states_;
+  std::deque<std::variant<Matrix<float>, Matrix<half>, Matrix<bfloat16>>> matrices_;
+  std::deque<std::shared_ptr<const AnyWeight>> weights_;
+  std::deque<Buffer<std::byte>> copies_;
+};
+
+/// The files beside the weights: config.json with the type its weights have now, the others as they are.
+void copy_beside(const std::filesystem::path& from, const std::filesystem::path& to, const std::string& dtype) {
+  for (const auto& entry : std::filesystem::directory_iterator(from)) {
+    const auto file = entry.path().filename();
+    const auto kind = file.extension();
+    if (!entry.is_regular_file() || (kind != ".json" && kind != ".txt" && kind != ".jinja" && kind != ".model" && kind != ".md")) continue;
+    if (file == "model.safetensors.index.json") continue;
+    if (file == "config.json" && dtype != "same") {
+      auto config = read_json(entry.path());
+      config.erase("quantization_config");
+      for (const char* key : {"dtype", "torch_dtype"})
+        if (config.contains(key)) config[key] = dtype;
+      replace_file(to / file, config.dump(2) + "\n");
+    } else {
+      replace_file(to / file, read_text(entry.path()));
+    }
+  }
+}
+
+int merge(const std::filesystem::path& model, const std::string& adapter_folder, const std::filesystem::path& out, Index rank,
+          const std::string& dtype) {
+  const auto adapter = load_peft_adapter(adapter_folder);
+  QDYLORA_EXPECTS(rank >= 0 && rank <= adapter.max_rank(), rank_range,
+                  "--rank " + std::to_string(rank) + ": the adapter has ranks 1 ... " + std::to_string(adapter.max_rank()));
+  if (!std::filesystem::is_directory(model)) throw Error(Errc::open, "no such folder", {.file = model.string()});
+  const SafetensorsFolder source(model);
+  for (const auto& module : adapter.modules) source.file_of(module.name + ".weight");  // all, before anything is written
+  expect_no_overwrite(model, out);
+  std::error_code failed;
+  std::filesystem::create_directories(out, failed);
+  if (failed) throw Error(Errc::open, "cannot make the folder: " + failed.message(), {.file = out.string()});
+  const std::map<std::string, DType> types = {{"float32", DType::F32}, {"float16", DType::F16}, {"bfloat16", DType::BF16}};
+  const auto type = types.find(dtype);
+  const Index at = rank == 0 ? adapter.max_rank() : rank;
+  Merger merger(adapter, at, type == types.end() ? std::nullopt : std::optional(type->second));
+  Json weight_map = Json::object();
+  for (const auto& file : source.files()) {
+    const auto name = std::filesystem::path(file.name()).filename();
+    merger.merge(file, out / name);
+    const SafetensorsFile written(out / name);
+    for (const auto& tensor : written.tensors()) weight_map[tensor.name] = name.string();
+  }
+  if (std::filesystem::exists(model / "model.safetensors.index.json"))
+    replace_file(out / "model.safetensors.index.json",
+                 Json({{"metadata", Json::object()}, {"weight_map", std::move(weight_map)}}).dump(1) + "\n");
+  copy_beside(model, out, dtype);
+  if (merger.retained().size > 0.0) merger.retained().print("all together");
+  std::printf("wrote %s: %zu weights merged at rank %lld\n", out.string().c_str(), merger.merged(), static_cast<long long>(at));
+  return 0;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  CLI::App app{"Merges an adapter, at a rank, into the weights of its base model.", "merge"};
+  std::string model, adapter, out, dtype = "same";
+  Index rank = 0;
+  app.add_option("MODEL", model, "Hugging Face folder of the base model")->required()->check(not_empty());
+  app.add_option("ADAPTER", adapter, "PEFT folder")->required()->check(not_empty());
+  app.add_option("OUT", out, "folder to write")->required()->check(not_empty());
+  app.add_option("--rank", rank, "of the adapter to merge; the largest by default")->check(in_range<Index>(1, most_rank));
+  app.add_option("--dtype", dtype, "of the weights written; same: as they are stored, 4 bits again where they are")
+      ->check(CLI::IsMember({"same", "float32", "float16", "bfloat16"}))
+      ->capture_default_str();
+  return run_program(app, argc, argv, [&] { return merge(model, adapter, out, rank, dtype); });
+}
