@@ -138,6 +138,15 @@ TEST_CASE("inputs around the sizes of blocks are within the bounds of their clas
   quantized_products_by_class<float, qd::FP8E5M2, qd::Float32Scales>(shapes, rng);
 }
 
+TEST_CASE("few tokens with long rows and with many rows are within the bounds of their class", "[cpu][classes]") {
+  // Rows of a kilobyte and more, whose codes kernels copy; rows that tasks share, their sums added at the end.
+  const ProductShape shapes[] = {{1, 67, 2112}, {2, 129, 4160}, {9, 64, 2048}, {16, 63, 4672},
+                                 {1, 4097, 64}, {3, 4100, 128}, {16, 6200, 96}};
+  Rng rng(7, qd::Purpose::data);
+  quantized_products_by_class<float, qd::NF4, qd::DoubleQuant<>>(shapes, rng);
+  quantized_products_by_class<float, qd::FP4, qd::Float32Scales>(shapes, rng);
+}
+
 TEMPLATE_TEST_CASE("exact products are exact to 1e-13 in long sums too", "[cpu][classes]", (Storage<qd::NF4, DynamicScales>),
                    (Storage<qd::FP8E4M3, PlainScales>)) {
   const ProductShape shapes[] = {{3, 40, 1023}, {34, 40, 1025}, {2, 33, 4096}, {33, 33, 4097}, {3, 1023, 40}, {34, 2049, 33}};

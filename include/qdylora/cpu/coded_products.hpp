@@ -9,7 +9,7 @@
 
 namespace qdylora::detail {
 
-inline constexpr Index few_tokens = 16;     // at most this many tokens go without panels
+inline constexpr Index few_tokens = 16;          // at most this many tokens go without panels
 inline constexpr Index few_tokens_in_pairs = 4;  // backward, where panels of pairs come straight from codes and these kernels are float32
 
 /// Every scale of a weight, where kernels read them as a table.
@@ -26,7 +26,8 @@ inline const float* all_scales(const CpuRun& run, const CodedWeight& w) {
 constexpr int few_kernel(Index tokens) noexcept { return tokens == 1 ? 0 : tokens <= 8 ? 1 : 2; }
 
 template <class Y>
-void few_forward(const CpuRun& run, const FewKernels& few, MatrixView<const float> x, const CodedWeight& w, MatrixView<Y> y, Update update) {
+void few_forward(const CpuRun& run, const FewKernels& few, MatrixView<const float> x, const CodedWeight& w, MatrixView<Y> y,
+                 Update update) {
   constexpr Index scale_rows = 32;  // whose scales are decoded together
   // Kernels fetch the rows after theirs ahead of time, for themselves if the task goes on there.
   const Index task_rows = w.rows >= 2048 ? 256 : 32;
@@ -81,29 +82,42 @@ void few_forward(const CpuRun& run, const FewKernels& few, MatrixView<const floa
 
 template <class Y>
 void few_backward(const CpuRun& run, MatrixView<const float> dy, const CodedWeight& w, MatrixView<Y> dx, Update update) {
-  const Index strip = w.cols >= 2048 ? 128 : w.cols >= 1024 ? 64 : 32;
+  // Tasks share the columns, and of few columns the rows too.
+  const Index strip = w.cols >= 4096 ? few_strip : w.cols >= 2048 ? few_strip / 2 : w.cols >= 1024 ? few_strip / 4 : few_strip / 8;
+  const Index strips = (w.cols + strip - 1) / strip;
+  const Index parts = std::max<Index>(1, std::min(w.rows / 2048, 16 / strips));
+  const Index part_rows = (w.rows + parts - 1) / parts;
   const float* scales = all_scales(run, w);
-  const Index blocks = w.row_blocks();
   for (Index token = 0; token < dy.rows;) {
     const int size = few_kernel(dy.rows - token);
     const Index tile = few_tile[size], tokens = std::min(tile, dy.rows - token);
-    float* factors;  // of each row of the weight: its dy for every token, or for one token its scales times dy
-    if (tile == 1) {
-      factors = scratch<float, 3>(w.rows * blocks);
-      for (Index n = 0; n < w.rows; ++n)
-        for (Index b = 0; b < blocks; ++b) factors[n * blocks + b] = scales[n * blocks + b] * dy(token, n);
-    } else {
-      factors = scratch<float, 3>(w.rows * tile);
-      for (Index n = 0; n < w.rows; ++n)
-        for (Index m = 0; m < tile; ++m) factors[n * tile + m] = m < tokens ? dy(token + m, n) : 0.0f;
+    const float* by_row = dy.row(token);  // dy of each row of the weight, for every token
+    if (tile > 1) {
+      float* turned = scratch<float, 3>(w.rows * tile);
+      run.parallel_ranges(w.rows, 1024, [&](Index begin, Index end) {
+        for (Index n = begin; n < end; ++n)
+          for (Index m = 0; m < tile; ++m) turned[n * tile + m] = m < tokens ? dy(token + m, n) : 0.0f;
+      });
+      by_row = turned;
     }
-    run.parallel_ranges(w.cols, strip, [&](Index begin, Index end) {
-      const Index width = end - begin;
-      alignas(64) float total[16 * 128];
-      run.codes().few_backward[size](w, tile == 1 ? factors : scales, begin, width, factors, total);
+    float* sums = parts > 1 ? scratch<float, 4>(parts * tile * w.cols) : nullptr;
+    run.parallel_for(strips * parts, [&](Index task) {
+      const Index part = task % parts, col = task / parts * strip, width = std::min(strip, w.cols - col);
+      const Index begin = part * part_rows, end = std::min(w.rows, begin + part_rows);
+      float* total = parts > 1 ? sums + (part * w.cols + col) * tile : scratch<float, 5>(tile * few_strip);
+      run.codes().few_backward[size](w, scales, begin, end, col, width, by_row + begin * tile, total);
+      if (parts > 1) return;
       for (Index t = 0; t < tokens; ++t)
-        for (Index j = 0; j < width; ++j) store(dx(token + t, begin + j), total[t * width + j], update);
+        for (Index j = 0; j < width; ++j) store(dx(token + t, col + j), total[t * width + j], update);
     });
+    if (parts > 1)
+      run.parallel_for(strips, [&](Index task) {
+        const Index col = task * strip, width = std::min(strip, w.cols - col);
+        float* total = sums + col * tile;
+        for (Index part = 1; part < parts; ++part) run.kernels<float>().add(tile * width, sums + (part * w.cols + col) * tile, total);
+        for (Index t = 0; t < tokens; ++t)
+          for (Index j = 0; j < width; ++j) store(dx(token + t, col + j), total[t * width + j], update);
+      });
     token += tokens;
   }
 }
@@ -149,9 +163,7 @@ void multiply_bytes(const CpuRun& run, const CodedWeight& w, MatrixView<const T>
 }
 
 /// Outputs of a task: enough that a line of codes or a panel serves many, few enough that there are tasks for all threads.
-constexpr Index task_outputs(Index outputs) noexcept {
-  return outputs >= 2048 ? 128 : outputs >= 1024 ? 64 : 32;
-}
+constexpr Index task_outputs(Index outputs) noexcept { return outputs >= 2048 ? 128 : outputs >= 1024 ? 64 : 32; }
 
 template <class T, class W, class Y>
 void matmul(const CpuRun& run, MatrixView<const T> x, const W& w, MatrixView<Y> y, Update update);
@@ -192,7 +204,7 @@ void multiply_coded(const CpuRun& run, MatrixView<const T> x, const W& weight, M
   const bool plain_codes = w.bits == 4 && w.whole_blocks() && w.cols > 0;
   const Index few = direction == Direction::backward && bits16 && kernels.bits16.backward != nullptr ? few_tokens_in_pairs : few_tokens;
   if (plain_codes && x.rows <= few && w.rows > 0) {
-    const FewKernels& kernel = compute == Compute::int8         ? kernels.few_int8
+    const FewKernels& kernel = compute == Compute::int8       ? kernels.few_int8
                                : bits16 && kernels.few_bits16 ? kernels.few_bits16
                                                               : kernels.few_float32;
     if (direction == Direction::backward || kernel) {

@@ -55,6 +55,8 @@ struct FewKernels {
   explicit operator bool() const noexcept { return steps > 0; }
 };
 inline constexpr Index few_tile[3] = {1, 4, 16};
+/// Columns that the backward products of few tokens take at a time, at most: memory likes runs of some lines.
+inline constexpr Index few_strip = 512;
 
 /// Products of panels in 16 bits. `numbers` consecutive ones of a sum take `cells` cells, in a row of x and, [cells][panel_width] of them, in a
 /// panel; the last are filled up with zeros.
@@ -89,7 +91,8 @@ struct CodeKernels {
   void (*backward_panel)(const CodedWeight&, const float* all_scales, Index row, Index depth, Index col, Index cols, float* out);
   void (*dense_panel)(const float* w, Index stride, Index rows, Index depth, float* out);
   void (*number_dots[2])(const CodedWeight&, Index row, Index rows, const float* x, Index x_row, float* out);  // of 1 and 4 tokens
-  void (*few_backward[3])(const CodedWeight&, const float* all_scales, Index col, Index width, const float* dy, float* total);
+  void (*few_backward[3])(const CodedWeight&, const float* all_scales, Index begin, Index end, Index col, Index width, const float* dy,
+                          float* total);
   FewKernels few_float32, few_bits16, few_int8;
   CellKernels bits16;
   ByteKernels bytes;
