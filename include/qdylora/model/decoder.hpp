@@ -35,6 +35,8 @@ struct DecoderWeights {
   std::size_t table_bytes() const noexcept { return embedding.bytes() + head.bytes(); }
 };
 
+inline constexpr Index head_chunk = 96;  // rows of logits in memory at a time, at most
+
 struct DecoderOptions {
   LoRAOptions lora;         // of every linear layer; names and layer numbers are filled in
   bool checkpoint = false;  // keep only each block's input and run blocks again in the backward pass: a third more work, far less memory
@@ -205,8 +207,6 @@ class Decoder {
   }
 
  private:
-  static constexpr Index head_chunk = 96;  // rows of logits in memory at a time, at most
-
   void embed(std::span<const std::int32_t> ids, MatrixView<T> x) const {
     weights_->embedding.visit([&](const auto& table) { backend_.embed(ids, table, x); });
   }

@@ -1,0 +1,251 @@
+// The memory plan: what a model, its training and its texts will take, part by part, before anything of it is allocated. Every formula is
+// the shape that some class asks memory for: QuantizedTensor, Parameter, AdamW's moments, Decoder's buffers, KVCache. A test holds them to
+// what a counting memory resource sees (tests/model/memory_plan.test.cpp).
+#pragma once
+
+#include <algorithm>
+#include <cstdio>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <qdylora/model/base_weight.hpp>
+#include <qdylora/model/decoder.hpp>
+#include <qdylora/model/recipe.hpp>
+#include <qdylora/optim/moments.hpp>
+
+namespace qdylora {
+
+/// A decoder as memory sees it. Widths are numbers a token.
+struct ModelShape {
+  Index vocab = 0, width = 0, layers = 0;
+  Index tables = 1;                              // [vocab, width]: the embedding, and a head of its own
+  std::vector<std::pair<Index, Index>> linears;  // [out, in] of a block's linear layers
+  Index norms = 0, biases = 0;                   // numbers in a block's norms and biases
+  Index final_norms = 0;                         // and after the last block
+  Index kv_width = 0;                            // of keys, and of values
+  Index head_dim = 0;                            // of rotary positions
+  // What a block keeps of a forward pass for its backward pass, beside its input and the adapters' z: activations, and numbers of the
+  // accumulator's type.
+  Index kept = 0, kept_accumulators = 0;
+  // Temporaries of one block, which all blocks share: those that a forward pass needs, and those that only a backward pass needs.
+  Index forward_temporaries = 0, backward_temporaries = 0;
+
+  Index linear_weights() const noexcept {
+    Index sum = 0;
+    for (const auto& [out, in] : linears) sum += out * in;
+    return layers * sum;
+  }
+  /// Numbers in adapters of a rank on every linear layer.
+  Index adapter_numbers(Index rank) const noexcept {
+    Index sum = 0;
+    for (const auto& [out, in] : linears) sum += rank * (out + in);
+    return layers * sum;
+  }
+};
+
+/// DecoderBlock's Context and Workspace, as widths.
+inline ModelShape model_shape(const DecoderConfig& c) {
+  const Index q = c.query_width(), kv = c.kv_width();
+  ModelShape s;
+  s.vocab = c.vocab;
+  s.width = c.width;
+  s.layers = c.layers;
+  s.tables = c.tied_head ? 1 : 2;
+  for (const auto& shape : c.linear_shapes()) s.linears.push_back(shape);
+  s.norms = 2 * c.width;
+  s.final_norms = c.width;
+  s.kv_width = kv;
+  s.head_dim = c.heads.head_dim;
+  s.kept = 2 * q + 2 * kv + c.width + 2 * c.mlp_width;                           // q, attended; k, v; mid; gate, up
+  s.kept_accumulators = 2 + c.heads.heads;                                       // inverse_rms1, inverse_rms2; lse
+  s.forward_temporaries = c.width + c.mlp_width;                                 // normed, activated
+  s.backward_temporaries = std::max(q, c.mlp_width) + 2 * c.width + q + 2 * kv;  // d_wide; d_normed, d_part; dq; dk, dv
+  return s;
+}
+
+/// What memory depends on beside the model's shape.
+struct MemoryOptions {
+  BaseOptions base = {};
+  bool coded_tables = false;  // embedding and head in 8 bits, as GGUF's Q8_0 leaves them
+
+  Index max_rank = 8;
+  bool dropout = false;
+  bool training = true;     // false: forward passes alone, and no optimizer
+  bool checkpoint = false;  // DecoderOptions::checkpoint
+  bool moments_in_8_bits = false;
+  bool paged_moments = false;   // in the host's memory while the arithmetic is a device's
+  bool second_moments = false;  // the recipe re-orders by Reordering::gram, which gathers r x r numbers at each side of an adapter
+  bool snapshot = false;        // the recipe measures, and keeps the adapters' values meanwhile
+
+  // The largest batches: positions, and those that are scored. Of a training step's micro-batches, and of passes without gradients.
+  Index tokens = 0, scored = 0;
+  Index forward_tokens = 0, forward_scored = 0;
+  Index longest = 0;                    // positions of the longest sequence
+  Index sequences = 0, cache_rows = 0;  // generated at once, and the most positions that each has
+
+  bool device = false;            // the backend's memory is not the host's
+  std::size_t backend_bytes = 0;  // what the backend works in: a device's workspace, the threads' scratch
+  std::size_t process_bytes = 0;  // of the process without a model, measured: code, libraries, tokenizer, data
+
+  /// What a recipe's re-ordering takes.
+  void follow(const Recipe& recipe) noexcept {
+    const bool midway = recipe.order_at > 0.0 && recipe.order_at < 1.0;
+    second_moments = midway && recipe.ordering == Reordering::gram && recipe.collect_steps > 0;
+    snapshot = midway && recipe.measure;
+  }
+};
+
+/// Bytes by part.
+struct MemoryPlan {
+  std::size_t base_codes = 0;     // linear weights of the blocks, in codes or dense
+  std::size_t block_scales = 0;   // of their blocks: bytes under double quantization, else floats
+  std::size_t nested_scales = 0;  // of the scales' blocks
+  std::size_t tables = 0;         // embedding and head
+  std::size_t norms = 0;          // and biases
+  std::size_t adapters = 0;
+  std::size_t gradients = 0;
+  std::size_t moments = 0;      // of AdamW
+  std::size_t checkpoints = 0;  // the residual stream before each block, and after the last
+  std::size_t activations = 0;  // what blocks keep for their backward passes; with checkpointing of one block at a time
+  std::size_t reordering = 0;   // second moments and the snapshot
+  std::size_t workspace = 0;    // temporaries of blocks and layers, positions
+  std::size_t logits = 0;       // a chunk of them, and the rows they are made of
+  std::size_t caches = 0;       // keys, values and logits of the texts that are generated at once
+  std::size_t backend = 0;
+  std::size_t process = 0;
+  std::size_t staging = 0;  // the host's copy of the weights until they have gone up to the device
+  bool device = false, paged_moments = false;
+
+  struct Part {
+    const char* name;
+    std::size_t bytes;
+    bool on_device;
+  };
+  std::vector<Part> parts() const {
+    return {{"base codes", base_codes, device},
+            {"block scales", block_scales, device},
+            {"scales of scales", nested_scales, device},
+            {"embedding, head", tables, device},
+            {"norms, biases", norms, device},
+            {"adapters", adapters, device},
+            {"their gradients", gradients, device},
+            {"AdamW's moments", moments, device && !paged_moments},
+            {"checkpoints", checkpoints, device},
+            {"activations", activations, device},
+            {"re-ordering", reordering, device},
+            {"workspace", workspace, device},
+            {"logits", logits, device},
+            {"caches", caches, device},
+            {device ? "device workspace" : "threads' scratch", backend, device},
+            {"process", process, false},
+            {"upload staging", staging, false}};
+  }
+
+  /// Memory that texts are generated in is what the training step had.
+  std::size_t phases() const noexcept { return std::max(checkpoints + activations + reordering, caches); }
+  /// At most at any time, on the backend's side: the device's memory, or all there is on the host.
+  std::size_t total() const noexcept {
+    const std::size_t resident = base_codes + block_scales + nested_scales + tables + norms + adapters + gradients;
+    return resident + (device && paged_moments ? 0 : moments) + phases() + workspace + logits + backend + (device ? 0 : process);
+  }
+  /// The same on the host beside a device.
+  std::size_t host_total() const noexcept {
+    return device ? process + std::max(staging, paged_moments ? moments : std::size_t{0}) : total();
+  }
+
+  /// A table in MB (1e6 bytes), a part a line; parts that are zero are left out.
+  std::string to_text() const {
+    std::string text;
+    const auto line = [&](const char* name, std::size_t bytes, const char* note) {
+      char buffer[96];
+      std::snprintf(buffer, sizeof buffer, "  %-18s %10.1f MB%s\n", name, static_cast<double>(bytes) / 1e6, note);
+      text += buffer;
+    };
+    for (const auto& part : parts())
+      if (part.bytes > 0) line(part.name, part.bytes, device && !part.on_device ? "  on the host" : "");
+    line("at most at once", total(), caches > 0 && checkpoints > 0 ? "  (caches in the place of checkpoints and activations)" : "");
+    if (device) line("and on the host", host_total(), "");
+    return text;
+  }
+};
+
+namespace detail {
+
+struct CodedBytes {
+  std::size_t codes = 0, scales = 0, nested = 0;
+};
+
+/// Of a weight of `count` elements (quant/quantized_tensor.hpp).
+constexpr CodedBytes coded_bytes(Index count, const BaseOptions& base) {
+  const auto bytes = [](Index n) { return static_cast<std::size_t>(n); };
+  if (base.format == BaseFormat::float32) return {bytes(4 * count), 0, 0};
+  const Index blocks = (count + base.block_size - 1) / base.block_size;
+  const Index codes = base.format == BaseFormat::fp8 ? code_bytes<FP8E4M3>(count) : code_bytes<NF4>(count);
+  const bool four_bit_float = base.format == BaseFormat::nf4 || base.format == BaseFormat::fp4;
+  if (four_bit_float && !base.double_quant) return {bytes(codes), bytes(4 * blocks), 0};
+  const Index nested = DoubleQuant<>::nested_block_size;
+  return {bytes(codes), bytes(blocks), bytes(4 * ((blocks + nested - 1) / nested))};
+}
+
+}  // namespace detail
+
+/// T is the type of activations.
+template <Scalar T>
+MemoryPlan memory_plan(const ModelShape& s, const MemoryOptions& o) {
+  constexpr auto t = static_cast<Index>(sizeof(T)), acc = static_cast<Index>(sizeof(Accumulator<T>));
+  const auto bytes = [](Index n) { return static_cast<std::size_t>(n); };
+  const Index linears = static_cast<Index>(s.linears.size()), rank = o.max_rank;
+  MemoryPlan plan;
+  plan.device = o.device;
+  plan.paged_moments = o.paged_moments;
+  Index widest_in = 0, in_sum = 0;
+  for (const auto& [out, in] : s.linears) {
+    const auto weight = detail::coded_bytes(out * in, o.base);
+    plan.base_codes += bytes(s.layers) * weight.codes;
+    plan.block_scales += bytes(s.layers) * weight.scales;
+    plan.nested_scales += bytes(s.layers) * weight.nested;
+    widest_in = std::max(widest_in, in);
+    in_sum += in;
+    if (!o.training) continue;
+    for (const Index cols : {in, out}) {  // of A and of B
+      const bool coded = o.moments_in_8_bits && rank * cols >= BlockwiseMoments<HostMemory>::least_elements;
+      plan.moments += bytes(s.layers * rank * 2 * (coded ? cols + 4 * Moments8View::blocks(cols) : acc * cols));
+    }
+  }
+  const Index table = s.vocab * s.width;
+  plan.tables = bytes(s.tables * (o.coded_tables ? table + table / 32 * 4 : table * acc));
+  plan.norms = bytes((s.layers * (s.norms + 2 * s.biases) + s.final_norms) * acc);  // layers have copies of their biases
+  plan.adapters = plan.gradients = bytes(s.adapter_numbers(rank) * acc);
+
+  // Decoder's buffers keep the size of the largest batch. Passes without gradients take two streams and one context.
+  const Index tokens = o.training ? o.tokens : 0, most = std::max(tokens, o.forward_tokens);
+  const Index streams = s.width * t;
+  const Index context = s.kept * t + s.kept_accumulators * acc + linears * rank * acc + (o.dropout && o.training ? in_sum * t : 0);
+  plan.checkpoints = bytes(o.training ? ((s.layers - 1) * tokens + 2 * most) * streams : 2 * most * streams);
+  plan.activations = bytes((o.training && !o.checkpoint ? (s.layers - 1) * tokens + most : most) * context);
+  const Index scored = std::max(o.training ? o.scored : 0, o.forward_scored);
+  plan.workspace = bytes(most * s.forward_temporaries * t + o.longest * s.head_dim * acc);
+  Index passing =
+      most * rank * acc;  // the largest of what is given back within a pass: u; t, work and dropout's dx; the scored rows' gradient
+  if (o.training) {
+    plan.workspace += bytes(tokens * (s.backward_temporaries + s.width + (o.checkpoint ? s.width : 0)) * t);  // d; a spare stream
+    passing = std::max({passing, tokens * (2 * rank * acc + (o.dropout ? widest_in * t : 0)), o.scored * s.width * t});
+  }
+  plan.workspace += bytes(passing);
+  plan.logits = bytes(std::min(scored, head_chunk) * (s.vocab + 17) * acc + scored * (2 * s.width * t + acc));
+  if (o.second_moments && o.training) plan.reordering += bytes(s.layers * linears * 2 * rank * rank * acc);
+  if (o.snapshot && o.training) plan.reordering += plan.adapters;
+
+  plan.caches = bytes(o.sequences * (o.cache_rows * s.layers * 2 * s.kv_width * t + s.vocab * acc * (o.device ? 1 : 2)));
+  plan.backend = o.backend_bytes;
+  plan.process = o.process_bytes;
+  if (o.device) plan.staging = plan.base_codes + plan.block_scales + plan.nested_scales + plan.tables + plan.norms;
+  return plan;
+}
+template <Scalar T>
+MemoryPlan memory_plan(const DecoderConfig& config, const MemoryOptions& options) {
+  return memory_plan<T>(model_shape(config), options);
+}
+
+}  // namespace qdylora

@@ -1,0 +1,236 @@
+// The memory plan against what a counting memory resource sees, part by part, and against the arithmetic of published models.
+#include <optional>
+
+#include <qdylora/model/generate.hpp>
+#include <qdylora/model/memory_plan.hpp>
+#include <qdylora/model/trainer.hpp>
+#include <qdylora/model/upload.hpp>
+
+#include "support/catch.hpp"
+#include "support/counted_memory.hpp"
+#include "support/tiny_model.hpp"
+
+using namespace qdylora;
+using test::counted_bytes;
+using test::CountedDevice;
+using test::CountedMemory;
+
+namespace {
+
+/// Bytes that are live after f and were not before.
+template <class F>
+std::size_t grown(F&& f) {
+  const std::size_t before = counted_bytes().live;
+  f();
+  return counted_bytes().live - before;
+}
+
+struct Case {
+  BaseOptions base = {};
+  bool tied = true, biases = false, checkpoint = false, eight_bits = false;
+  float dropout = 0.0f;
+};
+
+template <class Optimizer>
+void expect_moments(const Decoder<float, CountedDevice>& model, const CountedDevice& device, std::size_t planned) {
+  std::optional<Optimizer> optimizer;
+  CHECK(grown([&] { optimizer.emplace(model.parameters(), AdamWOptions{}, device); }) == planned);
+}
+
+}  // namespace
+
+TEST_CASE("A memory plan is what memory is asked for, byte by byte", "[memory_plan]") {
+  const Case cases[] = {{},
+                        {.base = {.format = BaseFormat::nf4, .double_quant = false}, .tied = false},
+                        {.base = {.format = BaseFormat::fp8, .block_size = 128}, .biases = true, .checkpoint = true},
+                        {.base = {.format = BaseFormat::int4}, .checkpoint = true, .eight_bits = true, .dropout = 0.1f},
+                        {.base = {.format = BaseFormat::float32}, .dropout = 0.1f}};
+  for (const Case& c : cases) {
+    auto config = test::small_config();
+    config.tied_head = c.tied;
+    CAPTURE(std::string(name(c.base.format)), c.tied, c.biases, c.checkpoint, c.dropout);
+    const auto host_weights = test::tiny_weights<float>(config, c.biases, c.base);
+    const auto batch = test::random_batch(config.vocab, {21, 40, 3}, 5, 7);
+    auto shape = model_shape(config);
+    if (c.biases)
+      for (const auto& [out, in] : shape.linears) shape.biases += out;
+    MemoryOptions options;
+    options.base = c.base;
+    options.max_rank = 48;
+    options.dropout = c.dropout > 0.0f;
+    options.checkpoint = c.checkpoint;
+    options.moments_in_8_bits = c.eight_bits;
+    options.tokens = batch.tokens();
+    options.scored = batch.scored();
+    options.longest = 39;  // inputs of the longest text
+    options.device = true;
+    REQUIRE(options.scored < head_chunk);  // else the chunk is a little less than planned
+    const auto plan = memory_plan<float>(shape, options);
+
+    const CountedDevice device;
+    std::shared_ptr<const DecoderWeights<float, CountedMemory>> weights;
+    const auto bias_copies = static_cast<std::size_t>(config.layers * shape.biases) * sizeof(float);
+    const auto frozen = plan.base_codes + plan.block_scales + plan.nested_scales + plan.tables + plan.norms;
+    CHECK(grown([&] { weights = upload(*host_weights, device); }) == frozen - bias_copies);
+    CHECK(weights->table_bytes() == plan.tables);
+    CHECK(plan.staging == frozen);
+
+    const LoRAOptions lora{.max_rank = options.max_rank, .dropout = c.dropout};
+    std::optional<Decoder<float, CountedDevice>> model;
+    CHECK(grown([&] { model.emplace(weights, DecoderOptions{.lora = lora, .checkpoint = c.checkpoint}, device); }) ==
+          plan.adapters + plan.gradients + bias_copies);
+    if (c.eight_bits) expect_moments<AdamW8bit<float, CountedDevice>>(*model, device, plan.moments);
+    else expect_moments<AdamW<float, CountedDevice>>(*model, device, plan.moments);
+
+    model->set_training(true);
+    const std::size_t before = counted_bytes().live;
+    counted_bytes().peak = before;
+    model->loss_and_gradient(batch, 1.0);
+    CHECK(counted_bytes().peak - before == plan.checkpoints + plan.activations + plan.workspace + plan.logits);
+    // Again, there is nothing more to allocate but what is given back.
+    const std::size_t after = counted_bytes().live;
+    model->loss_and_gradient(batch, 1.0);
+    CHECK(counted_bytes().live == after);
+  }
+}
+
+TEST_CASE("A memory plan of forward passes and of texts", "[memory_plan]") {
+  const auto config = test::small_config();
+  const auto host_weights = test::tiny_weights<float>(config);
+  const CountedDevice device;
+  const auto weights = upload(*host_weights, device);
+  Decoder<float, CountedDevice> model(weights, {.lora = {.max_rank = 8}}, device);
+  const auto batch = test::random_batch(config.vocab, {21, 30}, 5);
+  MemoryOptions options;
+  options.training = false;
+  options.max_rank = 8;
+  options.forward_tokens = batch.tokens();
+  options.forward_scored = batch.scored();
+  options.longest = 29;
+  options.device = true;
+  auto plan = memory_plan<float>(config, options);
+  CHECK(plan.moments == 0);
+  const std::size_t before = counted_bytes().live;
+  counted_bytes().peak = before;
+  for (int pass = 0; pass < 2; ++pass) model.losses(batch);  // the second has the head's buffers beside what the blocks give back
+  CHECK(counted_bytes().peak - before == plan.checkpoints + plan.activations + plan.workspace + plan.logits);
+
+  options.sequences = 3;
+  options.cache_rows = 40;
+  plan = memory_plan<float>(config, options);
+  std::vector<KVCache<float, CountedMemory>> caches;
+  const auto logits = static_cast<std::size_t>(3 * config.vocab) * sizeof(float);
+  CHECK(grown([&] {
+          for (int i = 0; i < 3; ++i) caches.emplace_back(config, 40);
+        }) == plan.caches - logits);
+  CHECK(plan.total() <= plan.base_codes + plan.tables + plan.norms + plan.adapters + plan.gradients + plan.checkpoints + plan.activations +
+                            plan.caches + plan.workspace + plan.logits);
+}
+
+TEST_CASE("A memory plan of a recipe: second moments while they are gathered, a snapshot while it measures", "[memory_plan]") {
+  const auto config = test::tiny_config();
+  const auto host_weights = test::tiny_weights<float>(config);
+  const CountedDevice device;
+  const auto weights = upload(*host_weights, device);
+  Decoder<float, CountedDevice> model(weights, {.lora = {.max_rank = 4}}, device);
+  TrainerOptions trainer_options;
+  trainer_options.ranks = RankSet{1, 2, 4};
+  trainer_options.steps = 8;
+  Trainer<float, CountedDevice> trainer(model, trainer_options);
+  const auto batch = test::counting_batch(config.vocab, 4, 12, 3);
+  trainer.hold_back(test::counting_batch(config.vocab, 4, 12, 4));
+
+  MemoryOptions options;
+  options.base.format = BaseFormat::float32;
+  options.max_rank = 4;
+  options.tokens = options.forward_tokens = batch.tokens();
+  options.scored = options.forward_scored = batch.scored();
+  options.longest = 11;
+  options.device = true;
+  options.follow(trainer_options.recipe);
+  CHECK((options.second_moments && options.snapshot));
+  const auto plan = memory_plan<float>(config, options);
+  counted_bytes().peak = 0;
+  while (!trainer.done()) trainer.step(batch);
+  CHECK(counted_bytes().peak <= plan.total());
+  // Snapshot and second moments live at the same time, beside a training step's activations, but not beside what a pass gives back.
+  const auto passing = static_cast<std::size_t>(batch.tokens() * 2 * 4) * sizeof(float) +
+                       static_cast<std::size_t>(batch.scored() * config.width) * sizeof(float);
+  CHECK(counted_bytes().peak + passing >= plan.total());
+
+  options.follow(recipe("qlora"));
+  CHECK(memory_plan<float>(config, options).reordering == 0);
+}
+
+TEST_CASE("Paged moments are the host's", "[memory_plan]") {
+  const auto config = test::tiny_config();
+  MemoryOptions options;
+  options.device = true;
+  const auto plan = memory_plan<float>(config, options);
+  options.paged_moments = true;
+  const auto paged = memory_plan<float>(config, options);
+  CHECK(paged.total() == plan.total() - plan.moments);
+  CHECK(paged.host_total() == std::max(paged.staging, paged.moments));
+}
+
+// Falcon-40b (Almazrouei et al. 2023) on one card of 32 GiB: 60 layers of width 8192 with 128 heads of 64 that share 8 key-value heads, two
+// layer norms a block, adapters of rank 64 on all four linear layers. The reference is arithmetic on the published shapes, which counts no
+// stream after the last block.
+TEST_CASE("A training step of Falcon-40b by its shapes", "[memory_plan]") {
+  constexpr Index width = 8192, mlp = 32768, kv = 512, fused = 9216;
+  ModelShape falcon;
+  falcon.vocab = 65024;
+  falcon.width = width;
+  falcon.layers = 60;
+  falcon.linears = {{fused, width}, {width, width}, {mlp, width}, {width, mlp}};
+  falcon.norms = 4 * width;
+  falcon.final_norms = 2 * width;
+  falcon.kv_width = kv;
+  falcon.head_dim = 64;
+  falcon.kept = fused + width + mlp;  // query_key_value, attended, dense_h_to_4h
+  falcon.kept_accumulators = 4 + 128;
+  falcon.forward_temporaries = 2 * width + mlp + fused;
+  falcon.backward_temporaries = mlp + 3 * width + fused;
+  CHECK(falcon.linear_weights() == 40'768'634'880);
+  CHECK(falcon.adapter_numbers(64) == 444'334'080);
+
+  MemoryOptions options;
+  options.max_rank = 64;
+  options.checkpoint = options.moments_in_8_bits = options.coded_tables = options.device = true;
+  options.backend_bytes = 600'000'000 + 64'000'000;  // context and cuBLASLt, workspace
+  const auto gigabytes = [](std::size_t bytes) { return static_cast<double>(bytes) / 1e9; };
+  struct Row {
+    Index batch;
+    double checkpoints, total;  // GB; the total with an embedding of 1.065 GB in 16 bits
+  };
+  for (const Row row : {Row{1, 0.503, 28.13}, {2, 1.007, 28.87}, {4, 2.013, 30.35}, {8, 4.027, 33.32}}) {
+    options.tokens = row.batch * 512;
+    options.scored = options.tokens;
+    options.longest = 512;
+    const auto plan = memory_plan<bfloat16>(falcon, options);
+    CAPTURE(row.batch, plan.to_text());
+    CHECK(gigabytes(plan.base_codes + plan.block_scales + plan.nested_scales) == Approx(21.03).epsilon(0.001));
+    CHECK(gigabytes(plan.adapters) == Approx(1.777).epsilon(0.001));
+    CHECK(plan.gradients == plan.adapters);
+    CHECK(gigabytes(plan.moments) == Approx(0.903).epsilon(0.001));
+    CHECK(gigabytes(plan.checkpoints) == Approx(row.checkpoints).epsilon(0.02));
+    // The table's embedding has 16 bits, the plan's 8; its chunk of logits has 512 rows, the decoder's at most 96.
+    CHECK(gigabytes(plan.total()) + 1.065 - gigabytes(plan.tables) == Approx(row.total).epsilon(0.01));
+    if (row.batch <= 4) CHECK(plan.total() < std::size_t{32} << 30);
+  }
+  options.moments_in_8_bits = false;
+  CHECK(gigabytes(memory_plan<bfloat16>(falcon, options).moments) == Approx(3.555).epsilon(0.001));
+  options.base.double_quant = false;
+  const auto plain = memory_plan<bfloat16>(falcon, options);
+  CHECK(gigabytes(plain.base_codes + plain.block_scales) == Approx(22.93).epsilon(0.001));
+}
+
+TEST_CASE("A memory plan as text", "[memory_plan]") {
+  MemoryOptions options;
+  options.tokens = options.scored = 10;
+  options.process_bytes = 12'300'000;
+  const auto text = memory_plan<float>(test::small_config(), options).to_text();
+  CHECK(text.find("  process                  12.3 MB\n") != std::string::npos);
+  CHECK(text.find("caches") == std::string::npos);  // there are none
+  CHECK(text.find("on the host") == std::string::npos);
+}
