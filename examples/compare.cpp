@@ -241,14 +241,15 @@ int compare(const Options& o) {
   const RankSet ranks = parse_ranks(o.ranks);
   const Cpu cpu(o.threads);
   OpenModel model;
+  HostWeights weights;
   std::vector<std::int32_t> stream;
   const bool text = o.data.ends_with(".txt");
   if (o.model.ends_with(".bin")) {
     QDYLORA_EXPECTS(text, bad_argument, "--data: a llama2.c model is compared on plain text (.txt)");
     QDYLORA_EXPECTS(!o.tokenizer.empty(), bad_argument, "--tokenizer: a llama2.c model needs its tokenizer file");
     const Llama2cTokenizer tokenizer(o.tokenizer);
-    model.weights = load_llama2c(o.model, {.format = base_format(o.base)}, cpu);
-    expect_vocabulary(tokenizer.size(), model.weights->config, o.tokenizer);
+    weights = load_llama2c(o.model, {.format = base_format(o.base)}, cpu);
+    expect_vocabulary(tokenizer.size(), weights->config, o.tokenizer);
     // Word by word (the tokenizer puts a space before each): merging by best score over a whole text would be quadratic.
     const auto content = read_text(o.data);
     for (std::size_t begin = 0; begin < content.size();) {
@@ -259,10 +260,11 @@ int compare(const Options& o) {
     }
   } else {
     model = open_model(o.model, o.tokenizer, {.format = base_format(o.base)}, cpu);
+    weights = model.read();
     if (text) stream = model.need_tokenizer().encode(read_text(o.data), {.parse_special = false});
   }
-  expect_seq_len(o.seq_len, model.weights->config);
-  expect_ranks(ranks, model.weights->config);
+  expect_seq_len(o.seq_len, weights->config);
+  expect_ranks(ranks, weights->config);
   const Rows rows(o, text ? nullptr : &model, stream);
   auto results = read_results(o, ranks);
   std::ofstream file(o.out, std::ios::app);  // before hours of training
@@ -272,7 +274,7 @@ int compare(const Options& o) {
     for (const auto& name : recipes) {
       if (std::any_of(results.begin(), results.end(), [&](const Result& r) { return r.recipe == name && r.seed == seed; })) continue;
       std::fprintf(stderr, "%s, seed %llu\n", name.c_str(), static_cast<unsigned long long>(seed));
-      results.push_back(train(o, model.weights, rows, ranks, name, seed, cpu, signal));
+      results.push_back(train(o, weights, rows, ranks, name, seed, cpu, signal));
       const auto& r = results.back();
       if (r.losses.empty()) {
         std::printf("stopped; the finished runs are in %s\n", o.out.c_str());

@@ -6,46 +6,27 @@
 // all of them, as --recipe says. Loss counts on the response only. Results: report.json, report.csv, ranks.svg and a PEFT adapter in --out.
 // Ctrl-C saves the state and stops; --resume goes on, to the same bytes as an uninterrupted run.
 #include <algorithm>
-#include <chrono>
 #include <cstdio>
-#include <filesystem>
 #include <limits>
-#include <set>
 #include <string>
-#include <system_error>
 #include <vector>
 
 #include <qdylora/io.hpp>
 #include <qdylora/model.hpp>
 
-#include "common/dataset.hpp"
-#include "common/evaluation.hpp"
+#include "common/cpu_device.hpp"
+#include "common/finetune.hpp"
 #include "common/model.hpp"
 #include "common/program.hpp"
-#include "common/progress.hpp"
-#include "common/report.hpp"
-#include "common/run_state.hpp"
-#include "common/signals.hpp"
 #include "common/word_problems.hpp"
+#include "cuda/programs.hpp"
 
 namespace {
 
 using namespace qdylora;
 using namespace qdylora::examples;
 
-struct Options {
-  std::string model, tokenizer, data, eval, out = "out";
-  bool toy = false, resume = false, no_chat = false, gates = false, checkpoint = false;
-  std::string ranks = "1,2,4,8,16,32,64", recipe_name = "auto", base = "nf4";
-  float alpha = 16.0f, dropout = 0.0f;
-  double lr = 1e-3;
-  std::int64_t steps = 80, save_every = 50;
-  Index batch = 8, seq_len = 256, examples = 2000, eval_examples = 48, answers = 32, new_tokens = 48;
-  int threads = 0;
-  std::uint64_t seed = 0;
-};
-
-void declare(CLI::App& app, Options& o) {
+void declare(CLI::App& app, FinetuneOptions& o) {
   auto* model = app.add_option("--model", o.model, "a .gguf file (Llama shapes), or a Hugging Face folder")->check(not_empty());
   app.add_flag("--toy", o.toy, "a small random transformer instead of a model");
   app.add_option("--tokenizer", o.tokenizer, "a .gguf file, or a folder with tokenizer.json, whose tokenizer to use")
@@ -68,6 +49,7 @@ void declare(CLI::App& app, Options& o) {
   add_number(app, "--batch", o.batch, "sequences a step", 1, most_batch);
   add_number(app, "--seq-len", o.seq_len, "tokens of a sequence at most", 8, most_tokens);
   add_number(app, "--threads", o.threads, "0: one for each processor", 0, most_threads);
+  add_device(app, o.device, o.dtype);
   app.add_option("--seed", o.seed, "of adapters, data order and ranks")
       ->check(in_range<Index>(0, std::numeric_limits<Index>::max()))  // unsigned, -1 would be taken as 2^64 - 1
       ->capture_default_str();
@@ -82,12 +64,7 @@ void declare(CLI::App& app, Options& o) {
   app.add_option("--out", o.out, "folder for results")->check(not_empty())->capture_default_str();
 }
 
-struct Data {
-  std::vector<Example> questions;
-  std::vector<Sample> train, held_back, validation_samples;
-};
-
-Data load_data(const Options& o, const OpenModel& model, Index held_back) {
+FinetuneData load_data(const FinetuneOptions& o, const OpenModel& model, Index held_back) {
   std::vector<Example> train, validation;
   if (o.data.empty()) {
     train = word_problems(Split::train, o.examples, o.seed);
@@ -120,7 +97,7 @@ Data load_data(const Options& o, const OpenModel& model, Index held_back) {
                   {.file = file});
     return samples;
   };
-  Data data;
+  FinetuneData data;
   auto samples = fitting(train, o.data, 2);
   data.train = std::move(samples.samples);
   data.validation_samples = fitting(validation, o.eval.empty() ? o.data : o.eval, 1).samples;
@@ -147,183 +124,29 @@ Data load_data(const Options& o, const OpenModel& model, Index held_back) {
   return data;
 }
 
-// The samples of step t: every epoch is a permutation of its own, so the position in the data is a function of the step.
-std::vector<Sample> step_samples(const std::vector<Sample>& train, std::int64_t step, Index rows, std::uint64_t seed) {
-  std::vector<Sample> chosen;
-  std::vector<std::size_t> order;
-  std::int64_t order_epoch = -1;
-  for (std::int64_t n = step * rows; n < (step + 1) * rows; ++n) {
-    const auto size = static_cast<std::int64_t>(train.size());
-    if (n / size != order_epoch) {
-      order_epoch = n / size;
-      order.resize(train.size());
-      for (std::size_t i = 0; i < order.size(); ++i) order[i] = i;
-      Rng rng(seed, Purpose::shuffle, 0, static_cast<std::uint32_t>(order_epoch));
-      rng.shuffle(std::span<std::size_t>(order));
-    }
-    chosen.push_back(train[order[static_cast<std::size_t>(n % size)]]);
-  }
-  return chosen;
-}
-
-// Of the base, the lowest and the highest rank.
-void show_answers(const std::vector<RankResult>& results, const std::vector<Example>& examples) {
-  const auto line = [](std::string text) {
-    std::replace(text.begin(), text.end(), '\n', ' ');
-    return printable_utf8(text);
-  };
-  const std::set<std::size_t> shown = {0, std::min<std::size_t>(1, results.size() - 1), results.size() - 1};
-  std::printf("\nSome answers\n");
-  for (std::size_t i = 0; i < std::min<std::size_t>(2, examples.size()); ++i) {
-    std::printf("  %s\n    %-8s %s\n", line(examples[i].prompt).c_str(), "expected", line(examples[i].response).c_str());
-    for (const std::size_t at : shown) {
-      const auto& r = results[at];
-      std::printf("    %-8s %s\n", r.rank == 0 ? "base" : ("rank " + std::to_string(r.rank)).c_str(), line(r.texts[i]).c_str());
-    }
-  }
-}
-
-int finetune(const Options& o) {
-  using Clock = std::chrono::steady_clock;
-  const auto seconds_since = [](Clock::time_point from) { return std::chrono::duration<double>(Clock::now() - from).count(); };
+int finetune(const FinetuneOptions& o) {
   QDYLORA_EXPECTS(o.toy != !o.model.empty(), bad_argument, "give either --model or --toy");
-  const std::filesystem::path out = o.out;
-  const auto state_file = out / "state.safetensors";
-  if (!o.resume) expect_no_unfinished_run(state_file);
-  const Cpu cpu(o.threads);
-  const RankSet ranks = parse_ranks(o.ranks);
-  Recipe chosen = recipe(o.recipe_name);
-  chosen.gates = o.gates;
+  if (!o.resume) expect_no_unfinished_run(std::filesystem::path(o.out) / "state.safetensors");
+  const Recipe chosen = recipe(o.recipe_name);
   QDYLORA_EXPECTS(!o.gates || chosen.order_at < 1.0, bad_argument,
                   "--gates: the recipe " + o.recipe_name + " has no second phase to train them in; auto and order-then-nest have");
-
-  const auto start = Clock::now();
+  const RankSet ranks = parse_ranks(o.ranks);
+  const CpuDevice cpu(o.threads);
   const BaseOptions base{.format = base_format(o.base)};
-  OpenModel model = o.toy ? toy_model(base, cpu) : open_model(o.model, o.tokenizer, base, cpu);
+  OpenModel model = o.toy ? toy_model(base, cpu.backend()) : open_model(o.model, o.tokenizer, base, cpu.backend());
   if (o.no_chat) model.chat = false;
-  const auto& w = *model.weights;
-  std::printf("model      %s: %lld blocks of width %lld, %.1f M linear weights in %s, %.3f bits each (%.0f MB), read in %.1f s\n",
-              model.name.c_str(), static_cast<long long>(w.config.layers), static_cast<long long>(w.config.width),
-              static_cast<double>(w.config.linear_weights()) / 1e6, o.base.c_str(),
-              8.0 * static_cast<double>(w.linear_bytes()) / static_cast<double>(w.config.linear_weights()),
-              static_cast<double>(w.linear_bytes()) / 1e6, seconds_since(start));
-  expect_seq_len(o.seq_len, w.config);
-  expect_ranks(ranks, w.config);
-  const Data data = load_data(o, model, chosen.measure ? held_back_rows(o.steps * o.batch, ranks.size()) : 0);
-
-  auto lora = adapter_options(chosen, ranks, o.alpha, o.seed);
-  lora.dropout = o.dropout;
-  Decoder<float> decoder(model.weights, {.lora = lora, .checkpoint = o.checkpoint}, cpu);
-  Trainer<float> trainer(decoder, {.recipe = chosen, .ranks = ranks, .steps = o.steps, .lr = o.lr, .seed = o.seed});
-  trainer.hold_back(to_batches(data.held_back, 1024));
-  Index trainable = 0;
-  for (const auto& p : decoder.parameters()) trainable += p->value.size();
-  std::printf("adapters   rank up to %lld on all %lld linear layers, %.1f M parameters, alpha %g, scale %s, recipe %s\n",
-              static_cast<long long>(ranks.max()), static_cast<long long>(7 * w.config.layers), static_cast<double>(trainable) / 1e6,
-              static_cast<double>(o.alpha), std::string(name(chosen.scale)).c_str(), o.recipe_name.c_str());
-  std::printf("machine    %d threads, %s\n", cpu.threads(), std::string(name(cpu.isa())).c_str());
-  std::fflush(stdout);
-
-  std::error_code failure;
-  std::filesystem::create_directories(out, failure);
-  if (failure) throw Error(Errc::open, "cannot make the folder: " + failure.message(), {.file = o.out});
-  // What a resumed run must share with the one that was stopped.
-  const std::string data_name = printable_utf8(o.data);
-  const std::string settings = Json{{"model", model.name},     {"data", data_name},    {"ranks", o.ranks},
-                                    {"recipe", o.recipe_name}, {"gates", o.gates},     {"base", o.base},
-                                    {"alpha", o.alpha},        {"dropout", o.dropout}, {"lr", o.lr},
-                                    {"steps", o.steps},        {"batch", o.batch},     {"seq_len", o.seq_len},
-                                    {"seed", o.seed},          {"chat", model.chat},   {"examples", data.train.size()}}
-                                   .dump();
-  RunReport report;
-  auto& history = report.history;
-  if (o.resume) {
-    load_run_state(state_file, settings, decoder, trainer, history);
-    std::printf("resumed    at step %lld of %lld\n", static_cast<long long>(trainer.step_count()), static_cast<long long>(o.steps));
-  }
-
-  StopSignal signal;
-  const auto training_start = Clock::now();
-  const double seconds_before = history.seconds;
-  const auto save = [&] {
-    history.seconds = seconds_before + seconds_since(training_start);
-    save_run_state(state_file, settings, decoder, trainer, history);
-  };
-  {
-    Progress progress(o.steps, trainer.step_count());
-    while (!trainer.done() && !signal.requested()) {
-      const auto samples = step_samples(data.train, trainer.step_count(), o.batch, o.seed);
-      const auto result = trainer.step(to_batches(samples, 1024));
-      history.step_losses.push_back(result.loss);
-      history.tokens += result.tokens;
-      progress.update(trainer.step_count(), result.tokens, result.loss, result.rank);
-      if (o.save_every > 0 && trainer.step_count() % o.save_every == 0 && !trainer.done()) save();
-    }
-  }
-  save();
-  if (!trainer.done()) {
-    std::printf("\nstopped at step %lld of %lld; the state is in %s, --resume goes on\n", static_cast<long long>(trainer.step_count()),
-                static_cast<long long>(o.steps), state_file.string().c_str());
-    return 130;
-  }
-  const MemoryUse memory = memory_use();
-  const auto activation_bytes = decoder.activation_bytes();  // evaluation needs less
-  save_peft_adapter(out / "adapter", named_adapters(decoder),
-                    {.rank = ranks.max(), .base_model = model.name, .ranks = {ranks.begin(), ranks.end()}, .recipe = o.recipe_name});
-  std::printf("trained    %lld steps, %lld tokens in %.0f s (%.0f tokens/s); memory %.0f MB at most\n", static_cast<long long>(o.steps),
-              static_cast<long long>(history.tokens), history.seconds, history.tokens_per_second(), static_cast<double>(memory.peak) / 1e6);
-  if (chosen.measure)
-    std::printf(trainer.reordered_at_end() ? "auto       low ranks need no rows of their own here; re-ordered at the end\n"
-                                           : "auto       %.0f %% of the later rows went to low ranks\n",
-                100.0 * trainer.nested().share);
-  std::printf("evaluating every rank ...\n");
-  std::fflush(stdout);
-
-  std::vector<Index> all = {0};
-  all.insert(all.end(), ranks.begin(), ranks.end());
-  const auto stop = [&] { return signal.requested(); };
-  report.ranks = evaluate_losses(decoder, data.validation_samples, all, stop);
-  if (!data.questions.empty() && !stop())
-    evaluate_answers(decoder, model.need_tokenizer(), model.chat, data.questions, report.ranks, o.new_tokens, stop);
-  if (stop()) {
-    std::printf("stopped; the adapter is in %s\n", (out / "adapter").string().c_str());
-    return 130;
-  }
-
-  print_table(report.ranks);
-  if (!data.questions.empty()) show_answers(report.ranks, data.questions);
-  report.settings = {{"model", model.name},
-                     {"recipe", o.recipe_name},
-                     {"base", o.base},
-                     {"alpha", o.alpha},
-                     {"lr", o.lr},
-                     {"steps", o.steps},
-                     {"batch", o.batch},
-                     {"seed", o.seed},
-                     {"threads", cpu.threads()},
-                     {"isa", std::string(name(cpu.isa()))},
-                     {"base_bytes", w.linear_bytes()},
-                     {"adapter_parameters", trainable},
-                     {"activation_bytes", activation_bytes},
-                     {"peak_memory_bytes", memory.peak},
-                     {"nested_share", trainer.nested().share},
-                     {"reordered_at_end", trainer.reordered_at_end()}};
-  write_report(out, report);
-  const auto worst = *std::max_element(report.ranks.begin() + 1, report.ranks.end(),
-                                       [](const RankResult& a, const RankResult& b) { return a.loss < b.loss; });
-  std::printf("\n%s: the worst rank, %lld, has %.3f nats a token, the base %.3f\n",
-              worst.loss < report.ranks.front().loss ? "Every rank beats the base" : "NOT every rank beats the base",
-              static_cast<long long>(worst.rank), worst.loss, report.ranks.front().loss);
-  std::printf("wrote      %s: report.json, report.csv, ranks.svg, adapter/ (PEFT, rank %lld), state.safetensors\n", out.string().c_str(),
-              static_cast<long long>(ranks.max()));
-  return 0;
+  expect_seq_len(o.seq_len, model.config);
+  expect_ranks(ranks, model.config);
+  const auto data = load_data(o, model, chosen.measure ? held_back_rows(o.steps * o.batch, ranks.size()) : 0);
+  if (o.device == "cuda") return finetune_on_cuda(o, model, data);
+  return with_dtype(o.dtype, [&]<class T>(std::type_identity<T>) { return examples::finetune<T>(o, model, data, cpu); });
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
   CLI::App app{"Fine-tunes adapters that work at every rank, in one run.", "finetune"};
-  Options options;
+  FinetuneOptions options;
   declare(app, options);
   return run_program(app, argc, argv, [&] { return finetune(options); });
 }

@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include <qdylora/model.hpp>
+#include <qdylora/model/generate.hpp>
 
 #include "dataset.hpp"
 
@@ -34,8 +34,9 @@ struct RankResult {
 };
 
 /// Loss at each of `ranks`.
-inline std::vector<RankResult> evaluate_losses(
-    Decoder<float>& model, std::span<const Sample> samples, std::span<const Index> ranks,
+template <class T, class Backend>
+std::vector<RankResult> evaluate_losses(
+    Decoder<T, Backend>& model, std::span<const Sample> samples, std::span<const Index> ranks,
     const std::function<bool()>& stop = [] { return false; }) {
   model.set_training(false);
   std::vector<RankResult> results;
@@ -79,13 +80,19 @@ inline std::vector<Example> questions(std::span<const Example> examples, const T
   return chosen;
 }
 
-/// Writes an answer to every example at every rank, greedily, many ranks in one batch, and fills in answers, correct and texts.
-inline void evaluate_answers(
-    Decoder<float>& model, const Tokenizer& tokenizer, bool chat, std::span<const Example> examples, std::vector<RankResult>& results,
-    Index max_tokens, const std::function<bool()>& stop = [] { return false; }) {
-  // About as many sequences at once as keep the caches of a small model below the memory of training.
+/// Examples that are answered together, at every rank: about as many sequences as keep the caches of a small model below the memory of
+/// training.
+constexpr std::size_t answered_at_once(Index max_tokens, std::size_t ranks) noexcept {
   const auto sequences = static_cast<std::size_t>(std::clamp<Index>(32768 / std::max<Index>(max_tokens, 1), 1, 64));
-  const std::size_t examples_at_once = std::max<std::size_t>(1, sequences / std::max<std::size_t>(results.size(), 1));
+  return std::max<std::size_t>(1, sequences / std::max<std::size_t>(ranks, 1));
+}
+
+/// Writes an answer to every example at every rank, greedily, many ranks in one batch, and fills in answers, correct and texts.
+template <class T, class Backend>
+void evaluate_answers(
+    Decoder<T, Backend>& model, const Tokenizer& tokenizer, bool chat, std::span<const Example> examples, std::vector<RankResult>& results,
+    Index max_tokens, const std::function<bool()>& stop = [] { return false; }) {
+  const std::size_t examples_at_once = answered_at_once(max_tokens, results.size());
   for (std::size_t begin = 0; begin < examples.size(); begin += examples_at_once) {
     if (stop()) return;
     const auto part = examples.subspan(begin, std::min(examples_at_once, examples.size() - begin));

@@ -77,6 +77,16 @@ void add_number(CLI::App& app, const std::string& name, T& value, const std::str
   app.add_option(name, value, text)->check(in_range<Bound>(least, most))->capture_default_str();
 }
 
+/// Where the arithmetic is done, and in what type activations are.
+inline void add_device(CLI::App& app, std::string& device, std::string& dtype) {
+  app.add_option("--device", device, "cpu, or cuda in a program that was built with it")
+      ->check(CLI::IsMember({"cpu", "cuda"}))
+      ->capture_default_str();
+  app.add_option("--dtype", dtype, "of activations: float32, or bfloat16 in half the memory")
+      ->check(CLI::IsMember({"float32", "bfloat16"}))
+      ->capture_default_str();
+}
+
 /// A check against the empty text that a shell makes of a variable nobody set.
 inline CLI::Validator not_empty() {
   return {[](std::string& text) { return text.empty() ? std::string("expected a name, found ''") : std::string(); }, ""};

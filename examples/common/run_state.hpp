@@ -23,11 +23,12 @@ struct RunHistory {
 };
 
 /// Saves everything that decides the rest of a run, and its history; `settings` is compared when it is resumed.
-inline void save_run_state(const std::filesystem::path& path, const std::string& settings, const Decoder<float>& model,
-                           Trainer<float>& trainer, const RunHistory& history) {
+template <class T, class Backend>
+void save_run_state(const std::filesystem::path& path, const std::string& settings, const Decoder<T, Backend>& model,
+                    Trainer<T, Backend>& trainer, const RunHistory& history) {
   TrainState state;
   state.add_text("settings", settings);
-  model.for_each_linear([&](const auto& linear) { collect(state, linear.adapter().options().name, linear.adapter()); });
+  model.for_each_linear([&](const auto& linear) { collect(state, linear.adapter().options().name, linear.adapter(), model.backend()); });
   collect(state, "adamw", trainer.optimizer());
   collect(state, "gates.adamw", trainer.gate_optimizer());
   const auto s = trainer.state();
@@ -59,8 +60,9 @@ inline void expect_no_unfinished_run(const std::filesystem::path& path) {
 
 /// Errc::bad_config where the run was started with other settings, version for a state without tokens and seconds, and the errors of
 /// load_train_state.
-inline void load_run_state(const std::filesystem::path& path, const std::string& settings, Decoder<float>& model, Trainer<float>& trainer,
-                           RunHistory& history) {
+template <class T, class Backend>
+void load_run_state(const std::filesystem::path& path, const std::string& settings, Decoder<T, Backend>& model,
+                    Trainer<T, Backend>& trainer, RunHistory& history) {
   TrainState state = load_train_state(path);
   if (!state.contains("tokens") || !state.contains("seconds"))
     throw Error(Errc::version, "was saved by an earlier version, which did not count tokens and seconds; remove it, or take another --out",
@@ -74,10 +76,10 @@ inline void load_run_state(const std::filesystem::path& path, const std::string&
                        value.dump();
     throw Error(Errc::bad_config, "the run to resume had other settings: " + printable(differences, 600), {.file = path.string()});
   }
-  model.for_each_linear([&](auto& linear) { restore(state, linear.adapter().options().name, linear.adapter()); });
+  model.for_each_linear([&](auto& linear) { restore(state, linear.adapter().options().name, linear.adapter(), model.backend()); });
   restore(state, "adamw", trainer.optimizer());
   restore(state, "gates.adamw", trainer.gate_optimizer());
-  Trainer<float>::State s;
+  typename Trainer<T, Backend>::State s;
   const auto& counts = state.integers("trainer", 3);
   s.step = counts[0];
   s.nesting = counts[1] != 0;

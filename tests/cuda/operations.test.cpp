@@ -7,6 +7,7 @@
 #include "backend/elementwise.inc"
 #include "backend/memory.inc"
 #include "backend/transformer.inc"
+#include "support/device_memory_used.hpp"
 
 namespace qd = qdylora;
 using qd::Cuda;
@@ -16,8 +17,8 @@ namespace {
 /// A context, and at the end no block of memory that an operation has kept.
 class Gpu {
  public:
-  Gpu() : before_(test::emulator::global_memory().used()), context_({.workspace_bytes = std::size_t{1} << 20}) {}
-  ~Gpu() { CHECK(test::emulator::global_memory().used() == before_ + (std::size_t{1} << 20)); }
+  Gpu() : before_(test::device_memory_used()), context_({.workspace_bytes = std::size_t{1} << 20}) {}
+  ~Gpu() { CHECK(test::device_memory_used() == before_ + (std::size_t{1} << 20)); }
   operator Cuda() const { return Cuda(context_); }
 
  private:

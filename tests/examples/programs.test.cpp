@@ -152,6 +152,9 @@ TEST_CASE("programs: a wrong argument or file gives one line and status 2") {
       {"compare", "--model " + junk + " --data " + good + " --alpha nan", "--alpha"},
       {"compare", "--model " + quoted(folder / "m.bin") + " --data x.txt", "--tokenizer"},
       {"compare", "--model " + quoted(folder / "m.bin") + " --data " + good, ".txt"},
+      {"finetune", "--toy --device tpu", "cpu"},
+      {"finetune", "--toy --dtype float16", "bfloat16"},
+      {"finetune", "--toy --steps 1 --device cuda --out " + quoted(folder / "gpu"), "QDYLORA_CUDA=ON"},
       {"quantize", "in out --format int4", "int4"},
       {"quantize", quoted(folder / "junk.safetensors") + " out", "junk.safetensors"},
       {"quantize", quoted(test::golden("codes.safetensors")) + " out", "no matrix"},
@@ -187,6 +190,13 @@ TEST_CASE("programs: finetune writes its report and an adapter that loads") {
   CHECK(report.at("ranks")[3].at("rank") == 16);
   CHECK(report.at("ranks")[3].at("loss").get<double>() < report.at("ranks")[0].at("loss").get<double>());
   CHECK(report.at("step_losses").size() == 12);
+  const auto& plan = report.at("memory_plan");
+  const auto bytes = [&](const char* part) { return plan.at(part).get<std::size_t>(); };
+  // A weight counts the offset of its scales, 4 bytes, which no buffer holds.
+  CHECK(bytes("base codes") + bytes("block scales") + bytes("scales of scales") + 21 * 4 == report.at("base_bytes").get<std::size_t>());
+  CHECK(bytes("adapters") == 4 * report.at("adapter_parameters").get<std::size_t>());
+  CHECK(bytes("process") < report.at("peak_memory_bytes").get<std::size_t>());
+  CHECK(result.out.find(" MB planned, ") != std::string::npos);
   CHECK(test::read_file(out / "report.csv").starts_with("rank,loss,perplexity,answers,correct\n0,"));
   CHECK(test::read_file(out / "ranks.svg").find("</svg>") != std::string::npos);
   const auto adapter = qd::load_peft_adapter(out / "adapter");

@@ -104,8 +104,7 @@ class TrainState {
   template <class T>
   const T& sized(std::string_view name, const T& values, std::size_t count) const {
     if (values.size() == count) return values;
-    throw Error(Errc::shape_mismatch, "expected " + std::to_string(count) + " values, found " + std::to_string(values.size()),
-                place(name));
+    throw Error(Errc::shape_mismatch, "expected " + std::to_string(count) + " values, found " + std::to_string(values.size()), place(name));
   }
 
   std::map<std::string, Section, std::less<>> sections_;
@@ -197,8 +196,7 @@ inline TrainState load_train_state(const std::filesystem::path& path, const Limi
     const auto verified = [&](std::span<const std::byte> data) {
       const std::string expected = entry(std::string(detail::train_state_checksum) + tensor.name);
       if (expected.empty()) throw Error(Errc::missing_tensor, "the section has no checksum", place);
-      const std::string found =
-          detail::section_checksum(tensor.dtype, tensor.shape, {data.data(), 1, static_cast<Index>(data.size())});
+      const std::string found = detail::section_checksum(tensor.dtype, tensor.shape, {data.data(), 1, static_cast<Index>(data.size())});
       if (found != expected) {
         throw Error(Errc::read, "the section is damaged: expected checksum " + printable(expected, 32) + ", found " + found, place);
       }
@@ -222,10 +220,9 @@ inline TrainState load_train_state(const std::filesystem::path& path, const Limi
     } else if (tensor.dtype == DType::U8 && dimensions == 1) {
       state.add_text(tensor.name, run(std::string()));
     } else {
-      throw Error(
-          Errc::dtype,
-          "no section of a training state is " + detail::shape_text(tensor.shape) + " of " + std::string(name(tensor.dtype)),
-          place);
+      throw Error(Errc::dtype,
+                  "no section of a training state is " + detail::shape_text(tensor.shape) + " of " + std::string(name(tensor.dtype)),
+                  place);
     }
   }
   return state;
@@ -236,8 +233,7 @@ inline TrainState load_train_state(const std::filesystem::path& path, const Limi
 
 inline void collect(TrainState& state, const std::string& prefix, const Rng& rng) {
   const Rng::State& s = rng.state();
-  state.add_integers(prefix,
-                     {std::bit_cast<std::int64_t>(s.seed), std::bit_cast<std::int64_t>(s.position), s.purpose, s.stream, s.step});
+  state.add_integers(prefix, {std::bit_cast<std::int64_t>(s.seed), std::bit_cast<std::int64_t>(s.position), s.purpose, s.stream, s.step});
 }
 inline void restore(TrainState& state, const std::string& prefix, Rng& rng) {
   const auto& s = state.integers(prefix, 5);
@@ -261,24 +257,51 @@ inline void restore(TrainState& state, const std::string& prefix, RankSampler& s
   sampler.restore({rng.state(), state.numbers(prefix + ".carry", ranks.size())});
 }
 
+struct OnHost {};  // stands for the backend of matrices in host memory
+
 namespace detail {
 
-inline std::string section_of(const std::string& prefix, std::size_t i, const Parameter<float>& parameter) {
+template <MemoryResource Memory>
+std::string section_of(const std::string& prefix, std::size_t i, const Parameter<float, Memory>& parameter) {
   return prefix + "." + std::to_string(i) + "." + parameter.name;  // the number tells layers of one name apart
+}
+
+// A matrix in host memory is borrowed; of one in a device's there is a copy, which waits.
+template <MemoryResource Memory, class Backend>
+void add(TrainState& state, std::string name, const Matrix<float, Memory>& matrix, const Backend& backend) {
+  if constexpr (Memory::host) {
+    state.add_matrix(std::move(name), matrix.view());
+  } else {
+    Matrix<float> copy(matrix.rows(), matrix.cols());
+    backend.download(matrix.view(), copy.view());
+    state.add_matrix(std::move(name), std::move(copy));
+  }
+}
+// What a state holds, which outlives the copy, into a matrix of its shape.
+template <MemoryResource Memory, class Backend>
+void put(MatrixView<const float> stored, Matrix<float, Memory>& matrix, const Backend& backend) {
+  if constexpr (Memory::host) {
+    copy(stored, matrix.view());
+  } else {
+    backend.upload(stored, matrix.view());
+    backend.synchronize();
+  }
 }
 
 }  // namespace detail
 
 /// Values and learning-rate multipliers; gradients live only within a step.
-inline void collect(TrainState& state, const std::string& prefix, const Parameters<float>& parameters) {
+template <MemoryResource Memory, class Backend = OnHost>
+void collect(TrainState& state, const std::string& prefix, const Parameters<float, Memory>& parameters, const Backend& backend = {}) {
   for (std::size_t i = 0; i < parameters.size(); ++i) {
     const auto& p = *parameters[i];
     const std::string name = detail::section_of(prefix, i, p);
-    state.add_matrix(name, p.value.view());
+    detail::add(state, name, p.value, backend);
     if (!p.row_lr.empty()) state.add_matrix(name + ".row_lr", {p.row_lr.data(), 1, static_cast<Index>(p.row_lr.size())});
   }
 }
-inline void restore(TrainState& state, const std::string& prefix, const Parameters<float>& parameters) {
+template <MemoryResource Memory, class Backend = OnHost>
+void restore(TrainState& state, const std::string& prefix, const Parameters<float, Memory>& parameters, const Backend& backend = {}) {
   for (const bool copying : {false, true}) {
     for (std::size_t i = 0; i < parameters.size(); ++i) {
       auto& p = *parameters[i];
@@ -290,7 +313,7 @@ inline void restore(TrainState& state, const std::string& prefix, const Paramete
         row_lr.assign(stored.data, stored.data + stored.cols);
       }
       if (!copying) continue;
-      copy(value, p.value.view());
+      detail::put(value, p.value, backend);
       p.row_lr = std::move(row_lr);
     }
   }
@@ -298,7 +321,8 @@ inline void restore(TrainState& state, const std::string& prefix, const Paramete
 
 namespace detail {
 
-inline Parameters<float> all_parameters(const LoRAAdapter<float>& adapter) {
+template <MemoryResource Memory>
+Parameters<float, Memory> all_parameters(const LoRAAdapter<float, Memory>& adapter) {
   auto all = adapter.parameters();
   const auto gates = adapter.gate_parameters();
   all.insert(all.end(), gates.begin(), gates.end());
@@ -308,22 +332,26 @@ inline Parameters<float> all_parameters(const LoRAAdapter<float>& adapter) {
 }  // namespace detail
 
 /// A, B, gates, and the moments that re-ordering by Reordering::gram gathers.
-inline void collect(TrainState& state, const std::string& prefix, const LoRAAdapter<float>& adapter) {
-  collect(state, prefix, detail::all_parameters(adapter));
+template <MemoryResource Memory, class Backend = OnHost>
+void collect(TrainState& state, const std::string& prefix, const LoRAAdapter<float, Memory>& adapter, const Backend& backend = {}) {
+  collect(state, prefix, detail::all_parameters(adapter), backend);
   state.add_integer(prefix + ".collecting", adapter.collecting);
   if (adapter.moment_a.size() == 0) return;
-  state.add_matrix(prefix + ".moment_a", adapter.moment_a.view());
-  state.add_matrix(prefix + ".moment_b", adapter.moment_b.view());
+  detail::add(state, prefix + ".moment_a", adapter.moment_a, backend);
+  detail::add(state, prefix + ".moment_b", adapter.moment_b, backend);
 }
-inline void restore(TrainState& state, const std::string& prefix, LoRAAdapter<float>& adapter) {
+template <MemoryResource Memory, class Backend = OnHost>
+void restore(TrainState& state, const std::string& prefix, LoRAAdapter<float, Memory>& adapter, const Backend& backend = {}) {
   const bool collecting = state.integer(prefix + ".collecting") != 0;
-  Matrix<float> moment_a, moment_b;
+  Matrix<float, Memory> moment_a, moment_b;
   if (state.contains(prefix + ".moment_a")) {
     const Index r = adapter.max_rank();
-    moment_a = clone(state.matrix(prefix + ".moment_a", r, r));
-    moment_b = clone(state.matrix(prefix + ".moment_b", r, r));
+    moment_a.resize(r, r);
+    moment_b.resize(r, r);
+    detail::put(state.matrix(prefix + ".moment_a", r, r), moment_a, backend);
+    detail::put(state.matrix(prefix + ".moment_b", r, r), moment_b, backend);
   }
-  restore(state, prefix, detail::all_parameters(adapter));
+  restore(state, prefix, detail::all_parameters(adapter), backend);
   adapter.collecting = collecting;
   adapter.moment_a = std::move(moment_a);
   adapter.moment_b = std::move(moment_b);
@@ -331,21 +359,21 @@ inline void restore(TrainState& state, const std::string& prefix, LoRAAdapter<fl
 
 /// Moments, step counts of rows, counters, learning rate. Not the parameters' values: they are collected where they belong.
 template <Scalar T, class Backend, MemoryResource StateMemory>
-  requires(std::same_as<Accumulator<T>, float> && StateMemory::host)
-void collect(TrainState& state, const std::string& prefix, const AdamW<T, Backend, StateMemory>& optimizer) {
+requires(std::same_as<Accumulator<T>, float>) void collect(TrainState& state, const std::string& prefix,
+                                                           const AdamW<T, Backend, StateMemory>& optimizer) {
   for (std::size_t i = 0; i < optimizer.states().size(); ++i) {
     const auto& s = optimizer.states()[i];
     const std::string name = detail::section_of(prefix, i, *optimizer.parameters()[i]);
-    state.add_matrix(name + ".m", s.m.view());
-    state.add_matrix(name + ".v", s.v.view());
+    detail::add(state, name + ".m", s.m, optimizer.backend());
+    detail::add(state, name + ".v", s.v, optimizer.backend());
     state.add_integers(name + ".steps", s.steps);
   }
   state.add_integers(prefix + ".counts", {optimizer.step_count(), optimizer.skipped_steps()});
   state.add_number(prefix + ".lr", optimizer.options().lr);
 }
 template <Scalar T, class Backend, MemoryResource StateMemory>
-  requires(std::same_as<Accumulator<T>, float> && StateMemory::host)
-void restore(TrainState& state, const std::string& prefix, AdamW<T, Backend, StateMemory>& optimizer) {
+requires(std::same_as<Accumulator<T>, float>) void restore(TrainState& state, const std::string& prefix,
+                                                           AdamW<T, Backend, StateMemory>& optimizer) {
   const auto& counts = state.integers(prefix + ".counts", 2);
   const double lr = state.number(prefix + ".lr");
   for (const bool copying : {false, true}) {
@@ -356,8 +384,8 @@ void restore(TrainState& state, const std::string& prefix, AdamW<T, Backend, Sta
       const auto v = state.matrix(name + ".v", s.v.rows(), s.v.cols());
       const auto& steps = state.integers(name + ".steps", s.steps.size());
       if (!copying) continue;
-      copy(m, s.m.view());
-      copy(v, s.v.view());
+      detail::put(m, s.m, optimizer.backend());
+      detail::put(v, s.v, optimizer.backend());
       s.steps = steps;
     }
   }

@@ -81,6 +81,17 @@ inline void expect_within_layers(const std::string& file, std::string_view tenso
               {.file = file, .tensor = std::string(tensor)});
 }
 
+namespace detail {
+
+/// A backend's own way of encoding blocks, or the plain one. (nvcc takes no such question within a generic lambda.)
+template <CodeFormat Format, class Backend>
+auto block_encoder(const Backend& backend) {
+  if constexpr (requires { backend.template encoder<Format>(); }) return backend.template encoder<Format>();
+  else return BlockEncoder<Format>{};
+}
+
+}  // namespace detail
+
 /// A weight [rows, cols] from read_rows(first_row, MatrixView<float>), which is called in order with at most 4 MiB at a time: the weight
 /// never exists in full precision unless the format is float32. Errors of the reader and of Quantizer pass through.
 template <class ReadRows, class Backend>
@@ -91,10 +102,7 @@ std::shared_ptr<const WeightFor<AnyFormat>> make_base_weight(Index rows, Index c
   const auto quantized = [&]<class Format, class Scales>(Format, Scales) {
     Quantizer<Format, Scales> quantizer(rows, cols, {.block_size = options.block_size});
     const auto parallel_for = [&](Index count, auto&& f) { backend.parallel_for(count, f); };
-    const auto encode = [&] {
-      if constexpr (requires { backend.template encoder<Format>(); }) return backend.template encoder<Format>();
-      else return detail::BlockEncoder<Format>{};
-    }();
+    const auto encode = detail::block_encoder<Format>(backend);
     Matrix<float> chunk;
     for (Index first = 0; first < rows; first += step) {
       chunk.resize(std::min(step, rows - first), cols);

@@ -113,6 +113,7 @@ class AdamW {
   std::int64_t step_count() const noexcept { return step_; }
   std::int64_t skipped_steps() const noexcept { return skipped_; }
   const Params& parameters() const noexcept { return parameters_; }
+  const Backend& backend() const noexcept { return backend_; }
 
   struct State : Moments {
     std::vector<std::int64_t> steps;  // of each row

@@ -1,6 +1,7 @@
 // The emulated device's memory: host memory in a register of allocations, against which every access of a kernel is checked.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -24,6 +25,7 @@ class GlobalMemory {
     std::memset(begin, 0xFF, bytes);
     allocations_.emplace(begin, bytes);
     used_ += bytes;
+    most_ = std::max(most_, used_);
     return begin;
   }
   bool release(void* begin) {
@@ -52,6 +54,8 @@ class GlobalMemory {
 
   std::size_t total() const noexcept { return total_; }
   std::size_t used() const noexcept { return used_; }
+  std::size_t most() const noexcept { return most_; }  // that was used at once
+  void forget_most() noexcept { most_ = used_; }
   std::size_t free() const noexcept { return total_ - used_; }
   void set_total(std::size_t bytes) noexcept { total_ = bytes; }
 
@@ -61,6 +65,7 @@ class GlobalMemory {
   std::map<std::byte*, std::size_t> allocations_;
   std::size_t total_ = std::size_t{1} << 32;
   std::size_t used_ = 0;
+  std::size_t most_ = 0;
 };
 
 inline GlobalMemory& global_memory() {

@@ -30,7 +30,7 @@ constexpr std::string_view name(Isa isa) noexcept {
 
 /// Whether this machine (and its operating system) runs the set. Each contains the ones before it.
 inline bool supported(Isa isa) noexcept {
-#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__)) && !defined(__CUDACC__)
   switch (isa) {
     case Isa::generic: return true;
     case Isa::avx2: return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
@@ -54,7 +54,7 @@ inline Isa best_isa() noexcept {
     Isa found = Isa::generic;
     for (const Isa isa : all_isas)
       if (supported(isa)) found = isa;
-#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__)) && !defined(__CUDACC__)
     if (found == Isa::avx512_bf16 && __builtin_cpu_is("intel")) found = Isa::avx512_vnni;
 #endif
     return found;
@@ -64,8 +64,10 @@ inline Isa best_isa() noexcept {
 
 }  // namespace qdylora
 
-// A target region: every function between BEGIN and END is compiled for the set.
-#if defined(__x86_64__) && defined(__clang__)
+// A target region: every function between BEGIN and END is compiled for the set. nvcc cannot read one: in .cu files the CPU backend has the
+// generic set alone, which is enough to compare with. A program that uses it in .cpp files keeps it out of its .cu files.
+#if defined(__CUDACC__)
+#elif defined(__x86_64__) && defined(__clang__)
 #define QDYLORA_TARGET_PRAGMA(text) _Pragma(#text)
 #define QDYLORA_TARGET_BEGIN(set) QDYLORA_TARGET_PRAGMA(clang attribute push(__attribute__((target(set))), apply_to = function))
 #define QDYLORA_TARGET_END _Pragma("clang attribute pop")

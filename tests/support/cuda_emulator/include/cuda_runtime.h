@@ -104,12 +104,20 @@ inline cudaError_t cudaMemGetInfo(std::size_t* free, std::size_t* total) {
 
 struct CUmemPoolHandle_st {};
 using cudaMemPool_t = CUmemPoolHandle_st*;
-enum cudaMemPoolAttr { cudaMemPoolAttrReleaseThreshold = 4 };
+enum cudaMemPoolAttr { cudaMemPoolAttrReleaseThreshold = 4, cudaMemPoolAttrUsedMemCurrent = 7, cudaMemPoolAttrUsedMemHigh = 8 };
 inline cudaError_t cudaDeviceGetDefaultMemPool(cudaMemPool_t* pool, int) {
   *pool = nullptr;
   return test::emulator::result(cudaSuccess);
 }
-inline cudaError_t cudaMemPoolSetAttribute(cudaMemPool_t, cudaMemPoolAttr, void*) { return test::emulator::result(cudaSuccess); }
+inline cudaError_t cudaMemPoolSetAttribute(cudaMemPool_t, cudaMemPoolAttr attribute, void*) {
+  if (attribute == cudaMemPoolAttrUsedMemHigh) test::emulator::global_memory().forget_most();  // zero is all that may be set
+  return test::emulator::result(cudaSuccess);
+}
+inline cudaError_t cudaMemPoolGetAttribute(cudaMemPool_t, cudaMemPoolAttr attribute, void* value) {
+  const auto& memory = test::emulator::global_memory();
+  *static_cast<std::uint64_t*>(value) = attribute == cudaMemPoolAttrUsedMemHigh ? memory.most() : memory.used();
+  return test::emulator::result(cudaSuccess);
+}
 
 inline cudaError_t cudaStreamCreate(cudaStream_t* stream) {
   *stream = new CUstream_st;

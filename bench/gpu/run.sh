@@ -1,0 +1,114 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one go:  bash bench/gpu/run.sh [options]
+#   builds the device's tests and the benchmark for this GPU alone, runs the tests (ctest -L cuda), looks at small shapes with
+#   compute-sanitizer where it is installed, times ceilings, products and layers beside cuBLAS and bitsandbytes, and writes
+#   bench/results/gpu-<name>.json and .md. About 8 minutes on an H100 with 16 processors.
+#   --quick       two shapes, few tokens
+#   --name NAME   of the results; else made of the GPU's name
+#   --out FOLDER  where they go (bench/results)
+#   --fetch       only gather, in build/gpu-peers, what a machine with nvcc and CMake but without a network lacks: bitsandbytes' library, from
+#                 PyPI, and the headers of Eigen, nlohmann/json and Catch2 from their Debian packages here
+#   --no-build, --no-tests, --no-sanitizer, --no-bench, --no-report   leave that step out
+# Environment: BUILD_DIR (build/gpu), JOBS, ARCHITECTURES (of the GPU at hand, else 90a), BITSANDBYTES, a libbitsandbytes_cuda*.so (else one in build/gpu-peers;
+#   without any, ours is beside cuBLAS alone).
+# A step of Falcon-40b's shape under a cap of 32 GiB will be step 5, once the model has that block.
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+root=$(cd "$here/../.." && pwd)
+peers=$root/build/gpu-peers
+build=$(realpath -m "${BUILD_DIR:-$root/build/gpu}")
+jobs=${JOBS:-$(nproc)}
+out=$root/bench/results name='' quick=''
+build_it=yes tests=yes sanitizer=yes bench=yes report=yes
+wheel=bitsandbytes==0.50.2
+
+while (($# > 0)); do
+  case $1 in
+    --quick) quick=--quick ;;
+    --name) name=$2; shift ;;
+    --out) out=$(realpath -m "$2"); shift ;;
+    --fetch)
+      mkdir -p "$peers"
+      python3 -m pip download -q --no-deps --only-binary :all: -d "$peers" "$wheel"
+      python3 - "$peers" <<'PYTHON'
+import pathlib, sys, zipfile
+folder = pathlib.Path(sys.argv[1])
+for wheel in folder.glob("bitsandbytes-*.whl"):
+    with zipfile.ZipFile(wheel) as files:
+        for name in files.namelist():
+            if name.startswith("bitsandbytes/libbitsandbytes_cuda13"):
+                (folder / pathlib.Path(name).name).write_bytes(files.read(name))
+    wheel.unlink()
+PYTHON
+      for package in libeigen3-dev nlohmann-json3-dev catch2; do
+        { dpkg -L "$package" 2>/dev/null || true; } | { grep -E '^/usr/(include|(share|lib)/.*cmake)/' || true; } | while read -r file; do
+          [[ -f $file ]] && install -D -m 644 "$file" "$peers$file"
+        done
+      done
+      du -sh "$peers"
+      exit 0 ;;
+    --no-build) build_it=no ;;
+    --no-tests) tests=no ;;
+    --no-sanitizer) sanitizer=no ;;
+    --no-bench) bench=no ;;
+    --no-report) report=no ;;
+    --help | -h) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; exit 0 ;;
+    *) echo "unknown option $1; --help lists them" >&2; exit 2 ;;
+  esac
+  shift
+done
+
+say() { printf '\n== %s  (%d s)\n' "$*" "$SECONDS"; }
+PATH=$PATH:/usr/local/cuda/bin
+library=${BITSANDBYTES:-}
+if [[ -z $library ]]; then  # the newest that the toolkit's runtime can load
+  library=$(find "$peers" -name 'libbitsandbytes_cuda13*.so' 2>/dev/null | sort | head -n 1 || true)
+fi
+[[ -n $library ]] || echo "no bitsandbytes here (bash bench/gpu/run.sh --fetch, or BITSANDBYTES): ours is beside cuBLAS alone"
+
+if [[ $build_it == yes ]]; then
+  say "building in $build"
+  generator=()
+  command -v ninja >/dev/null && generator=(-G Ninja)
+  architecture=${ARCHITECTURES:-}
+  if [[ -z $architecture ]]; then
+    architecture=$({ nvidia-smi --query-gpu=compute_cap --format=csv,noheader || true; } 2>/dev/null | head -n 1 | tr -d .)
+    [[ ${architecture:-90} == 90 ]] && architecture=90a  # also where nothing is found: compiled, to be run elsewhere
+  fi
+  cmake -S "$root" -B "$build" "${generator[@]}" -D CMAKE_BUILD_TYPE=Release -D QDYLORA_CUDA=ON -D QDYLORA_BUILD_EXAMPLES=OFF \
+    -D CMAKE_CUDA_COMPILER="$(command -v nvcc)" -D CMAKE_CUDA_ARCHITECTURES="$architecture-real" -D CMAKE_PREFIX_PATH="$peers/usr"
+  cmake --build "$build" --parallel "$jobs" --target gpu_bench test_device
+fi
+
+if [[ $tests == yes ]]; then
+  say "tests on the device"
+  ctest --test-dir "$build" -L '^cuda$' --output-on-failure
+fi
+
+if [[ $sanitizer == yes ]]; then
+  if command -v compute-sanitizer >/dev/null; then
+    for tool in memcheck racecheck; do
+      say "compute-sanitizer, $tool"
+      compute-sanitizer --tool "$tool" --error-exitcode 1 "$build/tests/test_device" 'quantized products*,a model has*' | tail -n 5
+    done
+  else
+    echo "compute-sanitizer is not installed: its step is left out"
+  fi
+fi
+
+if [[ $bench == yes ]]; then
+  say "ceilings, products, layers"
+  status=0
+  "$build/bench/gpu_bench" $quick ${library:+--bitsandbytes "$library"} >"$build/cells.jsonl" || status=$?
+  if ((status == 77)); then
+    echo "there is no GPU here: nothing was timed"
+    exit 0
+  fi
+  ((status == 0)) || exit "$status"
+fi
+
+if [[ $report == yes ]]; then
+  say "report"
+  python3 "$here/report.py" "$build/cells.jsonl" --out "$out" ${name:+--name "$name"} ${library:+--bitsandbytes "$(basename "$library")"}
+fi
+say "done"

@@ -1,0 +1,97 @@
+// Timing on a device: what is timed is captured as a CUDA graph and replayed, competitors take turns, the median counts.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <functional>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <qdylora/cuda.hpp>
+
+namespace bench {
+
+struct DestroyGraph {
+  void operator()(cudaGraph_t graph) const noexcept { cudaGraphDestroy(graph); }
+  void operator()(cudaGraphExec_t graph) const noexcept { cudaGraphExecDestroy(graph); }
+};
+using Executable = std::unique_ptr<std::remove_pointer_t<cudaGraphExec_t>, DestroyGraph>;
+
+/// The work that f queues on the context's stream, once, as a graph. f has run before: nothing is allocated or chosen within.
+inline Executable captured(const qdylora::CudaContext& context, const std::function<void()>& f) {
+  cudaGraph_t graph = nullptr;
+  QDYLORA_CUDA_TRY(cudaStreamBeginCapture(context.stream(), cudaStreamCaptureModeThreadLocal));
+  f();
+  QDYLORA_CUDA_TRY(cudaStreamEndCapture(context.stream(), &graph));
+  const std::unique_ptr<std::remove_pointer_t<cudaGraph_t>, DestroyGraph> owner(graph);
+  cudaGraphExec_t executable = nullptr;
+  QDYLORA_CUDA_TRY(cudaGraphInstantiate(&executable, graph, 0));
+  return Executable(executable);
+}
+
+struct Competitor {
+  std::string name;
+  std::function<void()> run;  // queues `repetitions` of the operation, with as many different weights
+};
+
+class Stopwatch {
+ public:
+  explicit Stopwatch(const qdylora::CudaContext& context) : context_(&context) {
+    QDYLORA_CUDA_TRY(cudaEventCreate(&begin_));
+    QDYLORA_CUDA_TRY(cudaEventCreate(&end_));
+  }
+  ~Stopwatch() {
+    cudaEventDestroy(begin_);
+    cudaEventDestroy(end_);
+  }
+  Stopwatch(const Stopwatch&) = delete;
+  Stopwatch& operator=(const Stopwatch&) = delete;
+
+  /// Microseconds of what f queues.
+  double measure(const std::function<void()>& f) const {
+    QDYLORA_CUDA_TRY(cudaEventRecord(begin_, context_->stream()));
+    f();
+    QDYLORA_CUDA_TRY(cudaEventRecord(end_, context_->stream()));
+    QDYLORA_CUDA_TRY(cudaEventSynchronize(end_));
+    float milliseconds = 0.0f;
+    QDYLORA_CUDA_TRY(cudaEventElapsedTime(&milliseconds, begin_, end_));
+    return 1e3 * static_cast<double>(milliseconds);
+  }
+
+  struct Spread {
+    double median, least, most;  // microseconds of one repetition; least and most are the quartiles
+  };
+  /// Each competitor's, by graphs if `graphs` is set. They take turns: what a device's clocks do happens to all.
+  std::vector<Spread> compare(const std::vector<Competitor>& competitors, int repetitions, int rounds, bool graphs = true) const {
+    std::vector<Executable> executables;
+    std::vector<std::vector<double>> times(competitors.size());
+    for (const auto& competitor : competitors) {
+      competitor.run();
+      context_->synchronize();
+      executables.push_back(graphs ? captured(*context_, competitor.run) : Executable());
+    }
+    for (int round = 0; round < rounds + 1; ++round)  // the first warms up
+      for (std::size_t i = 0; i < competitors.size(); ++i) {
+        const double time = measure([&] {
+          if (graphs) QDYLORA_CUDA_TRY(cudaGraphLaunch(executables[i].get(), context_->stream()));
+          else competitors[i].run();
+        });
+        if (round > 0) times[i].push_back(time / repetitions);
+      }
+    std::vector<Spread> result;
+    for (auto& all : times) {
+      std::sort(all.begin(), all.end());
+      result.push_back({all[all.size() / 2], all[all.size() / 4], all[all.size() * 3 / 4]});
+    }
+    return result;
+  }
+
+ private:
+  const qdylora::CudaContext* context_;
+  cudaEvent_t begin_ = nullptr, end_ = nullptr;
+};
+
+}  // namespace bench

@@ -1,0 +1,71 @@
+// The adapters of a decoder, to files and from them, wherever the decoder has its memory.
+#pragma once
+
+#include <deque>
+#include <filesystem>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <qdylora/io/peft.hpp>
+#include <qdylora/model/base_weight.hpp>
+#include <qdylora/model/decoder.hpp>
+
+namespace qdylora::examples {
+
+/// f(layer, heads) for every linear layer: heads is what save_peft_adapter and assign take as rope_heads, which is 0 but for q and k in
+/// GGUF's rotary layout.
+template <class Model, class F>
+void for_each_adapter(Model& model, F&& f) {
+  const auto& c = model.config();
+  Index at = 0;
+  model.for_each_linear([&](auto& linear) {
+    const auto p = static_cast<Projection>(at++ % 7);
+    const bool turned = c.rope_layout == RopeLayout::interleaved && (p == Projection::q || p == Projection::k);
+    f(linear, !turned ? 0 : p == Projection::q ? c.heads.heads : c.heads.kv_heads);
+  });
+}
+
+/// Saves the adapters of a decoder: those of q and k leave GGUF's rotary layout.
+template <class Model>
+void save_adapters(const std::filesystem::path& folder, const Model& model, const PeftOptions& options) {
+  std::vector<NamedAdapter> named;
+  std::deque<LoRAAdapter<float>> copies;  // of a device's
+  for_each_adapter(model, [&](const auto& linear, Index heads) {
+    const auto& adapter = linear.adapter();
+    if constexpr (Model::Memory::host) {
+      named.push_back({adapter.options().name, &adapter, heads});
+    } else {
+      copies.push_back(to_host(adapter, model.backend()));
+      named.push_back({adapter.options().name, &copies.back(), heads});
+    }
+  });
+  save_peft_adapter(folder, named, options);
+}
+
+/// Puts the adapter of a folder into a decoder. Errors, with the folder: those of assign, and missing_tensor for modules the model lacks.
+template <class Model>
+void assign_adapter(const PeftAdapter& adapter, const std::string& folder, Model& model) {
+  std::size_t used = 0;
+  at_tensor(folder, "", [&] {
+    for_each_adapter(model, [&](auto& linear, Index heads) {
+      auto& own = linear.adapter();
+      const auto* module = adapter.find(own.options().name);
+      if (module == nullptr) return;
+      if constexpr (Model::Memory::host) {
+        assign(*module, own, heads);
+      } else {
+        auto copy = to_host(own, model.backend());
+        assign(*module, copy, heads);
+        own.options() = copy.options();
+        assign(own, copy, model.backend());
+      }
+      ++used;
+    });
+    QDYLORA_EXPECTS(used == adapter.modules.size(), missing_tensor,
+                    "is of another model: it has " + std::to_string(adapter.modules.size()) + " modules, of which the model has " +
+                        std::to_string(used));
+  });
+}
+
+}  // namespace qdylora::examples

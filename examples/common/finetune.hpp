@@ -1,0 +1,280 @@
+// What finetune does once its model is open and its data is read, for any type of activations and any device.
+#pragma once
+
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <filesystem>
+#include <set>
+#include <string>
+#include <system_error>
+#include <utility>
+#include <vector>
+
+#include <qdylora/io/json.hpp>
+#include <qdylora/model/memory_plan.hpp>
+#include <qdylora/model/trainer.hpp>
+
+#include "adapters.hpp"
+#include "dataset.hpp"
+#include "evaluation.hpp"
+#include "open_model.hpp"
+#include "progress.hpp"
+#include "report.hpp"
+#include "run_state.hpp"
+#include "signals.hpp"
+#include "text.hpp"
+
+namespace qdylora::examples {
+
+struct FinetuneOptions {
+  std::string model, tokenizer, data, eval, out = "out";
+  bool toy = false, resume = false, no_chat = false, gates = false, checkpoint = false;
+  std::string ranks = "1,2,4,8,16,32,64", recipe_name = "auto", base = "nf4", device = "cpu", dtype = "float32";
+  float alpha = 16.0f, dropout = 0.0f;
+  double lr = 1e-3;
+  std::int64_t steps = 80, save_every = 50;
+  Index batch = 8, seq_len = 256, examples = 2000, eval_examples = 48, answers = 32, new_tokens = 48;
+  int threads = 0;
+  std::uint64_t seed = 0;
+};
+
+inline constexpr Index batch_tokens = 1024;  // of a micro-batch, at most
+
+struct FinetuneData {
+  std::vector<Example> questions;
+  std::vector<Sample> train, held_back, validation_samples;
+};
+
+/// What trains at each step: every epoch is a permutation of its own, so the position in the data is a function of the step.
+class DataOrder {
+ public:
+  DataOrder(const std::vector<Sample>& train, std::uint64_t seed) : train_(&train), seed_(seed) {}
+
+  std::vector<Sample> step(std::int64_t step, Index rows) {
+    std::vector<Sample> chosen;
+    for (std::int64_t n = step * rows; n < (step + 1) * rows; ++n) {
+      const auto size = static_cast<std::int64_t>(train_->size());
+      if (n / size != epoch_) shuffle(n / size);
+      chosen.push_back((*train_)[order_[static_cast<std::size_t>(n % size)]]);
+    }
+    return chosen;
+  }
+
+ private:
+  void shuffle(std::int64_t epoch) {
+    epoch_ = epoch;
+    order_.resize(train_->size());
+    for (std::size_t i = 0; i < order_.size(); ++i) order_[i] = i;
+    Rng rng(seed_, Purpose::shuffle, 0, static_cast<std::uint32_t>(epoch));
+    rng.shuffle(std::span<std::size_t>(order_));
+  }
+
+  const std::vector<Sample>* train_;
+  std::uint64_t seed_;
+  std::vector<std::size_t> order_;
+  std::int64_t epoch_ = -1;
+};
+
+/// What the data makes of memory: the largest batches that this run will see.
+inline void plan_batches(MemoryOptions& options, const FinetuneOptions& o, const FinetuneData& data, const OpenModel& model,
+                         const RankSet& ranks) {
+  const auto look = [&options](const std::vector<Sample>& samples, Index& tokens, Index& scored) {
+    for (const auto& batch : to_batches(samples, batch_tokens)) {
+      tokens = std::max(tokens, batch.tokens());
+      scored = std::max(scored, batch.scored());
+      for (std::size_t s = 1; s < batch.offsets.size(); ++s)
+        options.longest = std::max(options.longest, batch.offsets[s] - batch.offsets[s - 1]);
+    }
+  };
+  DataOrder order(data.train, o.seed);
+  for (std::int64_t step = 0; step < o.steps; ++step) look(order.step(step, o.batch), options.tokens, options.scored);
+  for (const auto* samples : {&data.held_back, &data.validation_samples}) look(*samples, options.forward_tokens, options.forward_scored);
+  const std::size_t at_once = answered_at_once(o.new_tokens, static_cast<std::size_t>(ranks.size()) + 1);
+  for (std::size_t begin = 0; begin < data.questions.size(); begin += at_once) {
+    Index prompts = 0;
+    const std::size_t end = std::min(data.questions.size(), begin + at_once);
+    for (std::size_t i = begin; i < end; ++i) {
+      const auto length = static_cast<Index>(prompt_ids(data.questions[i], model.need_tokenizer(), model.chat).size());
+      prompts += length;
+      options.cache_rows = std::max(options.cache_rows, length + o.new_tokens);
+    }
+    options.sequences = std::max(options.sequences, static_cast<Index>(end - begin) * (ranks.size() + 1));
+    options.forward_tokens = std::max(options.forward_tokens, prompts * (ranks.size() + 1));
+  }
+  options.longest = std::max(options.longest, options.cache_rows);
+}
+
+inline Json to_json(const MemoryPlan& plan) {
+  Json json = Json::object();
+  for (const auto& part : plan.parts()) json[part.name] = part.bytes;
+  json["at most at once"] = plan.total();
+  return json;
+}
+
+/// Of the base, the lowest and the highest rank.
+inline void show_answers(const std::vector<RankResult>& results, const std::vector<Example>& examples) {
+  const auto line = [](std::string text) {
+    std::replace(text.begin(), text.end(), '\n', ' ');
+    return printable_utf8(text);
+  };
+  const std::set<std::size_t> shown = {0, std::min<std::size_t>(1, results.size() - 1), results.size() - 1};
+  std::printf("\nSome answers\n");
+  for (std::size_t i = 0; i < std::min<std::size_t>(2, examples.size()); ++i) {
+    std::printf("  %s\n    %-8s %s\n", line(examples[i].prompt).c_str(), "expected", line(examples[i].response).c_str());
+    for (const std::size_t at : shown) {
+      const auto& r = results[at];
+      std::printf("    %-8s %s\n", r.rank == 0 ? "base" : ("rank " + std::to_string(r.rank)).c_str(), line(r.texts[i]).c_str());
+    }
+  }
+}
+
+template <Scalar T, class Device>
+int finetune(const FinetuneOptions& o, OpenModel& model, const FinetuneData& data, const Device& device) {
+  using Clock = std::chrono::steady_clock;
+  const auto seconds_since = [](Clock::time_point from) { return std::chrono::duration<double>(Clock::now() - from).count(); };
+  using Backend = typename Device::Backend;
+  const std::filesystem::path out = o.out;
+  const auto state_file = out / "state.safetensors";
+  const RankSet ranks(parse_numbers<Index>("--ranks", o.ranks));
+  Recipe chosen = recipe(o.recipe_name);
+  chosen.gates = o.gates;
+  const auto lora = [&] {
+    auto options = adapter_options(chosen, ranks, o.alpha, o.seed);
+    options.dropout = o.dropout;
+    return options;
+  }();
+
+  MemoryOptions memory{.base = {.format = base_format(o.base)},
+                       .coded_tables = model.coded_tables,
+                       .max_rank = ranks.max(),
+                       .dropout = o.dropout > 0.0f,
+                       .checkpoint = o.checkpoint};
+  memory.follow(chosen);
+  plan_batches(memory, o, data, model, ranks);
+  auto shape = model_shape(model.config);
+  shape.biases = model.biases;
+  device.complete(memory, shape);
+  const MemoryPlan plan = memory_plan<T>(shape, memory);
+  std::printf("memory     planned, on %s\n%s", device.text().c_str(), plan.to_text().c_str());
+  std::fflush(stdout);
+
+  const auto start = Clock::now();
+  const auto weights = device.place(std::exchange(model.read, nullptr)());
+  const auto& w = *weights;
+  std::printf("model      %s: %lld blocks of width %lld, %.1f M linear weights in %s, %.3f bits each (%.0f MB), read in %.1f s\n",
+              model.name.c_str(), static_cast<long long>(w.config.layers), static_cast<long long>(w.config.width),
+              static_cast<double>(w.config.linear_weights()) / 1e6, o.base.c_str(),
+              8.0 * static_cast<double>(w.linear_bytes()) / static_cast<double>(w.config.linear_weights()),
+              static_cast<double>(w.linear_bytes()) / 1e6, seconds_since(start));
+  Decoder<T, Backend> decoder(weights, {.lora = lora, .checkpoint = o.checkpoint}, device.backend());
+  Trainer<T, Backend> trainer(decoder, {.recipe = chosen, .ranks = ranks, .steps = o.steps, .lr = o.lr, .seed = o.seed});
+  trainer.hold_back(to_batches(data.held_back, batch_tokens));
+  Index trainable = 0;
+  for (const auto& p : decoder.parameters()) trainable += p->value.size();
+  std::printf("adapters   rank up to %lld on all %lld linear layers, %.1f M parameters, alpha %g, scale %s, recipe %s\n",
+              static_cast<long long>(ranks.max()), static_cast<long long>(7 * w.config.layers), static_cast<double>(trainable) / 1e6,
+              static_cast<double>(o.alpha), std::string(name(chosen.scale)).c_str(), o.recipe_name.c_str());
+  std::fflush(stdout);
+
+  std::error_code failure;
+  std::filesystem::create_directories(out, failure);
+  if (failure) throw Error(Errc::open, "cannot make the folder: " + failure.message(), {.file = o.out});
+  // What a resumed run must share with the one that was stopped.
+  const std::string data_name = printable_utf8(o.data);
+  const std::string settings = Json{{"model", model.name},     {"data", data_name},    {"ranks", o.ranks},
+                                    {"recipe", o.recipe_name}, {"gates", o.gates},     {"base", o.base},
+                                    {"alpha", o.alpha},        {"dropout", o.dropout}, {"lr", o.lr},
+                                    {"steps", o.steps},        {"batch", o.batch},     {"seq_len", o.seq_len},
+                                    {"seed", o.seed},          {"chat", model.chat},   {"examples", data.train.size()},
+                                    {"dtype", o.dtype},        {"device", o.device}}
+                                   .dump();
+  RunReport report;
+  auto& history = report.history;
+  if (o.resume) {
+    load_run_state(state_file, settings, decoder, trainer, history);
+    std::printf("resumed    at step %lld of %lld\n", static_cast<long long>(trainer.step_count()), static_cast<long long>(o.steps));
+  }
+
+  StopSignal signal;
+  DataOrder order(data.train, o.seed);
+  const auto training_start = Clock::now();
+  const double seconds_before = history.seconds;
+  const auto save = [&] {
+    history.seconds = seconds_before + seconds_since(training_start);
+    save_run_state(state_file, settings, decoder, trainer, history);
+  };
+  {
+    Progress progress(o.steps, trainer.step_count());
+    while (!trainer.done() && !signal.requested()) {
+      const auto samples = order.step(trainer.step_count(), o.batch);
+      const auto result = trainer.step(to_batches(samples, batch_tokens));
+      history.step_losses.push_back(result.loss);
+      history.tokens += result.tokens;
+      progress.update(trainer.step_count(), result.tokens, result.loss, result.rank);
+      if (o.save_every > 0 && trainer.step_count() % o.save_every == 0 && !trainer.done()) save();
+    }
+  }
+  save();
+  if (!trainer.done()) {
+    std::printf("\nstopped at step %lld of %lld; the state is in %s, --resume goes on\n", static_cast<long long>(trainer.step_count()),
+                static_cast<long long>(o.steps), state_file.string().c_str());
+    return 130;
+  }
+  const auto activation_bytes = decoder.activation_bytes();  // evaluation needs less
+  save_adapters(out / "adapter", decoder,
+                {.rank = ranks.max(), .base_model = model.name, .ranks = {ranks.begin(), ranks.end()}, .recipe = o.recipe_name});
+  std::printf("trained    %lld steps, %lld tokens in %.0f s (%.0f tokens/s)\n", static_cast<long long>(o.steps),
+              static_cast<long long>(history.tokens), history.seconds, history.tokens_per_second());
+  if (chosen.measure)
+    std::printf(trainer.reordered_at_end() ? "auto       low ranks need no rows of their own here; re-ordered at the end\n"
+                                           : "auto       %.0f %% of the later rows went to low ranks\n",
+                100.0 * trainer.nested().share);
+  std::printf("evaluating every rank ...\n");
+  std::fflush(stdout);
+
+  std::vector<Index> all = {0};
+  all.insert(all.end(), ranks.begin(), ranks.end());
+  const auto stop = [&] { return signal.requested(); };
+  report.ranks = evaluate_losses(decoder, data.validation_samples, all, stop);
+  if (!data.questions.empty() && !stop())
+    evaluate_answers(decoder, model.need_tokenizer(), model.chat, data.questions, report.ranks, o.new_tokens, stop);
+  if (stop()) {
+    std::printf("stopped; the adapter is in %s\n", (out / "adapter").string().c_str());
+    return 130;
+  }
+
+  print_table(report.ranks);
+  if (!data.questions.empty()) show_answers(report.ranks, data.questions);
+  const std::size_t peak = device.peak();
+  const auto megabytes = [](std::size_t bytes) { return static_cast<double>(bytes) / 1e6; };
+  std::printf("\nmemory     %.0f MB planned, %.0f MB measured at most\n", megabytes(plan.total()), megabytes(peak));
+  report.settings = {{"model", model.name},
+                     {"recipe", o.recipe_name},
+                     {"base", o.base},
+                     {"alpha", o.alpha},
+                     {"lr", o.lr},
+                     {"steps", o.steps},
+                     {"batch", o.batch},
+                     {"seed", o.seed},
+                     {"dtype", o.dtype},
+                     {"base_bytes", w.linear_bytes()},
+                     {"adapter_parameters", trainable},
+                     {"activation_bytes", activation_bytes},
+                     {"memory_plan", to_json(plan)},
+                     {"peak_memory_bytes", peak},
+                     {"nested_share", trainer.nested().share},
+                     {"reordered_at_end", trainer.reordered_at_end()}};
+  report.settings.update(device.facts());
+  write_report(out, report);
+  const auto worst = *std::max_element(report.ranks.begin() + 1, report.ranks.end(),
+                                       [](const RankResult& a, const RankResult& b) { return a.loss < b.loss; });
+  std::printf("\n%s: the worst rank, %lld, has %.3f nats a token, the base %.3f\n",
+              worst.loss < report.ranks.front().loss ? "Every rank beats the base" : "NOT every rank beats the base",
+              static_cast<long long>(worst.rank), worst.loss, report.ranks.front().loss);
+  std::printf("wrote      %s: report.json, report.csv, ranks.svg, adapter/ (PEFT, rank %lld), state.safetensors\n", out.string().c_str(),
+              static_cast<long long>(ranks.max()));
+  return 0;
+}
+
+}  // namespace qdylora::examples

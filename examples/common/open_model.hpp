@@ -1,0 +1,55 @@
+// A model that the programs work on: open first, its shape and tokenizer known, then read.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+
+#include <qdylora/model/decoder.hpp>
+#include <qdylora/model/tokenizer.hpp>
+#include <qdylora/nn/ranks.hpp>
+
+namespace qdylora::examples {
+
+using HostWeights = std::shared_ptr<const DecoderWeights<float>>;
+
+struct OpenModel {
+  std::string name;
+  DecoderConfig config;
+  std::optional<Tokenizer> tokenizer;
+  bool chat = false;          // whether prompts go through the chat template
+  bool coded_tables = false;  // the file has its embedding in 8 bits, and so will memory
+  Index biases = 0;           // numbers in a block's biases
+  std::function<HostWeights()> read;
+
+  /// Errc::unsupported where the model has no tokenizer.
+  const Tokenizer& need_tokenizer() const {
+    QDYLORA_EXPECTS(tokenizer.has_value(), unsupported,
+                    name + ": the folder has no tokenizer.json; give --tokenizer, a .gguf file or a folder that has one");
+    return *tokenizer;
+  }
+};
+
+/// Throws Errc::bad_argument where sequences of --seq-len tokens, whose last is no input, do not fit the model.
+inline void expect_seq_len(Index seq_len, const DecoderConfig& config) {
+  QDYLORA_EXPECTS(seq_len <= config.context + 1, bad_argument,
+                  "--seq-len " + std::to_string(seq_len) + ": the model's context is " + std::to_string(config.context));
+}
+
+/// Throws Errc::rank_range above the model's width: one side of every linear layer, so no update has a higher rank.
+inline void expect_ranks(const RankSet& ranks, const DecoderConfig& config) {
+  QDYLORA_EXPECTS(ranks.max() <= config.width, rank_range,
+                  "--ranks: " + std::to_string(ranks.max()) + " is above the model's width of " + std::to_string(config.width));
+}
+
+/// Throws Errc::bad_config for a tokenizer of more tokens than the model knows.
+inline void expect_vocabulary(Index tokens, const DecoderConfig& config, const std::string& file) {
+  if (tokens > config.vocab)
+    throw Error(Errc::bad_config,
+                "a tokenizer of " + std::to_string(tokens) + " tokens does not fit a model of " + std::to_string(config.vocab),
+                {.file = file});
+}
+
+}  // namespace qdylora::examples

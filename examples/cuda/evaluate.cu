@@ -1,0 +1,12 @@
+// evaluate on a GPU.
+#include "cuda_device.cuh"
+#include "programs.hpp"
+
+namespace qdylora::examples {
+
+int evaluate_on_cuda(const EvaluateOptions& options, OpenModel& model) {
+  const CudaDevice device;
+  return with_dtype(options.dtype, [&]<class T>(std::type_identity<T>) { return evaluate<T>(options, model, device); });
+}
+
+}  // namespace qdylora::examples

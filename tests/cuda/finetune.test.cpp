@@ -1,0 +1,107 @@
+// The program finetune on the emulated device, beside the same on the CPU: reports, adapters, resuming, memory.
+#include <cmath>
+#include <utility>
+
+#include <qdylora/cpu/cpu.hpp>
+#include <qdylora/cuda.hpp>
+
+#include "common/cpu_device.hpp"
+#include "common/evaluate.hpp"
+#include "common/finetune.hpp"
+#include "cuda/cuda_device.cuh"
+#include "support/catch.hpp"
+#include "support/files.hpp"
+#include "support/tiny_model.hpp"
+
+namespace qd = qdylora;
+namespace examples = qdylora::examples;
+using qd::Index;
+
+namespace {
+
+qd::DecoderConfig config() {
+  auto c = test::tiny_config();
+  c.width = 64;
+  c.heads = {.heads = 4, .kv_heads = 2, .head_dim = 16};
+  return c;
+}
+
+examples::OpenModel open() {
+  examples::OpenModel model;
+  model.name = "tiny";
+  model.config = config();
+  model.read = [] { return test::tiny_weights<float>(config(), false, {.format = qd::BaseFormat::nf4}); };
+  return model;
+}
+
+std::vector<examples::Sample> samples(Index count, std::uint64_t seed) {
+  std::vector<examples::Sample> all;
+  for (Index i = 0; i < count; ++i) {
+    const auto start = static_cast<Index>(seed) + i;
+    examples::Sample sample{.ids = {}, .prompt_length = 2};
+    for (Index t = 0; t < 7; ++t) sample.ids.push_back(static_cast<std::int32_t>((start + t * (1 + i % 2)) % config().vocab));
+    all.push_back(std::move(sample));
+  }
+  return all;
+}
+
+}  // namespace
+
+TEST_CASE("finetune and evaluate on the device do what they do on the CPU", "[cuda]") {
+  const test::TemporaryFolder folder;
+  examples::FinetuneData data;
+  data.train = samples(6, 0);
+  data.validation_samples = samples(3, 40);
+  examples::FinetuneOptions options;
+  options.ranks = "1,2,8";
+  options.recipe_name = "order-then-nest";
+  options.steps = 4;
+  options.batch = 3;
+  options.lr = 1e-2;
+  options.save_every = 2;
+
+  const examples::CpuDevice cpu(1);
+  auto model = open();
+  options.out = (folder / "cpu").string();
+  REQUIRE(examples::finetune<float>(options, model, data, cpu) == 0);
+  const auto expected = qd::read_json(folder / "cpu" / "report.json");
+
+  options.out = (folder / "gpu").string();
+  options.device = "cuda";
+  const examples::CudaDevice gpu;
+  for (const bool resumed : {false, true}) {  // the second time there is nothing left to do but to evaluate
+    CAPTURE(resumed);
+    options.resume = resumed;
+    model = open();
+    REQUIRE(examples::finetune<float>(options, model, data, gpu) == 0);
+    const auto found = qd::read_json(folder / "gpu" / "report.json");
+    CHECK(found.at("device") == "cuda");
+    REQUIRE(found.at("step_losses").size() == 4);
+    for (std::size_t i = 0; i < 4; ++i)
+      CHECK(found.at("step_losses")[i].get<double>() == Approx(expected.at("step_losses")[i].get<double>()).epsilon(2e-3));
+    for (std::size_t i = 0; i < 4; ++i)
+      CHECK(found.at("ranks")[i].at("loss").get<double>() == Approx(expected.at("ranks")[i].at("loss").get<double>()).epsilon(5e-3));
+
+    // The plan beside what the device's pool has held.
+    const auto planned = found.at("memory_plan").at("at most at once").get<double>(), peak = found.at("peak_memory_bytes").get<double>();
+    const auto workspace = static_cast<double>(qd::CudaOptions{}.workspace_bytes);
+    CHECK(peak <= planned);
+    CHECK(peak - workspace >= 0.95 * (planned - workspace));
+  }
+
+  // The adapter that was saved, at a lower rank.
+  examples::EvaluateOptions asked;
+  asked.adapter = (folder / "gpu" / "adapter").string();
+  asked.ids = "3,4,5,6";
+  asked.rank = 2;
+  model = open();
+  asked.logits = (folder / "gpu.safetensors").string();
+  REQUIRE(examples::evaluate<float>(asked, model, gpu) == 0);
+  model = open();
+  asked.logits = (folder / "cpu.safetensors").string();
+  REQUIRE(examples::evaluate<float>(asked, model, cpu) == 0);
+  const auto here = qd::SafetensorsFile(folder / "cpu.safetensors").matrix("logits");
+  const auto there = qd::SafetensorsFile(folder / "gpu.safetensors").matrix("logits");
+  for (Index i = 0; i < here.rows(); ++i)
+    for (Index j = 0; j < here.cols(); ++j) CHECK(std::fabs(there(i, j) - here(i, j)) <= 1e-3f);
+}

@@ -1,0 +1,1 @@
+#include "cuda/decoder.test.cpp"

@@ -1,0 +1,1 @@
+#include "cuda/layers.test.cpp"

@@ -1,0 +1,1 @@
+#include "cuda/operations.test.cpp"

@@ -1,0 +1,1 @@
+#include "cuda/optimizer.test.cpp"
