@@ -47,7 +47,7 @@ struct DoubleQuant {
     const std::uint8_t* codes = nullptr;
     const float* nested_absmax = nullptr;
     float offset = 0.0f;
-    QDYLORA_HD float operator[](Index block) const noexcept {
+    float operator[](Index block) const noexcept {  // the host's: devices have the values of a code as tables of their own
       return detail::rounded(Code::values[codes[block]] * nested_absmax[block / nested_block_size]) + offset;
     }
   };
@@ -77,7 +77,7 @@ struct QuantizedView {
     if constexpr (Format::bits == 8) return codes[i];
     else return static_cast<std::uint8_t>((i & 1) ? codes[i >> 1] & 15 : codes[i >> 1] >> 4);
   }
-  QDYLORA_HD float operator()(Index i, Index j) const noexcept {
+  float operator()(Index i, Index j) const noexcept {
     const Index flat = i * cols + j;
     return Format::values[code(flat)] * scales[flat / block_size];
   }
