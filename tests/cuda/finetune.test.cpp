@@ -51,12 +51,12 @@ TEST_CASE("finetune and evaluate on the device do what they do on the CPU", "[cu
   const test::TemporaryFolder folder;
   examples::FinetuneData data;
   data.train = samples(6, 0);
-  data.validation_samples = samples(3, 40);
+  data.validation_samples = samples(2, 40);
   examples::FinetuneOptions options;
   options.ranks = "1,2,8";
   options.recipe_name = "order-then-nest";
   options.steps = 4;
-  options.batch = 3;
+  options.batch = 2;
   options.lr = 1e-2;
   options.save_every = 2;
 
