@@ -36,12 +36,12 @@ folder = pathlib.Path(sys.argv[1])
 for wheel in folder.glob("bitsandbytes-*.whl"):
     with zipfile.ZipFile(wheel) as files:
         for name in files.namelist():
-            if name.startswith("bitsandbytes/libbitsandbytes_cuda13"):
+            if name.startswith("bitsandbytes/libbitsandbytes_cuda130"):
                 (folder / pathlib.Path(name).name).write_bytes(files.read(name))
     wheel.unlink()
 PYTHON
       for package in libeigen3-dev nlohmann-json3-dev catch2; do
-        { dpkg -L "$package" 2>/dev/null || true; } | { grep -E '^/usr/(include|(share|lib)/.*cmake)/' || true; } | while read -r file; do
+        { dpkg -L "$package" 2>/dev/null || true; } | { grep -E '^/usr/(include|(share|lib)/.*cmake)/|[.]a$' || true; } | while read -r file; do
           [[ -f $file ]] && install -D -m 644 "$file" "$peers$file"
         done
       done
