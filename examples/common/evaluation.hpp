@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <chrono>
 #include <functional>
 #include <numeric>
 #include <span>
@@ -28,6 +29,9 @@ struct RankResult {
   Index rank = 0;                      // 0: the base model
   double loss = 0.0;                   // nats a scored token
   std::vector<double> example_losses;  // the same of each example, for paired comparisons
+  std::vector<double> example_tokens;  // scored in each example
+  Index parameters = 0;                // of the adapter at this rank
+  double token_seconds = 0.0;          // to write one token
   Index answers = 0;                   // asked
   Index correct = 0;                   // exact match of the final answer
   std::vector<std::string> texts;      // the first answers written
@@ -60,6 +64,7 @@ std::vector<RankResult> evaluate_losses(
             ++count;
           }
         result.example_losses.push_back(count > 0 ? own / static_cast<double>(count) : 0.0);
+        result.example_tokens.push_back(static_cast<double>(count));
         sum += own;
         scored += count;
       }
@@ -68,6 +73,25 @@ std::vector<RankResult> evaluate_losses(
     results.push_back(std::move(result));
   }
   return results;
+}
+
+/// Parameters at each rank, and the seconds that one token takes, alone in its batch: the fewest of three runs.
+template <class T, class Backend>
+void measure_costs(Decoder<T, Backend>& model, std::vector<RankResult>& results) {
+  constexpr Index tokens = 16, rounds = 3;
+  const std::vector<std::vector<std::int32_t>> prompts = {{0}};
+  for (auto& result : results) {
+    model.for_each_linear([&](const auto& linear) {
+      result.parameters += std::min(result.rank, linear.adapter().max_rank()) * (linear.in() + linear.out());
+    });
+    for (Index round = 0; round < rounds; ++round) {
+      const auto start = std::chrono::steady_clock::now();
+      generate(model, std::span<const std::vector<std::int32_t>>(prompts), RankPlan::uniform(result.rank), {.max_tokens = tokens});
+      const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - start;
+      const double each = taken.count() / static_cast<double>(tokens);
+      result.token_seconds = round == 0 ? each : std::min(result.token_seconds, each);
+    }
+  }
 }
 
 /// The first `count` examples that ask, with a prompt that leaves room for an answer in `length` tokens.

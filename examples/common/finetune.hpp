@@ -244,6 +244,7 @@ int finetune(const FinetuneOptions& o, OpenModel& model, const FinetuneData& dat
     return 130;
   }
 
+  measure_costs(decoder, report.ranks);
   print_table(report.ranks);
   if (!data.questions.empty()) show_answers(report.ranks, data.questions);
   const std::size_t peak = device.peak();

@@ -1,6 +1,7 @@
 // The report of a fine-tuning run: a table for people, JSON and CSV for programs, an SVG picture of quality over rank.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <filesystem>
@@ -10,6 +11,7 @@
 
 #include <qdylora/io/file.hpp>
 #include <qdylora/io/json.hpp>
+#include <qdylora/model/rank_report.hpp>
 
 #include "evaluation.hpp"
 #include "progress.hpp"
@@ -24,18 +26,54 @@ struct RunReport {
   RunHistory history;
 };
 
+/// Of the adapter's ranks, the one of the lowest loss.
+inline const RankResult& best_rank(const std::vector<RankResult>& ranks) {
+  return *std::min_element(ranks.begin() + 1, ranks.end(), [](const RankResult& a, const RankResult& b) { return a.loss < b.loss; });
+}
+inline Interval above_best(const RankResult& r, const RankResult& best) {
+  return paired_difference(r.example_losses, best.example_losses, r.example_tokens);
+}
+
+/// Of the curve of loss over rank.
+struct RankSummary {
+  static constexpr double share = 0.95;
+  double area_linear = 0.0, area_log2 = 0.0;
+  Index enough = 0;  // the smallest rank that keeps `share` of the best one's gain
+
+  explicit RankSummary(const std::vector<RankResult>& results) {
+    std::vector<Index> ranks;
+    std::vector<double> losses;
+    for (std::size_t i = 1; i < results.size(); ++i) {
+      ranks.push_back(results[i].rank);
+      losses.push_back(results[i].loss);
+    }
+    area_linear = area_under_ranks(ranks, losses, RankScale::linear);
+    area_log2 = area_under_ranks(ranks, losses, RankScale::log2);
+    enough = smallest_rank_keeping(share, results.front().loss, ranks, losses);
+  }
+};
+
 inline double accuracy(const RankResult& r) {
   return r.answers > 0 ? static_cast<double>(r.correct) / static_cast<double>(r.answers) : 0.0;
 }
 
 inline void print_table(const std::vector<RankResult>& ranks) {
-  const bool answers = !ranks.empty() && ranks.front().answers > 0;
-  std::printf("\n  %8s  %8s  %10s%s\n", "rank", "loss", "perplexity", answers ? "  exact match" : "");
+  const bool answers = ranks.front().answers > 0;
+  const auto& best = best_rank(ranks);
+  std::printf("\n  %4s %8s %10s  %-27s%s %10s %9s\n", "rank", "loss", "perplexity", "above the best, 95 %", answers ? " exact match" : "",
+              "parameters", "ms/token");
   for (const auto& r : ranks) {
-    std::printf("  %8s  %8.4f  %10.3f", r.rank == 0 ? "base" : std::to_string(r.rank).c_str(), r.loss, std::exp(r.loss));
-    if (answers) std::printf("  %4lld / %-4lld", static_cast<long long>(r.correct), static_cast<long long>(r.answers));
-    std::printf("\n");
+    const auto above = above_best(r, best);
+    char difference[64] = "best";
+    if (&r != &best) std::snprintf(difference, sizeof difference, "%+.4f [%+.4f, %+.4f]", above.value, above.low, above.high);
+    std::printf("  %4s %8.4f %10.3f  %-27s", r.rank == 0 ? "base" : std::to_string(r.rank).c_str(), r.loss, std::exp(r.loss), difference);
+    if (answers) std::printf(" %5lld / %-3lld", static_cast<long long>(r.correct), static_cast<long long>(r.answers));
+    std::printf(" %8.2f M %9.2f\n", static_cast<double>(r.parameters) / 1e6, 1e3 * r.token_seconds);
   }
+  const RankSummary summary(ranks);
+  if (summary.enough > 0)
+    std::printf("  rank %lld keeps %.0f %% of what the best rank, %lld, gains\n", static_cast<long long>(summary.enough),
+                100.0 * RankSummary::share, static_cast<long long>(best.rank));
 }
 
 inline void write_text(const std::filesystem::path& path, const std::string& text) {
@@ -45,20 +83,27 @@ inline void write_text(const std::filesystem::path& path, const std::string& tex
 inline void write_report(const std::filesystem::path& folder, const RunReport& report) {
   Json json = report.settings;
   json["ranks"] = Json::array();
-  std::string csv = "rank,loss,perplexity,answers,correct\n";
+  const auto& best = best_rank(report.ranks);
+  std::string csv = "rank,loss,perplexity,above_best,low,high,answers,correct,parameters,ms_per_token\n";
   Series loss{"adapter", {}}, match{"adapter", {}};
   double base_loss = 0.0, base_match = 0.0;
   bool answers = false;
   for (const auto& r : report.ranks) {
+    const auto above = above_best(r, best);
     json["ranks"].push_back({{"rank", r.rank},
                              {"loss", r.loss},
                              {"perplexity", std::exp(r.loss)},
+                             {"above_best", {{"value", above.value}, {"low", above.low}, {"high", above.high}}},
                              {"answers", r.answers},
                              {"correct", r.correct},
-                             {"example_losses", r.example_losses}});
-    char line[160];
-    std::snprintf(line, sizeof line, "%lld,%.6f,%.6f,%lld,%lld\n", static_cast<long long>(r.rank), r.loss, std::exp(r.loss),
-                  static_cast<long long>(r.answers), static_cast<long long>(r.correct));
+                             {"parameters", r.parameters},
+                             {"ms_per_token", 1e3 * r.token_seconds},
+                             {"example_losses", r.example_losses},
+                             {"example_tokens", r.example_tokens}});
+    char line[256];
+    std::snprintf(line, sizeof line, "%lld,%.6f,%.6f,%.6f,%.6f,%.6f,%lld,%lld,%lld,%.4f\n", static_cast<long long>(r.rank), r.loss,
+                  std::exp(r.loss), above.value, above.low, above.high, static_cast<long long>(r.answers),
+                  static_cast<long long>(r.correct), static_cast<long long>(r.parameters), 1e3 * r.token_seconds);
     csv += line;
     answers |= r.answers > 0;
     if (r.rank == 0) {
@@ -69,6 +114,10 @@ inline void write_report(const std::filesystem::path& folder, const RunReport& r
       match.points.emplace_back(static_cast<double>(r.rank), accuracy(r));
     }
   }
+  const RankSummary summary(report.ranks);
+  json["mean_loss_over_rank"] = summary.area_linear;
+  json["mean_loss_over_log2_rank"] = summary.area_log2;
+  json["smallest_rank_keeping_95_percent"] = summary.enough;
   json["tokens"] = report.history.tokens;
   json["training_seconds"] = report.history.seconds;
   json["tokens_per_second"] = report.history.tokens_per_second();

@@ -197,7 +197,22 @@ TEST_CASE("programs: finetune writes its report and an adapter that loads") {
   CHECK(bytes("adapters") == 4 * report.at("adapter_parameters").get<std::size_t>());
   CHECK(bytes("process") < report.at("peak_memory_bytes").get<std::size_t>());
   CHECK(result.out.find(" MB planned, ") != std::string::npos);
-  CHECK(test::read_file(out / "report.csv").starts_with("rank,loss,perplexity,answers,correct\n0,"));
+  // The last rank's parameters are the adapter's; what a rank is above the best, its interval holds; the best is above itself by nothing.
+  CHECK(report.at("ranks")[3].at("parameters") == report.at("adapter_parameters"));
+  double least = report.at("ranks")[0].at("above_best").at("value").get<double>();
+  CHECK(least > 0.0);
+  for (const auto& rank : report.at("ranks")) {
+    const auto& above = rank.at("above_best");
+    const auto value = above.at("value").get<double>();
+    CHECK(above.at("low").get<double>() <= value);
+    CHECK(above.at("high").get<double>() >= value);
+    CHECK(rank.at("ms_per_token").get<double>() > 0.0);
+    least = std::min(least, value);
+  }
+  CHECK(least == 0.0);
+  CHECK(report.at("smallest_rank_keeping_95_percent").get<Index>() >= 1);
+  CHECK(test::read_file(out / "report.csv")
+            .starts_with("rank,loss,perplexity,above_best,low,high,answers,correct,parameters,ms_per_token\n0,"));
   CHECK(test::read_file(out / "ranks.svg").find("</svg>") != std::string::npos);
   const auto adapter = qd::load_peft_adapter(out / "adapter");
   CHECK(adapter.modules.size() == 21);
