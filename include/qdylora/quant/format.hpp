@@ -62,7 +62,7 @@ struct NF4 {
   static constexpr std::array<std::uint8_t, 16> ascending = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};  // codes by value
   static constexpr auto thresholds = detail::midpoints(values);
 
-  QDYLORA_HD static constexpr std::uint8_t encode(float v) noexcept { return detail::thresholds_below(v, thresholds); }
+  static constexpr std::uint8_t encode(float v) noexcept { return detail::thresholds_below(v, thresholds); }
 };
 
 struct FP4 {
@@ -79,7 +79,7 @@ struct FP4 {
     return detail::midpoints(sorted);
   }();
 
-  QDYLORA_HD static constexpr std::uint8_t encode(float v) noexcept { return ascending[detail::thresholds_below(v, thresholds)]; }
+  static constexpr std::uint8_t encode(float v) noexcept { return ascending[detail::thresholds_below(v, thresholds)]; }
 };
 
 struct INT4 {
