@@ -1,5 +1,5 @@
-// Normalization form C (Unicode Standard Annex 15), which some tokenizers apply to a text before they cut it. Of Unicode 15.1. Long for
-// its tables.
+// Normalization form C (Unicode Standard Annex 15), which some tokenizers apply to a text before they cut it. Of Unicode 15.1. Long because
+// of its tables.
 #pragma once
 
 #include <algorithm>
