@@ -135,18 +135,40 @@ TEST_CASE("a Falcon's config.json is read, also in the words of the first releas
     CHECK(c.rope_layout == qd::RopeLayout::half_split);
     CHECK(c.tied_head);
   };
-  const qd::Json small = {{"model_type", "falcon"},     {"vocab_size", 65024}, {"hidden_size", 4544}, {"num_hidden_layers", 32},
-                          {"num_attention_heads", 71}, {"num_kv_heads", 71},  {"alibi", false},      {"bias", false},
-                          {"multi_query", true},       {"parallel_attn", true}, {"new_decoder_architecture", false}};
+  const qd::Json small = {{"model_type", "falcon"},
+                          {"vocab_size", 65024},
+                          {"hidden_size", 4544},
+                          {"num_hidden_layers", 32},
+                          {"num_attention_heads", 71},
+                          {"num_kv_heads", 71},
+                          {"alibi", false},
+                          {"bias", false},
+                          {"multi_query", true},
+                          {"parallel_attn", true},
+                          {"new_decoder_architecture", false}};
   expect(read(small), 32, 1, 64, true);
-  const qd::Json large = {{"model_type", "falcon"}, {"vocab_size", 65024}, {"hidden_size", 8192}, {"num_hidden_layers", 60},
-                          {"num_attention_heads", 128}, {"num_kv_heads", 8}, {"new_decoder_architecture", true}};
+  const qd::Json large = {{"model_type", "falcon"},          {"vocab_size", 65024},        {"hidden_size", 8192},
+                          {"num_hidden_layers", 60},         {"num_attention_heads", 128}, {"num_kv_heads", 8},
+                          {"new_decoder_architecture", true}};
   expect(read(large), 60, 8, 64, false);
-  expect(read({{"model_type", "RefinedWebModel"}, {"vocab_size", 65024}, {"hidden_size", 4544}, {"n_layer", 32}, {"n_head", 71},
-               {"multi_query", true}, {"parallel_attn", true}, {"alibi", false}, {"layer_norm_epsilon", 1e-5}}),
+  expect(read({{"model_type", "RefinedWebModel"},
+               {"vocab_size", 65024},
+               {"hidden_size", 4544},
+               {"n_layer", 32},
+               {"n_head", 71},
+               {"multi_query", true},
+               {"parallel_attn", true},
+               {"alibi", false},
+               {"layer_norm_epsilon", 1e-5}}),
          32, 1, 64, true);
-  expect(read({{"model_type", "RefinedWeb"}, {"vocab_size", 65024}, {"hidden_size", 8192}, {"n_layer", 60}, {"n_head", 128},
-               {"n_head_kv", 8}, {"parallel_attn", true}, {"alibi", false}}),
+  expect(read({{"model_type", "RefinedWeb"},
+               {"vocab_size", 65024},
+               {"hidden_size", 8192},
+               {"n_layer", 60},
+               {"n_head", 128},
+               {"n_head_kv", 8},
+               {"parallel_attn", true},
+               {"alibi", false}}),
          60, 8, 64, false);
   auto changed = large;
   changed["num_ln_in_parallel_attn"] = 1;
@@ -180,7 +202,8 @@ TEST_CASE("a Falcon's config.json that makes no model is refused, and the key an
     CHECK(error->file() == (folder / "config.json").native());
     CHECK(std::string(error->what()).find(word) != std::string::npos);
   };
-  for (const char* key : {"vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"}) bad([&](auto& j) { j.erase(key); }, key);
+  for (const char* key : {"vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"})
+    bad([&](auto& j) { j.erase(key); }, key);
   for (const char* key : {"vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_kv_heads", "ffn_hidden_size",
                           "num_ln_in_parallel_attn", "max_position_embeddings"})
     for (const qd::Json& value : {qd::Json(0), qd::Json(-4), qd::Json(4.5), qd::Json("4")}) bad([&](auto& j) { j[key] = value; }, key);
@@ -265,8 +288,7 @@ TEST_CASE("a quantized Falcon trains to the same bytes on 1, 2 and 3 threads, an
       qd::Trainer<float> trainer(model, {.recipe = recipe, .ranks = ranks, .steps = 12, .lr = 5e-3, .warmup_steps = 2});
       const auto held_back = test::counting_batch(257, 4, 16, 900);
       const auto before = trainer.losses_by_rank(held_back);
-      while (!trainer.done())
-        trainer.step(test::counting_batch(257, 5, 16, 50 + static_cast<std::uint64_t>(trainer.step_count())));
+      while (!trainer.done()) trainer.step(test::counting_batch(257, 5, 16, 50 + static_cast<std::uint64_t>(trainer.step_count())));
       const auto after = trainer.losses_by_rank(held_back);
       for (std::size_t i = 0; i < 3; ++i) CHECK(after[i] < before[i]);
       CHECK(after[3] == before[3]);  // the base, without adapter

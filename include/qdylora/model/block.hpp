@@ -27,9 +27,9 @@ struct BlockWeights {
 /// The tokens of a pass: whole sequences, or, where there are caches, one token of each.
 template <class T, MemoryResource Memory>
 struct BlockTokens {
-  std::span<const Index> offsets;                   // cut the tokens into sequences
-  std::span<const std::int32_t> positions;          // of each token in its sequence
-  MatrixView<const Accumulator<T>> rope_table;      // [positions, head_dim]
+  std::span<const Index> offsets;                                         // cut the tokens into sequences
+  std::span<const std::int32_t> positions;                                // of each token in its sequence
+  MatrixView<const Accumulator<T>> rope_table;                            // [positions, head_dim]
   std::span<Matrix<T, Memory>* const> key_caches = {}, value_caches = {};  // of each sequence [capacity, kv_width]: tokens join them
 };
 
@@ -41,8 +41,8 @@ struct BlockContext {
   using Memory = typename Backend::Memory;
   using Linear = DynamicLoRALinear<T, Backend, AnyFormat>;
 
-  Matrix<Acc, Memory> attention_norm, mlp_norm, lse;      // statistics, a few numbers a token
-  Matrix<T, Memory> q, k, v, attended, mid, gate, up;     // mid and gate are Llama's alone
+  Matrix<Acc, Memory> attention_norm, mlp_norm, lse;   // statistics, a few numbers a token
+  Matrix<T, Memory> q, k, v, attended, mid, gate, up;  // mid and gate are Llama's alone
   std::vector<typename Linear::Context> linear;
 
   std::size_t bytes() const noexcept {
@@ -81,9 +81,9 @@ class BlockSteps {
       : config_(config), weights_(std::move(weights)), backend_(backend) {
     const auto shapes = config.linears();
     const std::string prefix = config.block_name(index);
-    QDYLORA_EXPECTS(weights_->linear.size() == shapes.size() && weights_->bias.size() == shapes.size(), shape_mismatch,
-                    prefix + ": expected " + std::to_string(shapes.size()) + " linear weights, found " +
-                        std::to_string(weights_->linear.size()));
+    QDYLORA_EXPECTS(
+        weights_->linear.size() == shapes.size() && weights_->bias.size() == shapes.size(), shape_mismatch,
+        prefix + ": expected " + std::to_string(shapes.size()) + " linear weights, found " + std::to_string(weights_->linear.size()));
     linear_.reserve(shapes.size());
     for (std::size_t i = 0; i < shapes.size(); ++i) {
       auto options = lora;
@@ -177,8 +177,8 @@ class BlockSteps {
       keys.push_back(as_const(key_cache).top_rows(at + 1));
       values.push_back(as_const(value_cache).top_rows(at + 1));
     }
-    backend_.attention_decode(as_const(context.q), std::span<const MatrixView<const T>>(keys),
-                              std::span<const MatrixView<const T>>(values), config_.heads, context.attended.view());
+    backend_.attention_decode(as_const(context.q), std::span<const MatrixView<const T>>(keys), std::span<const MatrixView<const T>>(values),
+                              config_.heads, context.attended.view());
   }
 
   std::vector<Linear> linear_;

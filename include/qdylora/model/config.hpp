@@ -22,12 +22,12 @@ struct LinearShape {
 
 struct DecoderConfig {
   Architecture architecture = Architecture::llama;
-  Index vocab = 0;      // rows of the embedding
-  Index width = 0;      // features of the residual stream
+  Index vocab = 0;  // rows of the embedding
+  Index width = 0;  // features of the residual stream
   Index mlp_width = 0;
   Index layers = 0;
-  HeadShape heads;      // heads * head_dim need not equal width
-  Index context = 0;    // longest sequence
+  HeadShape heads;    // heads * head_dim need not equal width
+  Index context = 0;  // longest sequence
   double rope_base = 10000.0;
   RopeLayout rope_layout = RopeLayout::half_split;
   float norm_epsilon = 1e-5f;
@@ -45,14 +45,12 @@ struct DecoderConfig {
               {"self_attention.dense", width, q},
               {"mlp.dense_h_to_4h", mlp_width, width},
               {"mlp.dense_4h_to_h", width, mlp_width}};
-    return {{"self_attn.q_proj", q, width},      {"self_attn.k_proj", kv, width},   {"self_attn.v_proj", kv, width},
-            {"self_attn.o_proj", width, q},      {"mlp.gate_proj", mlp_width, width}, {"mlp.up_proj", mlp_width, width},
+    return {{"self_attn.q_proj", q, width},     {"self_attn.k_proj", kv, width},     {"self_attn.v_proj", kv, width},
+            {"self_attn.o_proj", width, q},     {"mlp.gate_proj", mlp_width, width}, {"mlp.up_proj", mlp_width, width},
             {"mlp.down_proj", width, mlp_width}};
   }
   /// Hugging Face's checkpoints and PEFT's adapters name a layer "<block_names><index>.<name within the block>".
-  std::string_view block_names() const noexcept {
-    return architecture == Architecture::falcon ? "transformer.h." : "model.layers.";
-  }
+  std::string_view block_names() const noexcept { return architecture == Architecture::falcon ? "transformer.h." : "model.layers."; }
   std::string block_name(Index index) const { return std::string(block_names()) + std::to_string(index) + "."; }
   /// Linear weights of the blocks, which are the ones that are quantized.
   Index linear_weights() const {

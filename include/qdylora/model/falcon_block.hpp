@@ -24,8 +24,8 @@ class FalconBlock : public BlockSteps<T, Backend> {
   using Base = BlockSteps<T, Backend>;
 
  public:
-  using typename Base::Context, typename Base::Memory, typename Base::Tokens, typename Base::Workspace;
   using Base::Base;
+  using typename Base::Context, typename Base::Memory, typename Base::Tokens, typename Base::Workspace;
 
   /// y = block(x), both [tokens, width]; y may not be x.
   void forward(MatrixView<const T> x, const Tokens& tokens, MatrixView<T> y, Context& context, Workspace& work) const {
@@ -34,9 +34,8 @@ class FalconBlock : public BlockSteps<T, Backend> {
     context.q.resize(x.rows, config_.query_width());
     context.k.resize(x.rows, config_.kv_width());
     context.v.resize(x.rows, config_.kv_width());
-    for_each_part(context.q, context.k, context.v, work.fused, [&](MatrixView<T> part, MatrixView<const T> of_fused) {
-      backend_.copy(of_fused, part);
-    });
+    for_each_part(context.q, context.k, context.v, work.fused,
+                  [&](MatrixView<T> part, MatrixView<const T> of_fused) { backend_.copy(of_fused, part); });
     attend(tokens, context);
     if (!config_.shared_norm) normalize(x, weights_->mlp_norm, context.mlp_norm, work);
     apply(dense_h_to_4h, as_const(work.normed), context.up, context);
@@ -66,9 +65,8 @@ class FalconBlock : public BlockSteps<T, Backend> {
     back(dense, d, as_const(context.attended), work.d_wide.view(), context);
     attend_backward(tokens, as_const(work.d_wide), context, work);
     work.fused.resize(rows, config_.query_width() + 2 * config_.kv_width());
-    for_each_part(work.dq, work.dk, work.dv, work.fused, [&](MatrixView<const T> part, MatrixView<T> of_fused) {
-      backend_.copy(part, of_fused);
-    });
+    for_each_part(work.dq, work.dk, work.dv, work.fused,
+                  [&](MatrixView<const T> part, MatrixView<T> of_fused) { backend_.copy(part, of_fused); });
     if (!config_.shared_norm) normalize(x, weights_->attention_norm, context.attention_norm, work);
     back(query_key_value, as_const(work.fused), as_const(work.normed), want_dx ? work.part.view() : none, context);
     if (!want_dx) return;

@@ -17,8 +17,8 @@ class LlamaBlock : public BlockSteps<T, Backend> {
   using Base = BlockSteps<T, Backend>;
 
  public:
-  using typename Base::Context, typename Base::Tokens, typename Base::Workspace;
   using Base::Base;
+  using typename Base::Context, typename Base::Tokens, typename Base::Workspace;
 
   /// y = block(x), both [tokens, width]; y may not be x.
   void forward(MatrixView<const T> x, const Tokens& tokens, MatrixView<T> y, Context& context, Workspace& work) const {
@@ -53,7 +53,7 @@ class LlamaBlock : public BlockSteps<T, Backend> {
     back(up, as_const(context.up), as_const(work.normed), work.part.view(), context);
     backend_.add(as_const(work.part), work.d_normed.view());
     normalize_backward(backend_, as_const(work.d_normed), as_const(context.mid), weights_->mlp_norm, context.mlp_norm, d,
-                          Update::accumulate);
+                       Update::accumulate);
     // mid = x + o(attended)
     work.d_wide.resize(rows, config_.query_width());
     back(o, d, as_const(context.attended), work.d_wide.view(), context);
