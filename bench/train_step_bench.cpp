@@ -34,14 +34,14 @@ std::shared_ptr<const DecoderWeights<float>> random_weights(const Cpu& cpu) {
   };
   weights->embedding = quantize<INT8, Float32Scales>(bench::normal_matrix(c.vocab, c.width, 0.02f, 2).view(), {.block_size = 32});
   weights->final_norm = ones();
-  const auto shapes = c.linear_shapes();
+  const auto shapes = c.linears();
   for (Index i = 0; i < c.layers; ++i) {
-    auto block = std::make_shared<BlockWeights<float>>();
+    auto block = std::make_shared<BlockWeights<float>>(c);
     block->attention_norm = ones();
     block->mlp_norm = ones();
-    for (std::size_t p = 0; p < 7; ++p)
+    for (std::size_t p = 0; p < shapes.size(); ++p)
       block->linear[p] = make_base_weight(
-          shapes[p].first, shapes[p].second, {},
+          shapes[p].out, shapes[p].in, {},
           [&](Index, MatrixView<float> out) {
             for (Index r = 0; r < out.rows; ++r)
               for (Index j = 0; j < out.cols; ++j) out(r, j) = 0.02f * rng.normal();

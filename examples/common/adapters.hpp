@@ -14,7 +14,7 @@
 namespace qdylora::examples {
 
 /// f(layer, heads) for every linear layer: heads is what save_peft_adapter and assign take as rope_heads, which is 0 but for q and k in
-/// GGUF's rotary layout.
+/// GGUF's rotary layout, which only Llamas come in.
 template <class Model, class F>
 void for_each_adapter(Model& model, F&& f) {
   const auto& c = model.config();

@@ -28,7 +28,7 @@ class CpuDevice {
   void complete(MemoryOptions& options, const ModelShape& shape) const {
     options.process_bytes = static_cast<std::size_t>(memory_use().bytes);
     // Two weights' gradients by head, which attention sums up; the sums of a gradient through the head in eight parts.
-    const Index rows = std::max(options.tokens, options.forward_tokens), heads = shape.linears.front().first;
+    const Index rows = std::max(options.tokens, options.forward_tokens), heads = shape.linears.front().out;
     options.backend_bytes = static_cast<std::size_t>(options.training ? 2 * rows * heads * 4 + 8 * head_chunk * shape.width * 4 : 0);
   }
   /// The most memory so far, as the plan's total counts it.

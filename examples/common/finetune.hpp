@@ -170,10 +170,11 @@ int finetune(const FinetuneOptions& o, OpenModel& model, const FinetuneData& dat
   Decoder<T, Backend> decoder(weights, {.lora = lora, .checkpoint = o.checkpoint}, device.backend());
   Trainer<T, Backend> trainer(decoder, {.recipe = chosen, .ranks = ranks, .steps = o.steps, .lr = o.lr, .seed = o.seed});
   trainer.hold_back(to_batches(data.held_back, batch_tokens));
+  const Index linears = w.config.layers * static_cast<Index>(w.config.linears().size());
   Index trainable = 0;
   for (const auto& p : decoder.parameters()) trainable += p->value.size();
   std::printf("adapters   rank up to %lld on all %lld linear layers, %.1f M parameters, alpha %g, scale %s, recipe %s\n",
-              static_cast<long long>(ranks.max()), static_cast<long long>(7 * w.config.layers), static_cast<double>(trainable) / 1e6,
+              static_cast<long long>(ranks.max()), static_cast<long long>(linears), static_cast<double>(trainable) / 1e6,
               static_cast<double>(o.alpha), std::string(name(chosen.scale)).c_str(), o.recipe_name.c_str());
   std::fflush(stdout);
 

@@ -116,16 +116,18 @@ std::shared_ptr<const DecoderWeights<float>> load_llama2c(const std::filesystem:
     return matrix;
   };
   std::vector<std::shared_ptr<BlockWeights<float>>> blocks;
-  for (Index i = 0; i < c.layers; ++i) blocks.push_back(std::make_shared<BlockWeights<float>>());
-  const auto name = [](Index layer, const char* part) { return "layers." + std::to_string(layer) + "." + part; };
-  const auto norms = [&](Matrix<float> BlockWeights<float>::*norm, const char* part) {
+  for (Index i = 0; i < c.layers; ++i) blocks.push_back(std::make_shared<BlockWeights<float>>(c));
+  const auto shapes = c.linears();
+  const auto name = [](Index layer, std::string_view part) { return "layers." + std::to_string(layer) + "." + std::string(part); };
+  const auto norms = [&](NormWeights<float> BlockWeights<float>::*norm, const char* part) {
     for (Index i = 0; i < c.layers; ++i) (*blocks[static_cast<std::size_t>(i)]).*norm = dense(name(i, part), 1, c.width);
   };
-  const auto linears = [&](Projection projection, Index rows, Index cols) {
+  const auto linears = [&](Projection projection) {
     const auto p = static_cast<std::size_t>(projection);
+    const Index rows = shapes[p].out, cols = shapes[p].in;
     for (Index i = 0; i < c.layers; ++i) {
       const std::uint64_t begin = file.take(rows, cols);
-      const std::string tensor = name(i, projection_names[p]);
+      const std::string tensor = name(i, shapes[p].name);
       blocks[static_cast<std::size_t>(i)]->linear[p] = make_base_weight(
           rows, cols, options,
           [&](Index first, MatrixView<float> out) {
@@ -136,14 +138,14 @@ std::shared_ptr<const DecoderWeights<float>> load_llama2c(const std::filesystem:
   };
   weights->embedding = dense("embedding", c.vocab, c.width);
   norms(&BlockWeights<float>::attention_norm, "attention_norm");
-  linears(Projection::q, c.width, c.width);
-  linears(Projection::k, c.kv_width(), c.width);
-  linears(Projection::v, c.kv_width(), c.width);
-  linears(Projection::o, c.width, c.width);
+  linears(Projection::q);
+  linears(Projection::k);
+  linears(Projection::v);
+  linears(Projection::o);
   norms(&BlockWeights<float>::mlp_norm, "mlp_norm");
-  linears(Projection::gate, c.mlp_width, c.width);
-  linears(Projection::down, c.width, c.mlp_width);
-  linears(Projection::up, c.mlp_width, c.width);
+  linears(Projection::gate);
+  linears(Projection::down);
+  linears(Projection::up);
   weights->final_norm = dense("final_norm", 1, c.width);
   file.take(c.context, c.heads.head_dim);
   if (!c.tied_head) weights->head = dense("head", c.vocab, c.width);

@@ -63,13 +63,13 @@ inline HostWeights toy_weights(const DecoderConfig& c, BaseOptions options, cons
   };
   weights->embedding = normal(c.vocab, c.width, 0.3f);
   weights->final_norm = ones(c.width);
-  const auto shapes = c.linear_shapes();
+  const auto shapes = c.linears();
   for (Index i = 0; i < c.layers; ++i) {
-    auto block = std::make_shared<BlockWeights<float>>();
+    auto block = std::make_shared<BlockWeights<float>>(c);
     block->attention_norm = ones(c.width);
     block->mlp_norm = ones(c.width);
-    for (std::size_t p = 0; p < 7; ++p) {
-      const auto w = normal(shapes[p].first, shapes[p].second, 0.6f / std::sqrt(static_cast<float>(shapes[p].second)));
+    for (std::size_t p = 0; p < shapes.size(); ++p) {
+      const auto w = normal(shapes[p].out, shapes[p].in, 0.6f / std::sqrt(static_cast<float>(shapes[p].in)));
       block->linear[p] = make_base_weight(
           w.rows(), w.cols(), options, [&](Index first, MatrixView<float> out) { copy(w.view().middle_rows(first, out.rows), out); }, cpu);
     }

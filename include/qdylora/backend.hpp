@@ -349,7 +349,7 @@ concept HasActivation = requires(const B b, MatrixView<const T> x, MatrixView<T>
   b.swiglu(x, x, y);                 // y = silu(gate) * up,  silu(a) = a / (1 + e^-a)
   b.swiglu_backward(x, x, x, y, y);  // (dy, gate, up) -> dgate, dup; may be in place of gate and up
   b.gelu(x, y);                      // y = x * Phi(x), the exact (erf) form
-  b.gelu_backward(x, x, y);          // (dy, x) -> dx
+  b.gelu_backward(x, x, y);          // (dy, x) -> dx; may be in place of x
 };
 
 template <class B, class T>

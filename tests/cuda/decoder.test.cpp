@@ -60,8 +60,11 @@ TEMPLATE_TEST_CASE("a model has the losses and gradients on the device that it h
     qd::BaseOptions base;
     bool biases, checkpoint;
   };
+  auto falcon_of_blocks = config_of_blocks();
+  falcon_of_blocks.architecture = qd::Architecture::falcon;
   for (const auto& [config, base, biases, checkpoint] :
-       {Case{test::tiny_config(), {.format = qd::BaseFormat::float32}, true, false}, Case{config_of_blocks(), nf4, false, true}}) {
+       {Case{test::tiny_config(), {.format = qd::BaseFormat::float32}, true, false}, Case{config_of_blocks(), nf4, false, true},
+        Case{test::tiny_falcon_config(1), {.format = qd::BaseFormat::float32}, true, false}, Case{falcon_of_blocks, nf4, false, true}}) {
     const std::shared_ptr<const qd::DecoderWeights<Acc>> weights = test::tiny_weights<Acc>(config, biases, base);
     const qd::DecoderOptions options{.lora = {.max_rank = 8, .alpha = 4, .seed = 2}, .checkpoint = checkpoint};
     qd::Decoder<T> here(weights, options, Cpu(1));

@@ -392,6 +392,32 @@ TEST_CASE("programs: a merged model has the logits of its adapter at that rank")
   CHECK(run("merge", quoted(folder / "half") + " " + adapter + " " + quoted(folder / "half")).status == 2);
 }
 
+TEST_CASE("programs: evaluate's logits of Falcons are those of transformers and PEFT") {
+  if (!built("evaluate")) SKIP("evaluate has not been built");
+  const test::TemporaryFolder folder;
+  for (const std::string name : {"falcon_7b", "falcon_40b", "falcon_11b", "falcon_biased"}) {
+    const auto golden = test::golden(name);
+    const qd::SafetensorsFile io(golden / "io.safetensors");
+    const auto ids = test::load<std::int32_t>(io, "input_ids");
+    std::string list;
+    for (std::size_t i = 0; i < 10; ++i) list += (i > 0 ? "," : "") + std::to_string(ids[i]);
+    for (const auto& [rank, tensor] : {std::pair("4", "logits"), std::pair("2", "logits_rank2")}) {
+      const auto result = run("evaluate", "--model " + quoted(golden) + " --base-format float32 --adapter " + quoted(golden / "adapter") +
+                                              " --rank " + rank + " --ids " + list + " --logits " + quoted(folder / "logits"));
+      CAPTURE(name, rank, result.err);
+      REQUIRE(result.status == 0);
+      const auto logits = qd::SafetensorsFile(folder / "logits").matrix("logits");
+      const auto expected = test::load<float>(io, tensor);  // [2, 10, 48], the first sequence
+      REQUIRE(logits.rows() == 10);
+      REQUIRE(logits.cols() == 48);
+      double worst = 0.0;
+      for (Index i = 0; i < logits.size(); ++i)
+        worst = std::max(worst, std::fabs(static_cast<double>(logits.data()[i] - expected[static_cast<std::size_t>(i)])));
+      CHECK(worst < 1e-4);
+    }
+  }
+}
+
 TEST_CASE("programs: quantize writes bitsandbytes' keys and copies the rest") {
   if (!built("quantize")) SKIP("quantize has not been built");
   const test::TemporaryFolder folder;

@@ -203,13 +203,13 @@ TEST_CASE("transformers and PEFT compute our logits from saved adapters, whichev
   models[0]->config = config;
   models[1]->embedding = qd::clone(models[0]->embedding.get<qd::Matrix<float>>().view());
   models[1]->head = qd::clone(models[0]->head.get<qd::Matrix<float>>().view());
-  models[1]->final_norm = qd::clone(models[0]->final_norm.view());
+  models[1]->final_norm = qd::clone(models[0]->final_norm.weight.view());
   models[1]->config = config;
   models[1]->config.rope_layout = qd::RopeLayout::interleaved;
   const std::pair<Index, Index> shapes[7] = {{40, 32}, {20, 32}, {20, 32}, {32, 40}, {48, 32}, {48, 32}, {32, 48}};
   for (Index layer = 0; layer < config.layers; ++layer) {
     const std::string prefix = "model.layers." + std::to_string(layer) + ".";
-    const auto blocks = std::array{std::make_shared<qd::BlockWeights<float>>(), std::make_shared<qd::BlockWeights<float>>()};
+    const auto blocks = std::array{std::make_shared<qd::BlockWeights<float>>(config), std::make_shared<qd::BlockWeights<float>>(config)};
     const auto input_norm = random(prefix + "input_layernorm.weight", 1, 32, 0.1, 1.0f);
     const auto mlp_norm = random(prefix + "post_attention_layernorm.weight", 1, 32, 0.1, 1.0f);
     for (const auto& block : blocks) {
@@ -217,7 +217,7 @@ TEST_CASE("transformers and PEFT compute our logits from saved adapters, whichev
       block->mlp_norm = qd::clone(mlp_norm.view());
     }
     for (std::size_t p = 0; p < 7; ++p) {
-      auto weight = random(prefix + qd::projection_names[p] + ".weight", shapes[p].first, shapes[p].second, 0.2);
+      auto weight = random(prefix + std::string(config.linears()[p].name) + ".weight", shapes[p].first, shapes[p].second, 0.2);
       auto other = qd::clone(weight.view());
       if (p < 2) {
         const Index d = config.heads.head_dim;

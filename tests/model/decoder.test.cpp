@@ -148,21 +148,45 @@ TEST_CASE("so do those of a decoder with as many key-value heads as heads, or on
   }
 }
 
-TEST_CASE("checkpointing changes no bit in float32 and keeps less") {
-  const auto weights = test::tiny_weights<float>(test::small_config(), true, {});
-  const auto batch = test::random_batch(257, {40, 20}, 1);
-  const qd::LoRAOptions lora{.max_rank = 8, .dropout = 0.1f};
-  qd::Decoder<float> plain(weights, {.lora = lora}), checkpointed(weights, {.lora = lora, .checkpoint = true});
-  for (auto* model : {&plain, &checkpointed}) test::randomize_adapters(*model, 0.1);
-  for (std::uint32_t step = 0; step < 2; ++step) {
-    for (auto* model : {&plain, &checkpointed}) {
-      model->set_training(true, step);
-      model->set_ranks(qd::RankPlan::per_row(std::vector<Index>{8, 3}));
+TEST_CASE("so do those of Falcons, at every rank, per row, with dropout, gates and biases") {
+  for (const Index kv_heads : {1, 2, 4})
+    for (const bool shared_norm : {true, false}) {
+      CAPTURE(kv_heads, shared_norm);
+      Case c;
+      c.config = test::tiny_falcon_config(kv_heads);
+      c.config.shared_norm = shared_norm;
+      for (const std::vector<Index>& ranks : std::vector<std::vector<Index>>{{0}, {1}, {2}, {3}, {3, 1}, {0, 2}}) {
+        c.ranks = ranks;
+        check_gradients(c);
+      }
+      c.config.tied_head = false;
+      c.biases = true;
+      c.lora.dropout = 0.3f;
+      c.lora.gated_ranks = {1, 3};
+      c.ranks = {3, 1};
+      check_gradients(c);
     }
-    CHECK(plain.loss_and_gradient(batch, 0.1) == checkpointed.loss_and_gradient(batch, 0.1));
-    CHECK(test::gradients(plain) == test::gradients(checkpointed));
+}
+
+TEST_CASE("checkpointing changes no bit in float32 and keeps less") {
+  auto falcon = test::small_config();
+  falcon.architecture = qd::Architecture::falcon;
+  for (const auto& config : {test::small_config(), falcon}) {
+    const auto weights = test::tiny_weights<float>(config, true, {});
+    const auto batch = test::random_batch(257, {40, 20}, 1);
+    const qd::LoRAOptions lora{.max_rank = 8, .dropout = 0.1f};
+    qd::Decoder<float> plain(weights, {.lora = lora}), checkpointed(weights, {.lora = lora, .checkpoint = true});
+    for (auto* model : {&plain, &checkpointed}) test::randomize_adapters(*model, 0.1);
+    for (std::uint32_t step = 0; step < 2; ++step) {
+      for (auto* model : {&plain, &checkpointed}) {
+        model->set_training(true, step);
+        model->set_ranks(qd::RankPlan::per_row(std::vector<Index>{8, 3}));
+      }
+      CHECK(plain.loss_and_gradient(batch, 0.1) == checkpointed.loss_and_gradient(batch, 0.1));
+      CHECK(test::gradients(plain) == test::gradients(checkpointed));
+    }
+    CHECK(checkpointed.activation_bytes() < plain.activation_bytes());
   }
-  CHECK(checkpointed.activation_bytes() < plain.activation_bytes());
 }
 
 TEST_CASE("gradients of two passes add up") {
@@ -208,7 +232,7 @@ TEST_CASE("logits, losses and streams of a batch belong together") {
     double logit = 0.0;
     for (Index j = 0; j < 12; ++j)
       logit +=
-          model.stream(2)(t, j) / std::sqrt(squares / 12 + 1e-5) * model.weights()->final_norm(0, j) * model.weights()->head.get<qd::Matrix<double>>()(4, j);
+          model.stream(2)(t, j) / std::sqrt(squares / 12 + 1e-5) * model.weights()->final_norm.weight(0, j) * model.weights()->head.get<qd::Matrix<double>>()(4, j);
     CHECK(logit == Approx(logits(t, 4)).epsilon(1e-6).margin(1e-8));
   }
 }
@@ -237,9 +261,9 @@ TEST_CASE("the two rotary layouts are one model with the rows of q and k in anot
   const auto interleaved = test::tiny_weights<double>(config);
   const Index head_dim = config.heads.head_dim;
   for (Index layer = 0; layer < config.layers; ++layer) {
-    auto block = std::make_shared<qd::BlockWeights<double>>();
-    block->attention_norm = test::tiny_norm<double>(config.width, 4 + 10 * static_cast<std::uint64_t>(layer));
-    block->mlp_norm = test::tiny_norm<double>(config.width, 5 + 10 * static_cast<std::uint64_t>(layer));
+    auto block = std::make_shared<qd::BlockWeights<double>>(config);
+    block->attention_norm = test::tiny_norm<double>(config, 4 + 10 * static_cast<std::uint64_t>(layer));
+    block->mlp_norm = test::tiny_norm<double>(config, 5 + 10 * static_cast<std::uint64_t>(layer));
     block->linear = half_split->blocks[static_cast<std::size_t>(layer)]->linear;
     for (std::size_t p = 0; p < 2; ++p) {  // q and k
       const auto rows = test::tiny_linear(config, layer, p);
@@ -298,7 +322,7 @@ TEST_CASE("a decoder of weights that do not fit its shape is refused") {
   };
   using Weights = qd::DecoderWeights<float>;
   refused([](Weights& w) { w.embedding = qd::Matrix<float>(16, 12); }, Errc::shape_mismatch, "embedding");
-  refused([](Weights& w) { w.final_norm.resize(1, 11); }, Errc::shape_mismatch, "final norm");
+  refused([](Weights& w) { w.final_norm.weight.resize(1, 11); }, Errc::shape_mismatch, "final norm");
   refused([](Weights& w) { w.config.tied_head = false; }, Errc::shape_mismatch, "head");
   refused([](Weights& w) { w.blocks.pop_back(); }, Errc::bad_config, "blocks");
   refused([](Weights& w) { w.config.mlp_width = 14; }, Errc::shape_mismatch, "model.layers.0.mlp.gate_proj");
@@ -312,7 +336,7 @@ TEST_CASE("a decoder of weights that do not fit its shape is refused") {
   refused([](Weights& w) { w.config.vocab = -1; }, Errc::bad_config, "vocabulary");
   refused(
       [](Weights& w) {
-        auto block = std::make_shared<qd::BlockWeights<float>>();
+        auto block = std::make_shared<qd::BlockWeights<float>>(w.config);
         block->linear = w.blocks[1]->linear;
         block->linear[3] = nullptr;
         w.blocks[1] = block;
@@ -320,7 +344,7 @@ TEST_CASE("a decoder of weights that do not fit its shape is refused") {
       Errc::shape_mismatch, "model.layers.1.self_attn.o_proj");
   refused(
       [](Weights& w) {
-        auto block = std::make_shared<qd::BlockWeights<float>>();
+        auto block = std::make_shared<qd::BlockWeights<float>>(w.config);
         block->linear = w.blocks[1]->linear;
         w.blocks[1] = block;
       },

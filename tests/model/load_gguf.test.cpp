@@ -49,12 +49,12 @@ struct Fixture {
     texts = {{"general.architecture", "llama"}};
     vector_or_matrix("token_embd.weight", w.embedding.get<Float>());
     if (!c.tied_head) vector_or_matrix("output.weight", w.head.get<Float>());
-    vector_or_matrix("output_norm.weight", w.final_norm);
+    vector_or_matrix("output_norm.weight", w.final_norm.weight);
     constexpr const char* names[] = {"attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"};
     for (std::size_t i = 0; i < w.blocks.size(); ++i) {
       const std::string prefix = "blk." + std::to_string(i) + ".";
-      vector_or_matrix(prefix + "attn_norm.weight", w.blocks[i]->attention_norm);
-      vector_or_matrix(prefix + "ffn_norm.weight", w.blocks[i]->mlp_norm);
+      vector_or_matrix(prefix + "attn_norm.weight", w.blocks[i]->attention_norm.weight);
+      vector_or_matrix(prefix + "ffn_norm.weight", w.blocks[i]->mlp_norm.weight);
       for (std::size_t p = 0; p < 7; ++p) {
         vector_or_matrix(prefix + names[p] + ".weight", std::get<Float>(w.blocks[i]->linear[p]->storage()));
         if (w.blocks[i]->bias[p].size() > 0) vector_or_matrix(prefix + names[p] + ".bias", w.blocks[i]->bias[p]);

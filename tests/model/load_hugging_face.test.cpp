@@ -41,14 +41,15 @@ Tensors tensors_of(const qd::DecoderWeights<float>& w) {
   };
   add("model.embed_tokens.weight", w.embedding.get<Float>());
   if (!w.config.tied_head) add("lm_head.weight", w.head.get<Float>());
-  add("model.norm.weight", w.final_norm);
+  add("model.norm.weight", w.final_norm.weight);
   for (std::size_t i = 0; i < w.blocks.size(); ++i) {
     const std::string prefix = "model.layers." + std::to_string(i) + ".";
-    add(prefix + "input_layernorm.weight", w.blocks[i]->attention_norm);
-    add(prefix + "post_attention_layernorm.weight", w.blocks[i]->mlp_norm);
+    add(prefix + "input_layernorm.weight", w.blocks[i]->attention_norm.weight);
+    add(prefix + "post_attention_layernorm.weight", w.blocks[i]->mlp_norm.weight);
     for (std::size_t p = 0; p < 7; ++p) {
-      add(prefix + qd::projection_names[p] + ".weight", std::get<Float>(w.blocks[i]->linear[p]->storage()));
-      if (w.blocks[i]->bias[p].size() > 0) add(prefix + qd::projection_names[p] + ".bias", w.blocks[i]->bias[p]);
+      const std::string name = prefix + std::string(w.config.linears()[p].name);
+      add(name + ".weight", std::get<Float>(w.blocks[i]->linear[p]->storage()));
+      if (w.blocks[i]->bias[p].size() > 0) add(name + ".bias", w.blocks[i]->bias[p]);
     }
   }
   return tensors;
@@ -273,7 +274,7 @@ TEST_CASE("a config.json that makes no model is refused, and the key or field is
       CAPTURE(key, value.dump());
       bad([&](auto& j) { j[key] = value; }, key);
     }
-  bad([](auto& j) { j["model_type"] = "falcon"; }, "falcon", Errc::unsupported);
+  bad([](auto& j) { j["model_type"] = "mpt"; }, "mpt", Errc::unsupported);
   bad([](auto& j) { j["hidden_act"] = "gelu"; }, "gelu", Errc::unsupported);
   bad([](auto& j) { j["rope_scaling"] = {{"rope_type", "llama3"}}; }, "llama3", Errc::unsupported);
   bad([](auto& j) { j["rope_parameters"] = {{"rope_theta", 1e4}, {"rope_type", "yarn"}}; }, "yarn", Errc::unsupported);

@@ -29,6 +29,8 @@ struct Case {
   BaseOptions base = {};
   bool tied = true, biases = false, checkpoint = false, eight_bits = false;
   float dropout = 0.0f;
+  Architecture architecture = Architecture::llama;
+  bool shared_norm = false;
 };
 
 template <class Optimizer>
@@ -44,16 +46,21 @@ TEST_CASE("A memory plan is what memory is asked for, byte by byte", "[memory_pl
                         {.base = {.format = BaseFormat::nf4, .double_quant = false}, .tied = false},
                         {.base = {.format = BaseFormat::fp8, .block_size = 128}, .biases = true, .checkpoint = true},
                         {.base = {.format = BaseFormat::int4}, .checkpoint = true, .eight_bits = true, .dropout = 0.1f},
-                        {.base = {.format = BaseFormat::float32}, .dropout = 0.1f}};
+                        {.base = {.format = BaseFormat::float32}, .dropout = 0.1f},
+                        {.biases = true, .dropout = 0.1f, .architecture = Architecture::falcon},
+                        {.checkpoint = true, .architecture = Architecture::falcon, .shared_norm = true}};
   for (const Case& c : cases) {
     auto config = test::small_config();
     config.tied_head = c.tied;
+    config.architecture = c.architecture;
+    config.shared_norm = c.shared_norm;
+    CAPTURE(static_cast<int>(c.architecture), c.shared_norm);
     CAPTURE(std::string(name(c.base.format)), c.tied, c.biases, c.checkpoint, c.dropout);
     const auto host_weights = test::tiny_weights<float>(config, c.biases, c.base);
     const auto batch = test::random_batch(config.vocab, {21, 40, 3}, 5, 7);
     auto shape = model_shape(config);
     if (c.biases)
-      for (const auto& [out, in] : shape.linears) shape.biases += out;
+      for (const auto& linear : shape.linears) shape.biases += linear.out;
     MemoryOptions options;
     options.base = c.base;
     options.max_rank = 48;
@@ -177,20 +184,15 @@ TEST_CASE("Paged moments are the host's", "[memory_plan]") {
 // layer norms a block, adapters of rank 64 on all four linear layers. The reference is arithmetic on the published shapes, which counts no
 // stream after the last block.
 TEST_CASE("A training step of Falcon-40b by its shapes", "[memory_plan]") {
-  constexpr Index width = 8192, mlp = 32768, kv = 512, fused = 9216;
-  ModelShape falcon;
-  falcon.vocab = 65024;
-  falcon.width = width;
-  falcon.layers = 60;
-  falcon.linears = {{fused, width}, {width, width}, {mlp, width}, {width, mlp}};
-  falcon.norms = 4 * width;
-  falcon.final_norms = 2 * width;
-  falcon.kv_width = kv;
-  falcon.head_dim = 64;
-  falcon.kept = fused + width + mlp;  // query_key_value, attended, dense_h_to_4h
-  falcon.kept_accumulators = 4 + 128;
-  falcon.forward_temporaries = 2 * width + mlp + fused;
-  falcon.backward_temporaries = mlp + 3 * width + fused;
+  DecoderConfig config;
+  config.architecture = Architecture::falcon;
+  config.vocab = 65024;
+  config.width = 8192;
+  config.mlp_width = 4 * config.width;
+  config.layers = 60;
+  config.heads = {.heads = 128, .kv_heads = 8, .head_dim = 64};
+  config.context = 2048;
+  const auto falcon = model_shape(config);
   CHECK(falcon.linear_weights() == 40'768'634'880);
   CHECK(falcon.adapter_numbers(64) == 444'334'080);
 
@@ -214,8 +216,9 @@ TEST_CASE("A training step of Falcon-40b by its shapes", "[memory_plan]") {
     CHECK(plan.gradients == plan.adapters);
     CHECK(gigabytes(plan.moments) == Approx(0.903).epsilon(0.001));
     CHECK(gigabytes(plan.checkpoints) == Approx(row.checkpoints).epsilon(0.02));
-    // The table's embedding has 16 bits, the plan's 8; its chunk of logits has 512 rows, the decoder's at most 96.
-    CHECK(gigabytes(plan.total()) + 1.065 - gigabytes(plan.tables) == Approx(row.total).epsilon(0.01));
+    // The table's embedding has 16 bits, the plan's 8; its chunk of logits has 512 rows, the decoder's at most 96; it has one temporary of
+    // the width more than the block uses.
+    CHECK(gigabytes(plan.total()) + 1.065 - gigabytes(plan.tables) == Approx(row.total).epsilon(0.012));
     if (row.batch <= 4) CHECK(plan.total() < std::size_t{32} << 30);
   }
   options.moments_in_8_bits = false;

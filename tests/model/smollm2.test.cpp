@@ -168,7 +168,7 @@ TEST_CASE("SmolLM2 in float32: hidden states after the embedding and every layer
         inverse = 1.0 / std::sqrt(squares / 576.0 + 1e-5);
       }
       for (Index j = 0; j < 8; ++j) {
-        const double weight = layer == 30 ? inverse * static_cast<double>(model.weights()->final_norm(0, j)) : 1.0;
+        const double weight = layer == 30 ? inverse * static_cast<double>(model.weights()->final_norm.weight(0, j)) : 1.0;
         const auto reference = static_cast<double>(expected[static_cast<std::size_t>((layer * 4 + t) * 8 + j)]);
         worst = std::max(worst, std::fabs(static_cast<double>(row[j]) * weight - reference) / (1.0 + std::fabs(reference)));
       }

@@ -60,11 +60,11 @@ Bytes checkpoint(const qd::DecoderWeights<float>& w) {
     for (const auto& block : w.blocks) matrix(std::get<qd::Matrix<float>>(block->linear[p]->storage()));
   };
   matrix(w.embedding.get<qd::Matrix<float>>());
-  for (const auto& block : w.blocks) matrix(block->attention_norm);
+  for (const auto& block : w.blocks) matrix(block->attention_norm.weight);
   for (std::size_t p = 0; p < 4; ++p) linears(p);
-  for (const auto& block : w.blocks) matrix(block->mlp_norm);
+  for (const auto& block : w.blocks) matrix(block->mlp_norm.weight);
   for (const auto p : {qd::Projection::gate, qd::Projection::down, qd::Projection::up}) linears(static_cast<std::size_t>(p));
-  matrix(w.final_norm);
+  matrix(w.final_norm.weight);
   for (Index i = 0; i < c.context * c.heads.head_dim; ++i) bytes.number(7.0f);  // never used
   matrix(w.head.get<qd::Matrix<float>>());
   return bytes;

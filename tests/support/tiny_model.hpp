@@ -26,6 +26,15 @@ inline qdylora::DecoderConfig tiny_config() {
   return config;
 }
 
+/// A Falcon of grouped queries, with a norm for attention and one for the perceptron (40B's kind), and, with one group, of 7B's.
+inline qdylora::DecoderConfig tiny_falcon_config(Index kv_heads = 2) {
+  auto config = tiny_config();
+  config.architecture = qdylora::Architecture::falcon;
+  config.heads.kv_heads = kv_heads;
+  config.shared_norm = kv_heads == 1;
+  return config;
+}
+
 /// Wide enough that work is shared out among threads; its rows are no multiple of a block of 64.
 inline qdylora::DecoderConfig small_config() {
   qdylora::DecoderConfig config;
@@ -38,8 +47,10 @@ inline qdylora::DecoderConfig small_config() {
   return config;
 }
 
-/// Rows and columns of a block's linear weights, in the order of Projection.
+/// Rows and columns of a block's linear weights, in the order of DecoderConfig::linears.
 inline std::vector<std::pair<Index, Index>> linear_shapes(const qdylora::DecoderConfig& c) {
+  if (c.architecture == qdylora::Architecture::falcon)
+    return {{c.query_width() + 2 * c.kv_width(), c.width}, {c.width, c.query_width()}, {c.mlp_width, c.width}, {c.width, c.mlp_width}};
   return {{c.query_width(), c.width}, {c.kv_width(), c.width}, {c.kv_width(), c.width}, {c.width, c.query_width()},
           {c.mlp_width, c.width},     {c.mlp_width, c.width},  {c.width, c.mlp_width}};
 }
@@ -51,11 +62,13 @@ inline const Matrix<float> tiny_linear(const qdylora::DecoderConfig& config, Ind
                               1.0 / std::sqrt(static_cast<double>(cols)));
 }
 
+/// A norm of the architecture's kind.
 template <class Acc>
-Matrix<Acc> tiny_norm(Index width, std::uint64_t seed) {
-  Matrix<Acc> norm = qdylora::clone(normal_matrix<Acc>(1, width, seed, 0.1).view());
-  for (Acc& x : norm.span()) x += Acc{1};
-  return norm;
+qdylora::NormWeights<Acc> tiny_norm(const qdylora::DecoderConfig& config, std::uint64_t seed) {
+  Matrix<Acc> weight = qdylora::clone(normal_matrix<Acc>(1, config.width, seed, 0.1).view());
+  for (Acc& x : weight.span()) x += Acc{1};
+  if (config.architecture == qdylora::Architecture::llama) return weight;
+  return {std::move(weight), qdylora::clone(normal_matrix<Acc>(1, config.width, seed + 1000, 0.2).view())};
 }
 
 /// The random frozen weights of a shape; linear weights are stored as `options` says.
@@ -67,13 +80,13 @@ std::shared_ptr<qdylora::DecoderWeights<Acc>> tiny_weights(
   weights->config = config;
   weights->embedding = qdylora::clone(normal_matrix<Acc>(config.vocab, config.width, 1, 0.7).view());
   if (!config.tied_head) weights->head = qdylora::clone(normal_matrix<Acc>(config.vocab, config.width, 2, 0.7).view());
-  weights->final_norm = tiny_norm<Acc>(config.width, 3);
+  weights->final_norm = tiny_norm<Acc>(config, 3);
   for (Index layer = 0; layer < config.layers; ++layer) {
-    auto block = std::make_shared<qdylora::BlockWeights<Acc>>();
+    auto block = std::make_shared<qdylora::BlockWeights<Acc>>(config);
     const auto seed = 10 * static_cast<std::uint64_t>(layer);
-    block->attention_norm = tiny_norm<Acc>(config.width, 4 + seed);
-    block->mlp_norm = tiny_norm<Acc>(config.width, 5 + seed);
-    for (std::size_t p = 0; p < 7; ++p) {
+    block->attention_norm = tiny_norm<Acc>(config, 4 + seed);
+    if (!config.shared_norm) block->mlp_norm = tiny_norm<Acc>(config, 5 + seed);
+    for (std::size_t p = 0; p < block->linear.size(); ++p) {
       const Matrix<float> dense = qdylora::clone(tiny_linear(config, layer, p).view());
       block->linear[p] = qdylora::make_base_weight(
           dense.rows(), dense.cols(), options,

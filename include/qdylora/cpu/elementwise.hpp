@@ -103,21 +103,13 @@ void swiglu_backward(const CpuRun& run, MatrixView<const T> dy, MatrixView<const
   });
 }
 
-template <class S>
-S normal_cdf(S x) noexcept {
-  return S{0.5} * std::erfc(-x * static_cast<S>(0.70710678118654752440));
-}
-
 template <class T>
 void gelu(const CpuRun& run, MatrixView<const T> x, MatrixView<T> y) {
   using S = Accumulator<T>;
   expect_shape("gelu: y", y, x.rows, x.cols);
   run.parallel_ranges(x.rows, row_grain(x.cols), [&](Index begin, Index end) {
     for (Index i = begin; i < end; ++i)
-      for (Index j = 0; j < x.cols; ++j) {
-        const S v = static_cast<S>(x(i, j));
-        y(i, j) = static_cast<T>(v * normal_cdf(v));
-      }
+      write_row<S, 2>(y, i, Update::overwrite, [&](S* out) { run.kernels<S>().gelu(x.cols, row_as<S, 3>(x, i), out); });
   });
 }
 
@@ -128,11 +120,9 @@ void gelu_backward(const CpuRun& run, MatrixView<const T> dy, MatrixView<const T
   expect_shape("gelu_backward: dx", dx, dy.rows, dy.cols);
   run.parallel_ranges(x.rows, row_grain(x.cols), [&](Index begin, Index end) {
     for (Index i = begin; i < end; ++i)
-      for (Index j = 0; j < x.cols; ++j) {
-        const S v = static_cast<S>(x(i, j));
-        const S density = static_cast<S>(0.39894228040143267794) * std::exp(S{-0.5} * v * v);
-        dx(i, j) = static_cast<T>(static_cast<S>(dy(i, j)) * (normal_cdf(v) + v * density));
-      }
+      write_row<S, 2>(dx, i, Update::overwrite, [&](S* out) {
+        run.kernels<S>().gelu_backward(x.cols, row_as<S, 3>(dy, i), row_as<S, 4>(x, i), out);
+      });
   });
 }
 

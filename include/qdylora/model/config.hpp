@@ -1,37 +1,62 @@
-// The shape of a decoder-only transformer, Llama's kind (Touvron et al. 2023): pre-norm blocks of causal grouped-query attention with
-// rotary positions and a SwiGLU multilayer perceptron, RMS norms, no biases unless a file has them.
+// The shape of a decoder-only transformer with causal grouped-query attention and rotary positions, of one of two architectures.
 #pragma once
 
-#include <array>
 #include <string>
-#include <utility>
+#include <string_view>
+#include <vector>
 
 #include <qdylora/backend.hpp>
 
 namespace qdylora {
 
+/// llama (Touvron et al. 2023): RMS norms, separate q, k and v, then a SwiGLU multilayer perceptron on the sum; model/llama_block.hpp.
+/// falcon (Almazrouei et al. 2023): layer norms, q, k and v in one projection, beside it a GELU perceptron; model/falcon_block.hpp.
+enum class Architecture { llama, falcon };
+
+/// A linear layer of a block: its name within the block, as Hugging Face's checkpoints have it, and its weight's [out, in].
+struct LinearShape {
+  std::string_view name;
+  Index out = 0;
+  Index in = 0;
+};
+
 struct DecoderConfig {
-  Index vocab = 0;      // rows of the embedding
-  Index width = 0;      // features of the residual stream
+  Architecture architecture = Architecture::llama;
+  Index vocab = 0;  // rows of the embedding
+  Index width = 0;  // features of the residual stream
   Index mlp_width = 0;
   Index layers = 0;
-  HeadShape heads;      // heads * head_dim need not equal width
-  Index context = 0;    // longest sequence
+  HeadShape heads;    // heads * head_dim need not equal width
+  Index context = 0;  // longest sequence
   double rope_base = 10000.0;
   RopeLayout rope_layout = RopeLayout::half_split;
   float norm_epsilon = 1e-5f;
-  bool tied_head = true;  // logits use the embedding
+  bool shared_norm = false;  // falcon: attention and perceptron read one norm of the stream, else each its own
+  bool tied_head = true;     // logits use the embedding
 
   Index query_width() const noexcept { return heads.heads * heads.head_dim; }
   Index kv_width() const noexcept { return heads.kv_heads * heads.head_dim; }
-  /// [out, in] of a block's linear layers q, k, v, o, gate, up, down.
-  std::array<std::pair<Index, Index>, 7> linear_shapes() const noexcept {
+
+  /// The linear layers of a block, in the order of all lists of them.
+  std::vector<LinearShape> linears() const {
     const Index q = query_width(), kv = kv_width();
-    return {{{q, width}, {kv, width}, {kv, width}, {width, q}, {mlp_width, width}, {mlp_width, width}, {width, mlp_width}}};
+    if (architecture == Architecture::falcon)
+      return {{"self_attention.query_key_value", q + 2 * kv, width},
+              {"self_attention.dense", width, q},
+              {"mlp.dense_h_to_4h", mlp_width, width},
+              {"mlp.dense_4h_to_h", width, mlp_width}};
+    return {{"self_attn.q_proj", q, width},     {"self_attn.k_proj", kv, width},     {"self_attn.v_proj", kv, width},
+            {"self_attn.o_proj", width, q},     {"mlp.gate_proj", mlp_width, width}, {"mlp.up_proj", mlp_width, width},
+            {"mlp.down_proj", width, mlp_width}};
   }
+  /// Hugging Face's checkpoints and PEFT's adapters name a layer "<block_names><index>.<name within the block>".
+  std::string_view block_names() const noexcept { return architecture == Architecture::falcon ? "transformer.h." : "model.layers."; }
+  std::string block_name(Index index) const { return std::string(block_names()) + std::to_string(index) + "."; }
   /// Linear weights of the blocks, which are the ones that are quantized.
-  Index linear_weights() const noexcept {
-    return layers * (width * (query_width() + 2 * kv_width()) + query_width() * width + 3 * width * mlp_width);
+  Index linear_weights() const {
+    Index sum = 0;
+    for (const auto& linear : linears()) sum += linear.out * linear.in;
+    return layers * sum;
   }
 
   /// Throws Errc::bad_config naming the first field that makes no model.
@@ -54,6 +79,7 @@ struct DecoderConfig {
                     "head dimension: rotary positions need an even number, found " + std::to_string(heads.head_dim));
     QDYLORA_EXPECTS(rope_base > 0.0 && rope_base < 1e12, bad_config, "rope base: found " + std::to_string(rope_base));
     QDYLORA_EXPECTS(norm_epsilon >= 0.0f && norm_epsilon < 1.0f, bad_config, "norm epsilon: found " + std::to_string(norm_epsilon));
+    QDYLORA_EXPECTS(!shared_norm || architecture == Architecture::falcon, bad_config, "shared norm: only a Falcon has one");
   }
 };
 

@@ -7,11 +7,13 @@
 #include <span>
 #include <string>
 #include <utility>
+#include <variant>
 #include <vector>
 
 #include <qdylora/model/batch.hpp>
 #include <qdylora/model/config.hpp>
-#include <qdylora/model/decoder_block.hpp>
+#include <qdylora/model/falcon_block.hpp>
+#include <qdylora/model/llama_block.hpp>
 #include <qdylora/nn/rope.hpp>
 
 namespace qdylora {
@@ -22,7 +24,7 @@ struct DecoderWeights {
   DecoderConfig config;
   TableWeight<Acc, Memory> embedding;  // [vocab, width]
   TableWeight<Acc, Memory> head;       // [vocab, width]; empty when tied
-  Matrix<Acc, Memory> final_norm;      // [1, width]
+  NormWeights<Acc, Memory> final_norm;
   std::vector<std::shared_ptr<const BlockWeights<Acc, Memory>>> blocks;
 
   /// Bytes of the blocks' linear weights.
@@ -55,6 +57,21 @@ struct KVCache {
   Index length = 0;
 };
 
+namespace detail {
+
+// The blocks that a backend can run.
+template <class T, class Backend>
+struct BlockOf {
+  using type = std::variant<LlamaBlock<T, Backend>>;
+};
+template <class T, class Backend>
+  requires FalconBackend<Backend, T>
+struct BlockOf<T, Backend> {
+  using type = std::variant<LlamaBlock<T, Backend>, FalconBlock<T, Backend>>;
+};
+
+}  // namespace detail
+
 template <Scalar T, class Backend = Cpu>
   requires TransformerBackend<Backend, T>
 class Decoder {
@@ -62,8 +79,8 @@ class Decoder {
   using Acc = Accumulator<T>;
   using Memory = typename Backend::Memory;
   using Weights = DecoderWeights<Acc, Memory>;
-  using Block = DecoderBlock<T, Backend>;
-  using Linear = typename Block::Linear;
+  using Block = typename detail::BlockOf<T, Backend>::type;
+  using Linear = DynamicLoRALinear<T, Backend, AnyFormat>;
   using Cache = KVCache<T, Memory>;
 
   explicit Decoder(std::shared_ptr<const Weights> weights, DecoderOptions options = {}, Backend backend = {})
@@ -71,13 +88,17 @@ class Decoder {
     const auto& c = config();
     c.validate();
     expect_shape("embedding", weights_->embedding, c.vocab, c.width);
-    expect_shape("final norm", weights_->final_norm.view(), 1, c.width);
+    expect_norm("final norm", weights_->final_norm, c);
     if (!c.tied_head) expect_shape("head", weights_->head, c.vocab, c.width);
     QDYLORA_EXPECTS(static_cast<Index>(weights_->blocks.size()) == c.layers, bad_config,
                     "expected " + std::to_string(c.layers) + " blocks, found " + std::to_string(weights_->blocks.size()));
     blocks_.reserve(weights_->blocks.size());
-    for (Index i = 0; i < c.layers; ++i)
-      blocks_.emplace_back(c, weights_->blocks[static_cast<std::size_t>(i)], i, options_.lora, backend_);
+    for (Index i = 0; i < c.layers; ++i) {
+      const auto& block = weights_->blocks[static_cast<std::size_t>(i)];
+      if (c.architecture == Architecture::llama) add_block<LlamaBlock<T, Backend>>(block, i);
+      else if constexpr (FalconBackend<Backend, T>) add_block<FalconBlock<T, Backend>>(block, i);
+      else throw Error(Errc::unsupported, "a Falcon needs layer norms, which this backend lacks");
+    }
     set_ranks(RankPlan::uniform(options_.lora.max_rank));
     set_training(false);
   }
@@ -87,16 +108,16 @@ class Decoder {
   const std::shared_ptr<const Weights>& weights() const noexcept { return weights_; }
   const Backend& backend() const noexcept { return backend_; }
 
-  /// f(layer) for every linear layer, block by block in the order of Projection.
+  /// f(layer) for every linear layer, block by block in the order of DecoderConfig::linears.
   template <class F>
   void for_each_linear(F&& f) {
     for (auto& block : blocks_)
-      for (auto& linear : block.linears()) f(linear);
+      for (auto& linear : std::visit([](auto& b) -> auto& { return b.linears(); }, block)) f(linear);
   }
   template <class F>
   void for_each_linear(F&& f) const {
     for (const auto& block : blocks_)
-      for (const auto& linear : block.linears()) f(linear);
+      for (const auto& linear : std::visit([](const auto& b) -> auto& { return b.linears(); }, block)) f(linear);
   }
   Parameters<Acc, Memory> parameters() const {
     Parameters<Acc, Memory> all;
@@ -129,13 +150,17 @@ class Decoder {
     d_.resize(batch.tokens(), config().width);
     double sum = 0.0;
     for (const double loss : head_losses(batch, x, scale, d_.view())) sum += loss;
-    for (Index i = config().layers; i-- > 0;) {
-      auto& context = contexts_[options_.checkpoint ? 0 : static_cast<std::size_t>(i)];
-      const auto input = std::as_const(streams_[static_cast<std::size_t>(i)]).view();
-      auto& block = blocks_[static_cast<std::size_t>(i)];
-      if (options_.checkpoint && i + 1 < config().layers)  // the last block's context is still the right one
-        block.forward(input, batch.offsets, positions_, rope_.view(), spare_.view(), context, work_);
-      block.backward(input, rope_.view(), d_.view(), context, work_, i > 0);
+    const auto tokens = tokens_of(batch);
+    for (std::size_t i = blocks_.size(); i-- > 0;) {
+      auto& context = contexts_[options_.checkpoint ? 0 : i];
+      const auto input = std::as_const(streams_[i]).view();
+      std::visit(
+          [&](auto& block) {
+            if (options_.checkpoint && i + 1 < blocks_.size())  // the last block's context is still the right one
+              block.forward(input, tokens, spare_.view(), context, work_);
+            block.backward(input, tokens, d_.view(), context, work_, i > 0);
+          },
+          blocks_[i]);
     }
     return sum;
   }
@@ -194,15 +219,9 @@ class Decoder {
   /// Bytes kept between passes: contexts, streams and workspaces.
   std::size_t activation_bytes() const noexcept {
     std::size_t sum = d_.capacity_bytes() + spare_.capacity_bytes() + selected_.capacity_bytes() + normed_.capacity_bytes() +
-                      logits_.capacity_bytes() + work_.normed.capacity_bytes() + work_.activated.capacity_bytes() +
-                      work_.d_wide.capacity_bytes() + work_.d_normed.capacity_bytes() + work_.d_part.capacity_bytes() +
-                      work_.dq.capacity_bytes() + work_.dk.capacity_bytes() + work_.dv.capacity_bytes();
+                      logits_.capacity_bytes() + work_.bytes();
     for (const auto& s : streams_) sum += s.capacity_bytes();
-    for (const auto& c : contexts_) {
-      sum += c.q.capacity_bytes() + c.k.capacity_bytes() + c.v.capacity_bytes() + c.attended.capacity_bytes() + c.mid.capacity_bytes() +
-             c.gate.capacity_bytes() + c.up.capacity_bytes() + c.lse.capacity_bytes();
-      for (const auto& l : c.linear) sum += l.z.capacity_bytes() + l.dropped.capacity_bytes();
-    }
+    for (const auto& c : contexts_) sum += c.bytes();
     return sum;
   }
 
@@ -211,6 +230,18 @@ class Decoder {
     weights_->embedding.visit([&](const auto& table) { backend_.embed(ids, table, x); });
   }
   const TableWeight<Acc, Memory>& head() const noexcept { return config().tied_head ? weights_->embedding : weights_->head; }
+
+  template <class Kind>
+  void add_block(const std::shared_ptr<const BlockWeights<Acc, Memory>>& weights, Index index) {
+    blocks_.emplace_back(std::in_place_type<Kind>, config(), weights, index, options_.lora, backend_);
+  }
+
+  // Of the batch that was prepared last.
+  BlockTokens<T, Memory> tokens_of(const Batch& batch) const { return {batch.offsets, positions_, rope_.view()}; }
+  void run_block(std::size_t i, MatrixView<const T> x, const BlockTokens<T, Memory>& tokens, MatrixView<T> y,
+                 BlockContext<T, Backend>& context) {
+    std::visit([&](const auto& block) { block.forward(x, tokens, y, context, work_); }, blocks_[i]);
+  }
 
   void prepare(const Batch& batch, std::span<const Index> starts) {
     batch.validate();
@@ -244,21 +275,19 @@ class Decoder {
     for (auto& s : streams_) s.resize(batch.tokens(), config().width);
     if (keep && options_.checkpoint) spare_.resize(batch.tokens(), config().width);
     embed(batch.ids, streams_[0].view());
+    const auto tokens = tokens_of(batch);
     std::size_t at = 0;
-    for (Index i = 0; i < layers; ++i) {
+    for (std::size_t i = 0; i < blocks_.size(); ++i) {
       const std::size_t next = keep ? at + 1 : 1 - at;
-      auto& context = contexts_[keep && !options_.checkpoint ? static_cast<std::size_t>(i) : 0];
-      blocks_[static_cast<std::size_t>(i)].forward(std::as_const(streams_[at]).view(), batch.offsets, positions_, rope_.view(),
-                                                   streams_[next].view(), context, work_);
+      auto& context = contexts_[keep && !options_.checkpoint ? i : 0];
+      run_block(i, std::as_const(streams_[at]).view(), tokens, streams_[next].view(), context);
       for (std::size_t s = 0; s < caches.size(); ++s) {
         const Index first = batch.offsets[s], count = batch.offsets[s + 1] - first;
         auto& cache = caches[s];
-        QDYLORA_EXPECTS(count <= cache.keys[static_cast<std::size_t>(i)].rows(), bad_argument,
+        QDYLORA_EXPECTS(count <= cache.keys[i].rows(), bad_argument,
                         "the prompt of sequence " + std::to_string(s) + " is longer than its cache");
-        backend_.copy(std::as_const(context.k).view().middle_rows(first, count),
-                      cache.keys[static_cast<std::size_t>(i)].view().top_rows(count));
-        backend_.copy(std::as_const(context.v).view().middle_rows(first, count),
-                      cache.values[static_cast<std::size_t>(i)].view().top_rows(count));
+        backend_.copy(std::as_const(context.k).view().middle_rows(first, count), cache.keys[i].view().top_rows(count));
+        backend_.copy(std::as_const(context.v).view().middle_rows(first, count), cache.values[i].view().top_rows(count));
       }
       at = next;
     }
@@ -274,14 +303,16 @@ class Decoder {
     for (auto& s : streams_) s.resize(batch.tokens(), config().width);
     embed(batch.ids, streams_[0].view());
     std::vector<Matrix<T, Memory>*> keys(caches.size()), values(caches.size());
+    auto tokens = tokens_of(batch);
+    tokens.key_caches = keys;
+    tokens.value_caches = values;
     std::size_t at = 0;
     for (std::size_t i = 0; i < blocks_.size(); ++i) {
       for (std::size_t s = 0; s < caches.size(); ++s) {
         keys[s] = &caches[s].keys[i];
         values[s] = &caches[s].values[i];
       }
-      blocks_[i].decode(std::as_const(streams_[at]).view(), positions_, rope_.view(), keys, values, streams_[1 - at].view(), contexts_[0],
-                        work_);
+      run_block(i, std::as_const(streams_[at]).view(), tokens, streams_[1 - at].view(), contexts_[0]);
       at = 1 - at;
     }
     return std::as_const(streams_[at]).view();
@@ -289,8 +320,7 @@ class Decoder {
 
   Matrix<Acc, Memory> project_head(MatrixView<const T> x) {
     normed_.resize(x.rows, x.cols);
-    inverse_rms_.resize(x.rows, 1);
-    backend_.rms_norm(x, weights_->final_norm.view(), config().norm_epsilon, normed_.view(), inverse_rms_.view());
+    normalize(backend_, x, weights_->final_norm, config().norm_epsilon, normed_.view(), statistics_);
     Matrix<Acc, Memory> result;
     result.resize(x.rows, config().vocab);
     head().visit([&](const auto& w) { backend_.matmul(std::as_const(normed_).view(), w, result.view(), Update::overwrite); });
@@ -316,10 +346,8 @@ class Decoder {
     const Index width = config().width;
     selected_.resize(scored, width);
     normed_.resize(scored, width);
-    inverse_rms_.resize(scored, 1);
     backend_.gather_rows(x, std::span<const Index>(rows), selected_.view());
-    backend_.rms_norm(std::as_const(selected_).view(), weights_->final_norm.view(), config().norm_epsilon, normed_.view(),
-                      inverse_rms_.view());
+    normalize(backend_, std::as_const(selected_).view(), weights_->final_norm, config().norm_epsilon, normed_.view(), statistics_);
     const Index chunks = (scored + head_chunk - 1) / head_chunk, chunk = (scored + chunks - 1) / chunks;
     for (Index first = 0; first < scored; first += chunk) {
       const Index count = std::min(chunk, scored - first);
@@ -341,8 +369,8 @@ class Decoder {
     if (dx.data != nullptr) {
       Matrix<T, Memory> d_selected;
       d_selected.resize(scored, width);
-      backend_.rms_norm_backward(std::as_const(normed_).view(), std::as_const(selected_).view(), weights_->final_norm.view(),
-                                 inverse_rms_.view(), d_selected.view(), Update::overwrite);
+      normalize_backward(backend_, std::as_const(normed_).view(), std::as_const(selected_).view(), weights_->final_norm, statistics_,
+                         d_selected.view(), Update::overwrite);
       backend_.scatter_rows(std::as_const(d_selected).view(), std::span<const Index>(rows), dx);
     }
     return result;
@@ -356,10 +384,10 @@ class Decoder {
   Matrix<Acc, Memory> rope_;
   std::vector<std::int32_t> positions_;
   std::vector<Matrix<T, Memory>> streams_;
-  std::vector<typename Block::Context> contexts_;
-  typename Block::Workspace work_;
+  std::vector<BlockContext<T, Backend>> contexts_;
+  BlockWorkspace<T, Backend> work_;
   Matrix<T, Memory> d_, spare_, selected_, normed_;
-  Matrix<Acc, Memory> inverse_rms_, logits_, row_losses_;
+  Matrix<Acc, Memory> statistics_, logits_, row_losses_;
 };
 
 }  // namespace qdylora

@@ -2,6 +2,7 @@
 // interleaved rotary positions and used so.
 #pragma once
 
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <memory>
@@ -114,15 +115,15 @@ std::shared_ptr<const DecoderWeights<float>> load_gguf(const GgufFile& file, Bas
   if (!config.tied_head) weights->head = table("output.weight");
   weights->final_norm = dense("output_norm.weight", 1, config.width);
   constexpr std::array<const char*, 7> names = {"attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"};
-  const auto shapes = config.linear_shapes();
+  const auto shapes = config.linears();
   for (Index i = 0; i < config.layers; ++i) {
     const std::string prefix = "blk." + std::to_string(i) + ".";
-    auto block = std::make_shared<BlockWeights<float>>();
+    auto block = std::make_shared<BlockWeights<float>>(config);
     block->attention_norm = dense(prefix + "attn_norm.weight", 1, config.width);
     block->mlp_norm = dense(prefix + "ffn_norm.weight", 1, config.width);
-    for (std::size_t p = 0; p < 7; ++p) {
-      block->linear[p] = linear(prefix + names[p] + ".weight", shapes[p].first, shapes[p].second);
-      if (const auto bias = prefix + names[p] + ".bias"; file.contains(bias)) block->bias[p] = dense(bias, 1, shapes[p].first);
+    for (std::size_t p = 0; p < shapes.size(); ++p) {
+      block->linear[p] = linear(prefix + names[p] + ".weight", shapes[p].out, shapes[p].in);
+      if (const auto bias = prefix + names[p] + ".bias"; file.contains(bias)) block->bias[p] = dense(bias, 1, shapes[p].out);
     }
     weights->blocks.push_back(std::move(block));
   }

@@ -1,5 +1,5 @@
-// Decoder weights from a Hugging Face folder of a LlamaForCausalLM: config.json and model.safetensors, or shards with
-// model.safetensors.index.json. Weights are float32, float16 or bfloat16, or already in bitsandbytes' 4 bits.
+// Decoder weights from a Hugging Face folder of a LlamaForCausalLM or a FalconForCausalLM: config.json and model.safetensors, or shards
+// with model.safetensors.index.json. Weights are float32, float16 or bfloat16, or already in bitsandbytes' 4 bits.
 #pragma once
 
 #include <filesystem>
@@ -14,6 +14,7 @@
 #include <qdylora/io/safetensors.hpp>
 #include <qdylora/model/base_weight.hpp>
 #include <qdylora/model/decoder.hpp>
+#include <qdylora/model/hugging_face_config.hpp>
 
 namespace qdylora {
 
@@ -62,51 +63,20 @@ class SafetensorsFolder {
   std::vector<SafetensorsFile> files_;
 };
 
-/// The shape config.json states. Errors: unsupported (another architecture, scaled rotary positions), bad_config.
-inline DecoderConfig hugging_face_config(const std::filesystem::path& config_file) {
-  const auto json = read_json(config_file);
-  const ErrorPlace place{.file = config_file.string()};
-  if (const auto type = get_string(json, "model_type", place); type != "llama")
-    throw Error(Errc::unsupported, "model_type: expected 'llama', found '" + printable(type) + "'", place);
-  const auto size = [&](const char* key) { return static_cast<Index>(get_integer(json, key, 1, Index{1} << 32, place)); };
-  DecoderConfig config;
-  config.vocab = size("vocab_size");
-  config.width = size("hidden_size");
-  config.mlp_width = size("intermediate_size");
-  config.layers = size("num_hidden_layers");
-  config.heads.heads = size("num_attention_heads");
-  const auto or_size = [&](const char* key, Index fallback) {
-    const auto* found = detail::find_key(json, key, place);
-    return found == nullptr || found->is_null() ? fallback : size(key);
-  };
-  config.heads.kv_heads = or_size("num_key_value_heads", config.heads.heads);
-  config.heads.head_dim = or_size("head_dim", config.width / config.heads.heads);
-  config.context = or_size("max_position_embeddings", 2048);
-  config.norm_epsilon = static_cast<float>(get_number_or(json, "rms_norm_eps", 1e-6, place));
-  config.tied_head = get_bool_or(json, "tie_word_embeddings", false, place);
-  config.rope_layout = RopeLayout::half_split;
-  // transformers 5 writes rope_parameters, earlier ones rope_theta and rope_scaling.
-  const auto expect_plain = [&](const Json& rope) {
-    const auto type = get_string_or(rope, "rope_type", get_string_or(rope, "type", "default", place), place);
-    if (type != "default") throw Error(Errc::unsupported, "rope_type: expected 'default', found '" + printable(type) + "'", place);
-  };
-  if (const auto* rope = detail::find_key(json, "rope_parameters", place); rope != nullptr && rope->is_object()) {
-    expect_plain(*rope);
-    config.rope_base = get_number_or(*rope, "rope_theta", 10000.0, place);
-  } else {
-    config.rope_base = get_number_or(json, "rope_theta", 10000.0, place);
-    const auto* scaling = detail::find_key(json, "rope_scaling", place);
-    if (scaling != nullptr && scaling->is_object()) expect_plain(*scaling);
-  }
-  if (const auto act = get_string_or(json, "hidden_act", "silu", place); act != "silu")
-    throw Error(Errc::unsupported, "hidden_act: expected 'silu', found '" + printable(act) + "'", place);
-  try {
-    config.validate();
-  } catch (const Error& error) {
-    throw Error(error.code(), error.what(), place);
-  }
-  return config;
+namespace detail {
+
+/// Modules of a checkpoint that are no linear layers; the last two are within a block.
+struct HuggingFaceNames {
+  std::string embedding, final_norm, attention_norm, mlp_norm;
+};
+inline HuggingFaceNames hugging_face_names(const DecoderConfig& config) {
+  if (config.architecture == Architecture::llama)
+    return {"model.embed_tokens", "model.norm", "input_layernorm", "post_attention_layernorm"};
+  const bool shared = config.shared_norm;
+  return {"transformer.word_embeddings", "transformer.ln_f", shared ? "input_layernorm" : "ln_attn", shared ? "" : "ln_mlp"};
 }
+
+}  // namespace detail
 
 /// Reads a model. Linear weights in float are stored as `options` says while they are read; those already in 4 bits stay as they are.
 /// Errors: those of hugging_face_config and of the files, missing_tensor, unexpected_tensor (a layer beyond the count), shape_mismatch,
@@ -119,7 +89,7 @@ std::shared_ptr<const DecoderWeights<float>> load_hugging_face(const std::filesy
   const SafetensorsFolder files(folder);
   for (const auto& file : files.files())
     for (const auto& tensor : file.tensors())
-      expect_within_layers(file.name(), tensor.name, "model.layers.", config.layers, "config.json's num_hidden_layers");
+      expect_within_layers(file.name(), tensor.name, config.block_names(), config.layers, "config.json's num_hidden_layers");
   const auto mismatch = [](const SafetensorsFile& file, const std::string& tensor, Index rows, Index cols, Index r, Index c) {
     return Error(Errc::shape_mismatch, "expected " + detail::shape_text(rows, cols) + ", found " + detail::shape_text(r, c),
                  {.file = file.name(), .tensor = tensor});
@@ -153,19 +123,25 @@ std::shared_ptr<const DecoderWeights<float>> load_hugging_face(const std::filesy
           rows, cols, options, [&](Index first, MatrixView<float> out) { file.read_rows(tensor, first, out); }, backend);
     });
   };
-  weights->embedding = dense("model.embed_tokens.weight", config.vocab, config.width);
+  const auto norm = [&](const std::string& module) -> NormWeights<float> {
+    auto weight = dense(module + ".weight", 1, config.width);
+    if (config.architecture == Architecture::llama) return weight;
+    return {std::move(weight), dense(module + ".bias", 1, config.width)};
+  };
+  const auto names = detail::hugging_face_names(config);
+  weights->embedding = dense(names.embedding + ".weight", config.vocab, config.width);
   if (!config.tied_head) weights->head = dense("lm_head.weight", config.vocab, config.width);
-  weights->final_norm = dense("model.norm.weight", 1, config.width);
-  const auto shapes = config.linear_shapes();
+  weights->final_norm = norm(names.final_norm);
+  const auto shapes = config.linears();
   for (Index i = 0; i < config.layers; ++i) {
-    const std::string prefix = "model.layers." + std::to_string(i) + ".";
-    auto block = std::make_shared<BlockWeights<float>>();
-    block->attention_norm = dense(prefix + "input_layernorm.weight", 1, config.width);
-    block->mlp_norm = dense(prefix + "post_attention_layernorm.weight", 1, config.width);
-    for (std::size_t p = 0; p < 7; ++p) {
-      const std::string name = prefix + projection_names[p];
-      block->linear[p] = linear(name + ".weight", shapes[p].first, shapes[p].second);
-      if (files.contains(name + ".bias")) block->bias[p] = dense(name + ".bias", 1, shapes[p].first);
+    const std::string prefix = config.block_name(i);
+    auto block = std::make_shared<BlockWeights<float>>(config);
+    block->attention_norm = norm(prefix + names.attention_norm);
+    if (!config.shared_norm) block->mlp_norm = norm(prefix + names.mlp_norm);
+    for (std::size_t p = 0; p < shapes.size(); ++p) {
+      const std::string name = prefix + std::string(shapes[p].name);
+      block->linear[p] = linear(name + ".weight", shapes[p].out, shapes[p].in);
+      if (files.contains(name + ".bias")) block->bias[p] = dense(name + ".bias", 1, shapes[p].out);
     }
     weights->blocks.push_back(std::move(block));
   }

@@ -19,12 +19,13 @@ namespace qdylora {
 /// A decoder as memory sees it. Widths are numbers a token.
 struct ModelShape {
   Index vocab = 0, width = 0, layers = 0;
-  Index tables = 1;                              // [vocab, width]: the embedding, and a head of its own
-  std::vector<std::pair<Index, Index>> linears;  // [out, in] of a block's linear layers
-  Index norms = 0, biases = 0;                   // numbers in a block's norms and biases
-  Index final_norms = 0;                         // and after the last block
-  Index kv_width = 0;                            // of keys, and of values
-  Index head_dim = 0;                            // of rotary positions
+  Index tables = 1;                  // [vocab, width]: the embedding, and a head of its own
+  std::vector<LinearShape> linears;  // of a block
+  Index norms = 0, biases = 0;       // numbers in a block's norms and biases
+  Index final_norms = 0;             // and after the last block
+  Index statistics = 1;              // numbers that a norm keeps of a token
+  Index kv_width = 0;                // of keys, and of values
+  Index head_dim = 0;                // of rotary positions
   // What a block keeps of a forward pass for its backward pass, beside its input and the adapters' z: activations, and numbers of the
   // accumulator's type.
   Index kept = 0, kept_accumulators = 0;
@@ -33,18 +34,18 @@ struct ModelShape {
 
   Index linear_weights() const noexcept {
     Index sum = 0;
-    for (const auto& [out, in] : linears) sum += out * in;
+    for (const auto& linear : linears) sum += linear.out * linear.in;
     return layers * sum;
   }
   /// Numbers in adapters of a rank on every linear layer.
   Index adapter_numbers(Index rank) const noexcept {
     Index sum = 0;
-    for (const auto& [out, in] : linears) sum += rank * (out + in);
+    for (const auto& linear : linears) sum += rank * (linear.out + linear.in);
     return layers * sum;
   }
 };
 
-/// DecoderBlock's Context and Workspace, as widths.
+/// BlockContext and BlockWorkspace as LlamaBlock and FalconBlock fill them, as widths.
 inline ModelShape model_shape(const DecoderConfig& c) {
   const Index q = c.query_width(), kv = c.kv_width();
   ModelShape s;
@@ -52,15 +53,24 @@ inline ModelShape model_shape(const DecoderConfig& c) {
   s.width = c.width;
   s.layers = c.layers;
   s.tables = c.tied_head ? 1 : 2;
-  for (const auto& shape : c.linear_shapes()) s.linears.push_back(shape);
-  s.norms = 2 * c.width;
-  s.final_norms = c.width;
+  s.linears = c.linears();
   s.kv_width = kv;
   s.head_dim = c.heads.head_dim;
-  s.kept = 2 * q + 2 * kv + c.width + 2 * c.mlp_width;                           // q, attended; k, v; mid; gate, up
-  s.kept_accumulators = 2 + c.heads.heads;                                       // inverse_rms1, inverse_rms2; lse
-  s.forward_temporaries = c.width + c.mlp_width;                                 // normed, activated
-  s.backward_temporaries = std::max(q, c.mlp_width) + 2 * c.width + q + 2 * kv;  // d_wide; d_normed, d_part; dq; dk, dv
+  const bool falcon = c.architecture == Architecture::falcon;
+  const Index norms = c.shared_norm ? 1 : 2, per_norm = falcon ? 2 * c.width : c.width;  // weight, and a layer norm's bias
+  s.norms = norms * per_norm;
+  s.final_norms = per_norm;
+  s.statistics = falcon ? 2 : 1;
+  s.kept_accumulators = norms * s.statistics + c.heads.heads;                // the norms' statistics; lse
+  s.backward_temporaries = std::max(q, c.mlp_width) + c.width + q + 2 * kv;  // d_wide; d_normed; dq; dk, dv
+  if (falcon) {
+    s.kept = 2 * q + 2 * kv + c.mlp_width;                           // q, attended; k, v; up
+    s.forward_temporaries = 2 * c.width + c.mlp_width + q + 2 * kv;  // normed, part; activated; fused
+  } else {
+    s.kept = 2 * q + 2 * kv + c.width + 2 * c.mlp_width;  // q, attended; k, v; mid; gate, up
+    s.forward_temporaries = c.width + c.mlp_width;        // normed, activated
+    s.backward_temporaries += c.width;                    // part
+  }
   return s;
 }
 
@@ -200,7 +210,7 @@ MemoryPlan memory_plan(const ModelShape& s, const MemoryOptions& o) {
   plan.device = o.device;
   plan.paged_moments = o.paged_moments;
   Index widest_in = 0, in_sum = 0;
-  for (const auto& [out, in] : s.linears) {
+  for (const auto& [name, out, in] : s.linears) {
     const auto weight = detail::coded_bytes(out * in, o.base);
     plan.base_codes += bytes(s.layers) * weight.codes;
     plan.block_scales += bytes(s.layers) * weight.scales;
@@ -233,7 +243,7 @@ MemoryPlan memory_plan(const ModelShape& s, const MemoryOptions& o) {
     passing = std::max({passing, tokens * (2 * rank * acc + (o.dropout ? widest_in * t : 0)), o.scored * s.width * t});
   }
   plan.workspace += bytes(passing);
-  plan.logits = bytes(std::min(scored, head_chunk) * (s.vocab + 17) * acc + scored * (2 * s.width * t + acc));
+  plan.logits = bytes(std::min(scored, head_chunk) * (s.vocab + 17) * acc + scored * (2 * s.width * t + s.statistics * acc));
   if (o.second_moments && o.training) plan.reordering += bytes(s.layers * linears * 2 * rank * rank * acc);
   if (o.snapshot && o.training) plan.reordering += plan.adapters;
 

@@ -20,6 +20,10 @@ template <CodeFormat Format, class Scales, class Backend>
 auto uploaded(const QuantizedTensor<Format, Scales>& tensor, const Backend& backend) {
   return backend.upload(tensor);
 }
+template <class S, class Backend>
+NormWeights<S, typename Backend::Memory> uploaded(const NormWeights<S>& norm, const Backend& backend) {
+  return {uploaded(norm.weight, backend), uploaded(norm.bias, backend)};
+}
 template <class There, class... Storages, class Backend>
 There uploaded_weight(const Weight<Storages...>& weight, const Backend& backend) {
   return std::visit([&](const auto& storage) -> There { return uploaded(storage, backend); }, weight.storage());
@@ -40,7 +44,7 @@ std::shared_ptr<const DecoderWeights<Acc, typename Backend::Memory>> upload(cons
   there->head = detail::uploaded_weight<Table>(weights.head, backend);
   there->final_norm = detail::uploaded(weights.final_norm, backend);
   for (const auto& block : weights.blocks) {
-    auto copy = std::make_shared<BlockWeights<Acc, Memory>>();
+    auto copy = std::make_shared<BlockWeights<Acc, Memory>>(weights.config);
     for (std::size_t i = 0; i < block->linear.size(); ++i) {
       copy->linear[i] = std::make_shared<const Base>(detail::uploaded_weight<Base>(*block->linear[i], backend));
       copy->bias[i] = detail::uploaded(block->bias[i], backend);

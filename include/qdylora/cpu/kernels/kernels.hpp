@@ -36,6 +36,8 @@ struct KernelTable {
   void (*normalize_backward)(Index count, const S* dy, const S* x, const S* w, S r, S mean, S* dx, bool accumulate);
   void (*swiglu)(Index count, const S* gate, const S* up, S* y);
   void (*swiglu_backward)(Index count, const S* dy, const S* gate, const S* up, S* dgate, S* dup);
+  void (*gelu)(Index count, const S* x, S* y);
+  void (*gelu_backward)(Index count, const S* dy, const S* x, S* dx);
   void (*adamw)(Index count, const AdamWRow<S>& row, S* p, const S* gradient, S* m, S* v);
 };
 

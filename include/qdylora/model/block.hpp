@@ -1,0 +1,187 @@
+// What the blocks of all architectures share: weights, what a forward pass keeps, linear layers by number, attention with and without a
+// cache.
+#pragma once
+
+#include <memory>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <qdylora/model/config.hpp>
+#include <qdylora/model/norm.hpp>
+#include <qdylora/nn/dynamic_lora_linear.hpp>
+
+namespace qdylora {
+
+/// Frozen weights of a block. Lists are in the order of DecoderConfig::linears.
+template <class Acc, MemoryResource Memory = HostMemory>
+struct BlockWeights {
+  std::vector<std::shared_ptr<const WeightFor<AnyFormat, Memory>>> linear;  // [out, in]
+  std::vector<Matrix<Acc, Memory>> bias;                                    // [1, out], or empty
+  NormWeights<Acc, Memory> attention_norm, mlp_norm;                        // mlp_norm is empty where the norm is shared
+
+  explicit BlockWeights(const DecoderConfig& config) : linear(config.linears().size()), bias(linear.size()) {}
+};
+
+/// The tokens of a pass: whole sequences, or, where there are caches, one token of each.
+template <class T, MemoryResource Memory>
+struct BlockTokens {
+  std::span<const Index> offsets;                                         // cut the tokens into sequences
+  std::span<const std::int32_t> positions;                                // of each token in its sequence
+  MatrixView<const Accumulator<T>> rope_table;                            // [positions, head_dim]
+  std::span<Matrix<T, Memory>* const> key_caches = {}, value_caches = {};  // of each sequence [capacity, kv_width]: tokens join them
+};
+
+/// What the backward pass of a block needs of its forward pass. Normalized inputs and the perceptron's activation are cheap to make again
+/// and are not kept.
+template <class T, class Backend>
+struct BlockContext {
+  using Acc = Accumulator<T>;
+  using Memory = typename Backend::Memory;
+  using Linear = DynamicLoRALinear<T, Backend, AnyFormat>;
+
+  Matrix<Acc, Memory> attention_norm, mlp_norm, lse;   // statistics, a few numbers a token
+  Matrix<T, Memory> q, k, v, attended, mid, gate, up;  // mid and gate are Llama's alone
+  std::vector<typename Linear::Context> linear;
+
+  std::size_t bytes() const noexcept {
+    std::size_t sum = attention_norm.capacity_bytes() + mlp_norm.capacity_bytes() + lse.capacity_bytes();
+    for (const auto* m : {&q, &k, &v, &attended, &mid, &gate, &up}) sum += m->capacity_bytes();
+    for (const auto& l : linear) sum += l.z.capacity_bytes() + l.dropped.capacity_bytes();
+    return sum;
+  }
+};
+
+/// Temporaries that all blocks share.
+template <class T, class Backend>
+struct BlockWorkspace {
+  Matrix<T, typename Backend::Memory> normed, fused, activated, part, d_wide, d_normed, dq, dk, dv;
+
+  std::size_t bytes() const noexcept {
+    std::size_t sum = 0;
+    for (const auto* m : {&normed, &fused, &activated, &part, &d_wide, &d_normed, &dq, &dk, &dv}) sum += m->capacity_bytes();
+    return sum;
+  }
+};
+
+/// The base of LlamaBlock and FalconBlock, which are chains of its steps.
+template <Scalar T, class Backend>
+class BlockSteps {
+ public:
+  using Acc = Accumulator<T>;
+  using Memory = typename Backend::Memory;
+  using Linear = DynamicLoRALinear<T, Backend, AnyFormat>;
+  using Tokens = BlockTokens<T, Memory>;
+  using Context = BlockContext<T, Backend>;
+  using Workspace = BlockWorkspace<T, Backend>;
+
+  BlockSteps(const DecoderConfig& config, std::shared_ptr<const BlockWeights<Acc, Memory>> weights, Index index, const LoRAOptions& lora,
+             Backend backend)
+      : config_(config), weights_(std::move(weights)), backend_(backend) {
+    const auto shapes = config.linears();
+    const std::string prefix = config.block_name(index);
+    QDYLORA_EXPECTS(
+        weights_->linear.size() == shapes.size() && weights_->bias.size() == shapes.size(), shape_mismatch,
+        prefix + ": expected " + std::to_string(shapes.size()) + " linear weights, found " + std::to_string(weights_->linear.size()));
+    linear_.reserve(shapes.size());
+    for (std::size_t i = 0; i < shapes.size(); ++i) {
+      auto options = lora;
+      options.name = prefix + std::string(shapes[i].name);
+      options.layer = static_cast<std::uint32_t>(static_cast<std::size_t>(index) * shapes.size() + i);
+      const auto& base = weights_->linear[i];
+      QDYLORA_EXPECTS(base && base->rows() == shapes[i].out && base->cols() == shapes[i].in, shape_mismatch,
+                      options.name + ".weight: expected " + detail::shape_text(shapes[i].out, shapes[i].in) + ", found " +
+                          (base ? detail::shape_text(base->rows(), base->cols()) : "nothing"));
+      linear_.emplace_back(base, std::move(options), backend);
+      if (weights_->bias[i].size() > 0) linear_.back().set_bias(weights_->bias[i].view());
+    }
+    expect_norm("attention norm", weights_->attention_norm, config);
+    if (!config.shared_norm) expect_norm("mlp norm", weights_->mlp_norm, config);
+  }
+
+  std::vector<Linear>& linears() noexcept { return linear_; }
+  const std::vector<Linear>& linears() const noexcept { return linear_; }
+
+ protected:
+  template <class M>
+  static auto as_const(const M& matrix) {
+    return MatrixView<const typename M::value_type>(matrix.view());
+  }
+
+  // y = a linear layer of x. P is an architecture's enumeration of them.
+  template <class P>
+  void apply(P p, MatrixView<const T> x, MatrixView<T> y, Context& context) const {
+    const auto i = static_cast<std::size_t>(p);
+    context.linear.resize(linear_.size());
+    linear_[i].forward(x, y, context.linear[i]);
+  }
+  template <class P>
+  void apply(P p, MatrixView<const T> x, Matrix<T, Memory>& y, Context& context) const {
+    y.resize(x.rows, linear_[static_cast<std::size_t>(p)].out());
+    apply(p, x, y.view(), context);
+  }
+  // The input of a layer may have been made anew since its forward pass, in other memory. An empty dx is not computed.
+  template <class P>
+  void back(P p, MatrixView<const T> dy, MatrixView<const T> input, MatrixView<T> dx, Context& context) {
+    const auto i = static_cast<std::size_t>(p);
+    context.linear[i].x = input;
+    linear_[i].backward(dy, dx, context.linear[i]);
+  }
+
+  // work.normed = norm(x)
+  void normalize(MatrixView<const T> x, const NormWeights<Acc, Memory>& norm, Matrix<Acc, Memory>& statistics, Workspace& work) const {
+    work.normed.resize(x.rows, x.cols);
+    qdylora::normalize(backend_, x, norm, config_.norm_epsilon, work.normed.view(), statistics);
+  }
+
+  // context.attended = attention of context.q, k and v, which are turned to their positions.
+  void attend(const Tokens& tokens, Context& context) const {
+    backend_.rope(context.q.view(), tokens.positions, tokens.rope_table, config_.rope_layout, 1);
+    backend_.rope(context.k.view(), tokens.positions, tokens.rope_table, config_.rope_layout, 1);
+    context.attended.resize(context.q.rows(), config_.query_width());
+    if (!tokens.key_caches.empty()) {
+      attend_to_caches(tokens, context);
+      return;
+    }
+    context.lse.resize(context.q.rows(), config_.heads.heads);
+    backend_.attention(as_const(context.q), as_const(context.k), as_const(context.v), tokens.offsets, config_.heads,
+                       context.attended.view(), context.lse.view());
+  }
+
+  // work.dq, dk and dv: the gradients of q, k and v before they were turned.
+  void attend_backward(const Tokens& tokens, MatrixView<const T> d_attended, Context& context, Workspace& work) const {
+    work.dq.resize(d_attended.rows, config_.query_width());
+    work.dk.resize(d_attended.rows, config_.kv_width());
+    work.dv.resize(d_attended.rows, config_.kv_width());
+    backend_.attention_backward(d_attended, as_const(context.q), as_const(context.k), as_const(context.v), as_const(context.attended),
+                                as_const(context.lse), tokens.offsets, config_.heads, work.dq.view(), work.dk.view(), work.dv.view());
+    backend_.rope(work.dq.view(), tokens.positions, tokens.rope_table, config_.rope_layout, -1);
+    backend_.rope(work.dk.view(), tokens.positions, tokens.rope_table, config_.rope_layout, -1);
+  }
+
+  DecoderConfig config_;
+  std::shared_ptr<const BlockWeights<Acc, Memory>> weights_;
+  Backend backend_;
+
+ private:
+  void attend_to_caches(const Tokens& tokens, Context& context) const {
+    std::vector<MatrixView<const T>> keys, values;
+    for (Index s = 0; s < context.q.rows(); ++s) {
+      const Index at = tokens.positions[static_cast<std::size_t>(s)];
+      auto& key_cache = *tokens.key_caches[static_cast<std::size_t>(s)];
+      auto& value_cache = *tokens.value_caches[static_cast<std::size_t>(s)];
+      QDYLORA_EXPECTS(at < key_cache.rows(), bad_argument, "decode: the cache of sequence " + std::to_string(s) + " is full");
+      backend_.copy(as_const(context.k).middle_rows(s, 1), key_cache.view().middle_rows(at, 1));
+      backend_.copy(as_const(context.v).middle_rows(s, 1), value_cache.view().middle_rows(at, 1));
+      keys.push_back(as_const(key_cache).top_rows(at + 1));
+      values.push_back(as_const(value_cache).top_rows(at + 1));
+    }
+    backend_.attention_decode(as_const(context.q), std::span<const MatrixView<const T>>(keys), std::span<const MatrixView<const T>>(values),
+                              config_.heads, context.attended.view());
+  }
+
+  std::vector<Linear> linear_;
+};
+
+}  // namespace qdylora

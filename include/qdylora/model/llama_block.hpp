@@ -1,0 +1,83 @@
+// A block of a Llama.
+//
+//   mid = x + o(attention(rope(q(n1)), rope(k(n1)), v(n1))),   n1 = rms_norm(x)
+//   y   = mid + down(silu(gate(n2)) * up(n2)),                 n2 = rms_norm(mid)
+#pragma once
+
+#include <qdylora/model/block.hpp>
+
+namespace qdylora {
+
+/// The linear layers of a Llama's block, in the order of DecoderConfig::linears.
+enum class Projection : int { q, k, v, o, gate, up, down };
+
+/// Keeps 5 * width + 2 * kv_width + 2 * mlp_width numbers a token, and 7 ranks.
+template <Scalar T, class Backend>
+class LlamaBlock : public BlockSteps<T, Backend> {
+  using Base = BlockSteps<T, Backend>;
+
+ public:
+  using Base::Base;
+  using typename Base::Context, typename Base::Tokens, typename Base::Workspace;
+
+  /// y = block(x), both [tokens, width]; y may not be x.
+  void forward(MatrixView<const T> x, const Tokens& tokens, MatrixView<T> y, Context& context, Workspace& work) const {
+    normalize(x, weights_->attention_norm, context.attention_norm, work);
+    apply(q, as_const(work.normed), context.q, context);
+    apply(k, as_const(work.normed), context.k, context);
+    apply(v, as_const(work.normed), context.v, context);
+    attend(tokens, context);
+    apply(o, as_const(context.attended), context.mid, context);
+    backend_.add(x, context.mid.view());
+    normalize(as_const(context.mid), weights_->mlp_norm, context.mlp_norm, work);
+    apply(gate, as_const(work.normed), context.gate, context);
+    apply(up, as_const(work.normed), context.up, context);
+    activate(context, work);
+    apply(down, as_const(work.activated), y, context);
+    backend_.add(as_const(context.mid), y);
+  }
+
+  /// d [tokens, width]: in, the gradient of y; out, the gradient of x (left undefined unless want_dx). Overwrites gate and up of the
+  /// context.
+  void backward(MatrixView<const T> x, const Tokens& tokens, MatrixView<T> d, Context& context, Workspace& work, bool want_dx) {
+    const Index rows = x.rows;
+    // y = mid + down(activated)
+    activate(context, work);
+    work.d_wide.resize(rows, config_.mlp_width);
+    back(down, d, as_const(work.activated), work.d_wide.view(), context);
+    backend_.swiglu_backward(as_const(work.d_wide), as_const(context.gate), as_const(context.up), context.gate.view(), context.up.view());
+    normalize(as_const(context.mid), weights_->mlp_norm, context.mlp_norm, work);
+    work.d_normed.resize(rows, config_.width);
+    work.part.resize(rows, config_.width);
+    back(gate, as_const(context.gate), as_const(work.normed), work.d_normed.view(), context);
+    back(up, as_const(context.up), as_const(work.normed), work.part.view(), context);
+    backend_.add(as_const(work.part), work.d_normed.view());
+    normalize_backward(backend_, as_const(work.d_normed), as_const(context.mid), weights_->mlp_norm, context.mlp_norm, d,
+                       Update::accumulate);
+    // mid = x + o(attended)
+    work.d_wide.resize(rows, config_.query_width());
+    back(o, d, as_const(context.attended), work.d_wide.view(), context);
+    attend_backward(tokens, as_const(work.d_wide), context, work);
+    normalize(x, weights_->attention_norm, context.attention_norm, work);
+    const MatrixView<T> none{};
+    back(q, as_const(work.dq), as_const(work.normed), want_dx ? work.d_normed.view() : none, context);
+    back(k, as_const(work.dk), as_const(work.normed), want_dx ? work.part.view() : none, context);
+    if (want_dx) backend_.add(as_const(work.part), work.d_normed.view());
+    back(v, as_const(work.dv), as_const(work.normed), want_dx ? work.part.view() : none, context);
+    if (!want_dx) return;
+    backend_.add(as_const(work.part), work.d_normed.view());
+    normalize_backward(backend_, as_const(work.d_normed), x, weights_->attention_norm, context.attention_norm, d, Update::accumulate);
+  }
+
+ private:
+  using Base::apply, Base::as_const, Base::attend, Base::attend_backward, Base::back, Base::normalize;
+  using Base::backend_, Base::config_, Base::weights_;
+  using enum Projection;
+
+  void activate(Context& context, Workspace& work) const {
+    work.activated.resize(context.gate.rows(), config_.mlp_width);
+    backend_.swiglu(as_const(context.gate), as_const(context.up), work.activated.view());
+  }
+};
+
+}  // namespace qdylora
