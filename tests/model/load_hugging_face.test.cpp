@@ -1,4 +1,6 @@
 // Decoders from Hugging Face folders: small ones made here, whole and broken, and the golden one of bitsandbytes.
+#include <cmath>
+#include <filesystem>
 #include <functional>
 #include <limits>
 #include <map>
@@ -36,8 +38,7 @@ Tensors tensors_of(const qd::DecoderWeights<float>& w) {
   Tensors tensors;
   const auto add = [&](const std::string& name, const Float& m) {
     const bool vector = name.find("norm") != std::string::npos || name.ends_with(".bias");
-    tensors[name] = {vector ? std::vector<Index>{m.cols()} : std::vector<Index>{m.rows(), m.cols()},
-                     {m.span().begin(), m.span().end()}};
+    tensors[name] = {vector ? std::vector<Index>{m.cols()} : std::vector<Index>{m.rows(), m.cols()}, {m.span().begin(), m.span().end()}};
   };
   add("model.embed_tokens.weight", w.embedding.get<Float>());
   if (!w.config.tied_head) add("lm_head.weight", w.head.get<Float>());
@@ -146,8 +147,7 @@ TEST_CASE("a Hugging Face folder in half precision is the model of its rounded w
     fixture.write(folder.path());
     const auto found = logits_of(qd::load_hugging_face(folder.path(), float32));
     for (auto& [name, tensor] : fixture.tensors) {
-      for (float& x : tensor.values)
-        x = dtype == qd::DType::F16 ? static_cast<float>(qd::half(x)) : static_cast<float>(qd::bfloat16(x));
+      for (float& x : tensor.values) x = dtype == qd::DType::F16 ? static_cast<float>(qd::half(x)) : static_cast<float>(qd::bfloat16(x));
       tensor.dtype = qd::DType::F32;
     }
     fixture.write(folder.path());
@@ -179,12 +179,9 @@ TEST_CASE("shards are one checkpoint") {
     shards[shard][name] = tensor;
     map[name] = "model-0000" + std::to_string(shard + 1) + "-of-00003.safetensors";
   }
-  for (std::size_t i = 0; i < 3; ++i)
-    write_tensors(folder / ("model-0000" + std::to_string(i + 1) + "-of-00003.safetensors"), shards[i]);
+  for (std::size_t i = 0; i < 3; ++i) write_tensors(folder / ("model-0000" + std::to_string(i + 1) + "-of-00003.safetensors"), shards[i]);
   const auto index = folder / "model.safetensors.index.json";
-  const auto write_index = [&](const qd::Json& weight_map) {
-    test::write_file(index, qd::Json{{"weight_map", weight_map}}.dump());
-  };
+  const auto write_index = [&](const qd::Json& weight_map) { test::write_file(index, qd::Json{{"weight_map", weight_map}}.dump()); };
   write_index(map);
   CHECK(test::same_bits(logits_of(qd::load_hugging_face(folder.path(), float32)).view(), logits_of(weights).view()));
 
@@ -200,9 +197,8 @@ TEST_CASE("shards are one checkpoint") {
   const test::TemporaryFolder outside;
   write_tensors(outside / "model.safetensors", fixture.tensors);
   const auto relative = std::filesystem::relative(outside / "model.safetensors", folder.path()).native();
-  for (const std::string& path :
-       {relative, (outside / "model.safetensors").native(), std::string("../x"), std::string("sub/x.safetensors"),
-        std::string(".."), std::string("."), std::string(), std::string("./model-00001-of-00003.safetensors")}) {
+  for (const std::string& path : {relative, (outside / "model.safetensors").native(), std::string("../x"), std::string("sub/x.safetensors"),
+                                  std::string(".."), std::string("."), std::string(), std::string("./model-00001-of-00003.safetensors")}) {
     CAPTURE(path);
     const auto error = refused_map("model.norm.weight", path);
     CHECK(error.code() == Errc::bad_config);
@@ -214,9 +210,8 @@ TEST_CASE("shards are one checkpoint") {
   CHECK(absent.file() == (folder / "model-00004-of-00003.safetensors").native());
   // The shard that is named does not hold the tensor.
   const auto there = map["model.norm.weight"].get<std::string>();
-  const auto wrong =
-      refused_map("model.norm.weight", there == "model-00001-of-00003.safetensors" ? "model-00002-of-00003.safetensors"
-                                                                                   : "model-00001-of-00003.safetensors");
+  const auto wrong = refused_map("model.norm.weight", there == "model-00001-of-00003.safetensors" ? "model-00002-of-00003.safetensors"
+                                                                                                  : "model-00001-of-00003.safetensors");
   CHECK(wrong.code() == Errc::missing_tensor);
   CHECK(wrong.tensor() == "model.norm.weight");
 
@@ -255,6 +250,59 @@ TEST_CASE("both forms of rotary settings are read, and defaults are those of tra
   CHECK(plain.heads.head_dim == 4);
 }
 
+TEST_CASE("Qwen2's and Mistral's logits agree with transformers'") {
+  for (const std::string name : {"qwen2", "mistral"}) {
+    CAPTURE(name);
+    const auto folder = test::golden(name);
+    const qd::SafetensorsFile io(folder / "io.safetensors");
+    qd::Decoder<float> model(qd::load_hugging_face(folder, {.format = qd::BaseFormat::float32}), {.lora = {.max_rank = 1}});
+    CHECK(model.config().context == (name == "mistral" ? 12 : 64));  // its window, and its positions
+    qd::Batch batch;
+    batch.ids = test::load<std::int32_t>(io, "input_ids");
+    batch.targets.assign(batch.ids.size(), -1);
+    batch.offsets = {0, batch.tokens()};
+    const auto logits = model.logits(batch);
+    const auto expected = test::load<float>(io, "logits");
+    REQUIRE(expected.size() == logits.span().size());
+    double worst = 0.0;
+    for (std::size_t i = 0; i < expected.size(); ++i)
+      worst = std::max(worst, std::fabs(static_cast<double>(logits.span()[i]) - static_cast<double>(expected[i])));
+    CHECK(worst < 1e-4);
+  }
+}
+
+TEST_CASE("a Qwen2 without its biases, or with sliding attention, is refused; a Mistral may have no window") {
+  const test::TemporaryFolder folder;
+  std::filesystem::copy(test::golden("qwen2"), folder / "model");
+  auto config = qd::read_json(folder / "model" / "config.json");
+  config["use_sliding_window"] = true;
+  test::write_file(folder / "model" / "config.json", config.dump());
+  CHECK(test::code_of([&] { (void)qd::load_hugging_face(folder / "model"); }) == Errc::unsupported);
+  config["use_sliding_window"] = false;
+  test::write_file(folder / "model" / "config.json", config.dump());
+  const qd::SafetensorsFile file(folder / "model" / "model.safetensors");
+  qd::SafetensorsWriter writer;
+  std::vector<qd::Buffer<std::byte>> bytes;
+  for (const auto& t : file.tensors()) bytes.push_back(file.bytes(t.name));
+  for (std::size_t i = 0; i < bytes.size(); ++i)
+    if (const auto& t = file.tensors()[i]; t.name != "model.layers.1.self_attn.k_proj.bias")
+      writer.add(t.name, t.dtype, t.shape, bytes[i].span());
+  writer.write(folder / "model" / "model.safetensors");
+  const auto error = test::error_of([&] { (void)qd::load_hugging_face(folder / "model"); });
+  REQUIRE(error);
+  CHECK(error->code() == Errc::missing_tensor);
+  CHECK(error->tensor() == "model.layers.1.self_attn.k_proj.bias");
+
+  auto mistral = qd::read_json(test::golden("mistral") / "config.json");
+  mistral["sliding_window"] = nullptr;
+  test::write_file(folder / "config.json", mistral.dump());
+  CHECK(qd::hugging_face_config(folder / "config.json").context == 64);
+  mistral["max_position_embeddings"] = 32768;
+  mistral.erase("sliding_window");
+  test::write_file(folder / "config.json", mistral.dump());
+  CHECK(qd::hugging_face_config(folder / "config.json").context == 4096);
+}
+
 TEST_CASE("a config.json that makes no model is refused, and the key or field is named") {
   const auto bad = [](const std::function<void(qd::Json&)>& change, const std::string& word, Errc code = Errc::bad_config) {
     const auto error = refused([&](Fixture& f) { change(f.config); }, "config.json");
@@ -262,8 +310,7 @@ TEST_CASE("a config.json that makes no model is refused, and the key or field is
     CAPTURE(std::string(error.what()), word);
     CHECK(std::string(error.what()).find(word) != std::string::npos);
   };
-  for (const char* key :
-       {"model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}) {
+  for (const char* key : {"model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}) {
     bad([&](auto& j) { j.erase(key); }, key);
     bad([&](auto& j) { j[key] = nullptr; }, key);
     bad([&](auto& j) { j[key] = qd::Json::array({1}); }, key);
@@ -315,18 +362,14 @@ TEST_CASE("a Hugging Face folder that lacks a tensor, or has one of another shap
       "model.safetensors");
   CHECK(integers.code() == Errc::dtype);
   CHECK(integers.tensor() == "model.layers.0.mlp.up_proj.weight");
-  const auto cube = refused(
-      [](Fixture& f) {
-        f.tensors["model.layers.0.mlp.up_proj.weight"].shape = {13, 12, 1};
-      },
-      "model.safetensors");
+  const auto cube = refused([](Fixture& f) { f.tensors["model.layers.0.mlp.up_proj.weight"].shape = {13, 12, 1}; }, "model.safetensors");
   CHECK(cube.code() == Errc::shape_mismatch);
 }
 
 TEST_CASE("a Hugging Face folder with a linear weight that is not finite is refused by its name") {
-  const auto error = refused(
-      [](Fixture& f) { f.tensors["model.layers.1.mlp.down_proj.weight"].values[20] = std::numeric_limits<float>::quiet_NaN(); },
-      "model.safetensors");
+  const auto error =
+      refused([](Fixture& f) { f.tensors["model.layers.1.mlp.down_proj.weight"].values[20] = std::numeric_limits<float>::quiet_NaN(); },
+              "model.safetensors");
   CHECK(error.code() == Errc::non_finite);
   CHECK(error.tensor() == "model.layers.1.mlp.down_proj.weight");
   CHECK(std::string(error.what()).find("[1, 7]") != std::string::npos);

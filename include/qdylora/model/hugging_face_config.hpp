@@ -1,6 +1,7 @@
-// The shape of a model from Hugging Face's config.json: LlamaForCausalLM and FalconForCausalLM, whose defaults are transformers'.
+// The shape of a model from Hugging Face's config.json: Llama, Mistral, Qwen2 and Falcon (...ForCausalLM), whose defaults are transformers'.
 #pragma once
 
+#include <algorithm>
 #include <filesystem>
 #include <string>
 
@@ -40,7 +41,9 @@ struct HuggingFaceConfig {
     return get_number_or(newer ? *parameters : json, "rope_theta", 10000.0, place);
   }
 
-  DecoderConfig llama() const {
+  /// Llama, and what has its shape under another name: Mistral, Qwen2. Within a sliding window there is nothing to slide: sequences are kept
+  /// to it.
+  DecoderConfig llama(const std::string& type) const {
     DecoderConfig config;
     config.vocab = size("vocab_size");
     config.width = size("hidden_size");
@@ -50,6 +53,11 @@ struct HuggingFaceConfig {
     config.heads.kv_heads = size_or("num_key_value_heads", config.heads.heads);
     config.heads.head_dim = size_or("head_dim", config.width / config.heads.heads);
     config.context = size_or("max_position_embeddings", 2048);
+    if (type == "mistral") {
+      const Index none = json.contains("sliding_window") ? config.context : 4096;  // null: no window
+      config.context = std::min(config.context, size_or("sliding_window", none));
+    }
+    if (type == "qwen2") expect_flag("use_sliding_window", false, false);
     config.norm_epsilon = epsilon("rms_norm_eps", 1e-6);
     config.tied_head = flag("tie_word_embeddings", false);
     config.rope_base = rope_base();
@@ -99,14 +107,20 @@ struct HuggingFaceConfig {
 
 }  // namespace detail
 
+/// Whether q, k and v have biases. Those of other layers are optional.
+inline bool hugging_face_qkv_bias(const std::filesystem::path& config_file) {
+  const detail::HuggingFaceConfig file{read_json(config_file), {.file = config_file.string()}};
+  return get_string(file.json, "model_type", file.place) == "qwen2" || file.flag("attention_bias", false);
+}
+
 /// The shape config.json states. Errors: unsupported (another architecture, activation or kind of positions), bad_config.
 inline DecoderConfig hugging_face_config(const std::filesystem::path& config_file) {
   const detail::HuggingFaceConfig file{read_json(config_file), {.file = config_file.string()}};
   const auto type = get_string(file.json, "model_type", file.place);
   DecoderConfig config;
-  if (type == "llama") config = file.llama();
+  if (type == "llama" || type == "mistral" || type == "qwen2") config = file.llama(type);
   else if (type == "falcon" || type == "RefinedWeb" || type == "RefinedWebModel") config = file.falcon(type);
-  else file.refuse(Errc::unsupported, "model_type", "'llama' or 'falcon'", "'" + printable(type) + "'");
+  else file.refuse(Errc::unsupported, "model_type", "'llama', 'mistral', 'qwen2' or 'falcon'", "'" + printable(type) + "'");
   try {
     config.validate();
   } catch (const Error& error) {
