@@ -19,6 +19,7 @@
 #include <qdylora/nn/dynamic_lora_linear.hpp>
 
 #include "bitsandbytes.hpp"
+#include "random.cuh"
 #include "timing.hpp"
 
 namespace {
@@ -33,22 +34,6 @@ using WeightView = qd::QuantizedView<qd::NF4, qd::DoubleQuant<>>;
 
 // ---- data --------------------------------------------------------------------------------------------------------------------------
 
-__device__ std::uint32_t hash(std::uint64_t x) {  // splitmix64's finalizer
-  x += 0x9e3779b97f4a7c15ull;
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
-  return static_cast<std::uint32_t>((x ^ (x >> 31)) >> 32);
-}
-
-__global__ void random_bytes(std::uint8_t* out, std::int64_t count, std::uint64_t seed) {
-  for (std::int64_t i = blockIdx.x * static_cast<std::int64_t>(blockDim.x) + threadIdx.x; i < count; i += gridDim.x * blockDim.x)
-    out[i] = static_cast<std::uint8_t>(hash(seed + static_cast<std::uint64_t>(i)));
-}
-// Uniform in +-sqrt(3) * deviation.
-__global__ void random_numbers(float* out, std::int64_t count, std::uint64_t seed, float deviation) {
-  for (std::int64_t i = blockIdx.x * static_cast<std::int64_t>(blockDim.x) + threadIdx.x; i < count; i += gridDim.x * blockDim.x)
-    out[i] = deviation * 3.4641016f * (static_cast<float>(hash(seed + static_cast<std::uint64_t>(i)) >> 8) * 0x1p-24f - 0.5f);
-}
 __global__ void add_constant(float* x, std::int64_t count, const float* constant) {
   for (std::int64_t i = blockIdx.x * static_cast<std::int64_t>(blockDim.x) + threadIdx.x; i < count; i += gridDim.x * blockDim.x)
     x[i] += *constant;
@@ -77,7 +62,7 @@ __global__ void exact_product(const bfloat16* x, std::int64_t depth, const float
   if (threadIdx.x == 0) exact[t * gridDim.x + blockIdx.x] = part[0];
 }
 
-constexpr int blocks = 1024, threads = 256;
+using bench::blocks, bench::threads;
 
 // ---- the machine and its output ----------------------------------------------------------------------------------------------------
 
@@ -118,7 +103,7 @@ class Bench {
   void ceilings() const {
     constexpr Index bytes = Index{2} << 30;
     qd::Buffer<std::uint8_t, qd::DeviceMemory> source(bytes, context_.memory()), target(bytes, context_.memory());
-    random_bytes<<<blocks, threads, 0, stream_>>>(source.data(), bytes, 1);
+    bench::random_bytes<<<blocks, threads, 0, stream_>>>(source.data(), bytes, 1);
     Matrix<unsigned> sum(1, 1);
     const auto times = watch_.compare(
         {{"copy", [&] { QDYLORA_CUDA_TRY(cudaMemcpyAsync(target.data(), source.data(), bytes, cudaMemcpyDeviceToDevice, stream_)); }},
@@ -291,14 +276,14 @@ class Bench {
     const Index count = out * in, scales = count / 64, nested = (scales + 255) / 256;
     qd::Buffer<std::uint8_t, qd::DeviceMemory> codes(count / 2, context_.memory()), scale_codes(scales, context_.memory());
     qd::Buffer<float, qd::DeviceMemory> absmax(nested, context_.memory());
-    random_bytes<<<blocks, threads, 0, stream_>>>(codes.data(), codes.size(), seed << 40);
-    random_bytes<<<blocks, threads, 0, stream_>>>(scale_codes.data(), scale_codes.size(), (seed << 40) + 0x1234567);
+    bench::random_bytes<<<blocks, threads, 0, stream_>>>(codes.data(), codes.size(), seed << 40);
+    bench::random_bytes<<<blocks, threads, 0, stream_>>>(scale_codes.data(), scale_codes.size(), (seed << 40) + 0x1234567);
     cuda_.fill(MatrixView<float>(absmax.data(), 1, nested), 0.01f);
     return {out, in, 64, std::move(codes), {std::move(scale_codes), std::move(absmax), scale_offset}};
   }
   Matrix<float> numbers(Index rows, Index cols, std::uint64_t seed, float deviation) const {
     Matrix<float> x(rows, cols);
-    random_numbers<<<blocks, threads, 0, stream_>>>(x.data(), x.size(), seed << 40, deviation);
+    bench::fill_random(context_, x.view(), seed << 40, deviation);
     return x;
   }
   Matrix<bfloat16> activations(Index rows, Index cols, std::uint64_t seed) const {

@@ -2,7 +2,7 @@
 # Everything that needs a GPU, in one go:  bash bench/gpu/run.sh [options]
 #   builds the device's tests and the benchmark for this GPU alone, runs the tests (ctest -L cuda), looks at small shapes with
 #   compute-sanitizer where it is installed, times ceilings, products and layers beside cuBLAS and bitsandbytes, and writes
-#   bench/results/gpu-<name>.json and .md. About 8 minutes on an H100 with 16 processors.
+#   bench/results/gpu-<name>.json and .md. Meant to take 8 minutes on an H100 with 16 processors.
 #   --quick       two shapes, few tokens
 #   --name NAME   of the results; else made of the GPU's name
 #   --out FOLDER  where they go (bench/results)
@@ -11,7 +11,7 @@
 #   --no-build, --no-tests, --no-sanitizer, --no-bench, --no-report   leave that step out
 # Environment: BUILD_DIR (build/gpu), JOBS, ARCHITECTURES (of the GPU at hand, else 90a), BITSANDBYTES, a libbitsandbytes_cuda*.so (else one in build/gpu-peers;
 #   without any, ours is beside cuBLAS alone).
-# A step of Falcon-40b's shape under a cap of 32 GiB will be step 5, once the model has that block.
+# Then a training step of Falcon-40b's shape under a cap of 32 GiB: batch 4, and batch 8 with moments in 8 bits.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$(cd "$here/../.." && pwd)
@@ -77,7 +77,7 @@ if [[ $build_it == yes ]]; then
   fi
   cmake -S "$root" -B "$build" "${generator[@]}" -D CMAKE_BUILD_TYPE=Release -D QDYLORA_CUDA=ON -D QDYLORA_BUILD_EXAMPLES=OFF \
     -D CMAKE_CUDA_COMPILER="$(command -v nvcc)" -D CMAKE_CUDA_ARCHITECTURES="$architecture-real" -D CMAKE_PREFIX_PATH="$peers/usr"
-  cmake --build "$build" --parallel "$jobs" --target gpu_bench test_device
+  cmake --build "$build" --parallel "$jobs" --target gpu_bench falcon_step test_device
 fi
 
 if [[ $tests == yes ]]; then
@@ -105,6 +105,10 @@ if [[ $bench == yes ]]; then
     exit 0
   fi
   ((status == 0)) || exit "$status"
+  say "a step of Falcon-40b's shape"
+  for case in "--batch 4 --moments 32" "--batch 8 --moments 8"; do
+    "$build/bench/falcon_step" ${quick:+--layers 2} $case >>"$build/cells.jsonl" || echo "it did not end well: $case"
+  done
 fi
 
 if [[ $report == yes ]]; then

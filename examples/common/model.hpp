@@ -26,9 +26,17 @@ inline OpenModel open_model(const std::filesystem::path& path, const std::string
   model.name = printable_utf8((path.has_filename() ? path : path.parent_path()).filename().string());
   if (!std::filesystem::exists(path)) throw Error(Errc::open, "no such file or folder", {.file = path.string()});
   if (!tokenizer_file.empty()) model.tokenizer = open_tokenizer(tokenizer_file);
+  const auto own_tokenizer = [&](auto&& load) {
+    try {
+      model.tokenizer = load();
+    } catch (const Error& error) {
+      if (error.code() != Errc::unsupported) throw;
+      model.tokenizer_problem = error.what();
+    }
+  };
   if (std::filesystem::is_directory(path)) {
     model.config = hugging_face_config(path / "config.json");
-    if (tokenizer_file.empty() && std::filesystem::exists(path / "tokenizer.json")) model.tokenizer = open_tokenizer(path);
+    if (tokenizer_file.empty() && std::filesystem::exists(path / "tokenizer.json")) own_tokenizer([&] { return open_tokenizer(path); });
     model.read = [=] { return load_hugging_face(path, options, cpu); };
   } else {
     const auto file = std::make_shared<const GgufFile>(path);
@@ -36,7 +44,7 @@ inline OpenModel open_model(const std::filesystem::path& path, const std::string
     model.coded_tables = file->info("token_embd.weight").type->name == "Q8_0";
     for (const auto& tensor : file->tensors())
       if (tensor.name.starts_with("blk.0.") && tensor.name.ends_with(".bias")) model.biases += tensor.shape.front();
-    if (tokenizer_file.empty()) model.tokenizer = load_tokenizer(*file);
+    if (tokenizer_file.empty()) own_tokenizer([&] { return load_tokenizer(*file); });
     model.read = [=] { return load_gguf(*file, options, cpu); };
   }
   if (model.tokenizer) {

@@ -19,15 +19,17 @@ struct OpenModel {
   std::string name;
   DecoderConfig config;
   std::optional<Tokenizer> tokenizer;
-  bool chat = false;          // whether prompts go through the chat template
-  bool coded_tables = false;  // the file has its embedding in 8 bits, and so will memory
-  Index biases = 0;           // numbers in a block's biases
+  std::string tokenizer_problem;  // why the model's own is not among them: ids need none
+  bool chat = false;              // whether prompts go through the chat template
+  bool coded_tables = false;      // the file has its embedding in 8 bits, and so will memory
+  Index biases = 0;               // numbers in a block's biases
   std::function<HostWeights()> read;
 
   /// Errc::unsupported where the model has no tokenizer.
   const Tokenizer& need_tokenizer() const {
     QDYLORA_EXPECTS(tokenizer.has_value(), unsupported,
-                    name + ": the folder has no tokenizer.json; give --tokenizer, a .gguf file or a folder that has one");
+                    (tokenizer_problem.empty() ? name + ": the folder has no tokenizer.json" : tokenizer_problem) +
+                        "; give --tokenizer, a .gguf file or a folder that has one");
     return *tokenizer;
   }
 };
