@@ -27,7 +27,8 @@ using namespace qdylora;
 using namespace qdylora::examples;
 
 void declare(CLI::App& app, FinetuneOptions& o) {
-  auto* model = app.add_option("--model", o.model, "a .gguf file (Llama shapes), or a Hugging Face folder (Llama, Falcon)")->check(not_empty());
+  auto* model =
+      app.add_option("--model", o.model, "a .gguf file (Llama shapes), or a Hugging Face folder (Llama, Falcon)")->check(not_empty());
   app.add_flag("--toy", o.toy, "a small random transformer instead of a model");
   app.add_option("--tokenizer", o.tokenizer, "a .gguf file, or a folder with tokenizer.json, whose tokenizer to use")
       ->check(not_empty())
@@ -42,6 +43,9 @@ void declare(CLI::App& app, FinetuneOptions& o) {
       ->capture_default_str();
   app.add_flag("--gates", o.gates, "train a factor for every row at every rank (order-then-nest)");
   app.add_option("--base-format", o.base, "base weights: nf4, fp4, int4, fp8 or float32")->capture_default_str();
+  app.add_option("--optimizer", o.optimizer, "adamw, or adamw8bit: moments in 8 bits, a quarter of their memory")
+      ->check(CLI::IsMember({"adamw", "adamw8bit"}))
+      ->capture_default_str();
   add_number(app, "--alpha", o.alpha, "LoRA's alpha", 1e-6, 1e6);
   add_number(app, "--dropout", o.dropout, "on the adapters' inputs", 0.0, 0.99);
   add_number(app, "--lr", o.lr, "peak learning rate", 1e-9, 10.0);

@@ -30,7 +30,7 @@ namespace qdylora::examples {
 struct FinetuneOptions {
   std::string model, tokenizer, data, eval, out = "out";
   bool toy = false, resume = false, no_chat = false, gates = false, checkpoint = false;
-  std::string ranks = "1,2,4,8,16,32,64", recipe_name = "auto", base = "nf4", device = "cpu", dtype = "float32";
+  std::string ranks = "1,2,4,8,16,32,64", recipe_name = "auto", base = "nf4", optimizer = "adamw", device = "cpu", dtype = "float32";
   float alpha = 16.0f, dropout = 0.0f;
   double lr = 1e-3;
   std::int64_t steps = 80, save_every = 50;
@@ -129,8 +129,8 @@ inline void show_answers(const std::vector<RankResult>& results, const std::vect
   }
 }
 
-template <Scalar T, class Device>
-int finetune(const FinetuneOptions& o, OpenModel& model, const FinetuneData& data, const Device& device) {
+template <Scalar T, class Optimizer, class Device>
+int finetune_with(const FinetuneOptions& o, OpenModel& model, const FinetuneData& data, const Device& device) {
   using Clock = std::chrono::steady_clock;
   const auto seconds_since = [](Clock::time_point from) { return std::chrono::duration<double>(Clock::now() - from).count(); };
   using Backend = typename Device::Backend;
@@ -149,7 +149,8 @@ int finetune(const FinetuneOptions& o, OpenModel& model, const FinetuneData& dat
                        .coded_tables = model.coded_tables,
                        .max_rank = ranks.max(),
                        .dropout = o.dropout > 0.0f,
-                       .checkpoint = o.checkpoint};
+                       .checkpoint = o.checkpoint,
+                       .moments_in_8_bits = o.optimizer == "adamw8bit"};
   memory.follow(chosen);
   plan_batches(memory, o, data, model, ranks);
   auto shape = model_shape(model.config);
@@ -168,7 +169,7 @@ int finetune(const FinetuneOptions& o, OpenModel& model, const FinetuneData& dat
               8.0 * static_cast<double>(w.linear_bytes()) / static_cast<double>(w.config.linear_weights()),
               static_cast<double>(w.linear_bytes()) / 1e6, seconds_since(start));
   Decoder<T, Backend> decoder(weights, {.lora = lora, .checkpoint = o.checkpoint}, device.backend());
-  Trainer<T, Backend> trainer(decoder, {.recipe = chosen, .ranks = ranks, .steps = o.steps, .lr = o.lr, .seed = o.seed});
+  Trainer<T, Backend, Optimizer> trainer(decoder, {.recipe = chosen, .ranks = ranks, .steps = o.steps, .lr = o.lr, .seed = o.seed});
   trainer.hold_back(to_batches(data.held_back, batch_tokens));
   const Index linears = w.config.layers * static_cast<Index>(w.config.linears().size());
   Index trainable = 0;
@@ -188,7 +189,7 @@ int finetune(const FinetuneOptions& o, OpenModel& model, const FinetuneData& dat
                                     {"alpha", o.alpha},        {"dropout", o.dropout}, {"lr", o.lr},
                                     {"steps", o.steps},        {"batch", o.batch},     {"seq_len", o.seq_len},
                                     {"seed", o.seed},          {"chat", model.chat},   {"examples", data.train.size()},
-                                    {"dtype", o.dtype},        {"device", o.device}}
+                                    {"dtype", o.dtype},        {"device", o.device},   {"optimizer", o.optimizer}}
                                    .dump();
   RunReport report;
   auto& history = report.history;
@@ -260,6 +261,7 @@ int finetune(const FinetuneOptions& o, OpenModel& model, const FinetuneData& dat
                      {"batch", o.batch},
                      {"seed", o.seed},
                      {"dtype", o.dtype},
+                     {"optimizer", o.optimizer},
                      {"base_bytes", w.linear_bytes()},
                      {"adapter_parameters", trainable},
                      {"activation_bytes", activation_bytes},
@@ -277,6 +279,13 @@ int finetune(const FinetuneOptions& o, OpenModel& model, const FinetuneData& dat
   std::printf("wrote      %s: report.json, report.csv, ranks.svg, adapter/ (PEFT, rank %lld), state.safetensors\n", out.string().c_str(),
               static_cast<long long>(ranks.max()));
   return 0;
+}
+
+template <Scalar T, class Device>
+int finetune(const FinetuneOptions& o, OpenModel& model, const FinetuneData& data, const Device& device) {
+  using Backend = typename Device::Backend;
+  if (o.optimizer == "adamw8bit") return finetune_with<T, AdamW8bit<T, Backend>>(o, model, data, device);
+  return finetune_with<T, AdamW<T, Backend>>(o, model, data, device);
 }
 
 }  // namespace qdylora::examples

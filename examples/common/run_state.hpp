@@ -8,7 +8,7 @@
 #include <vector>
 
 #include <qdylora/io/json.hpp>
-#include <qdylora/io/train_state.hpp>
+#include <qdylora/io/collect.hpp>
 #include <qdylora/model/trainer.hpp>
 
 namespace qdylora::examples {
@@ -23,9 +23,9 @@ struct RunHistory {
 };
 
 /// Saves everything that decides the rest of a run, and its history; `settings` is compared when it is resumed.
-template <class T, class Backend>
+template <class T, class Backend, class Optimizer>
 void save_run_state(const std::filesystem::path& path, const std::string& settings, const Decoder<T, Backend>& model,
-                    Trainer<T, Backend>& trainer, const RunHistory& history) {
+                    Trainer<T, Backend, Optimizer>& trainer, const RunHistory& history) {
   TrainState state;
   state.add_text("settings", settings);
   model.for_each_linear([&](const auto& linear) { collect(state, linear.adapter().options().name, linear.adapter(), model.backend()); });
@@ -60,9 +60,9 @@ inline void expect_no_unfinished_run(const std::filesystem::path& path) {
 
 /// Errc::bad_config where the run was started with other settings, version for a state without tokens and seconds, and the errors of
 /// load_train_state.
-template <class T, class Backend>
+template <class T, class Backend, class Optimizer>
 void load_run_state(const std::filesystem::path& path, const std::string& settings, Decoder<T, Backend>& model,
-                    Trainer<T, Backend>& trainer, RunHistory& history) {
+                    Trainer<T, Backend, Optimizer>& trainer, RunHistory& history) {
   TrainState state = load_train_state(path);
   if (!state.contains("tokens") || !state.contains("seconds"))
     throw Error(Errc::version, "was saved by an earlier version, which did not count tokens and seconds; remove it, or take another --out",
@@ -79,7 +79,7 @@ void load_run_state(const std::filesystem::path& path, const std::string& settin
   model.for_each_linear([&](auto& linear) { restore(state, linear.adapter().options().name, linear.adapter(), model.backend()); });
   restore(state, "adamw", trainer.optimizer());
   restore(state, "gates.adamw", trainer.gate_optimizer());
-  typename Trainer<T, Backend>::State s;
+  typename Trainer<T, Backend, Optimizer>::State s;
   const auto& counts = state.integers("trainer", 3);
   s.step = counts[0];
   s.nesting = counts[1] != 0;

@@ -10,6 +10,7 @@
 
 // what is in them: 4-bit weights of bitsandbytes, adapters of PEFT and llama.cpp, the state of a training run
 #include <qdylora/io/bitsandbytes.hpp>
+#include <qdylora/io/collect.hpp>
 #include <qdylora/io/gguf_adapter.hpp>
 #include <qdylora/io/peft.hpp>
 #include <qdylora/io/train_state.hpp>

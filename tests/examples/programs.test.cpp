@@ -114,6 +114,7 @@ TEST_CASE("programs: a wrong argument or file gives one line and status 2") {
       {"finetune", "--toy --lr nan", "--lr"},
       {"finetune", "--toy --lr -1", "--lr"},
       {"finetune", "--toy --alpha inf", "--alpha"},
+      {"finetune", "--toy --optimizer sgd", "adamw8bit"},
       {"finetune", "--toy --dropout nan", "--dropout"},
       {"finetune", "--toy --seed -1", "--seed"},
       {"finetune", "--toy --steps 1 --out " + quoted(folder / "junk.gguf"), "junk.gguf"},
@@ -222,7 +223,7 @@ TEST_CASE("programs: finetune writes its report and an adapter that loads") {
 
 TEST_CASE("programs: a run that was stopped resumes to the same bytes, on any number of threads") {
   if (!built("finetune")) SKIP("finetune has not been built");
-  for (const std::string recipe : {"auto", "qdylora"}) {
+  for (const std::string recipe : {"auto", "qdylora --optimizer adamw8bit"}) {
     const test::TemporaryFolder folder;
     const auto more = "--dropout 0.1 --recipe " + recipe;
     REQUIRE(run("finetune", toy(folder / "whole", more + " --threads 1")).status == 0);

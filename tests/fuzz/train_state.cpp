@@ -3,7 +3,7 @@
 #include <cstdint>
 #include <span>
 
-#include <qdylora/io/train_state.hpp>
+#include <qdylora/io/collect.hpp>
 
 #include "fuzz/memory_file.hpp"
 

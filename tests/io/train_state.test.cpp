@@ -14,7 +14,7 @@
 #include <unistd.h>
 
 #include <qdylora/cpu/cpu.hpp>
-#include <qdylora/io/train_state.hpp>
+#include <qdylora/io/collect.hpp>
 
 #include "support/catch.hpp"
 #include "support/files.hpp"
@@ -151,6 +151,56 @@ TEST_CASE("a run that is saved and restored goes on as if it had not stopped") {
   third.train(5);
   third.restore_from(state_of(start));
   CHECK((bytes_of(third.state()) == start));
+}
+
+TEST_CASE("moments in 8 bits are saved and restored to the bit, and are not taken for floats") {
+  struct Run8 {
+    qd::LoRAAdapter<float> large{600, 40, {.max_rank = 8, .seed = 1, .name = "large"}};  // A in 8 bits, B in floats: it is small
+    qd::AdamW8bit<float> optimizer{large.parameters(), {.lr = 1e-2}};
+    qd::Rng rng{3};
+
+    void train(int steps) {
+      for (int i = 0; i < steps; ++i) {
+        optimizer.zero_grad();
+        for (const auto& p : optimizer.parameters()) {
+          for (float& g : p->gradient.span()) g = rng.normal();
+          p->touch(0, p->value.rows());
+        }
+        optimizer.step();
+      }
+    }
+    std::string bytes() const {
+      qd::TrainState s;
+      collect(s, "large", large);
+      collect(s, "adamw", optimizer);
+      collect(s, "rng", rng);
+      return bytes_of(s);
+    }
+    void restore_from(qd::TrainState s) {
+      restore(s, "large", large);
+      restore(s, "adamw", optimizer);
+      restore(s, "rng", rng);
+      s.expect_all_used();
+    }
+  };
+  Run8 whole, first, second;
+  REQUIRE_FALSE(whole.optimizer.states()[0].in_floats());
+  REQUIRE(whole.optimizer.states()[1].in_floats());
+  whole.train(6);
+  first.train(3);
+  second.train(1);
+  second.restore_from(state_of(first.bytes()));
+  CHECK((second.bytes() == first.bytes()));
+  second.train(3);
+  CHECK((second.bytes() == whole.bytes()));
+  // A quarter of the floats' size, and no other's state.
+  qd::AdamW<float> floats(whole.large.parameters());
+  CHECK(whole.optimizer.bytes() < floats.bytes() / 3);
+  auto state = state_of(whole.bytes());
+  CHECK(code_of([&] { restore(state, "adamw", floats); }) == Errc::missing_tensor);
+  qd::LoRAAdapter<float> other(601, 40, {.max_rank = 8, .name = "large"});
+  qd::AdamW8bit<float> larger(other.parameters());
+  CHECK(code_of([&] { restore(state, "adamw", larger); }) == Errc::shape_mismatch);
 }
 
 TEST_CASE("all that is saved is kept to the bit") {

@@ -21,10 +21,10 @@ struct TrainerOptions {
   std::int64_t steps = 100;
   double lr = 1e-3;
   std::int64_t warmup_steps = 20;
-  double lr_floor = 0.1;            // the cosine ends at this share of lr
+  double lr_floor = 0.1;  // the cosine ends at this share of lr
   double max_gradient_norm = 1.0;
   double weight_decay = 0.0;
-  double gate_lr = 5.0;             // of gates, relative to lr
+  double gate_lr = 5.0;  // of gates, relative to lr
   std::uint64_t seed = 0;
 };
 
@@ -35,7 +35,8 @@ inline LoRAOptions adapter_options(const Recipe& recipe, const RankSet& ranks, f
   return options;
 }
 
-template <Scalar T, class Backend = Cpu>
+/// Optimizer is AdamW or AdamW8bit, of the adapters; gates are few and have AdamW.
+template <Scalar T, class Backend = Cpu, class Optimizer = AdamW<T, Backend>>
 class Trainer {
  public:
   using Acc = Accumulator<T>;
@@ -61,9 +62,9 @@ class Trainer {
     double loss = 0.0;           // mean over the scored tokens
     double gradient_norm = 0.0;  // before clipping
     double lr = 0.0;
-    Index rank = 0;              // the largest of the step
+    Index rank = 0;  // the largest of the step
     Index tokens = 0;
-    bool skipped = false;        // the gradient was not finite
+    bool skipped = false;  // the gradient was not finite
   };
 
   /// Sequences that measure what each rank loses, for recipes that measure; they should not be trained on. Without any, such a recipe
@@ -152,7 +153,7 @@ class Trainer {
   bool reordered_at_end() const noexcept { return reordered_at_end_; }
   std::int64_t skipped_steps() const noexcept { return optimizer_.skipped_steps(); }
 
-  AdamW<T, Backend>& optimizer() noexcept { return optimizer_; }
+  Optimizer& optimizer() noexcept { return optimizer_; }
   AdamW<T, Backend>& gate_optimizer() noexcept { return gate_optimizer_; }
 
   /// Everything but parameters, optimizers and collected moments that a resumed run needs.
@@ -237,8 +238,8 @@ class Trainer {
 
   void collect() {
     const auto& r = options_.recipe;
-    const bool want = order_step_ < options_.steps && r.ordering == Reordering::gram && step_ < order_step_ &&
-                      step_ >= order_step_ - r.collect_steps;
+    const bool want =
+        order_step_ < options_.steps && r.ordering == Reordering::gram && step_ < order_step_ && step_ >= order_step_ - r.collect_steps;
     model_.for_each_linear([&](auto& linear) {
       auto& adapter = linear.adapter();
       if (want && !adapter.collecting) adapter.start_collecting(model_.backend());
@@ -331,7 +332,7 @@ class Trainer {
 
   Model& model_;
   TrainerOptions options_;
-  AdamW<T, Backend> optimizer_;
+  Optimizer optimizer_;
   AdamW<T, Backend> gate_optimizer_;
   NestedShare nested_share_;  // before sampler_, whose options read it
   RankSampler sampler_;

@@ -11,7 +11,9 @@ namespace detail {
 
 /// Whether moments are the host's and the arithmetic is not: paged. (Memory of both is worked on in place.)
 template <class Memory, class Backend>
-inline constexpr bool paged = Memory::host && !Backend::Memory::host && !requires { Memory::device; };
+inline constexpr bool paged = Memory::host && !Backend::Memory::host && !requires {
+  Memory::device;
+};
 
 template <class Backend, class T, class Memory>
 void clear(const Backend& backend, Matrix<T, Memory>& x) {
@@ -45,6 +47,13 @@ struct FloatMoments {
     detail::clear(backend, v);
   }
   std::size_t bytes() const noexcept { return m.capacity_bytes() + v.capacity_bytes(); }
+
+  /// f(name, matrix) of all that a checkpoint holds.
+  template <class Self, class F>
+  static void for_each_part(Self& self, F&& f) {
+    f("m", self.m);
+    f("v", self.v);
+  }
 };
 
 /// Moments in 8 bits, in blocks of 256 (quant/moments8.hpp). Of a parameter of less than 4096 elements they stay floats: there is little
@@ -90,6 +99,16 @@ struct BlockwiseMoments {
   }
   std::size_t bytes() const noexcept {
     return m.capacity_bytes() + v.capacity_bytes() + m_absmax.capacity_bytes() + v_absmax.capacity_bytes() + floats.bytes();
+  }
+
+  /// f(name, matrix) of all that a checkpoint holds: codes and absmax, or floats under FloatMoments' names.
+  template <class Self, class F>
+  static void for_each_part(Self& self, F&& f) {
+    if (self.in_floats()) return FloatMoments<float, Memory>::for_each_part(self.floats, f);
+    f("m8", self.m);
+    f("v8", self.v);
+    f("m8.absmax", self.m_absmax);
+    f("v8.absmax", self.v_absmax);
   }
 };
 
