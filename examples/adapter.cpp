@@ -6,6 +6,7 @@
 //   adapter gguf DIR --rank b --model MODEL.gguf OUT.gguf    for llama.cpp (--lora OUT.gguf), on the same base model
 #include <cmath>
 #include <cstdio>
+#include <filesystem>
 #include <string>
 #include <vector>
 
@@ -98,7 +99,7 @@ int to_gguf(const std::string& folder, Index rank, const std::string& model, con
     const bool q = tensor.ends_with("attn_q.weight"), k = tensor.ends_with("attn_k.weight");
     tensors.push_back({tensor, &adapters.back(), q ? config.heads.heads : k ? config.heads.kv_heads : 0});
   }
-  save_gguf_adapter(out, tensors, {.rank = rank, .name = folder});
+  save_gguf_adapter(out, tensors, {.rank = rank, .name = std::filesystem::path(folder).filename().string()});
   std::printf("wrote %s: %zu tensors' adapters at rank %lld\n", out.c_str(), tensors.size(),
               static_cast<long long>(rank == 0 ? source.max_rank() : rank));
   return 0;

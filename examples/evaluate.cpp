@@ -19,7 +19,9 @@ using namespace qdylora;
 using namespace qdylora::examples;
 
 void declare(CLI::App& app, EvaluateOptions& o) {
-  app.add_option("--model", o.model, "a .gguf file (Llama shapes), or a Hugging Face folder (Llama, Falcon)")->required()->check(not_empty());
+  app.add_option("--model", o.model, "a .gguf file (Llama shapes), or a Hugging Face folder (Llama, Mistral, Qwen2, Falcon)")
+      ->required()
+      ->check(not_empty());
   app.add_option("--tokenizer", o.tokenizer, "a .gguf file, or a folder with tokenizer.json, whose tokenizer to use")->check(not_empty());
   app.add_option("--base-format", o.base, "base weights: nf4, fp4, int4, fp8 or float32; those already in 4 bits stay as they are")
       ->capture_default_str();

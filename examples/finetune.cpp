@@ -27,8 +27,8 @@ using namespace qdylora;
 using namespace qdylora::examples;
 
 void declare(CLI::App& app, FinetuneOptions& o) {
-  auto* model =
-      app.add_option("--model", o.model, "a .gguf file (Llama shapes), or a Hugging Face folder (Llama, Falcon)")->check(not_empty());
+  auto* model = app.add_option("--model", o.model, "a .gguf file (Llama shapes), or a Hugging Face folder (Llama, Mistral, Qwen2, Falcon)")
+                    ->check(not_empty());
   app.add_flag("--toy", o.toy, "a small random transformer instead of a model");
   app.add_option("--tokenizer", o.tokenizer, "a .gguf file, or a folder with tokenizer.json, whose tokenizer to use")
       ->check(not_empty())

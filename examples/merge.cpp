@@ -52,7 +52,7 @@ class Merger {
  public:
   Merger(const PeftAdapter& adapter, Index rank, std::optional<DType> dtype) : adapter_(adapter), rank_(rank), dtype_(dtype) {}
 
-  /// Writes a file's tensors, merged, to `out`, and their names and bytes into `index`.
+  /// Writes a file's tensors, merged, to `out`.
   void merge(const SafetensorsFile& file, const std::filesystem::path& out) {
     SafetensorsWriter writer;
     for (const auto& [key, value] : file.metadata()) writer.metadata(key, value);
@@ -114,7 +114,7 @@ class Merger {
           whole.rows(), whole.cols(), {.format = base_format(state.format), .double_quant = state.nested, .block_size = state.block_size},
           [&](Index first, MatrixView<float> rows) { copy(whole.view().middle_rows(first, rows.rows), rows); }, cpu_);
       const auto after = decoded(*weight);
-      if (merged_ == 0) std::printf("%-60s %8s %8s\n", "quantized again", "left", "error");
+      if (retained_.size == 0.0) std::printf("%-60s %8s %8s\n", "quantized again", "left", "error");
       Retained own;
       own.add(before, whole, after);
       own.print(tensor);
@@ -126,13 +126,17 @@ class Merger {
   void put(SafetensorsWriter& writer, const std::string& tensor, Matrix<float> matrix, DType dtype) {
     const auto add = [&]<class S>(S) {
       Matrix<S> stored(matrix.rows(), matrix.cols());
-      for (std::size_t i = 0; i < matrix.span().size(); ++i) stored.span()[i] = static_cast<S>(matrix.span()[i]);
-      expect_finite(matrix.view());
+      for (std::size_t i = 0; i < matrix.span().size(); ++i) {
+        stored.span()[i] = static_cast<S>(matrix.span()[i]);
+        matrix.span()[i] = static_cast<float>(stored.span()[i]);
+      }
+      expect_finite(matrix.view());  // as it is stored: float16 ends at 65504
       writer.add(tensor, std::as_const(std::get<Matrix<S>>(matrices_.emplace_back(std::move(stored)))).view());
     };
     if (dtype == DType::F16) add(half{});
     else if (dtype == DType::BF16) add(bfloat16{});
-    else add(float{});
+    else if (dtype == DType::F32) add(float{});
+    else throw Error(Errc::unsupported, "expected a weight of F32, F16 or BF16, found " + std::string(name(dtype)));
   }
 
   const PeftAdapter& adapter_;
@@ -176,6 +180,7 @@ int merge(const std::filesystem::path& model, const std::string& adapter_folder,
   const SafetensorsFolder source(model);
   for (const auto& module : adapter.modules) source.file_of(module.name + ".weight");  // all, before anything is written
   expect_no_overwrite(model, out);
+  expect_no_overwrite(adapter_folder, out);
   std::error_code failed;
   std::filesystem::create_directories(out, failed);
   if (failed) throw Error(Errc::open, "cannot make the folder: " + failed.message(), {.file = out.string()});

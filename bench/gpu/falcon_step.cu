@@ -3,8 +3,9 @@
 //
 //   falcon_step [--batch N] [--tokens N] [--layers N] [--moments 8|32] [--cap GIB] [--steps N]
 //
-// Weights are random, made and quantized on the device block by block; tokens are random. Each step draws its rank. What the cap leaves out is
-// taken away before anything else is allocated. A JSON line on stdout; exit 77 without a GPU, 1 where memory does not suffice.
+// Weights are random, made and quantized on the device block by block; tokens are random. Each step draws its rank. What the cap leaves out of
+// the device's memory, of which the driver's context is a part, is taken away before the model is made. A JSON line on stdout; exit 77
+// without a GPU, 1 where memory does not suffice.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -153,7 +154,7 @@ int main(int argc, char** argv) {
     std::size_t free = 0, total = 0;
     QDYLORA_CUDA_TRY(cudaMemGetInfo(&free, &total));
     void* beyond_cap = nullptr;
-    if (free > cap) QDYLORA_CUDA_TRY(cudaMalloc(&beyond_cap, free - cap));
+    if (total > cap) QDYLORA_CUDA_TRY(cudaMalloc(&beyond_cap, total - cap));
     const auto plan = qd::memory_plan<bfloat16>(falcon_40b(o.layers), {.coded_tables = true,
                                                                        .max_rank = 64,
                                                                        .checkpoint = true,

@@ -138,6 +138,9 @@ def write(lines, args):
             text.append(f"| {s['layers']} | {s['batch']} | {s['tokens']} | {s['moments']} bits | {s['cap_gib']} | {s['planned_gb']:.2f} | "
                         f"{s['peak_gb']:.2f} | {s['median_s']:.2f} |")
         text.append("")
+    for line in lines:
+        if "falcon_step_failed" in line:
+            text += [f"**A step of Falcon-40b's shape failed: {line['falcon_step_failed']}.**", ""]
     args.out.mkdir(parents=True, exist_ok=True)
     record = {"date": day, "machine": machine, "ceilings": ceilings, "bitsandbytes": args.bitsandbytes,
               "cells": [line for line in lines if "op" in line], "falcon_steps": steps}

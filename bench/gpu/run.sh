@@ -107,7 +107,8 @@ if [[ $bench == yes ]]; then
   ((status == 0)) || exit "$status"
   say "a step of Falcon-40b's shape"
   for case in "--batch 4 --moments 32" "--batch 8 --moments 8"; do
-    "$build/bench/falcon_step" ${quick:+--layers 2} $case >>"$build/cells.jsonl" || echo "it did not end well: $case"
+    "$build/bench/falcon_step" ${quick:+--layers 2} $case >>"$build/cells.jsonl" ||
+      echo "{\"falcon_step_failed\": \"$case\"}" | tee -a "$build/cells.jsonl"
   done
 fi
 

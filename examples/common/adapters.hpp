@@ -18,9 +18,10 @@ namespace qdylora::examples {
 template <class Model, class F>
 void for_each_adapter(Model& model, F&& f) {
   const auto& c = model.config();
+  const auto linears = static_cast<Index>(c.linears().size());
   Index at = 0;
   model.for_each_linear([&](auto& linear) {
-    const auto p = static_cast<Projection>(at++ % 7);
+    const auto p = static_cast<Projection>(at++ % linears);
     const bool turned = c.rope_layout == RopeLayout::interleaved && (p == Projection::q || p == Projection::k);
     f(linear, !turned ? 0 : p == Projection::q ? c.heads.heads : c.heads.kv_heads);
   });

@@ -54,6 +54,10 @@ int evaluate(const EvaluateOptions& o, OpenModel& model, const Device& device) {
                   "--rank " + std::to_string(rank) + ": the adapter has ranks 0 ... " + std::to_string(adapter ? max_rank : 0));
   LoRAOptions lora{.max_rank = max_rank};
   if (adapter) lora.gated_ranks = adapter->modules.front().gated_ranks;
+  if (ids.empty()) {  // before anything large is read
+    expect_seq_len(o.seq_len, model.config);
+    static_cast<void>(model.need_tokenizer());
+  }
   const auto weights = device.place(std::exchange(model.read, nullptr)());
   Decoder<T, typename Device::Backend> decoder(weights, {.lora = lora}, device.backend());
   if (adapter) assign_adapter(*adapter, o.adapter, decoder);
@@ -64,7 +68,6 @@ int evaluate(const EvaluateOptions& o, OpenModel& model, const Device& device) {
   }
   auto examples = load_examples(o.data);
   if (o.max_examples < static_cast<Index>(examples.size())) examples.resize(static_cast<std::size_t>(o.max_examples));
-  expect_seq_len(o.seq_len, decoder.config());
   const auto samples = tokenize(examples, model.need_tokenizer(), {.chat = model.chat, .max_length = o.seq_len});
   if (samples.samples.empty())
     throw Error(Errc::bad_argument, "no example has a scored token within --seq-len " + std::to_string(o.seq_len), {.file = o.data});

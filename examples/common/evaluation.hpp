@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <functional>
 #include <numeric>
 #include <span>
@@ -70,6 +71,7 @@ std::vector<RankResult> evaluate_losses(
       }
     }
     result.loss = scored > 0 ? sum / static_cast<double>(scored) : 0.0;
+    QDYLORA_EXPECTS(std::isfinite(result.loss), non_finite, "rank " + std::to_string(rank) + ": the held-out loss is not finite");
     results.push_back(std::move(result));
   }
   return results;
@@ -77,14 +79,15 @@ std::vector<RankResult> evaluate_losses(
 
 /// Parameters at each rank, and the seconds that one token takes, alone in its batch: the fewest of three runs.
 template <class T, class Backend>
-void measure_costs(Decoder<T, Backend>& model, std::vector<RankResult>& results) {
+void measure_costs(
+    Decoder<T, Backend>& model, std::vector<RankResult>& results, const std::function<bool()>& stop = [] { return false; }) {
   constexpr Index tokens = 16, rounds = 3;
   const std::vector<std::vector<std::int32_t>> prompts = {{0}};
   for (auto& result : results) {
     model.for_each_linear([&](const auto& linear) {
       result.parameters += std::min(result.rank, linear.adapter().max_rank()) * (linear.in() + linear.out());
     });
-    for (Index round = 0; round < rounds; ++round) {
+    for (Index round = 0; round < rounds && !stop(); ++round) {
       const auto start = std::chrono::steady_clock::now();
       generate(model, std::span<const std::vector<std::int32_t>>(prompts), RankPlan::uniform(result.rank), {.max_tokens = tokens});
       const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - start;

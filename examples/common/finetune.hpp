@@ -87,8 +87,15 @@ inline void plan_batches(MemoryOptions& options, const FinetuneOptions& o, const
         options.longest = std::max(options.longest, batch.offsets[s] - batch.offsets[s - 1]);
     }
   };
+  constexpr std::int64_t looked_at = 4096;  // steps; of a longer run the worst is assumed
   DataOrder order(data.train, o.seed);
-  for (std::int64_t step = 0; step < o.steps; ++step) look(order.step(step, o.batch), options.tokens, options.scored);
+  for (std::int64_t step = 0; step < std::min(o.steps, looked_at); ++step) look(order.step(step, o.batch), options.tokens, options.scored);
+  if (o.steps > looked_at) {
+    Index longest = 0;
+    for (const auto& sample : data.train) longest = std::max(longest, static_cast<Index>(sample.ids.size()) - 1);
+    options.tokens = options.scored = std::max(longest, std::min(batch_tokens, o.batch * longest));
+    options.longest = std::max(options.longest, longest);
+  }
   for (const auto* samples : {&data.held_back, &data.validation_samples}) look(*samples, options.forward_tokens, options.forward_scored);
   const std::size_t at_once = answered_at_once(o.new_tokens, static_cast<std::size_t>(ranks.size()) + 1);
   for (std::size_t begin = 0; begin < data.questions.size(); begin += at_once) {
@@ -246,7 +253,7 @@ int finetune_with(const FinetuneOptions& o, OpenModel& model, const FinetuneData
     return 130;
   }
 
-  measure_costs(decoder, report.ranks);
+  measure_costs(decoder, report.ranks, stop);
   print_table(report.ranks);
   if (!data.questions.empty()) show_answers(report.ranks, data.questions);
   const std::size_t peak = device.peak();

@@ -43,7 +43,8 @@ inline OpenModel open_model(const std::filesystem::path& path, const std::string
     model.config = gguf_config(*file);
     model.coded_tables = file->info("token_embd.weight").type->name == "Q8_0";
     for (const auto& tensor : file->tensors())
-      if (tensor.name.starts_with("blk.0.") && tensor.name.ends_with(".bias")) model.biases += tensor.shape.front();
+      if (tensor.name.starts_with("blk.0.") && tensor.name.ends_with(".bias") && tensor.shape.size() == 1)
+        model.biases += std::min(tensor.shape.front(), std::max(model.config.mlp_width, model.config.query_width()));
     if (tokenizer_file.empty()) own_tokenizer([&] { return load_tokenizer(*file); });
     model.read = [=] { return load_gguf(*file, options, cpu); };
   }

@@ -26,7 +26,8 @@ struct RunReport {
   RunHistory history;
 };
 
-/// Of the adapter's ranks, the one of the lowest loss.
+/// Of the adapter's ranks, the one of the lowest loss, as the same examples have it that it is compared on: intervals do not know that it
+/// was chosen.
 inline const RankResult& best_rank(const std::vector<RankResult>& ranks) {
   return *std::min_element(ranks.begin() + 1, ranks.end(), [](const RankResult& a, const RankResult& b) { return a.loss < b.loss; });
 }

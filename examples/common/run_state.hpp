@@ -7,8 +7,8 @@
 #include <string>
 #include <vector>
 
-#include <qdylora/io/json.hpp>
 #include <qdylora/io/collect.hpp>
+#include <qdylora/io/json.hpp>
 #include <qdylora/model/trainer.hpp>
 
 namespace qdylora::examples {
@@ -68,13 +68,18 @@ void load_run_state(const std::filesystem::path& path, const std::string& settin
     throw Error(Errc::version, "was saved by an earlier version, which did not count tokens and seconds; remove it, or take another --out",
                 {.file = path.string()});
   if (const auto& saved = state.text("settings"); saved != settings) {
-    const Json then = parse_json(saved, {.file = path.string()}), now = parse_json(settings, {});
+    Json then = parse_json(saved, {.file = path.string()});
+    const Json now = parse_json(settings, {});
+    // Settings that earlier versions did not have had these values.
+    for (const auto& [key, value] : {std::pair("dtype", "float32"), std::pair("device", "cpu"), std::pair("optimizer", "adamw")})
+      if (!then.contains(key)) then[key] = value;
     std::string differences;
     for (const auto& [key, value] : now.items())
       if (!then.contains(key) || then.at(key) != value)
         differences += (differences.empty() ? "" : ", ") + key + " was " + (then.contains(key) ? then.at(key).dump() : "absent") + ", is " +
                        value.dump();
-    throw Error(Errc::bad_config, "the run to resume had other settings: " + printable(differences, 600), {.file = path.string()});
+    if (!differences.empty())
+      throw Error(Errc::bad_config, "the run to resume had other settings: " + printable(differences, 600), {.file = path.string()});
   }
   model.for_each_linear([&](auto& linear) { restore(state, linear.adapter().options().name, linear.adapter(), model.backend()); });
   restore(state, "adamw", trainer.optimizer());

@@ -1,4 +1,5 @@
-// The transformer, Llama and Falcon: shapes, blocks, decoder, generation, tokenizer, recipes, and the models that files hold. Needs Eigen and nlohmann/json.
+// The transformer, Llama and Falcon: shapes, blocks, decoder, generation, tokenizer, recipes, and the models that files hold. Needs Eigen and
+// nlohmann/json.
 #pragma once
 
 #include <qdylora/cpu/cpu.hpp>

@@ -391,6 +391,26 @@ TEST_CASE("programs: a merged model has the logits of its adapter at that rank")
   CHECK(refused.err.find("not in the checkpoint") != std::string::npos);
   CHECK_FALSE(std::filesystem::exists(folder / "none"));
   CHECK(run("merge", quoted(folder / "half") + " " + adapter + " " + quoted(folder / "half")).status == 2);
+  CHECK(run("merge", quoted(folder / "half") + " " + adapter + " " + adapter).status == 2);
+  // float16 ends at 65504.
+  {
+    const qd::SafetensorsFile file(folder / "float8" / "model.safetensors");
+    std::filesystem::copy(folder / "float8", folder / "large");
+    qd::SafetensorsWriter writer;
+    std::vector<qd::Matrix<float>> matrices;
+    matrices.reserve(file.tensors().size());
+    for (const auto& tensor : file.tensors()) {
+      if (tensor.shape.size() != 2) continue;
+      matrices.push_back(file.matrix(tensor.name));
+      if (tensor.name == "lm_head.weight") matrices.back()(0, 0) = 1e5f;
+      writer.add(tensor.name, std::as_const(matrices.back()).view());
+    }
+    writer.write(folder / "large" / "model.safetensors");
+  }
+  const auto overflow = run("merge", quoted(folder / "large") + " " + adapter + " " + quoted(folder / "small") + " --dtype float16");
+  CAPTURE(overflow.err);
+  CHECK(overflow.status == 2);
+  CHECK(overflow.err.find("lm_head.weight") != std::string::npos);
 }
 
 TEST_CASE("programs: evaluate's logits of Falcons are those of transformers and PEFT") {

@@ -76,6 +76,7 @@ TEST_CASE("what a GGUF writer wrote is what a reader reads", "[gguf]") {
   writer.add("second", second.view());
   CHECK(test::code_of([&] { writer.metadata("a.real", 1.0f); }) == Errc::duplicate);
   CHECK(test::code_of([&] { writer.add("first", first.view()); }) == Errc::duplicate);
+  CHECK(test::code_of([&] { writer.metadata("general.alignment", std::uint32_t{64}); }) == Errc::bad_argument);
   writer.write(folder / "file.gguf");
   const qd::GgufFile file(folder / "file.gguf");
   CHECK(file.metadata().get<std::string>("general.architecture") == "llama");

@@ -156,8 +156,7 @@ TEST_CASE("micro-batches with one scale add up to one big batch") {
         part.targets.insert(part.targets.end(), one.targets.begin(), one.targets.end());
         part.offsets.push_back(part.tokens());
       }
-      model.set_ranks(
-          qd::RankPlan::per_row(std::span(ranks).subspan(static_cast<std::size_t>(first), static_cast<std::size_t>(size))));
+      model.set_ranks(qd::RankPlan::per_row(std::span(ranks).subspan(static_cast<std::size_t>(first), static_cast<std::size_t>(size))));
       sum += model.loss_and_gradient(part, scale);
     }
     CHECK(sum == Approx(whole).epsilon(1e-6));

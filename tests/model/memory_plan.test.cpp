@@ -130,8 +130,20 @@ TEST_CASE("A memory plan of forward passes and of texts", "[memory_plan]") {
   CHECK(grown([&] {
           for (int i = 0; i < 3; ++i) caches.emplace_back(config, 40);
         }) == plan.caches - logits);
-  CHECK(plan.total() <= plan.base_codes + plan.tables + plan.norms + plan.adapters + plan.gradients + plan.checkpoints + plan.activations +
-                            plan.caches + plan.workspace + plan.logits);
+  std::size_t sum = 0;
+  for (const auto& part : plan.parts()) sum += part.bytes;
+  CHECK(plan.total() <= sum);
+
+  // Generating holds caches and a pass over the prompts at once.
+  caches.clear();
+  const std::vector<std::vector<std::int32_t>> prompts(3, std::vector<std::int32_t>(12, 1));
+  options.forward_tokens = std::max<Index>(options.forward_tokens, 36);
+  options.longest = std::max<Index>(options.longest, 40);
+  plan = memory_plan<float>(config, options);
+  counted_bytes().peak = before;
+  generate(model, std::span(prompts), RankPlan::uniform(model.options().lora.max_rank), {.max_tokens = 28});
+  CHECK(counted_bytes().peak - before <= plan.phases() + plan.workspace + plan.logits);
+  CHECK(counted_bytes().peak - before > plan.caches);
 }
 
 TEST_CASE("A memory plan of a recipe: second moments while they are gathered, a snapshot while it measures", "[memory_plan]") {

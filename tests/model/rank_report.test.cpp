@@ -47,6 +47,13 @@ TEST_CASE("weights make a paired difference that of the whole", "[rank_report]")
   CHECK(same.high == 0.0);
 }
 
+TEST_CASE("examples without weight count for nothing, also where a resample would hold them alone", "[rank_report]") {
+  const std::vector<double> a{1.0, 100.0}, b{0.0, 0.0}, weights{1.0, 0.0};
+  const auto interval = qd::paired_difference(a, b, weights);
+  CHECK(interval.low == 1.0);
+  CHECK(interval.high == 1.0);
+}
+
 TEST_CASE("the area under ranks is the mean over the axis", "[rank_report]") {
   const std::vector<qd::Index> ranks{1, 2, 4, 8};
   const std::vector<double> flat(4, 0.7), line{1.0, 2.0, 4.0, 8.0}, logs{0.0, 1.0, 2.0, 3.0};
@@ -77,6 +84,9 @@ TEST_CASE("statistics of nothing, or of lists that do not fit, are refused", "[r
   CHECK(test::code_of([&] { (void)qd::paired_difference(one, two); }) == Errc::bad_argument);
   CHECK(test::code_of([&] { (void)qd::paired_difference(one, one, two); }) == Errc::bad_argument);
   CHECK(test::code_of([&] { (void)qd::paired_difference(one, one, zero); }) == Errc::bad_argument);
+  const std::vector<double> unknown{std::nan("")}, negative{-1.0, 2.0};
+  CHECK(test::code_of([&] { (void)qd::paired_difference(one, unknown); }) == Errc::non_finite);
+  CHECK(test::code_of([&] { (void)qd::paired_difference(two, two, negative); }) == Errc::bad_argument);
   CHECK(test::code_of([&] { (void)qd::paired_difference(one, one, {}, {.confidence = 1.0}); }) == Errc::bad_argument);
   CHECK(test::code_of([&] { (void)qd::area_under_ranks(ranks, one, qd::RankScale::linear); }) == Errc::bad_argument);
   CHECK(test::code_of([&] { (void)qd::area_under_ranks(descending, two, qd::RankScale::linear); }) == Errc::bad_argument);

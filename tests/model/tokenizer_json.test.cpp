@@ -96,6 +96,11 @@ TEST_CASE("what tokenizer.json asks for and is not done here is refused by its k
   check_refused("gpt2", Errc::unsupported, "Metaspace", [](Json& j) { j["pre_tokenizer"] = {{"type", "Metaspace"}}; });
   check_refused("gpt2", Errc::unsupported, "'pre_tokenizer'", [](Json& j) { j["pre_tokenizer"] = nullptr; });
   check_refused("gpt2", Errc::unsupported, "lstrip", [](Json& j) { j["added_tokens"][0]["lstrip"] = true; });
+  check_refused("gpt2", Errc::unsupported, "truncation", [](Json& j) { j["truncation"] = {{"max_length", 4}}; });
+  check_refused("gpt2", Errc::unsupported, "dropout", [](Json& j) { j["model"]["dropout"] = 0.1; });
+  check_refused("smollm", Errc::unsupported, "pre_tokenizer", [](Json& j) {  // digits once more, after the bytes
+    j["pre_tokenizer"]["pretokenizers"].push_back(j["pre_tokenizer"]["pretokenizers"][0]);
+  });
   check_refused("smollm", Errc::unsupported, "Digits",
                 [](Json& j) { j["pre_tokenizer"]["pretokenizers"][0]["individual_digits"] = false; });
   check_refused("qwen2", Errc::unsupported, "pattern",

@@ -22,7 +22,7 @@ inline const float* all_scales(const CpuRun& run, const CodedWeight& w) {
   return scales;
 }
 
-/// The smallest of 1, 4 and 16 that takes all of the next tokens at once, as an index of kernels by tokens.
+/// How many of the next tokens go at once, 1, 4 or 16, as an index of kernels by tokens; five to eight go by fours.
 constexpr int few_kernel(Index tokens) noexcept { return tokens == 1 ? 0 : tokens <= 8 ? 1 : 2; }
 
 template <class Y>

@@ -57,9 +57,17 @@ std::string section_of(const std::string& prefix, std::size_t i, const Parameter
   return prefix + "." + std::to_string(i) + "." + parameter.name;  // the number tells layers of one name apart
 }
 
+// Paged moments may still be on their way between the host and a device.
+template <class Memory, class Backend>
+void settle(const Backend& backend) {
+  if constexpr (requires { typename Backend::Memory; })
+    if constexpr (paged<Memory, Backend>) backend.synchronize();
+}
+
 // A matrix in host memory is borrowed; of one in a device's there is a copy, which waits.
 template <MemoryResource Memory, class Backend>
 void add(TrainState& state, std::string name, const Matrix<float, Memory>& matrix, const Backend& backend) {
+  settle<Memory>(backend);
   if constexpr (Memory::host) {
     state.add_matrix(std::move(name), matrix.view());
   } else {
@@ -71,6 +79,7 @@ void add(TrainState& state, std::string name, const Matrix<float, Memory>& matri
 // Bytes are a text, in the matrix's order.
 template <MemoryResource Memory, class Backend>
 void add(TrainState& state, std::string name, const Matrix<std::uint8_t, Memory>& matrix, const Backend& backend) {
+  settle<Memory>(backend);
   std::string text(static_cast<std::size_t>(matrix.size()), '\0');
   const MatrixView<std::uint8_t> bytes{reinterpret_cast<std::uint8_t*>(text.data()), matrix.rows(), matrix.cols()};
   if constexpr (Memory::host) copy(matrix.view(), bytes);
@@ -90,6 +99,7 @@ MatrixView<const std::uint8_t> section_for(TrainState& state, const std::string&
 // What a state holds, which outlives the copy, into a matrix of its shape.
 template <class S, MemoryResource Memory, class Backend>
 void put(MatrixView<const S> stored, Matrix<S, Memory>& matrix, const Backend& backend) {
+  settle<Memory>(backend);
   if constexpr (Memory::host) {
     copy(stored, matrix.view());
   } else {

@@ -20,9 +20,10 @@ namespace qdylora {
 /// Collects metadata and float32 matrices, then writes one file. Matrices are borrowed until write().
 class GgufWriter {
  public:
-  /// A single value. Errc::duplicate.
+  /// A single value. Errc::duplicate; bad_argument for general.alignment.
   template <GgufScalar T>
   void metadata(const std::string& key, const T& value) {
+    QDYLORA_EXPECTS(key != "general.alignment", bad_argument, "GgufWriter: tensors are aligned to 32 bytes, the default");
     expect_new(key, {});
     put_string(metadata_, key);
     put(metadata_, static_cast<std::uint32_t>(detail::gguf_type_of<T>()));
@@ -62,8 +63,11 @@ class GgufWriter {
     AtomicFile file(path);
     file.write(head);
     for (const Tensor& tensor : tensors_) {
-      for (Index i = 0; i < tensor.matrix.rows; ++i)
-        file.write(std::as_bytes(std::span(tensor.matrix.row(i), static_cast<std::size_t>(tensor.matrix.cols))));
+      const auto run = [](const float* first, Index count) { return std::as_bytes(std::span(first, static_cast<std::size_t>(count))); };
+      const auto& m = tensor.matrix;
+      if (m.contiguous()) file.write(run(m.data, m.size()));
+      else
+        for (Index i = 0; i < m.rows; ++i) file.write(run(m.row(i), m.cols));
       file.write(std::string(padded(tensor.bytes()) - tensor.bytes(), '\0'));
     }
     file.commit();

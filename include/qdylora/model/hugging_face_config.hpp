@@ -35,8 +35,10 @@ struct HuggingFaceConfig {
   double rope_base() const {
     const auto* parameters = find_key(json, "rope_parameters", place);
     const auto* scaling = find_key(json, "rope_scaling", place);
-    const bool newer = parameters != nullptr && parameters->is_object();
-    if (const auto* rope = newer ? parameters : scaling; rope != nullptr && rope->is_object())
+    for (const auto* rope : {parameters, scaling})
+      if (rope != nullptr && !rope->is_object()) refuse(Errc::bad_config, "rope_scaling", "an object", std::string(rope->type_name()));
+    const bool newer = parameters != nullptr;
+    if (const auto* rope = newer ? parameters : scaling; rope != nullptr)
       expect_name(*rope, "rope_type", "default", get_string_or(*rope, "type", "default", place));
     return get_number_or(newer ? *parameters : json, "rope_theta", 10000.0, place);
   }
@@ -50,14 +52,15 @@ struct HuggingFaceConfig {
     config.mlp_width = size("intermediate_size");
     config.layers = size("num_hidden_layers");
     config.heads.heads = size("num_attention_heads");
-    config.heads.kv_heads = size_or("num_key_value_heads", config.heads.heads);
+    const bool mistral = type == "mistral", qwen2 = type == "qwen2";
+    config.heads.kv_heads = size_or("num_key_value_heads", mistral ? 8 : qwen2 ? 32 : config.heads.heads);
     config.heads.head_dim = size_or("head_dim", config.width / config.heads.heads);
-    config.context = size_or("max_position_embeddings", 2048);
-    if (type == "mistral") {
+    config.context = size_or("max_position_embeddings", mistral ? 131072 : qwen2 ? 32768 : 2048);
+    if (mistral) {
       const Index none = json.contains("sliding_window") ? config.context : 4096;  // null: no window
       config.context = std::min(config.context, size_or("sliding_window", none));
     }
-    if (type == "qwen2") expect_flag("use_sliding_window", false, false);
+    if (qwen2) expect_flag("use_sliding_window", false, false);
     config.norm_epsilon = epsilon("rms_norm_eps", 1e-6);
     config.tied_head = flag("tie_word_embeddings", false);
     config.rope_base = rope_base();
@@ -107,10 +110,13 @@ struct HuggingFaceConfig {
 
 }  // namespace detail
 
-/// Whether q, k and v have biases. Those of other layers are optional.
-inline bool hugging_face_qkv_bias(const std::filesystem::path& config_file) {
+/// The first linear layers of a block that must have biases, by config.json; of others they are optional.
+inline std::size_t hugging_face_biased_linears(const std::filesystem::path& config_file) {
   const detail::HuggingFaceConfig file{read_json(config_file), {.file = config_file.string()}};
-  return get_string(file.json, "model_type", file.place) == "qwen2" || file.flag("attention_bias", false);
+  const auto type = get_string(file.json, "model_type", file.place);
+  if (type == "qwen2") return 3;                                                                // q, k, v
+  if (type == "llama" || type == "mistral") return file.flag("attention_bias", false) ? 4 : 0;  // and o
+  return file.flag("bias", false) ? 4 : 0;                                                      // a Falcon's are all
 }
 
 /// The shape config.json states. Errors: unsupported (another architecture, activation or kind of positions), bad_config.

@@ -11,7 +11,7 @@ namespace qdylora {
 /// The linear layers of a Llama's block, in the order of DecoderConfig::linears.
 enum class Projection : int { q, k, v, o, gate, up, down };
 
-/// Keeps 5 * width + 2 * kv_width + 2 * mlp_width numbers a token, and 7 ranks.
+/// Keeps 3 * width + 2 * kv_width + 2 * mlp_width numbers a token, and 7 ranks.
 template <Scalar T, class Backend>
 class LlamaBlock : public BlockSteps<T, Backend> {
   using Base = BlockSteps<T, Backend>;

@@ -132,7 +132,7 @@ std::shared_ptr<const DecoderWeights<float>> load_hugging_face(const std::filesy
   weights->embedding = dense(names.embedding + ".weight", config.vocab, config.width);
   if (!config.tied_head) weights->head = dense("lm_head.weight", config.vocab, config.width);
   weights->final_norm = norm(names.final_norm);
-  const bool qkv_bias = config.architecture == Architecture::llama && hugging_face_qkv_bias(folder / "config.json");
+  const std::size_t biased = hugging_face_biased_linears(folder / "config.json");
   const auto shapes = config.linears();
   for (Index i = 0; i < config.layers; ++i) {
     const std::string prefix = config.block_name(i);
@@ -142,8 +142,7 @@ std::shared_ptr<const DecoderWeights<float>> load_hugging_face(const std::filesy
     for (std::size_t p = 0; p < shapes.size(); ++p) {
       const std::string name = prefix + std::string(shapes[p].name);
       block->linear[p] = linear(name + ".weight", shapes[p].out, shapes[p].in);
-      const bool expected = qkv_bias && p <= static_cast<std::size_t>(Projection::v);
-      if (expected || files.contains(name + ".bias")) block->bias[p] = dense(name + ".bias", 1, shapes[p].out);
+      if (p < biased || files.contains(name + ".bias")) block->bias[p] = dense(name + ".bias", 1, shapes[p].out);
     }
     weights->blocks.push_back(std::move(block));
   }

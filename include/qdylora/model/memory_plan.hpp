@@ -122,6 +122,7 @@ struct MemoryPlan {
   std::size_t workspace = 0;    // temporaries of blocks and layers, positions
   std::size_t logits = 0;       // a chunk of them, and the rows they are made of
   std::size_t caches = 0;       // keys, values and logits of the texts that are generated at once
+  std::size_t prompts = 0;      // what generating has of checkpoints and activations
   std::size_t backend = 0;
   std::size_t process = 0;
   std::size_t staging = 0;  // the host's copy of the weights until they have gone up to the device
@@ -152,8 +153,10 @@ struct MemoryPlan {
             {"upload staging", staging, false}};
   }
 
-  /// Memory that texts are generated in is what the training step had.
-  std::size_t phases() const noexcept { return std::max(checkpoints + activations + reordering, caches); }
+  /// Texts are generated in memory that the training step had.
+  std::size_t phases() const noexcept {
+    return std::max(checkpoints + activations + reordering, caches > 0 ? prompts + caches : std::size_t{0});
+  }
   /// At most at any time, on the backend's side: the device's memory, or all there is on the host.
   std::size_t total() const noexcept {
     const std::size_t resident = base_codes + block_scales + nested_scales + tables + norms + adapters + gradients;
@@ -174,7 +177,7 @@ struct MemoryPlan {
     };
     for (const auto& part : parts())
       if (part.bytes > 0) line(part.name, part.bytes, device && !part.on_device ? "  on the host" : "");
-    line("at most at once", total(), caches > 0 && checkpoints > 0 ? "  (caches in the place of checkpoints and activations)" : "");
+    line("at most at once", total(), caches > 0 && checkpoints > 0 ? "  (caches in the place of most checkpoints and activations)" : "");
     if (device) line("and on the host", host_total(), "");
     return text;
   }
@@ -233,6 +236,7 @@ MemoryPlan memory_plan(const ModelShape& s, const MemoryOptions& o) {
   const Index streams = s.width * t;
   const Index context = s.kept * t + s.kept_accumulators * acc + linears * rank * acc + (o.dropout && o.training ? in_sum * t : 0);
   plan.checkpoints = bytes(o.training ? ((s.layers - 1) * tokens + 2 * most) * streams : 2 * most * streams);
+  plan.prompts = bytes(2 * most * streams + most * context);
   plan.activations = bytes((o.training && !o.checkpoint ? (s.layers - 1) * tokens + most : most) * context);
   const Index scored = std::max(o.training ? o.scored : 0, o.forward_scored);
   plan.workspace = bytes(most * s.forward_temporaries * t + o.longest * s.head_dim * acc);

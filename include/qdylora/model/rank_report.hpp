@@ -31,7 +31,8 @@ struct BootstrapOptions {
 /// resamples of the examples (the paired bootstrap: Efron & Tibshirani 1993, section 13.3; Koehn 2004). a, b: a score of each example,
 /// such as its loss a token; weights: how much of the whole each example is, such as its scored tokens; empty: all alike. What examples
 /// share cancels in the difference, so the interval is far narrower than that of either mean.
-/// Errors: bad_argument (sizes that differ, no examples, no weight, confidence not within (0, 1), no resamples).
+/// Errors: bad_argument (sizes that differ, no examples, no weight or a negative one, confidence not within (0, 1), no resamples),
+/// non_finite.
 inline Interval paired_difference(std::span<const double> a, std::span<const double> b, std::span<const double> weights = {},
                                   const BootstrapOptions& options = {}) {
   const auto n = a.size();
@@ -43,16 +44,23 @@ inline Interval paired_difference(std::span<const double> a, std::span<const dou
                       " and " + std::to_string(options.resamples));
   const auto weight = [&](std::size_t i) { return weights.empty() ? 1.0 : weights[i]; };
   const auto mean = [&](auto&& example) {
-    double sum = 0.0, whole = 0.0;
-    for (std::size_t k = 0; k < n; ++k) {
-      const std::size_t i = example(k);
-      sum += weight(i) * (a[i] - b[i]);
-      whole += weight(i);
+    for (;;) {
+      double sum = 0.0, whole = 0.0;
+      for (std::size_t k = 0; k < n; ++k) {
+        const std::size_t i = example(k);
+        sum += weight(i) * (a[i] - b[i]);
+        whole += weight(i);
+      }
+      if (whole > 0.0) return sum / whole;  // else examples without weight alone were drawn: again
     }
-    return whole > 0.0 ? sum / whole : 0.0;
   };
   double whole = 0.0;
-  for (std::size_t i = 0; i < n; ++i) whole += weight(i);
+  for (std::size_t i = 0; i < n; ++i) {
+    QDYLORA_EXPECTS(std::isfinite(a[i]) && std::isfinite(b[i]) && std::isfinite(weight(i)), non_finite,
+                    "paired_difference: scores or weight of example " + std::to_string(i) + " are not finite");
+    QDYLORA_EXPECTS(weight(i) >= 0.0, bad_argument, "paired_difference: the weight of example " + std::to_string(i) + " is negative");
+    whole += weight(i);
+  }
   QDYLORA_EXPECTS(whole > 0.0, bad_argument, "paired_difference: the examples have no weight");
   Rng rng(options.seed, Purpose::sample);
   std::vector<double> means(static_cast<std::size_t>(options.resamples));

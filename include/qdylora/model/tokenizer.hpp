@@ -110,7 +110,7 @@ class Tokenizer {
   /// Token ids of `text`. Special tokens in it are matched first: leftmost, then longest. Time O(n log n) for n bytes, whatever
   /// they are; bytes that are no UTF-8 are encoded like any other. Without skip_unknown, decode(encode(text)) == text (or to_nfc of what
   /// lies between special tokens, for a tokenizer that normalizes). bos is not added: see adds_bos.
-  /// Errors: unsupported, with the offset, for a byte that the vocabulary has no token for.
+  /// Errors: unsupported, with the offset unless the text was normalized, for a byte that the vocabulary has no token for.
   std::vector<std::int32_t> encode(std::string_view text, EncodeOptions options = {}) const {
     Encoding run{options, {}, {}, {}};
     std::size_t plain = 0;  // start of the text that is not encoded yet
@@ -330,7 +330,7 @@ class Tokenizer {
           run.symbols.push_back({byte_tokens_[byte], place - 1, place + 1});
         } else if (!run.options.skip_unknown) {
           throw Error(Errc::unsupported, "tokenizer: the vocabulary has no token for byte " + std::to_string(byte) + " of the text",
-                      {.offset = i});
+                      nfc_ ? ErrorPlace{} : ErrorPlace{.offset = i});
         }
       }
       merge_word(run);

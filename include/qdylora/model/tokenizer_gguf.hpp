@@ -40,7 +40,7 @@ inline Tokenizer load_tokenizer(const GgufFile& file) {
   data.pre_tokenizer = metadata.get<std::string>("tokenizer.ggml.pre");
   data.bos = id("tokenizer.ggml.bos_token_id");
   data.eos = id("tokenizer.ggml.eos_token_id");
-  // What the names of pre-tokenizers imply, as llama.cpp and the models' own tokenizers have it.
+  // What the names of pre-tokenizers imply by the models' own tokenizer.json.
   data.whole_words = data.pre_tokenizer == "llama-bpe";
   data.nfc = data.pre_tokenizer == "qwen2";
   data.adds_bos = metadata.get_or<bool>("tokenizer.ggml.add_bos_token", data.pre_tokenizer == "llama-bpe" && data.bos >= 0);

@@ -26,6 +26,8 @@ class TokenizerJson {
 
   TokenizerData read() const {
     TokenizerData data;
+    for (const char* key : {"truncation", "padding"})
+      if (find_key(json_, key, place_) != nullptr) fail(key, "null", "an object");
     read_model(data);
     read_added_tokens(data);
     read_normalizer(data);
@@ -83,9 +85,10 @@ class TokenizerJson {
     if (get_bool_or(model, "byte_fallback", false, place_)) fail("model.byte_fallback", "false (byte-level BPE)", "true");
     for (const char* key : {"continuing_subword_prefix", "end_of_word_suffix"})
       if (const auto affix = get_string_or(model, key, "", place_); !affix.empty()) fail(std::string("model.") + key, "none", affix);
+    if (get_number_or(model, "dropout", 0.0, place_) != 0.0) fail("model.dropout", "none", "a probability");
     data.whole_words = get_bool_or(model, "ignore_merges", false, place_);
     const Json& vocab = get_object(model, "vocab", place_);
-    for (const auto& [token, id] : vocab.items()) put(data, token, json_integer(id, token, 0, most_id, place_), normal);
+    for (const auto& [token, id] : vocab.items()) put(data, token, json_integer(id, token, 0, most_id(), place_), normal);
     const Json& merges = expect_key(model, "merges", place_);
     if (!merges.is_array()) raise_json_type("merges", "an array", merges, place_);
     data.merges.reserve(merges.size());
@@ -103,7 +106,7 @@ class TokenizerJson {
         const auto content = get_string(token, "content", place_);
         for (const char* key : {"single_word", "lstrip", "rstrip"})
           if (get_bool_or(token, key, false, place_)) fail(std::string("added_tokens.") + key, "false", content);
-        put(data, content, get_integer(token, "id", 0, most_id, place_),
+        put(data, content, get_integer(token, "id", 0, most_id(), place_),
             get_bool_or(token, "special", false, place_) ? control : user_defined);
       }
     }
@@ -138,16 +141,17 @@ class TokenizerJson {
       return R"((?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N})" + digits +
              R"(| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+)";
     };
-    std::string name, found;
+    std::string name, whole, found;
     for (const Json* step : steps("pre_tokenizer", "pretokenizers")) {
       const auto type = get_string(*step, "type", place_);
       found += (found.empty() ? "" : ", ") + type;
       if (type == "ByteLevel") {
         if (get_bool_or(*step, "add_prefix_space", true, place_)) fail("pre_tokenizer.add_prefix_space", "false", "true");
         const bool cuts = get_bool_or(*step, "use_regex", true, place_);
-        if (name.empty() && cuts) return "gpt-2";
-        if (name == "digits" && cuts) return "smollm";
-        if ((name == "llama-bpe" || name == "qwen2") && !cuts) return name;
+        if (name.empty() && cuts) whole = "gpt-2";
+        else if (name == "digits" && cuts) whole = "smollm";
+        else if ((name == "llama-bpe" || name == "qwen2") && !cuts) whole = name;
+        name = "bytes";  // after which nothing may follow
       } else if (type == "Digits" && name.empty() && get_bool_or(*step, "individual_digits", false, place_)) {
         name = "digits";
       } else if (type == "Split" && name.empty()) {
@@ -159,14 +163,22 @@ class TokenizerJson {
         else if (pattern == llama3("")) name = "qwen2";
         else fail("pre_tokenizer.pattern", "Llama 3's or Qwen2's", pattern);
       } else {
+        whole.clear();
         break;
       }
     }
+    if (!whole.empty()) return whole;
     fail("pre_tokenizer", "that of GPT-2, SmolLM, Llama 3 or Qwen2", found);
   }
 
   static constexpr std::int32_t normal = 1, control = 3, user_defined = 4;
-  static constexpr std::int64_t most_id = static_cast<std::int64_t>(Tokenizer::max_tokens) - 1;
+
+  /// Ids are dense.
+  std::int64_t most_id() const {
+    const Json* added = find_key(json_, "added_tokens", place_);
+    const auto tokens = get_object(get_object(json_, "model", place_), "vocab", place_).size() + (added != nullptr ? added->size() : 0);
+    return static_cast<std::int64_t>(std::min(tokens, Tokenizer::max_tokens)) - 1;
+  }
 
   ErrorPlace place_;
   Json json_;

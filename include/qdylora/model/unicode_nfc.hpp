@@ -567,18 +567,16 @@ inline std::uint32_t composed(std::uint32_t first, std::uint32_t second) noexcep
 /// `text` in normalization form C. Bytes that are no UTF-8 stay as they are.
 inline std::string to_nfc(std::string_view text) {
   using detail::NormalizedCodePoint;
-  constexpr char32_t first_mark = 0x300;  // nothing below it combines with what precedes
+  // Nothing below U+0300, whose first byte is 0xCC, combines with what precedes it.
+  if (std::none_of(text.begin(), text.end(), [](char c) { return static_cast<unsigned char>(c) >= 0xCC; })) return std::string(text);
   std::vector<NormalizedCodePoint> parts;
-  bool plain = true;
   for (std::size_t at = 0; at < text.size();) {
     const DecodedCodePoint step = decode_utf8(text, at);
-    plain = plain && step.value < first_mark;
     if (step.value == replacement_code_point && step.length == 1)
       parts.push_back({detail::raw_byte + static_cast<unsigned char>(text[at]), 0});
     else detail::append_decomposed(parts, static_cast<std::uint32_t>(step.value));
     at += step.length;
   }
-  if (plain) return std::string(text);
   const auto is_starter = [](const NormalizedCodePoint& c) { return c.combining_class == 0; };
   for (auto begin = parts.begin(); begin != parts.end();) {
     const auto end = std::find_if(begin, parts.end(), is_starter);
