@@ -54,7 +54,9 @@ int evaluate(const EvaluateOptions& o, OpenModel& model, const Device& device) {
                   "--rank " + std::to_string(rank) + ": the adapter has ranks 0 ... " + std::to_string(adapter ? max_rank : 0));
   LoRAOptions lora{.max_rank = max_rank};
   if (adapter) lora.gated_ranks = adapter->modules.front().gated_ranks;
+  std::vector<Example> examples;
   if (ids.empty()) {  // before anything large is read
+    examples = load_examples(o.data);
     expect_seq_len(o.seq_len, model.config);
     static_cast<void>(model.need_tokenizer());
   }
@@ -66,7 +68,6 @@ int evaluate(const EvaluateOptions& o, OpenModel& model, const Device& device) {
     write_logits(decoder, ids, o.logits);
     return 0;
   }
-  auto examples = load_examples(o.data);
   if (o.max_examples < static_cast<Index>(examples.size())) examples.resize(static_cast<std::size_t>(o.max_examples));
   const auto samples = tokenize(examples, model.need_tokenizer(), {.chat = model.chat, .max_length = o.seq_len});
   if (samples.samples.empty())
