@@ -37,7 +37,7 @@ inline Interval above_best(const RankResult& r, const RankResult& best) {
 
 /// Of the curve of loss over rank.
 struct RankSummary {
-  static constexpr double share = 0.95;
+  static constexpr double share = 0.99;
   double area_linear = 0.0, area_log2 = 0.0;
   Index enough = 0;  // the smallest rank that keeps `share` of the best one's gain
 
@@ -118,7 +118,7 @@ inline void write_report(const std::filesystem::path& folder, const RunReport& r
   const RankSummary summary(report.ranks);
   json["mean_loss_over_rank"] = summary.area_linear;
   json["mean_loss_over_log2_rank"] = summary.area_log2;
-  json["smallest_rank_keeping_95_percent"] = summary.enough;
+  json["smallest_rank_keeping_99_percent"] = summary.enough;
   json["tokens"] = report.history.tokens;
   json["training_seconds"] = report.history.seconds;
   json["tokens_per_second"] = report.history.tokens_per_second();

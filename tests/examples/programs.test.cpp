@@ -211,7 +211,7 @@ TEST_CASE("programs: finetune writes its report and an adapter that loads") {
     least = std::min(least, value);
   }
   CHECK(least == 0.0);
-  CHECK(report.at("smallest_rank_keeping_95_percent").get<Index>() >= 1);
+  CHECK(report.at("smallest_rank_keeping_99_percent").get<Index>() >= 1);
   CHECK(test::read_file(out / "report.csv")
             .starts_with("rank,loss,perplexity,above_best,low,high,answers,correct,parameters,ms_per_token\n0,"));
   CHECK(test::read_file(out / "ranks.svg").find("</svg>") != std::string::npos);
