@@ -87,14 +87,9 @@ inline void save_gguf_adapter(const std::filesystem::path& path, std::span<const
     const float own = adapter->scale(r) * static_cast<float>(r);
     auto factors = std::vector<float>(static_cast<std::size_t>(r), 1.0f);
     if (adapter->gated()) factors = detail::gates_at(adapter->options().gated_ranks, adapter->gates().value.view(), r);
-    Matrix<float> outward(adapter->out(), r);
-    for (Index o = 0; o < adapter->out(); ++o) {
-      const Index from = detail::half_split_position(o, heads, adapter->out());
-      for (Index i = 0; i < r; ++i) {
-        const float factor = factors[static_cast<std::size_t>(i)];
-        outward(o, i) = (own == alpha ? factor : factor * own / alpha) * b(i, from);
-      }
-    }
+    if (own != alpha)
+      for (float& factor : factors) factor = factor * own / alpha;
+    auto outward = detail::outward(b, factors, heads, RopeLayout::interleaved);
     detail::expect_finite(outward.view(), {.tensor = tensor + ".lora_b"});
     file.add(tensor + ".lora_a", a);
     file.add(tensor + ".lora_b", kept.emplace_back(std::move(outward)).view());

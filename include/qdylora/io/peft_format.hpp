@@ -20,6 +20,7 @@
 #include <string_view>
 #include <vector>
 
+#include <qdylora/backend.hpp>
 #include <qdylora/core/matrix.hpp>
 #include <qdylora/io/json.hpp>
 #include <qdylora/nn/lora_adapter.hpp>
@@ -95,6 +96,19 @@ inline std::vector<float> gates_at(std::span<const Index> gated_ranks, MatrixVie
   std::vector<float> result(static_cast<std::size_t>(rank), 1.0f);
   const auto at = std::ranges::find(gated_ranks, rank);
   if (at != gated_ranks.end()) std::copy_n(gates.row(at - gated_ranks.begin()), rank, result.begin());
+  return result;
+}
+
+/// B as files have it: [r, out] to [out, r], row i multiplied by factors[i], outputs moved to a rotary layout from the other one (heads 0:
+/// they stay).
+inline Matrix<float> outward(MatrixView<const float> b, std::span<const float> factors, Index heads, RopeLayout layout) {
+  const bool to_half_split = layout == RopeLayout::half_split;
+  Matrix<float> result(b.cols, b.rows);
+  for (Index o = 0; o < b.cols; ++o) {
+    const Index turned = half_split_position(o, heads, b.cols);
+    for (Index i = 0; i < b.rows; ++i)
+      result(to_half_split ? turned : o, i) = factors[static_cast<std::size_t>(i)] * b(i, to_half_split ? o : turned);
+  }
   return result;
 }
 

@@ -47,21 +47,6 @@ struct PeftOptions {
   std::map<std::string, std::string> metadata = {};  // of the tensor file, further entries
 };
 
-namespace detail {
-
-/// [r, out] to [out, r] with row i multiplied by factors[i], and outputs moved from interleaved to half-split.
-inline Matrix<float> to_peft_b(MatrixView<const float> b, std::span<const float> factors, Index heads) {
-  Matrix<float> result(b.cols, b.rows);
-  for (Index i = 0; i < b.rows; ++i) {
-    for (Index o = 0; o < b.cols; ++o) {
-      result(half_split_position(o, heads, b.cols), i) = factors[static_cast<std::size_t>(i)] * b(i, o);
-    }
-  }
-  return result;
-}
-
-}  // namespace detail
-
 /// Saves adapters as a folder for PEFT, which is made if it is absent; each file in it is replaced as a whole. A config that
 /// changes is removed before and written last: a crash leaves no new tensors under an old config. Errc::rank_range (rank above all
 /// adapters'), bad_argument, duplicate, shape_mismatch, non_finite, open, and those of AtomicFile.
@@ -117,11 +102,11 @@ inline void save_peft_adapter(const std::filesystem::path& folder, std::span<con
         const auto& ranks = adapter->options().gated_ranks;
         gates.add(module + ".gates", values.view());
         gates.add(module + ".gated_ranks", DType::I64, {static_cast<Index>(ranks.size())}, std::as_bytes(std::span(ranks)));
-        gates.add(module + std::string(detail::peft_b), keep(detail::to_peft_b(b, ones, heads)));
+        gates.add(module + std::string(detail::peft_b), keep(detail::outward(b, ones, heads, RopeLayout::half_split)));
       }
     }
     model.add(key + std::string(detail::peft_a), a);
-    model.add(key + std::string(detail::peft_b), keep(detail::to_peft_b(b, factors, heads)));
+    model.add(key + std::string(detail::peft_b), keep(detail::outward(b, factors, heads, RopeLayout::half_split)));
 
     // lora_alpha = s_r * r
     double alpha = static_cast<double>(adapter->options().alpha);

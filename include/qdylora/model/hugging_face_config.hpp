@@ -108,31 +108,38 @@ struct HuggingFaceConfig {
   }
 };
 
-}  // namespace detail
-
-/// The first linear layers of a block that must have biases, by config.json; of others they are optional.
-inline std::size_t hugging_face_biased_linears(const std::filesystem::path& config_file) {
-  const detail::HuggingFaceConfig file{read_json(config_file), {.file = config_file.string()}};
-  const auto type = get_string(file.json, "model_type", file.place);
-  if (type == "qwen2") return 3;                                                                // q, k, v
-  if (type == "llama" || type == "mistral") return file.flag("attention_bias", false) ? 4 : 0;  // and o
-  return file.flag("bias", false) ? 4 : 0;                                                      // a Falcon's are all
-}
-
-/// The shape config.json states. Errors: unsupported (another architecture, activation or kind of positions), bad_config.
-inline DecoderConfig hugging_face_config(const std::filesystem::path& config_file) {
-  const detail::HuggingFaceConfig file{read_json(config_file), {.file = config_file.string()}};
-  const auto type = get_string(file.json, "model_type", file.place);
+/// What config.json says of a model: its shape, and of how many of a block's first linear layers there must be biases. Those of others are
+/// optional.
+struct HuggingFaceModel {
   DecoderConfig config;
-  if (type == "llama" || type == "mistral" || type == "qwen2") config = file.llama(type);
-  else if (type == "falcon" || type == "RefinedWeb" || type == "RefinedWebModel") config = file.falcon(type);
-  else file.refuse(Errc::unsupported, "model_type", "'llama', 'mistral', 'qwen2' or 'falcon'", "'" + printable(type) + "'");
+  std::size_t biased_linears = 0;
+};
+inline HuggingFaceModel read_hugging_face_config(const std::filesystem::path& config_file) {
+  const HuggingFaceConfig file{read_json(config_file), {.file = config_file.string()}};
+  const auto type = get_string(file.json, "model_type", file.place);
+  HuggingFaceModel model;
+  if (type == "llama" || type == "mistral" || type == "qwen2") {
+    model.config = file.llama(type);
+    model.biased_linears = type == "qwen2" ? 3 : file.flag("attention_bias", false) ? 4 : 0;  // q, k, v; and o
+  } else if (type == "falcon" || type == "RefinedWeb" || type == "RefinedWebModel") {
+    model.config = file.falcon(type);
+    model.biased_linears = file.flag("bias", false) ? 4 : 0;  // all
+  } else {
+    file.refuse(Errc::unsupported, "model_type", "'llama', 'mistral', 'qwen2' or 'falcon'", "'" + printable(type) + "'");
+  }
   try {
-    config.validate();
+    model.config.validate();
   } catch (const Error& error) {
     throw Error(error.code(), error.what(), file.place);
   }
-  return config;
+  return model;
+}
+
+}  // namespace detail
+
+/// The shape config.json states. Errors: unsupported (another architecture, activation or kind of positions), bad_config.
+inline DecoderConfig hugging_face_config(const std::filesystem::path& config_file) {
+  return detail::read_hugging_face_config(config_file).config;
 }
 
 }  // namespace qdylora

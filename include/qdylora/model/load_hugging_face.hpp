@@ -85,7 +85,8 @@ template <class Backend = Cpu>
 std::shared_ptr<const DecoderWeights<float>> load_hugging_face(const std::filesystem::path& folder, BaseOptions options = {},
                                                                Backend backend = {}) {
   auto weights = std::make_shared<DecoderWeights<float>>();
-  const auto config = weights->config = hugging_face_config(folder / "config.json");
+  const auto model = detail::read_hugging_face_config(folder / "config.json");
+  const auto config = weights->config = model.config;
   const SafetensorsFolder files(folder);
   for (const auto& file : files.files())
     for (const auto& tensor : file.tensors())
@@ -132,7 +133,6 @@ std::shared_ptr<const DecoderWeights<float>> load_hugging_face(const std::filesy
   weights->embedding = dense(names.embedding + ".weight", config.vocab, config.width);
   if (!config.tied_head) weights->head = dense("lm_head.weight", config.vocab, config.width);
   weights->final_norm = norm(names.final_norm);
-  const std::size_t biased = hugging_face_biased_linears(folder / "config.json");
   const auto shapes = config.linears();
   for (Index i = 0; i < config.layers; ++i) {
     const std::string prefix = config.block_name(i);
@@ -142,7 +142,7 @@ std::shared_ptr<const DecoderWeights<float>> load_hugging_face(const std::filesy
     for (std::size_t p = 0; p < shapes.size(); ++p) {
       const std::string name = prefix + std::string(shapes[p].name);
       block->linear[p] = linear(name + ".weight", shapes[p].out, shapes[p].in);
-      if (p < biased || files.contains(name + ".bias")) block->bias[p] = dense(name + ".bias", 1, shapes[p].out);
+      if (p < model.biased_linears || files.contains(name + ".bias")) block->bias[p] = dense(name + ".bias", 1, shapes[p].out);
     }
     weights->blocks.push_back(std::move(block));
   }

@@ -29,7 +29,7 @@ class TokenizerJson {
     for (const char* key : {"truncation", "padding"})
       if (find_key(json_, key, place_) != nullptr) fail(key, "null", "an object");
     read_model(data);
-    read_added_tokens(data);
+    read_tokens(data);
     read_normalizer(data);
     data.pre_tokenizer = pre_tokenizer();
     return data;
@@ -87,8 +87,6 @@ class TokenizerJson {
       if (const auto affix = get_string_or(model, key, "", place_); !affix.empty()) fail(std::string("model.") + key, "none", affix);
     if (get_number_or(model, "dropout", 0.0, place_) != 0.0) fail("model.dropout", "none", "a probability");
     data.whole_words = get_bool_or(model, "ignore_merges", false, place_);
-    const Json& vocab = get_object(model, "vocab", place_);
-    for (const auto& [token, id] : vocab.items()) put(data, token, json_integer(id, token, 0, most_id(), place_), normal);
     const Json& merges = expect_key(model, "merges", place_);
     if (!merges.is_array()) raise_json_type("merges", "an array", merges, place_);
     data.merges.reserve(merges.size());
@@ -99,16 +97,20 @@ class TokenizerJson {
     }
   }
 
-  void read_added_tokens(TokenizerData& data) const {
-    if (const Json* added = find_key(json_, "added_tokens", place_)) {
-      if (!added->is_array()) raise_json_type("added_tokens", "an array", *added, place_);
-      for (const Json& token : *added) {
-        const auto content = get_string(token, "content", place_);
-        for (const char* key : {"single_word", "lstrip", "rstrip"})
-          if (get_bool_or(token, key, false, place_)) fail(std::string("added_tokens.") + key, "false", content);
-        put(data, content, get_integer(token, "id", 0, most_id(), place_),
-            get_bool_or(token, "special", false, place_) ? control : user_defined);
-      }
+  void read_tokens(TokenizerData& data) const {
+    const Json& vocab = get_object(get_object(json_, "model", place_), "vocab", place_);
+    const Json none = Json::array(), *found = find_key(json_, "added_tokens", place_);
+    const Json& added = found != nullptr ? *found : none;
+    if (!added.is_array()) raise_json_type("added_tokens", "an array", added, place_);
+    // Ids are dense.
+    const auto most_id = static_cast<std::int64_t>(std::min(vocab.size() + added.size(), Tokenizer::max_tokens)) - 1;
+    for (const auto& [token, id] : vocab.items()) put(data, token, json_integer(id, token, 0, most_id, place_), normal);
+    for (const Json& token : added) {
+      const auto content = get_string(token, "content", place_);
+      for (const char* key : {"single_word", "lstrip", "rstrip"})
+        if (get_bool_or(token, key, false, place_)) fail(std::string("added_tokens.") + key, "false", content);
+      put(data, content, get_integer(token, "id", 0, most_id, place_),
+          get_bool_or(token, "special", false, place_) ? control : user_defined);
     }
     for (std::size_t id = 0; id < data.tokens.size(); ++id)
       if (data.token_types[id] == 0) throw Error(Errc::bad_config, "no token has the id " + std::to_string(id), place_);
@@ -172,13 +174,6 @@ class TokenizerJson {
   }
 
   static constexpr std::int32_t normal = 1, control = 3, user_defined = 4;
-
-  /// Ids are dense.
-  std::int64_t most_id() const {
-    const Json* added = find_key(json_, "added_tokens", place_);
-    const auto tokens = get_object(get_object(json_, "model", place_), "vocab", place_).size() + (added != nullptr ? added->size() : 0);
-    return static_cast<std::int64_t>(std::min(tokens, Tokenizer::max_tokens)) - 1;
-  }
 
   ErrorPlace place_;
   Json json_;
