@@ -42,6 +42,11 @@ struct Retained {
       error += (found - update) * (found - update);
     }
   }
+  void operator+=(const Retained& other) {
+    along += other.along;
+    size += other.size;
+    error += other.error;
+  }
   void print(const std::string& tensor) const {
     std::printf("%-60s %7.1f%% %7.0f%%\n", printable(tensor, 60).c_str(), size > 0.0 ? 100.0 * along / size : 100.0,
                 size > 0.0 ? 100.0 * std::sqrt(error / size) : 0.0);
@@ -67,8 +72,7 @@ class Merger {
       at_tensor(file.name(), tensor.name, [&] {
         if (is_bnb_4bit(file, tensor.name)) merge_4bit(file, tensor.name, module, writer);
         else if (module != nullptr)
-          put(writer, tensor.name, sum(*module, std::make_shared<AnyWeight>(file.matrix(tensor.name)), rank_),
-              dtype_.value_or(tensor.dtype));
+          put(writer, tensor.name, sum(*module, std::make_shared<AnyWeight>(file.matrix(tensor.name))), dtype_.value_or(tensor.dtype));
         else if (dtype_ && (tensor.dtype == DType::F32 || tensor.dtype == DType::F16 || tensor.dtype == DType::BF16) &&
                  tensor.shape.size() == 2)
           put(writer, tensor.name, file.matrix(tensor.name), *dtype_);
@@ -87,12 +91,12 @@ class Merger {
   const Retained& retained() const noexcept { return retained_; }
 
  private:
-  /// The weight with the module's update at a rank.
-  Matrix<float> sum(const PeftModule& module, std::shared_ptr<const AnyWeight> base, Index rank) const {
+  /// The weight with the module's update at the rank.
+  Matrix<float> sum(const PeftModule& module, std::shared_ptr<const AnyWeight> base) const {
     DynamicLoRALinear<float, Cpu, AnyFormat> layer(
         std::move(base), {.max_rank = module.rank(), .name = module.name, .gated_ranks = module.gated_ranks}, cpu_);
     assign(module, layer.adapter());
-    return layer.merged_weight(std::min(rank, module.rank()));
+    return layer.merged_weight(std::min(rank_, module.rank()));
   }
 
   Matrix<float> decoded(const AnyWeight& weight) const {
@@ -107,9 +111,9 @@ class Merger {
   void merge_4bit(const SafetensorsFile& file, const std::string& tensor, const PeftModule* module, SafetensorsWriter& writer) {
     const BnbState state = bnb_4bit_state(file, tensor);
     auto weight = std::make_shared<const AnyWeight>(load_bnb_4bit(file, tensor));
-    if (dtype_) return put(writer, tensor, module != nullptr ? sum(*module, weight, rank_) : decoded(*weight), *dtype_);
+    if (dtype_) return put(writer, tensor, module != nullptr ? sum(*module, weight) : decoded(*weight), *dtype_);
     if (module != nullptr) {
-      const auto before = decoded(*weight), whole = sum(*module, weight, rank_);
+      const auto before = decoded(*weight), whole = sum(*module, weight);
       weight = make_base_weight(
           whole.rows(), whole.cols(), {.format = base_format(state.format), .double_quant = state.nested, .block_size = state.block_size},
           [&](Index first, MatrixView<float> rows) { copy(whole.view().middle_rows(first, rows.rows), rows); }, cpu_);
@@ -118,7 +122,7 @@ class Merger {
       Retained own;
       own.add(before, whole, after);
       own.print(tensor);
-      retained_.add(before, whole, after);
+      retained_ += own;
     }
     add_bnb_4bit(writer, states_, tensor, *weights_.emplace_back(std::move(weight)), state.dtype);
   }
@@ -188,14 +192,16 @@ int merge(const std::filesystem::path& model, const std::string& adapter_folder,
   const auto type = types.find(dtype);
   const Index at = rank == 0 ? adapter.max_rank() : rank;
   Merger merger(adapter, at, type == types.end() ? std::nullopt : std::optional(type->second));
+  const bool indexed = std::filesystem::exists(model / "model.safetensors.index.json");
   Json weight_map = Json::object();
   for (const auto& file : source.files()) {
     const auto name = std::filesystem::path(file.name()).filename();
     merger.merge(file, out / name);
+    if (!indexed) continue;
     const SafetensorsFile written(out / name);
     for (const auto& tensor : written.tensors()) weight_map[tensor.name] = name.string();
   }
-  if (std::filesystem::exists(model / "model.safetensors.index.json"))
+  if (indexed)
     replace_file(out / "model.safetensors.index.json",
                  Json({{"metadata", Json::object()}, {"weight_map", std::move(weight_map)}}).dump(1) + "\n");
   copy_beside(model, out, dtype);

@@ -16,6 +16,8 @@
 
 namespace qdylora::examples {
 
+inline constexpr Index batch_tokens = 1024;  // of a micro-batch, at most
+
 /// Cuts samples into batches of at most `tokens` tokens (a longer sample stands alone).
 inline std::vector<Batch> to_batches(std::span<const Sample> samples, Index tokens) {
   std::vector<Batch> batches;
@@ -45,7 +47,7 @@ std::vector<RankResult> evaluate_losses(
     const std::function<bool()>& stop = [] { return false; }) {
   model.set_training(false);
   std::vector<RankResult> results;
-  const auto batches = to_batches(samples, 1024);
+  const auto batches = to_batches(samples, batch_tokens);
   for (const Index rank : ranks) {
     RankResult result;
     result.rank = rank;

@@ -39,8 +39,6 @@ struct FinetuneOptions {
   std::uint64_t seed = 0;
 };
 
-inline constexpr Index batch_tokens = 1024;  // of a micro-batch, at most
-
 struct FinetuneData {
   std::vector<Example> questions;
   std::vector<Sample> train, held_back, validation_samples;
@@ -143,7 +141,7 @@ int finetune_with(const FinetuneOptions& o, OpenModel& model, const FinetuneData
   using Backend = typename Device::Backend;
   const std::filesystem::path out = o.out;
   const auto state_file = out / "state.safetensors";
-  const RankSet ranks(parse_numbers<Index>("--ranks", o.ranks));
+  const RankSet ranks = parse_ranks(o.ranks);
   Recipe chosen = recipe(o.recipe_name);
   chosen.gates = o.gates;
   const auto lora = [&] {
@@ -254,7 +252,8 @@ int finetune_with(const FinetuneOptions& o, OpenModel& model, const FinetuneData
   }
 
   measure_costs(decoder, report.ranks, stop);
-  print_table(report.ranks);
+  const RankSummary summary(report.ranks);
+  print_table(report.ranks, summary);
   if (!data.questions.empty()) show_answers(report.ranks, data.questions);
   const std::size_t peak = device.peak();
   const auto megabytes = [](std::size_t bytes) { return static_cast<double>(bytes) / 1e6; };
@@ -277,7 +276,7 @@ int finetune_with(const FinetuneOptions& o, OpenModel& model, const FinetuneData
                      {"nested_share", trainer.nested().share},
                      {"reordered_at_end", trainer.reordered_at_end()}};
   report.settings.update(device.facts());
-  write_report(out, report);
+  write_report(out, report, summary);
   const auto worst = *std::max_element(report.ranks.begin() + 1, report.ranks.end(),
                                        [](const RankResult& a, const RankResult& b) { return a.loss < b.loss; });
   std::printf("\n%s: the worst rank, %lld, has %.3f nats a token, the base %.3f\n",

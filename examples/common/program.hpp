@@ -14,7 +14,6 @@
 
 #include <qdylora/core/error.hpp>
 #include <qdylora/core/scalar.hpp>
-#include <qdylora/nn/ranks.hpp>
 
 #include "text.hpp"
 
@@ -44,9 +43,6 @@ int run_program(CLI::App& app, int argc, char** argv, Body&& body) {
     return fail(error.what());
   }
 }
-
-/// "1,2,4" as a rank set.
-inline RankSet parse_ranks(const std::string& text) { return RankSet(parse_numbers<Index>("--ranks", text)); }
 
 // An option beyond these is a slip, and would take all memory or time before anybody noticed.
 inline constexpr Index most_rank = 65535;

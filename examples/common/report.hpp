@@ -31,17 +31,19 @@ struct RunReport {
 inline const RankResult& best_rank(const std::vector<RankResult>& ranks) {
   return *std::min_element(ranks.begin() + 1, ranks.end(), [](const RankResult& a, const RankResult& b) { return a.loss < b.loss; });
 }
-inline Interval above_best(const RankResult& r, const RankResult& best) {
-  return paired_difference(r.example_losses, best.example_losses, r.example_tokens);
-}
 
-/// Of the curve of loss over rank.
+/// What the ranks' losses say together.
 struct RankSummary {
   static constexpr double share = 0.99;
+  Index best = 0;                    // the rank of the lowest loss
+  std::vector<Interval> above_best;  // of each result
   double area_linear = 0.0, area_log2 = 0.0;
   Index enough = 0;  // the smallest rank that keeps `share` of the best one's gain
 
   explicit RankSummary(const std::vector<RankResult>& results) {
+    const auto& lowest = best_rank(results);
+    best = lowest.rank;
+    for (const auto& r : results) above_best.push_back(paired_difference(r.example_losses, lowest.example_losses, r.example_tokens));
     std::vector<Index> ranks;
     std::vector<double> losses;
     for (std::size_t i = 1; i < results.size(); ++i) {
@@ -58,39 +60,34 @@ inline double accuracy(const RankResult& r) {
   return r.answers > 0 ? static_cast<double>(r.correct) / static_cast<double>(r.answers) : 0.0;
 }
 
-inline void print_table(const std::vector<RankResult>& ranks) {
+inline void print_table(const std::vector<RankResult>& ranks, const RankSummary& summary) {
   const bool answers = ranks.front().answers > 0;
-  const auto& best = best_rank(ranks);
   std::printf("\n  %4s %8s %10s  %-27s%s %10s %9s\n", "rank", "loss", "perplexity", "above the best, 95 %", answers ? " exact match" : "",
               "parameters", "ms/token");
-  for (const auto& r : ranks) {
-    const auto above = above_best(r, best);
+  for (std::size_t i = 0; i < ranks.size(); ++i) {
+    const auto& r = ranks[i];
+    const auto& above = summary.above_best[i];
     char difference[64] = "best";
-    if (&r != &best) std::snprintf(difference, sizeof difference, "%+.4f [%+.4f, %+.4f]", above.value, above.low, above.high);
+    if (r.rank != summary.best) std::snprintf(difference, sizeof difference, "%+.4f [%+.4f, %+.4f]", above.value, above.low, above.high);
     std::printf("  %4s %8.4f %10.3f  %-27s", r.rank == 0 ? "base" : std::to_string(r.rank).c_str(), r.loss, std::exp(r.loss), difference);
     if (answers) std::printf(" %5lld / %-3lld", static_cast<long long>(r.correct), static_cast<long long>(r.answers));
     std::printf(" %8.2f M %9.2f\n", static_cast<double>(r.parameters) / 1e6, 1e3 * r.token_seconds);
   }
-  const RankSummary summary(ranks);
   if (summary.enough > 0)
     std::printf("  rank %lld keeps %.0f %% of what the best rank, %lld, gains\n", static_cast<long long>(summary.enough),
-                100.0 * RankSummary::share, static_cast<long long>(best.rank));
+                100.0 * RankSummary::share, static_cast<long long>(summary.best));
 }
 
-inline void write_text(const std::filesystem::path& path, const std::string& text) {
-  replace_file(path, std::as_bytes(std::span(text.data(), text.size())));
-}
-
-inline void write_report(const std::filesystem::path& folder, const RunReport& report) {
+inline void write_report(const std::filesystem::path& folder, const RunReport& report, const RankSummary& summary) {
   Json json = report.settings;
   json["ranks"] = Json::array();
-  const auto& best = best_rank(report.ranks);
   std::string csv = "rank,loss,perplexity,above_best,low,high,answers,correct,parameters,ms_per_token\n";
   Series loss{"adapter", {}}, match{"adapter", {}};
   double base_loss = 0.0, base_match = 0.0;
   bool answers = false;
-  for (const auto& r : report.ranks) {
-    const auto above = above_best(r, best);
+  for (std::size_t i = 0; i < report.ranks.size(); ++i) {
+    const auto& r = report.ranks[i];
+    const auto& above = summary.above_best[i];
     json["ranks"].push_back({{"rank", r.rank},
                              {"loss", r.loss},
                              {"perplexity", std::exp(r.loss)},
@@ -115,7 +112,6 @@ inline void write_report(const std::filesystem::path& folder, const RunReport& r
       match.points.emplace_back(static_cast<double>(r.rank), accuracy(r));
     }
   }
-  const RankSummary summary(report.ranks);
   json["mean_loss_over_rank"] = summary.area_linear;
   json["mean_loss_over_log2_rank"] = summary.area_log2;
   json["smallest_rank_keeping_99_percent"] = summary.enough;
@@ -123,8 +119,8 @@ inline void write_report(const std::filesystem::path& folder, const RunReport& r
   json["training_seconds"] = report.history.seconds;
   json["tokens_per_second"] = report.history.tokens_per_second();
   json["step_losses"] = report.history.step_losses;
-  write_text(folder / "report.json", json.dump(1) + "\n");
-  write_text(folder / "report.csv", csv);
+  replace_file(folder / "report.json", json.dump(1) + "\n");
+  replace_file(folder / "report.csv", csv);
   std::vector<LineChart> charts;
   charts.push_back(
       {.title = "Loss at each rank, one run", .x_label = "rank", .y_label = "nats per token", .series = {loss}, .base = base_loss});

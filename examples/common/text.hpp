@@ -9,6 +9,7 @@
 
 #include <qdylora/core/error.hpp>
 #include <qdylora/model/unicode.hpp>
+#include <qdylora/nn/ranks.hpp>
 
 namespace qdylora::examples {
 
@@ -54,5 +55,8 @@ std::vector<T> parse_numbers(const std::string& option, const std::string& text)
   }
   return numbers;
 }
+
+/// "1,2,4" as a rank set.
+inline RankSet parse_ranks(const std::string& text) { return RankSet(parse_numbers<Index>("--ranks", text)); }
 
 }  // namespace qdylora::examples
