@@ -10,6 +10,7 @@
 #include "support/distortion.hpp"
 #include "support/files.hpp"
 #include "support/golden.hpp"
+#include "support/golden_batch.hpp"
 #include "support/gradcheck.hpp"
 #include "support/tiny_model.hpp"
 
@@ -381,21 +382,12 @@ qd::Decoder<float> golden_model() {
   return model;
 }
 
-qd::Batch golden_batch(const qd::SafetensorsFile& io) {
-  qd::Batch batch;
-  batch.ids = test::load<std::int32_t>(io, "input_ids");
-  const auto labels = test::load<std::int32_t>(io, "labels");
-  batch.offsets = {0, 12, 24};
-  for (std::size_t t = 0; t < 24; ++t) batch.targets.push_back(t % 12 == 11 || labels[t + 1] < 0 ? -1 : labels[t + 1]);
-  return batch;
-}
-
 }  // namespace
 
 TEST_CASE("logits of a golden model agree at ranks 8, 4, 1 and 0") {
   const qd::SafetensorsFile io(test::golden("llama_tiny_io.safetensors"));
   auto model = golden_model();
-  const auto batch = golden_batch(io);
+  const auto batch = test::golden_batch(io, 12);
   const std::pair<Index, const char*> expected[] = {
       {8, "logits"}, {4, "logits_dylora_b4"}, {1, "logits_dylora_b1"}, {0, "logits_base_only"}};
   for (const auto& [rank, tensor] : expected) {
@@ -413,7 +405,7 @@ TEST_CASE("logits of a golden model agree at ranks 8, 4, 1 and 0") {
 TEST_CASE("the loss of a golden model and every gradient of it agree, with checkpointing and without") {
   const qd::SafetensorsFile io(test::golden("llama_tiny_io.safetensors"));
   auto model = golden_model();
-  const auto batch = golden_batch(io);
+  const auto batch = test::golden_batch(io, 12);
   const auto expected = static_cast<double>(test::load<float>(io, "loss")[0]);
   const auto scored = static_cast<double>(batch.scored());
   model.set_ranks(qd::RankPlan::uniform(8));

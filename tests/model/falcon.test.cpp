@@ -13,6 +13,7 @@
 #include "support/distortion.hpp"
 #include "support/files.hpp"
 #include "support/golden.hpp"
+#include "support/golden_batch.hpp"
 #include "support/tiny_model.hpp"
 
 namespace qd = qdylora;
@@ -39,15 +40,6 @@ qd::Decoder<float> golden_model(const std::string& name, bool checkpoint = false
   return model;
 }
 
-qd::Batch golden_batch(const qd::SafetensorsFile& io) {
-  qd::Batch batch;
-  batch.ids = test::load<std::int32_t>(io, "input_ids");
-  const auto labels = test::load<std::int32_t>(io, "labels");
-  batch.offsets = {0, 10, 20};
-  for (std::size_t t = 0; t < 20; ++t) batch.targets.push_back(t % 10 == 9 || labels[t + 1] < 0 ? -1 : labels[t + 1]);
-  return batch;
-}
-
 // Grouped queries and two norms, or one group and one norm; wide enough that work is shared out among threads.
 qd::DecoderConfig small_falcon(Index kv_heads) {
   auto config = test::small_config();
@@ -67,7 +59,7 @@ TEST_CASE("logits of golden Falcons of every kind agree with transformers' and P
       CAPTURE(name, rank);
       const auto expected = test::load<float>(io, tensor);
       model.set_ranks(qd::RankPlan::uniform(rank));
-      const auto logits = model.logits(golden_batch(io));
+      const auto logits = model.logits(test::golden_batch(io, 10));
       REQUIRE(expected.size() == static_cast<std::size_t>(logits.size()));
       float largest = 0.0f;
       for (std::size_t i = 0; i < expected.size(); ++i) largest = std::max(largest, std::fabs(expected[i] - logits.span()[i]));
@@ -81,7 +73,7 @@ TEST_CASE("the losses of golden Falcons and every gradient of them agree, with c
     for (const bool checkpoint : {false, true}) {
       const qd::SafetensorsFile io(test::golden(name) / "io.safetensors");
       auto model = golden_model(name, checkpoint);
-      const auto batch = golden_batch(io);
+      const auto batch = test::golden_batch(io, 10);
       const auto expected = static_cast<double>(test::load<float>(io, "loss")[0]);
       const auto scored = static_cast<double>(batch.scored());
       CHECK(model.loss_and_gradient(batch, 1.0 / scored) / scored == Approx(expected).margin(1e-5));
