@@ -9,8 +9,9 @@
 
 namespace qdylora::detail {
 
-inline constexpr Index few_tokens = 16;          // at most this many tokens go without panels
-inline constexpr Index few_tokens_in_pairs = 4;  // backward, where panels of pairs come straight from codes and these kernels are float32
+// At most this many tokens go backward without panels; the second where panels of pairs come straight from codes and these kernels are
+// float32.
+inline constexpr Index few_tokens_backward = 16, few_tokens_in_pairs = 4;
 
 /// Every scale of a weight, where kernels read them as a table.
 inline const float* all_scales(const CpuRun& run, const CodedWeight& w) {
@@ -23,7 +24,7 @@ inline const float* all_scales(const CpuRun& run, const CodedWeight& w) {
 }
 
 /// How many of the next tokens go at once, 1, 4 or 16, as an index of kernels by tokens; five to eight go by fours.
-constexpr int few_kernel(Index tokens) noexcept { return tokens == 1 ? 0 : tokens <= 8 ? 1 : 2; }
+constexpr int few_kernel(Index tokens, bool has_sixteen = true) noexcept { return tokens == 1 ? 0 : tokens <= 8 || !has_sixteen ? 1 : 2; }
 
 template <class Y>
 void few_forward(const CpuRun& run, const FewKernels& few, MatrixView<const float> x, const CodedWeight& w, MatrixView<Y> y,
@@ -33,7 +34,7 @@ void few_forward(const CpuRun& run, const FewKernels& few, MatrixView<const floa
   const Index task_rows = w.rows >= 2048 ? 256 : 32;
   const Index dwords = w.cols / 8, blocks = w.row_blocks();
   for (Index token = 0; token < x.rows;) {
-    const int size_index = few_kernel(x.rows - token);
+    const int size_index = few_kernel(x.rows - token, few.forward[2] != nullptr);
     const Index tile = few_tile[size_index], tokens = std::min(tile, x.rows - token);
     const Index units = w.cols / std::min(w.block_size, few.unit);
     const Index count = dwords * few.steps, bytes = count * static_cast<Index>(few.cell_bytes);
@@ -168,9 +169,9 @@ constexpr Index task_outputs(Index outputs) noexcept { return outputs >= 2048 ? 
 template <class T, class W, class Y>
 void matmul(const CpuRun& run, MatrixView<const T> x, const W& w, MatrixView<Y> y, Update update);
 
-/// The int8 class without kernels for it: x rounded to 8 bits, multiplied in float32.
+/// The int8 class without kernels for it: x rounded to 8 bits, multiplied in another class.
 template <class T, class W, class Y>
-void multiply_rounded(const CpuRun& run, MatrixView<const T> x, const W& w, MatrixView<Y> y, Update update) {
+void multiply_rounded(const CpuRun& run, Compute compute, MatrixView<const T> x, const W& w, MatrixView<Y> y, Update update) {
   constexpr Index group = 64;
   Matrix<float> rounded;
   rounded.resize(x.rows, x.cols);
@@ -188,9 +189,9 @@ void multiply_rounded(const CpuRun& run, MatrixView<const T> x, const W& w, Matr
         }
       }
   });
-  CpuRun exact = run;
-  exact.compute = Compute::exact;
-  matmul(exact, std::as_const(rounded).view(), w, y, update);
+  CpuRun other = run;
+  other.compute = compute;
+  matmul(other, std::as_const(rounded).view(), w, y, update);
 }
 
 template <Direction direction, class T, class W, class Y>
@@ -202,12 +203,14 @@ void multiply_coded(const CpuRun& run, MatrixView<const T> x, const W& weight, M
   QDYLORA_EXPECTS(direction == Direction::forward || compute != Compute::int8, unsupported,
                   "matmul_transposed: Compute::int8 is for inference; gradients need exact or bits16");
   const bool plain_codes = w.bits == 4 && w.whole_blocks() && w.cols > 0;
-  const Index few = direction == Direction::backward && bits16 && kernels.bits16.backward != nullptr ? few_tokens_in_pairs : few_tokens;
-  if (plain_codes && x.rows <= few && w.rows > 0) {
+  if (plain_codes && w.rows > 0) {
     const FewKernels& kernel = compute == Compute::int8       ? kernels.few_int8
                                : bits16 && kernels.few_bits16 ? kernels.few_bits16
                                                               : kernels.few_float32;
-    if (direction == Direction::backward || kernel) {
+    const Index most = direction == Direction::forward                   ? kernel.most
+                       : bits16 && kernels.bits16.backward != nullptr ? few_tokens_in_pairs
+                                                                      : few_tokens_backward;
+    if (x.rows <= most) {
       Matrix<float> storage;
       const MatrixView<const float> input = as_scalar<float>(x, storage);
       if constexpr (direction == Direction::forward) few_forward(run, kernel, input, w, y, update);
@@ -218,7 +221,7 @@ void multiply_coded(const CpuRun& run, MatrixView<const T> x, const W& weight, M
   if constexpr (direction == Direction::forward)
     if (compute == Compute::int8) {
       if (plain_codes && kernels.bytes) return multiply_bytes(run, w, x, y, update);
-      return multiply_rounded(run, x, weight, y, update);
+      return multiply_rounded(run, plain_codes ? Compute::bits16 : Compute::exact, x, weight, y, update);
     }
   const CodedPanels<direction> panels{kernels, w, all_scales(run, w)};
   if (bits16 && kernels.bits16)

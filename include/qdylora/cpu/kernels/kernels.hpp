@@ -41,8 +41,11 @@ struct KernelTable {
   void (*adamw)(Index count, const AdamWRow<S>& row, S* p, const S* gradient, S* m, S* v);
 };
 
+inline constexpr Index few_tile[3] = {1, 4, 16};
+
 /// Forward products of few tokens in one class of arithmetic, by 1, 4 or 16 tokens (kernels/few.inc). Empty where the set has none.
 struct FewKernels {
+  Index most = 0;              // tokens that go without panels, at most
   std::size_t cell_bytes = 0;  // of x, for each token and step
   Index steps = 0;             // in eight elements
   Index unit = 0;              // elements that share a scale of x, at most the block size
@@ -53,10 +56,9 @@ struct FewKernels {
   /// Rows of cells to cells[i * tokens + m].
   void (*interleave[3])(const void* rows, Index stride, Index tokens, Index count, void* cells) = {};
   void (*forward[3])(const CodedWeight&, const float* row_scales, Index row, Index rows, const void* cells, const float* scales,
-                     const std::int32_t* starts, float* workspace, float* total) = {};
+                     const std::int32_t* starts, float* workspace, float* total) = {};  // the last where a set has registers for it
   explicit operator bool() const noexcept { return steps > 0; }
 };
-inline constexpr Index few_tile[3] = {1, 4, 16};
 /// Columns that the backward products of few tokens take at a time, at most: memory likes runs of some lines.
 inline constexpr Index few_strip = 512;
 
@@ -74,6 +76,11 @@ struct CellKernels {
   explicit operator bool() const noexcept { return gemm != nullptr; }
   Index cells_of(Index depth) const noexcept { return (depth + numbers - 1) / numbers * cells; }
 };
+
+/// Cells of 16-bit integers: 64 numbers of a sum are a unit of 33 cells, 32 with two integers each, the first in the low half, and one with the
+/// float that their sum is multiplied with. Integers reach 5792, so that 64 products fit a sum.
+inline constexpr Index word_unit = 64, word_cells = 33;
+inline constexpr float largest_word = 5792.0f;
 
 /// Products of panels of bytes: weights unsigned, x signed, as few_int8 makes it.
 struct ByteKernels {
@@ -100,15 +107,6 @@ struct CodeKernels {
   ByteKernels bytes;
 };
 
-#define QDYLORA_FEW_KERNELS(Class, single, forward)                                                                \
-  {                                                                                                                \
-    sizeof(Class::Cell), Class::steps, Class::unit, few_row<Class>, single<Class>,                                 \
-        {nullptr, few_interleave<Class::Cell, 4>, few_interleave<Class::Cell, 16>}, {                              \
-      forward, few_forward<Class, 4>, few_forward<Class, 16>                                                       \
-    }                                                                                                              \
-  }
-#define QDYLORA_FEW_STREAMED(Class) QDYLORA_FEW_KERNELS(Class, few_row_stream, few_stream<Class>)
-
 namespace generic {
 #define QDYLORA_VECTOR_BYTES 16
 #define QDYLORA_TILE_ROWS 4
@@ -134,13 +132,15 @@ namespace avx2 {
 #include <qdylora/cpu/kernels/rows.inc>
 #include <qdylora/cpu/kernels/codes.inc>
 #include <qdylora/cpu/kernels/few.inc>
+#include <qdylora/cpu/kernels/avx2_words.inc>
 #undef QDYLORA_VECTOR_BYTES
 #undef QDYLORA_TILE_ROWS
 #undef QDYLORA_TILE_VECTORS
 inline constexpr CodeKernels code_table = [] {
   CodeKernels table = own_code_table;
-  table.few_float32 = QDYLORA_FEW_KERNELS(FewFloat32, few_row, (few_forward<FewFloat32, 1>));
-  table.few_bits16 = QDYLORA_FEW_KERNELS(FewInt16, few_row, (few_forward<FewInt16, 1>));
+  table.few_float32 = few_kernels<FewFloat32>(8);
+  table.few_bits16 = few_kernels<FewInt16>();
+  table.bits16 = {word_unit, word_cells, word_columns, nullptr, word_panel, words, word_gemm};
   return table;
 }();
 }  // namespace avx2
@@ -159,7 +159,7 @@ namespace avx512 {
 #include <qdylora/cpu/kernels/few.inc>
 inline constexpr CodeKernels code_table = [] {
   CodeKernels table = own_code_table;
-  table.few_float32 = QDYLORA_FEW_STREAMED(FewFloat32);
+  table.few_float32 = few_kernels<FewFloat32>();
   return table;
 }();
 }  // namespace avx512
@@ -168,7 +168,7 @@ QDYLORA_TARGET_END
 QDYLORA_TARGET_BEGIN(QDYLORA_AVX512_VNNI)
 namespace avx512_vnni {
 using avx512::bytes_in_order, avx512::chunk_dwords, avx512::code_columns, avx512::Codes, avx512::columns, avx512::first_lanes;
-using avx512::has_columns, avx512::lane_sum, avx512::lanes, avx512::numbers_in_order, avx512::rounded_product;
+using avx512::Fma, avx512::gemm, avx512::has_columns, avx512::lane_sum, avx512::lanes, avx512::numbers_in_order, avx512::rounded_product;
 using avx512::transpose_rows, avx512::Vec;
 #include <qdylora/cpu/kernels/avx512_vnni.inc>
 #include <qdylora/cpu/kernels/codes.inc>
@@ -176,8 +176,8 @@ using avx512::transpose_rows, avx512::Vec;
 inline constexpr CodeKernels code_table = [] {
   CodeKernels table = own_code_table;
   table.few_float32 = avx512::code_table.few_float32;
-  table.few_bits16 = QDYLORA_FEW_STREAMED(FewInt16);
-  table.few_int8 = QDYLORA_FEW_STREAMED(FewInt8);
+  table.few_bits16 = few_kernels<FewInt16>();
+  table.few_int8 = few_kernels<FewInt8>();
   table.bits16 = {word_unit, word_cells, word_columns, nullptr, word_panel, words, word_gemm};
   table.bytes = {byte_columns, byte_gemm};
   return table;
@@ -197,15 +197,13 @@ using avx512_vnni::in_order, avx512_vnni::load, avx512_vnni::store, avx512_vnni:
 #undef QDYLORA_TILE_VECTORS
 inline constexpr CodeKernels code_table = [] {
   CodeKernels table = avx512_vnni::code_table;
-  table.few_bits16 = QDYLORA_FEW_STREAMED(FewBfloat16);
+  table.few_bits16 = few_kernels<FewBfloat16>();
   table.bits16 = {2, 1, columns, backward_pairs, pair_rows, to_bfloat16, gemm<PairDot>};
   return table;
 }();
 }  // namespace avx512_bf16
 QDYLORA_TARGET_END
 #endif
-#undef QDYLORA_FEW_STREAMED
-#undef QDYLORA_FEW_KERNELS
 
 template <class S>
 const KernelTable<S>& kernels(Isa isa) noexcept {
