@@ -4,7 +4,8 @@
 
 #include <qdylora/version.hpp>
 
-// core: Index, bfloat16, half; MatrixView, Matrix; memory resources; Philox random numbers; typed errors
+// core: Index, bfloat16, half; MatrixView, Matrix; memory resources; Philox random numbers; typed errors; DLPack's tensors as views
+#include <qdylora/core/dlpack.hpp>
 #include <qdylora/core/matrix.hpp>
 #include <qdylora/core/random.hpp>
 

@@ -37,16 +37,19 @@ auto as_eigen(MatrixView<S> view) {
   return Eigen::Map<Target, 0, Eigen::OuterStride<>>(view.data, view.rows, view.cols, Eigen::OuterStride<>(view.stride));
 }
 
-/// A view of a row-major Eigen matrix or map.
-template <class Derived>
-auto as_view(Eigen::PlainObjectBase<Derived>& matrix) {
-  static_assert(Derived::IsRowMajor, "views are row-major: use Eigen::RowMajor");
-  return MatrixView<typename Derived::Scalar>(matrix.data(), matrix.rows(), matrix.cols(), matrix.outerStride());
-}
-template <class Derived>
-auto as_view(const Eigen::PlainObjectBase<Derived>& matrix) {
-  static_assert(Derived::IsRowMajor, "views are row-major: use Eigen::RowMajor");
-  return MatrixView<const typename Derived::Scalar>(matrix.data(), matrix.rows(), matrix.cols(), matrix.outerStride());
+/// A view of what has row-major elements of its own: a matrix, map, ref, or block of them; nothing is copied. Its elements are const where
+/// Eigen's are. Throws Errc::unsupported for columns that are not adjacent.
+template <class M>
+  requires std::is_base_of_v<Eigen::DenseBase<std::remove_cvref_t<M>>, std::remove_cvref_t<M>>
+auto as_view(M&& matrix) {
+  using Type = std::remove_cvref_t<M>;
+  static_assert((int(Type::Flags) & int(Eigen::DirectAccessBit)) != 0, "an expression has no elements: evaluate it first");
+  static_assert(Type::IsRowMajor, "views are row-major: use Eigen::RowMajor");
+  static_assert(std::is_lvalue_reference_v<M> || !std::is_base_of_v<Eigen::PlainObjectBase<Type>, Type>,
+                "a view does not keep a temporary matrix alive: name it first");
+  QDYLORA_EXPECTS(matrix.innerStride() == 1 || matrix.cols() <= 1, unsupported,
+                  "as_view: columns are " + std::to_string(matrix.innerStride()) + " elements apart, not adjacent");
+  return MatrixView(matrix.data(), matrix.rows(), matrix.cols(), matrix.outerStride());
 }
 
 }  // namespace qdylora
