@@ -12,7 +12,7 @@ jobs=${JOBS:-$(nproc)}
 export PYTHONDONTWRITEBYTECODE=1
 
 install_missing g++:g++ cmake:cmake ninja:ninja-build python3:python3 \
-  libeigen3-dev nlohmann-json3-dev libcli11-dev catch2 libbenchmark-dev
+  libeigen3-dev nlohmann-json3-dev libcli11-dev libdlpack-dev catch2 libbenchmark-dev
 
 say "Configuring in $build"
 options=(-C cmake/dev.cmake)
