@@ -46,6 +46,8 @@ void declare(CLI::App& app, FinetuneOptions& o) {
   app.add_option("--optimizer", o.optimizer, "adamw, or adamw8bit: moments in 8 bits, a quarter of their memory")
       ->check(CLI::IsMember({"adamw", "adamw8bit"}))
       ->capture_default_str();
+  app.add_option("--paged", o.paged, "a folder on a disk that is to hold the moments, where memory is too short for them")
+      ->check(not_empty());
   add_number(app, "--alpha", o.alpha, "LoRA's alpha", 1e-6, 1e6);
   add_number(app, "--dropout", o.dropout, "on the adapters' inputs", 0.0, 0.99);
   add_number(app, "--lr", o.lr, "peak learning rate", 1e-9, 10.0);
@@ -134,6 +136,7 @@ int finetune(const FinetuneOptions& o) {
   const Recipe chosen = recipe(o.recipe_name);
   QDYLORA_EXPECTS(!o.gates || chosen.order_at < 1.0, bad_argument,
                   "--gates: the recipe " + o.recipe_name + " has no second phase to train them in; auto and order-then-nest have");
+  QDYLORA_EXPECTS(o.paged.empty() || o.device == "cpu", bad_argument, "--paged: moments on a GPU are not paged to disk");
   const RankSet ranks = parse_ranks(o.ranks);
   const CpuDevice cpu(o.threads);
   const BaseOptions base{.format = base_format(o.base)};

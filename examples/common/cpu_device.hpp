@@ -3,6 +3,7 @@
 
 #include <string>
 
+#include <qdylora/core/paged_memory.hpp>
 #include <qdylora/cpu/cpu.hpp>
 #include <qdylora/io/json.hpp>
 #include <qdylora/model/memory_plan.hpp>
@@ -22,6 +23,8 @@ class CpuDevice {
   std::string text() const { return std::to_string(cpu_.threads()) + " threads, " + std::string(name(cpu_.isa())); }
   Json facts() const { return {{"device", "cpu"}, {"threads", cpu_.threads()}, {"isa", std::string(name(cpu_.isa()))}}; }
 
+  /// Where an optimizer keeps its moments: in files of the folder that --paged names.
+  PagedMemory moments_memory(const std::string& folder) const { return folder.empty() ? PagedMemory() : PagedMemory(folder); }
   /// Weights where the backend has its memory.
   HostWeights place(HostWeights weights) const { return weights; }
   /// What the plan cannot know: memory of this process so far, and what the threads work in.

@@ -30,7 +30,7 @@ namespace qdylora::examples {
 struct FinetuneOptions {
   std::string model, tokenizer, data, eval, out = "out";
   bool toy = false, resume = false, no_chat = false, gates = false, checkpoint = false;
-  std::string ranks = "1,2,4,8,16,32,64", recipe_name = "auto", base = "nf4", optimizer = "adamw", device = "cpu", dtype = "float32";
+  std::string ranks = "1,2,4,8,16,32,64", recipe_name = "auto", base = "nf4", optimizer = "adamw", paged, device = "cpu", dtype = "float32";
   float alpha = 16.0f, dropout = 0.0f;
   double lr = 1e-3;
   std::int64_t steps = 80, save_every = 50;
@@ -114,6 +114,7 @@ inline Json to_json(const MemoryPlan& plan) {
   Json json = Json::object();
   for (const auto& part : plan.parts()) json[part.name] = part.bytes;
   json["at most at once"] = plan.total();
+  if (plan.file > 0) json["moments in a file"] = plan.file;
   return json;
 }
 
@@ -155,7 +156,8 @@ int finetune_with(const FinetuneOptions& o, OpenModel& model, const FinetuneData
                        .max_rank = ranks.max(),
                        .dropout = o.dropout > 0.0f,
                        .checkpoint = o.checkpoint,
-                       .moments_in_8_bits = o.optimizer == "adamw8bit"};
+                       .moments_in_8_bits = o.optimizer == "adamw8bit",
+                       .moments_in_file = !o.paged.empty()};
   memory.follow(chosen);
   plan_batches(memory, o, data, model, ranks);
   auto shape = model_shape(model.config);
@@ -174,7 +176,8 @@ int finetune_with(const FinetuneOptions& o, OpenModel& model, const FinetuneData
               8.0 * static_cast<double>(w.linear_bytes()) / static_cast<double>(w.config.linear_weights()),
               static_cast<double>(w.linear_bytes()) / 1e6, seconds_since(start));
   Decoder<T, Backend> decoder(weights, {.lora = lora, .checkpoint = o.checkpoint}, device.backend());
-  Trainer<T, Backend, Optimizer> trainer(decoder, {.recipe = chosen, .ranks = ranks, .steps = o.steps, .lr = o.lr, .seed = o.seed});
+  Trainer<T, Backend, Optimizer> trainer(decoder, {.recipe = chosen, .ranks = ranks, .steps = o.steps, .lr = o.lr, .seed = o.seed},
+                                         device.moments_memory(o.paged));
   trainer.hold_back(to_batches(data.held_back, batch_tokens));
   const Index linears = w.config.layers * static_cast<Index>(w.config.linears().size());
   Index trainable = 0;
@@ -290,8 +293,9 @@ int finetune_with(const FinetuneOptions& o, OpenModel& model, const FinetuneData
 template <Scalar T, class Device>
 int finetune(const FinetuneOptions& o, OpenModel& model, const FinetuneData& data, const Device& device) {
   using Backend = typename Device::Backend;
-  if (o.optimizer == "adamw8bit") return finetune_with<T, AdamW8bit<T, Backend>>(o, model, data, device);
-  return finetune_with<T, AdamW<T, Backend>>(o, model, data, device);
+  using Memory = decltype(device.moments_memory(o.paged));
+  if (o.optimizer == "adamw8bit") return finetune_with<T, AdamW8bit<T, Backend, Memory>>(o, model, data, device);
+  return finetune_with<T, AdamW<T, Backend, Memory>>(o, model, data, device);
 }
 
 }  // namespace qdylora::examples

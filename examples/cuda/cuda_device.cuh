@@ -32,6 +32,8 @@ class CudaDevice {
   }
   Json facts() const { return {{"device", "cuda"}, {"gpu", std::string(context_.properties().name)}}; }
 
+  /// finetune takes no --paged here.
+  DeviceMemory moments_memory(const std::string&) const { return {}; }
   auto place(const HostWeights& weights) const { return upload(*weights, cuda_); }
   /// All work goes through one workspace. What the driver takes for itself, about half a gigabyte, is nobody's to plan.
   void complete(MemoryOptions& options, const ModelShape&) const {

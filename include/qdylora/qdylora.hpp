@@ -4,9 +4,11 @@
 
 #include <qdylora/version.hpp>
 
-// core: Index, bfloat16, half; MatrixView, Matrix; memory resources; Philox random numbers; typed errors; DLPack's tensors as views
+// core: Index, bfloat16, half; MatrixView, Matrix; memory resources, one of them on disk; Philox random numbers; typed errors; DLPack's
+// tensors as views
 #include <qdylora/core/dlpack.hpp>
 #include <qdylora/core/matrix.hpp>
+#include <qdylora/core/paged_memory.hpp>
 #include <qdylora/core/random.hpp>
 
 // quant: NF4, FP4, INT4, FP8; double-quantized block scales; QuantizedTensor and streaming Quantizer

@@ -115,6 +115,8 @@ TEST_CASE("programs: a wrong argument or file gives one line and status 2") {
       {"finetune", "--toy --lr -1", "--lr"},
       {"finetune", "--toy --alpha inf", "--alpha"},
       {"finetune", "--toy --optimizer sgd", "adamw8bit"},
+      {"finetune", "--toy --paged /no/such/folder --out " + quoted(folder / "x"), "/no/such/folder"},
+      {"finetune", "--toy --paged /tmp --device cuda", "--paged"},
       {"finetune", "--toy --dropout nan", "--dropout"},
       {"finetune", "--toy --seed -1", "--seed"},
       {"finetune", "--toy --steps 1 --out " + quoted(folder / "junk.gguf"), "junk.gguf"},
@@ -227,9 +229,10 @@ TEST_CASE("programs: a run that was stopped resumes to the same bytes, on any nu
     const test::TemporaryFolder folder;
     const auto more = "--dropout 0.1 --recipe " + recipe;
     REQUIRE(run("finetune", toy(folder / "whole", more + " --threads 1")).status == 0);
-    // Stopped by a signal once the first state is there, wherever that finds it.
+    // Stopped by a signal once the first state is there, wherever that finds it; with its moments on disk, which changes nothing.
     const std::string state = (folder / "parts" / "state.safetensors").native();
-    const std::string command = "'" + std::string(QDYLORA_EXAMPLES_DIR) + "/finetune' " + toy(folder / "parts", more + " --threads 2") +
+    const std::string command = "'" + std::string(QDYLORA_EXAMPLES_DIR) + "/finetune' " +
+                                toy(folder / "parts", more + " --threads 2 --paged " + quoted(folder.path())) +
                                 " >/dev/null 2>&1 & pid=$!; while [ ! -f '" + state +
                                 "' ] && kill -0 $pid 2>/dev/null; do sleep 0.01; done; kill -TERM $pid; wait $pid";
     const int stopped = std::system(command.c_str());

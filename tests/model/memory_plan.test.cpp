@@ -192,6 +192,32 @@ TEST_CASE("Paged moments are the host's", "[memory_plan]") {
   CHECK(paged.host_total() == std::max(paged.staging, paged.moments));
 }
 
+TEST_CASE("Moments in a file are the disk's, but for one parameter's", "[memory_plan]") {
+  const Decoder<float> model(test::tiny_weights<float>(test::small_config()), {.lora = {.max_rank = 48}});
+  MemoryOptions options;
+  options.max_rank = 48;
+  const auto expect = [&](std::size_t all, std::size_t largest) {
+    options.moments_in_file = false;
+    const auto plan = memory_plan<float>(model.config(), options);
+    options.moments_in_file = true;
+    const auto paged = memory_plan<float>(model.config(), options);
+    CHECK(plan.moments == all);
+    CHECK(plan.file == 0);
+    CHECK(paged.file == all);
+    CHECK(paged.moments == largest);
+    CHECK(paged.total() == plan.total() - all + largest);
+    CHECK(paged.to_text().find("moments in a file") != std::string::npos);
+  };
+  const auto expect_of = [&](const auto& optimizer) {
+    std::size_t largest = 0;
+    for (const auto& s : optimizer.states()) largest = std::max(largest, s.bytes());
+    expect(optimizer.bytes(), largest);
+  };
+  expect_of(AdamW<float>(model.parameters()));
+  options.moments_in_8_bits = true;
+  expect_of(AdamW8bit<float>(model.parameters()));
+}
+
 // Falcon-40b (Almazrouei et al. 2023) on one card of 32 GiB: 60 layers of width 8192 with 128 heads of 64 that share 8 key-value heads, two
 // layer norms a block, adapters of rank 64 on all four linear layers. The reference is arithmetic on the published shapes, which counts no
 // stream after the last block.

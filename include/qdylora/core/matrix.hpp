@@ -69,7 +69,7 @@ class Matrix {
   Matrix() = default;
   Matrix(Index rows, Index cols, Memory memory = {}) : memory_(memory) {
     resize(rows, cols);
-    if constexpr (Memory::host)
+    if constexpr (Memory::host && !requires { Memory::zeroed; })
       if (storage_.size() > 0) std::memset(static_cast<void*>(storage_.data()), 0, storage_.bytes());
   }
   Matrix(Matrix&& other) noexcept

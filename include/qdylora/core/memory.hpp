@@ -2,7 +2,10 @@
 //   void* allocate(std::size_t bytes)             throws std::bad_alloc; aligned to 64 bytes at least
 //   void  deallocate(void*, std::size_t) noexcept
 //   static constexpr bool host                    elements may be touched by host code
-// HostMemory is the default; paged, device and pinned memory are other resources with the same three members.
+// and may have
+//   static constexpr bool zeroed                  blocks begin as zeros
+//   void  page_out(void*, std::size_t) noexcept   a whole block will not be touched for a while
+// HostMemory is the default; paged, device and pinned memory are other resources with the same members.
 #pragma once
 
 #include <concepts>

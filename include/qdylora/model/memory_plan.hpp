@@ -84,9 +84,10 @@ struct MemoryOptions {
   bool training = true;     // false: forward passes alone, and no optimizer
   bool checkpoint = false;  // DecoderOptions::checkpoint
   bool moments_in_8_bits = false;
-  bool paged_moments = false;   // in the host's memory while the arithmetic is a device's
-  bool second_moments = false;  // the recipe re-orders by Reordering::gram, which gathers r x r numbers at each side of an adapter
-  bool snapshot = false;        // the recipe measures, and keeps the adapters' values meanwhile
+  bool paged_moments = false;    // in the host's memory while the arithmetic is a device's
+  bool moments_in_file = false;  // PagedMemory's: memory has those of one parameter at a time
+  bool second_moments = false;   // the recipe re-orders by Reordering::gram, which gathers r x r numbers at each side of an adapter
+  bool snapshot = false;         // the recipe measures, and keeps the adapters' values meanwhile
 
   // The largest batches: positions, and those that are scored. Of a training step's micro-batches, and of passes without gradients.
   Index tokens = 0, scored = 0;
@@ -115,7 +116,7 @@ struct MemoryPlan {
   std::size_t norms = 0;          // and biases
   std::size_t adapters = 0;
   std::size_t gradients = 0;
-  std::size_t moments = 0;      // of AdamW
+  std::size_t moments = 0;      // of AdamW, as far as they are in memory
   std::size_t checkpoints = 0;  // the residual stream before each block, and after the last
   std::size_t activations = 0;  // what blocks keep for their backward passes; with checkpointing of one block at a time
   std::size_t reordering = 0;   // second moments and the snapshot
@@ -126,6 +127,7 @@ struct MemoryPlan {
   std::size_t backend = 0;
   std::size_t process = 0;
   std::size_t staging = 0;  // the host's copy of the weights until they have gone up to the device
+  std::size_t file = 0;     // moments on disk; no part of memory
   bool device = false, paged_moments = false;
 
   struct Part {
@@ -179,6 +181,7 @@ struct MemoryPlan {
       if (part.bytes > 0) line(part.name, part.bytes, device && !part.on_device ? "  on the host" : "");
     line("at most at once", total(), caches > 0 && checkpoints > 0 ? "  (caches in the place of most checkpoints and activations)" : "");
     if (device) line("and on the host", host_total(), "");
+    if (file > 0) line("moments in a file", file, "  on disk");
     return text;
   }
 };
@@ -213,6 +216,7 @@ MemoryPlan memory_plan(const ModelShape& s, const MemoryOptions& o) {
   plan.device = o.device;
   plan.paged_moments = o.paged_moments;
   Index widest_in = 0, in_sum = 0;
+  std::size_t largest = 0;  // moments of a parameter
   for (const auto& [name, out, in] : s.linears) {
     const auto weight = detail::coded_bytes(out * in, o.base);
     plan.base_codes += bytes(s.layers) * weight.codes;
@@ -223,9 +227,12 @@ MemoryPlan memory_plan(const ModelShape& s, const MemoryOptions& o) {
     if (!o.training) continue;
     for (const Index cols : {in, out}) {  // of A and of B
       const bool coded = o.moments_in_8_bits && rank * cols >= BlockwiseMoments<HostMemory>::least_elements;
-      plan.moments += bytes(s.layers * rank * 2 * (coded ? cols + 4 * Moments8View::blocks(cols) : acc * cols));
+      const auto moments = bytes(rank * 2 * (coded ? cols + 4 * Moments8View::blocks(cols) : acc * cols));
+      plan.moments += bytes(s.layers) * moments;
+      largest = std::max(largest, moments);
     }
   }
+  if (o.moments_in_file) plan.file = std::exchange(plan.moments, largest);
   const Index table = s.vocab * s.width;
   plan.tables = bytes(s.tables * (o.coded_tables ? table + table / 32 * 4 : table * acc));
   plan.norms = bytes((s.layers * (s.norms + 2 * s.biases) + s.final_norms) * acc);  // layers have copies of their biases

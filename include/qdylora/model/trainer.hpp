@@ -42,10 +42,11 @@ class Trainer {
   using Acc = Accumulator<T>;
   using Model = Decoder<T, Backend>;
 
-  Trainer(Model& model, TrainerOptions options)
+  /// `moments` is where the optimizer keeps its state.
+  Trainer(Model& model, TrainerOptions options, typename Optimizer::Memory moments = {})
       : model_(model),
         options_(std::move(options)),
-        optimizer_(model.parameters(), adamw_options(options_), model.backend()),
+        optimizer_(model.parameters(), adamw_options(options_), model.backend(), moments),
         gate_optimizer_(gate_parameters(model), gate_adamw_options(options_), model.backend()),
         sampler_(options_.ranks, Rng(options_.seed), sampler_options()),
         schedule_{Schedule::Shape::cosine, options_.steps, options_.warmup_steps, options_.lr_floor},

@@ -33,9 +33,10 @@ class AdamW {
  public:
   using Acc = Accumulator<T>;
   using Params = Parameters<Acc, typename Backend::Memory>;
+  using Memory = StateMemory;
 
   explicit AdamW(Params parameters, AdamWOptions options = {}, Backend backend = {}, StateMemory memory = {})
-      : parameters_(std::move(parameters)), options_(options), backend_(backend) {
+      : parameters_(std::move(parameters)), options_(options), backend_(backend), memory_(memory) {
     QDYLORA_EXPECTS(options.lr >= 0.0 && std::isfinite(options.lr), bad_argument, "AdamW: lr must be finite and not negative");
     QDYLORA_EXPECTS(options.beta1 >= 0.0 && options.beta1 < 1.0 && options.beta2 >= 0.0 && options.beta2 < 1.0, bad_argument,
                     "AdamW: betas must be in [0, 1)");
@@ -89,6 +90,7 @@ class AdamW {
                  detail::middle_rows(update, first, count));
         first = last;
       }
+      page_out(s);
     }
     return report;
   }
@@ -104,6 +106,7 @@ class AdamW {
   void reset_state() {
     for (auto& s : states_) {
       s.clear(backend_);
+      page_out(s);
       s.steps.assign(s.steps.size(), 0);
     }
   }
@@ -145,6 +148,11 @@ class AdamW {
       return squares;
     }
   }
+  /// Moments whose turn is over leave memory that can be without them (PagedMemory), so that it has one parameter's at a time.
+  void page_out(State& s) const {
+    if constexpr (requires { memory_.page_out(nullptr, std::size_t{}); })
+      Moments::for_each_part(s, [this](const char*, auto& matrix) { memory_.page_out(matrix.data(), matrix.capacity_bytes()); });
+  }
   bool updates(const Parameter<Acc, typename Backend::Memory>& p, Index row) const {
     return options_.untouched_rows == AdamWOptions::UntouchedRows::dense || p.touched[static_cast<std::size_t>(row)];
   }
@@ -152,6 +160,7 @@ class AdamW {
   Params parameters_;
   AdamWOptions options_;
   Backend backend_;
+  StateMemory memory_;
   std::vector<State> states_;
   std::int64_t step_ = 0;
   std::int64_t skipped_ = 0;
