@@ -67,7 +67,7 @@ void load_run_state(const std::filesystem::path& path, const std::string& settin
   if (!state.contains("tokens") || !state.contains("seconds"))
     throw Error(Errc::version, "was saved by an earlier version, which did not count tokens and seconds; remove it, or take another --out",
                 {.file = path.string()});
-  if (const auto& saved = state.text("settings"); saved != settings) {
+  if (const auto saved = state.text("settings"); saved != settings) {
     Json then = parse_json(saved, {.file = path.string()});
     const Json now = parse_json(settings, {});
     // Settings that earlier versions did not have had these values.

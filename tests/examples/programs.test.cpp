@@ -268,7 +268,7 @@ TEST_CASE("programs: the report of a resumed run counts all its parts") {
 
   auto state = qd::load_train_state(folder / "out" / "state.safetensors");
   qd::TrainState old;  // without what it has taken, as earlier versions saved it
-  old.add_text("settings", state.text("settings"));
+  old.add_text_view("settings", state.text("settings"));
   qd::save_train_state(folder / "out" / "state.safetensors", old);
   const auto result = run("finetune", toy(folder / "out", "--resume"));
   CHECK(result.status == 2);

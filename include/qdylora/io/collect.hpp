@@ -80,11 +80,14 @@ void add(TrainState& state, std::string name, const Matrix<float, Memory>& matri
 template <MemoryResource Memory, class Backend>
 void add(TrainState& state, std::string name, const Matrix<std::uint8_t, Memory>& matrix, const Backend& backend) {
   settle<Memory>(backend);
-  std::string text(static_cast<std::size_t>(matrix.size()), '\0');
-  const MatrixView<std::uint8_t> bytes{reinterpret_cast<std::uint8_t*>(text.data()), matrix.rows(), matrix.cols()};
-  if constexpr (Memory::host) copy(matrix.view(), bytes);
-  else backend.download(matrix.view(), bytes);
-  state.add_text(std::move(name), std::move(text));
+  const auto size = static_cast<std::size_t>(matrix.size());
+  if constexpr (Memory::host) {
+    state.add_text_view(std::move(name), {reinterpret_cast<const char*>(matrix.data()), size});
+  } else {
+    std::string text(size, '\0');
+    backend.download(matrix.view(), MatrixView<std::uint8_t>(reinterpret_cast<std::uint8_t*>(text.data()), matrix.rows(), matrix.cols()));
+    state.add_text(std::move(name), std::move(text));
+  }
 }
 // A section that fits a matrix; its errors are the state's.
 template <MemoryResource Memory>
@@ -93,7 +96,7 @@ MatrixView<const float> section_for(TrainState& state, const std::string& name, 
 }
 template <MemoryResource Memory>
 MatrixView<const std::uint8_t> section_for(TrainState& state, const std::string& name, const Matrix<std::uint8_t, Memory>& matrix) {
-  const std::string& text = state.text(name, static_cast<std::size_t>(matrix.size()));
+  const std::string_view text = state.text(name, static_cast<std::size_t>(matrix.size()));
   return {reinterpret_cast<const std::uint8_t*>(text.data()), matrix.rows(), matrix.cols()};
 }
 // What a state holds, which outlives the copy, into a matrix of its shape.

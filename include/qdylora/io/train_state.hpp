@@ -40,6 +40,7 @@ class TrainState {
   void add_numbers(std::string name, Numbers values) { insert(std::move(name), std::move(values)); }
   void add_number(std::string name, double value) { insert(std::move(name), Numbers{value}); }
   void add_text(std::string name, std::string text) { insert(std::move(name), std::move(text)); }
+  void add_text_view(std::string name, std::string_view text) { insert(std::move(name), text); }  // borrowed, as a matrix is
 
   // Reading one, valid as long as this lives. Errc::missing_tensor, dtype (a section of another kind), shape_mismatch.
   MatrixView<const float> matrix(std::string_view name, Index rows, Index cols) {
@@ -58,8 +59,12 @@ class TrainState {
   const Numbers& numbers(std::string_view name) { return expect<Numbers>(name, use(name)); }
   const Numbers& numbers(std::string_view name, std::size_t count) { return sized(name, numbers(name), count); }
   double number(std::string_view name) { return numbers(name, 1).front(); }
-  const std::string& text(std::string_view name) { return expect<std::string>(name, use(name)); }
-  const std::string& text(std::string_view name, std::size_t size) { return sized(name, text(name), size); }
+  std::string_view text(std::string_view name) {
+    const Value& value = use(name);
+    if (const auto* view = std::get_if<std::string_view>(&value)) return *view;
+    return expect<std::string>(name, value);
+  }
+  std::string_view text(std::string_view name, std::size_t size) { return sized(name, text(name), size); }
 
   bool contains(std::string_view name) const noexcept { return sections_.find(name) != sections_.end(); }
   std::size_t size() const noexcept { return sections_.size(); }
@@ -71,7 +76,7 @@ class TrainState {
   }
 
  private:
-  using Value = std::variant<MatrixView<const float>, Matrix<float>, Integers, Numbers, std::string>;
+  using Value = std::variant<MatrixView<const float>, Matrix<float>, Integers, Numbers, std::string, std::string_view>;
   struct Section {
     Value value;
     bool used = false;
@@ -155,7 +160,8 @@ inline void save_train_state(const std::filesystem::path& path, const TrainState
     else if (const auto* matrix = std::get_if<Matrix<float>>(&section.value)) add_matrix(matrix->view());
     else if (const auto* integers = std::get_if<TrainState::Integers>(&section.value)) add_run(DType::I64, *integers);
     else if (const auto* numbers = std::get_if<TrainState::Numbers>(&section.value)) add_run(DType::F64, *numbers);
-    else add_run(DType::U8, std::get<std::string>(section.value));
+    else if (const auto* text = std::get_if<std::string>(&section.value)) add_run(DType::U8, *text);
+    else add_run(DType::U8, std::get<std::string_view>(section.value));
   }
   writer.write(path);
 }
