@@ -23,6 +23,7 @@
 #include <qdylora/nn/ranks.hpp>
 #include <qdylora/nn/reorder.hpp>
 
-// optim: AdamW with moments in full or in 8 bits, learning-rate schedules
+// optim: AdamW with moments in full or in 8 bits, learning-rate schedules, gradients summed over workers
 #include <qdylora/optim/adamw.hpp>
 #include <qdylora/optim/schedule.hpp>
+#include <qdylora/optim/workers.hpp>

@@ -25,7 +25,7 @@ enum class Errc {
   // training and calls
   rank_range, state_order, non_finite_step, bad_argument,
   // resources
-  memory, device,
+  memory, peer, device,
 };
 
 /// The code's name, e.g. "shape_mismatch"; stable, for logs and tests.
@@ -65,6 +65,7 @@ constexpr std::string_view name(Errc code) noexcept {
     case Errc::non_finite_step: return "non_finite_step";
     case Errc::bad_argument: return "bad_argument";
     case Errc::memory: return "memory";
+    case Errc::peer: return "peer";
     case Errc::device: return "device";
   }
   return "unknown";

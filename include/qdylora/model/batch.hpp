@@ -11,6 +11,17 @@
 
 namespace qdylora {
 
+struct BatchCounts {
+  Index sequences = 0, tokens = 0, scored = 0;
+
+  BatchCounts& operator+=(const BatchCounts& other) noexcept {
+    sequences += other.sequences;
+    tokens += other.tokens;
+    scored += other.scored;
+    return *this;
+  }
+};
+
 struct Batch {
   std::vector<std::int32_t> ids;      // [tokens] inputs
   std::vector<std::int32_t> targets;  // [tokens] the token to predict at each, -1: not scored
@@ -23,6 +34,7 @@ struct Batch {
     for (const auto target : targets) count += target >= 0;
     return count;
   }
+  BatchCounts counts() const noexcept { return {sequences(), tokens(), scored()}; }
 
   /// Throws Errc::bad_argument unless every sequence has a token, the sequences make up the tokens, and there is a target for each.
   void validate() const {

@@ -1,6 +1,8 @@
 // Trainer: runs a recipe on a decoder, one optimizer step at a time.
 #pragma once
 
+#include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <span>
@@ -12,6 +14,7 @@
 #include <qdylora/model/recipe.hpp>
 #include <qdylora/optim/adamw.hpp>
 #include <qdylora/optim/schedule.hpp>
+#include <qdylora/optim/workers.hpp>
 
 namespace qdylora {
 
@@ -80,6 +83,11 @@ class Trainer {
     hold_back(std::move(one));
   }
 
+  /// Makes this one of several workers. Each gives step() its part of a batch, possibly none; together they take the step that one trainer
+  /// takes on all parts in the workers' order, but for the rounding of sums, and all report it. Either all hold batches back or none does.
+  /// A worker whose step throws leaves the others waiting for as long as their engine has patience.
+  void join(Workers<Acc, typename Backend::Memory> workers) { workers_ = std::move(workers); }
+
   std::int64_t steps() const noexcept { return options_.steps; }
   std::int64_t step_count() const noexcept { return step_; }
   bool done() const noexcept { return step_ >= options_.steps; }
@@ -89,36 +97,35 @@ class Trainer {
   /// when the recipe says so; after the last step too. Throws Errc::state_order when the run is done, bad_argument if nothing is scored.
   Report step(std::span<const Batch> batches) {
     QDYLORA_EXPECTS(!done(), state_order, "Trainer: all " + std::to_string(options_.steps) + " steps are done");
-    Index sequences = 0, scored = 0;
-    Report report;
+    BatchCounts own;
     for (const auto& batch : batches) {
       model_.check(batch);  // before anything changes
-      sequences += batch.sequences();
-      scored += batch.scored();
-      report.tokens += batch.tokens();
+      own += batch.counts();
     }
-    QDYLORA_EXPECTS(scored > 0, bad_argument, "Trainer: no token of the batch is scored");
+    auto [first, all] = exchange(own);  // by now no worker can fail alone but by its memory
+    QDYLORA_EXPECTS(all.scored > 0, bad_argument, "Trainer: no token of the batch is scored");
     if (step_ == order_step_ && !nesting_) begin_nesting();
     collect();
-    const RankPlan plan = next_plan(sequences);
+    const RankPlan plan = next_plan(all.sequences);
+    Report report;
+    report.tokens = all.tokens;
     report.rank = plan.max_rank();
     report.lr = set_learning_rates();
 
     optimizer_.zero_grad();
     gate_optimizer_.zero_grad();
     double sum = 0.0;
-    Index first = 0, first_token = 0;
     for (const auto& batch : batches) {
-      model_.set_ranks(part(plan, first, batch.sequences()));
-      model_.set_training(true, static_cast<std::uint32_t>(step_), first_token);
-      sum += model_.loss_and_gradient(batch, 1.0 / static_cast<double>(scored));
-      first += batch.sequences();
-      first_token += batch.tokens();
+      model_.set_ranks(part(plan, first.sequences, batch.sequences()));
+      model_.set_training(true, static_cast<std::uint32_t>(step_), first.tokens);
+      sum += model_.loss_and_gradient(batch, 1.0 / static_cast<double>(all.scored));
+      first += batch.counts();
     }
     model_.set_training(false);
+    workers_.sum_gradients(parameters(optimizer_, gate_optimizer_), plan.max_rank(), {&sum, 1}, model_.backend());
     const auto result = optimizer_.step();
     if (!result.skipped && nesting_) gate_optimizer_.step();
-    report.loss = sum / static_cast<double>(scored);
+    report.loss = sum / static_cast<double>(all.scored);
     report.gradient_norm = result.gradient_norm;
     report.skipped = result.skipped;
     ++step_;
@@ -222,6 +229,32 @@ class Trainer {
     return options;
   }
 
+  // Of the workers before this one, and of all: ranks are dealt out over all sequences, dropout goes by a token's place among all, and the
+  // loss is the mean over all that are scored.
+  std::pair<BatchCounts, BatchCounts> exchange(const BatchCounts& own) {
+    if (workers_.alone()) return {{}, own};
+    Matrix<double> table(workers_.count(), 3);  // a row of each, which the others leave zero
+    const std::array row{own.sequences, own.tokens, own.scored};
+    std::copy(row.begin(), row.end(), table.view().row(workers_.index()));
+    workers_.sum({}, table.span(), model_.backend());
+    BatchCounts before, all;
+    for (Index i = 0; i < table.rows(); ++i) {
+      if (i == workers_.index()) before = all;
+      all += {static_cast<Index>(table(i, 0)), static_cast<Index>(table(i, 1)), static_cast<Index>(table(i, 2))};
+    }
+    return {before, all};
+  }
+
+  // What re-ordering looks at, of all workers.
+  void sum_collected() {
+    std::vector<MatrixView<Acc>> moments;
+    model_.for_each_linear([&](auto& linear) {
+      for (auto* moment : {&linear.adapter().moment_a, &linear.adapter().moment_b}) moments.push_back(moment->view());
+    });
+    workers_.sum(moments, {}, model_.backend());
+  }
+
+
   RankPlan next_plan(Index sequences) {
     return nesting_ || options_.recipe.draw_ranks ? sampler_.next(sequences) : RankPlan::uniform(options_.ranks.max());
   }
@@ -284,10 +317,12 @@ class Trainer {
     const auto& r = options_.recipe;
     const bool measure = r.measure && !held_back_.empty();
     const auto before = measure ? values() : std::vector<Matrix<Acc, typename Backend::Memory>>{};
+    sum_collected();
     reorder_all(r.ordering == Reordering::gram && r.collect_steps > 0 ? Reordering::gram : Reordering::svd);
     model_.for_each_linear([](auto& linear) { linear.adapter().stop_collecting(); });
     if (measure) {
       auto losses = losses_by_rank(held_back_);
+      workers_.average(losses, model_.backend());  // so that all decide the same
       const double base = losses.back();
       losses.pop_back();
       nested_share_ = nested_share(losses, base);
@@ -343,6 +378,7 @@ class Trainer {
   bool nesting_ = false;
   bool reordered_at_end_ = false;
   std::vector<Batch> held_back_;
+  Workers<Acc, typename Backend::Memory> workers_;
 };
 
 }  // namespace qdylora
