@@ -90,7 +90,7 @@ int train(const std::string& accident) {
   std::printf("parameters of all processes: %s\n", all_same != 0 ? "the same bits" : "DIFFERENT BITS");
   std::printf("beside one process with the whole batches: losses within %.1e of themselves, parameters %.1e off (root mean square)\n",
               loss_error, error);
-  const bool good = all_same != 0 && loss_error < 1e-6 && error < 1e-6;
+  const bool good = all_same != 0 && loss_error < 1e-6 && error < 1e-5;  // Adam makes steps of what rounding leaves of a gradient of zero
   std::printf("%s\n", good ? "Many processes, one run." : "NOT THE SAME RUN");
   return good ? 0 : 1;
 }
