@@ -24,9 +24,10 @@ using namespace qdylora::examples;
 int info(const std::string& folder) {
   const auto adapter = load_peft_adapter(folder, {.force = true});
   Index parameters = 0;
-  for (const auto& m : adapter.modules) parameters += m.a.size() + m.b.size();
-  std::printf("%s: %zu modules, rank %lld, %.2f M parameters\n", folder.c_str(), adapter.modules.size(),
-              static_cast<long long>(adapter.max_rank()), static_cast<double>(parameters) / 1e6);
+  for (const auto& m : adapter.modules) parameters += m.a.size() + m.b.size() + m.magnitude.size();
+  std::printf("%s: %zu modules, rank %lld, %.2f M parameters%s\n", folder.c_str(), adapter.modules.size(),
+              static_cast<long long>(adapter.max_rank()), static_cast<double>(parameters) / 1e6,
+              adapter.config.use_dora ? ", DoRA: a magnitude for each output" : "");
   if (!adapter.config.base_model.empty()) std::printf("base model %s\n", printable(adapter.config.base_model).c_str());
   if (!adapter.ranks.empty()) {
     std::printf("trained for ranks");

@@ -94,7 +94,7 @@ class Merger {
   /// The weight with the module's update at the rank.
   Matrix<float> sum(const PeftModule& module, std::shared_ptr<const AnyWeight> base) const {
     DynamicLoRALinear<float, Cpu, AnyFormat> layer(
-        std::move(base), {.max_rank = module.rank(), .name = module.name, .gated_ranks = module.gated_ranks}, cpu_);
+        std::move(base), {.max_rank = module.rank(), .name = module.name, .gated_ranks = module.gated_ranks, .dora = module.dora()}, cpu_);
     assign(module, layer.adapter());
     return layer.merged_weight(std::min(rank_, module.rank()));
   }

@@ -53,7 +53,10 @@ int evaluate(const EvaluateOptions& o, OpenModel& model, const Device& device) {
   QDYLORA_EXPECTS(rank >= 0 && rank <= (adapter ? max_rank : 0), rank_range,
                   "--rank " + std::to_string(rank) + ": the adapter has ranks 0 ... " + std::to_string(adapter ? max_rank : 0));
   LoRAOptions lora{.max_rank = max_rank};
-  if (adapter) lora.gated_ranks = adapter->modules.front().gated_ranks;
+  if (adapter) {
+    lora.gated_ranks = adapter->modules.front().gated_ranks;
+    lora.dora = adapter->config.use_dora;
+  }
   std::vector<Example> examples;
   if (ids.empty()) {  // before anything large is read
     examples = load_examples(o.data);

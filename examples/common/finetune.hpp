@@ -29,10 +29,10 @@ namespace qdylora::examples {
 
 struct FinetuneOptions {
   std::string model, tokenizer, data, eval, out = "out";
-  bool toy = false, resume = false, no_chat = false, gates = false, checkpoint = false;
+  bool toy = false, resume = false, no_chat = false, gates = false, dora = false, checkpoint = false;
   std::string ranks = "1,2,4,8,16,32,64", recipe_name = "auto", base = "nf4", optimizer = "adamw", paged, device = "cpu", dtype = "float32";
   float alpha = 16.0f, dropout = 0.0f;
-  double lr = 1e-3;
+  double lr = 1e-3, lora_plus = 1.0;
   std::int64_t steps = 80, save_every = 50;
   Index batch = 8, seq_len = 256, examples = 2000, eval_examples = 48, answers = 32, new_tokens = 48;
   int threads = 0;
@@ -148,12 +148,14 @@ int finetune_with(const FinetuneOptions& o, OpenModel& model, const FinetuneData
   const auto lora = [&] {
     auto options = adapter_options(chosen, ranks, o.alpha, o.seed);
     options.dropout = o.dropout;
+    options.dora = o.dora;
     return options;
   }();
 
   MemoryOptions memory{.base = {.format = base_format(o.base)},
                        .coded_tables = model.coded_tables,
                        .max_rank = ranks.max(),
+                       .dora_ranks = o.dora ? ranks.size() : 0,
                        .dropout = o.dropout > 0.0f,
                        .checkpoint = o.checkpoint,
                        .moments_in_8_bits = o.optimizer == "adamw8bit",
@@ -176,15 +178,16 @@ int finetune_with(const FinetuneOptions& o, OpenModel& model, const FinetuneData
               8.0 * static_cast<double>(w.linear_bytes()) / static_cast<double>(w.config.linear_weights()),
               static_cast<double>(w.linear_bytes()) / 1e6, seconds_since(start));
   Decoder<T, Backend> decoder(weights, {.lora = lora, .checkpoint = o.checkpoint}, device.backend());
-  Trainer<T, Backend, Optimizer> trainer(decoder, {.recipe = chosen, .ranks = ranks, .steps = o.steps, .lr = o.lr, .seed = o.seed},
-                                         device.moments_memory(o.paged));
+  Trainer<T, Backend, Optimizer> trainer(
+      decoder, {.recipe = chosen, .ranks = ranks, .steps = o.steps, .lr = o.lr, .b_lr_ratio = o.lora_plus, .seed = o.seed},
+      device.moments_memory(o.paged));
   trainer.hold_back(to_batches(data.held_back, batch_tokens));
   const Index linears = w.config.layers * static_cast<Index>(w.config.linears().size());
   Index trainable = 0;
   for (const auto& p : decoder.parameters()) trainable += p->value.size();
-  std::printf("adapters   rank up to %lld on all %lld linear layers, %.1f M parameters, alpha %g, scale %s, recipe %s\n",
+  std::printf("adapters   rank up to %lld on all %lld linear layers, %.1f M parameters, alpha %g, scale %s, recipe %s%s\n",
               static_cast<long long>(ranks.max()), static_cast<long long>(linears), static_cast<double>(trainable) / 1e6,
-              static_cast<double>(o.alpha), std::string(name(chosen.scale)).c_str(), o.recipe_name.c_str());
+              static_cast<double>(o.alpha), std::string(name(chosen.scale)).c_str(), o.recipe_name.c_str(), o.dora ? ", DoRA" : "");
   std::fflush(stdout);
 
   std::error_code failure;
@@ -197,7 +200,8 @@ int finetune_with(const FinetuneOptions& o, OpenModel& model, const FinetuneData
                                     {"alpha", o.alpha},        {"dropout", o.dropout}, {"lr", o.lr},
                                     {"steps", o.steps},        {"batch", o.batch},     {"seq_len", o.seq_len},
                                     {"seed", o.seed},          {"chat", model.chat},   {"examples", data.train.size()},
-                                    {"dtype", o.dtype},        {"device", o.device},   {"optimizer", o.optimizer}}
+                                    {"dtype", o.dtype},        {"device", o.device},   {"optimizer", o.optimizer},
+                                    {"dora", o.dora},          {"lora_plus", o.lora_plus}}
                                    .dump();
   RunReport report;
   auto& history = report.history;
@@ -271,6 +275,8 @@ int finetune_with(const FinetuneOptions& o, OpenModel& model, const FinetuneData
                      {"seed", o.seed},
                      {"dtype", o.dtype},
                      {"optimizer", o.optimizer},
+                     {"dora", o.dora},
+                     {"lora_plus", o.lora_plus},
                      {"base_bytes", w.linear_bytes()},
                      {"adapter_parameters", trainable},
                      {"activation_bytes", activation_bytes},

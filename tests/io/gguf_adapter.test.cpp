@@ -135,6 +135,17 @@ TEST_CASE("query and key adapters leave Hugging Face's rotary layout for GGUF's"
       }
 }
 
+TEST_CASE("an adapter with magnitudes is refused: the format has no place for them", "[gguf][adapter]") {
+  const auto plain = trained(6, 8, {.max_rank = 2}, 1), dora = trained(6, 8, {.max_rank = 2, .dora = true}, 2);
+  test::TemporaryFolder folder;
+  const std::vector<qd::GgufAdapterTensor> tensors{{"blk.0.attn_v.weight", &plain, 0}, {"blk.1.attn_v.weight", &dora, 0}};
+  const auto error = test::error_of([&] { qd::save_gguf_adapter(folder / "a.gguf", tensors); });
+  REQUIRE(error);
+  CHECK(error->code() == Errc::unsupported);
+  CHECK(std::string(error->what()).find("blk.1.attn_v.weight") != std::string::npos);
+  CHECK_FALSE(std::filesystem::exists(folder / "a.gguf"));
+}
+
 TEST_CASE("modules have the tensor names of Llama-shaped files", "[gguf][adapter]") {
   CHECK(qd::gguf_tensor_of("model.layers.3.self_attn.q_proj") == "blk.3.attn_q.weight");
   CHECK(qd::gguf_tensor_of("model.layers.29.self_attn.o_proj") == "blk.29.attn_output.weight");

@@ -28,6 +28,8 @@ qd::LoRAAdapter<float> make_adapter(Index in, Index out, qd::LoRAOptions options
   for (float& x : adapter.b().value.span()) x = 0.1f * rng.normal();
   if (adapter.gated())
     for (float& x : adapter.gates().value.span()) x = rng.uniform(0.5f, 1.5f);
+  if (adapter.dora())
+    for (float& x : adapter.magnitude().value.span()) x = rng.uniform(0.5f, 1.5f);
   return adapter;
 }
 
@@ -100,6 +102,11 @@ struct Damaged {
     tensors["base_model.model.x.down.lora_B.weight"] = {{3, 2}, {1, 2, 3, 4, 5, 6}};
   }
   std::vector<float>& up_a() { return tensors["base_model.model.up.lora_A.weight"].values; }
+  /// up's, and one of x.down.
+  Tensor& magnitude() {
+    tensors["base_model.model.x.down.lora_magnitude_vector"] = {{3}, {1, 2, 3}};
+    return tensors["base_model.model.up.lora_magnitude_vector"] = {{4}, {1, 2, 3, 4}};
+  }
   void zero_b() {
     for (auto& [name, tensor] : tensors)
       if (name.find("lora_B") != std::string::npos) std::ranges::fill(tensor.values, 0.0f);
@@ -227,6 +234,39 @@ TEST_CASE("query and key rows are moved from interleaved pairs to halves and bac
   CHECK(code_of([&] { qd::save_peft_adapter(folder.path(), {{"q", &adapter, 5}}); }) == Errc::shape_mismatch);
   CHECK(code_of([&] { qd::save_peft_adapter(folder.path(), {{"q", &adapter, 4}}); }) == Errc::shape_mismatch);  // heads of size 3
   CHECK(code_of([&] { qd::assign(loaded.modules[0], again, 4); }) == Errc::shape_mismatch);
+}
+
+TEST_CASE("an adapter with magnitudes keeps them at any rank, moved with its rows") {
+  test::TemporaryFolder folder;
+  const auto adapter = make_adapter(10, 12, {.max_rank = 6, .name = "q", .gated_ranks = {2, 6}, .dora = true});
+  for (const Index rank : {2, 6}) {
+    qd::save_peft_adapter(folder / "a", {{"q", &adapter, 2}}, {.rank = rank});
+    CHECK(qd::read_json(folder / "a" / "adapter_config.json")["use_dora"] == true);
+    const qd::SafetensorsFile file(folder / "a" / "adapter_model.safetensors");
+    const auto stored = test::load<float>(file, "base_model.model.q.lora_magnitude_vector");
+    CHECK(file.info("base_model.model.q.lora_magnitude_vector").shape == std::vector<Index>{12});
+    const auto& m = adapter.magnitude().value;  // [2, 3, 2] -> [2, 2, 3]
+    CHECK(stored == std::vector<float>{m(0, 0), m(0, 2), m(0, 4), m(0, 1), m(0, 3), m(0, 5), m(0, 6), m(0, 8), m(0, 10), m(0, 7), m(0, 9),
+                                       m(0, 11)});
+    const auto loaded = qd::load_peft_adapter(folder / "a");
+    CHECK(loaded.config.use_dora);
+    const auto gates = rank == 6 ? std::vector<Index>{2, 6} : std::vector<Index>{};
+    qd::LoRAAdapter<float> again(10, 12, {.max_rank = 6, .gated_ranks = gates, .dora = true});
+    qd::assign(loaded.modules.at(0), again, 2);
+    CHECK(same_bits(again.magnitude().value, adapter.magnitude().value));
+    CHECK(qd::to_adapter(loaded.modules.at(0)).dora());
+
+    const auto plain = make_adapter(10, 12, {.max_rank = 6, .gated_ranks = gates});
+    qd::LoRAAdapter<float> without(10, 12, {.max_rank = 6, .gated_ranks = gates});
+    CHECK(code_of([&] { qd::assign(loaded.modules.at(0), without, 2); }) == Errc::bad_config);
+    qd::save_peft_adapter(folder / "plain", {{"q", &plain}});
+    CHECK(code_of([&] { qd::assign(qd::load_peft_adapter(folder / "plain").modules.at(0), again); }) == Errc::bad_config);
+    CHECK(code_of([&] { qd::save_peft_adapter(folder / "both", {{"q", &adapter}, {"k", &plain}}); }) == Errc::bad_argument);
+  }
+  auto broken = make_adapter(10, 12, {.max_rank = 6, .dora = true});
+  broken.magnitude().value(0, 7) = std::numeric_limits<float>::infinity();
+  CHECK(code_of([&] { qd::save_peft_adapter(folder / "broken", {{"q", &broken}}); }) == Errc::non_finite);
+  CHECK_FALSE(std::filesystem::exists(folder / "broken"));
 }
 
 TEST_CASE("modules of different rank and scale are told apart by patterns") {
@@ -359,7 +399,30 @@ TEST_CASE("a damaged or foreign adapter is an error that says what is wrong") {
       {"another kind of adapter", Errc::unsupported, "IA3", [](Damaged& f) { f.config["peft_type"] = "IA3"; }},
       {"peft_type a number", Errc::bad_config, "peft_type", [](Damaged& f) { f.config["peft_type"] = 3; }},
       {"a trained bias", Errc::unsupported, "lora_only", [](Damaged& f) { f.config["bias"] = "lora_only"; }},
-      {"DoRA", Errc::unsupported, "use_dora", [](Damaged& f) { f.config["use_dora"] = true; }},
+      {"no magnitude", Errc::missing_tensor, "up.lora_magnitude_vector", [](Damaged& f) { f.config["use_dora"] = true; }},
+      {"a magnitude without DoRA", Errc::unexpected_tensor, "up.lora_magnitude_vector", [](Damaged& f) { f.magnitude(); }},
+      {"a magnitude of too few outputs", Errc::shape_mismatch, "expected [4], found [3]",
+       [](Damaged& f) {
+         f.config["use_dora"] = true;
+         f.magnitude() = {{3}, {1, 2, 3}};
+       }},
+      {"a magnitude of two dimensions", Errc::shape_mismatch, "expected [4], found [1, 4]",
+       [](Damaged& f) {
+         f.config["use_dora"] = true;
+         f.magnitude().shape = {1, 4};
+       }},
+      {"NaN in a magnitude", Errc::non_finite, "up.lora_magnitude_vector",
+       [](Damaged& f) {
+         f.config["use_dora"] = true;
+         f.magnitude().values[2] = std::nanf("");
+       }},
+      {"a magnitude without its pair", Errc::missing_tensor, "z.lora_B",
+       [](Damaged& f) {
+         f.config["use_dora"] = true;
+         f.magnitude();
+         f.tensors["base_model.model.z.lora_magnitude_vector"] = {{4}, {1, 1, 1, 1}};
+       }},
+      {"use_dora a text", Errc::bad_config, "use_dora", [](Damaged& f) { f.config["use_dora"] = "yes"; }},
       {"transposed weights", Errc::unsupported, "fan_in_fan_out", [](Damaged& f) { f.config["fan_in_fan_out"] = true; }},
       {"other trained modules", Errc::unsupported, "modules_to_save",
        [](Damaged& f) { f.config["modules_to_save"] = {"lm_head"}; }},

@@ -57,24 +57,33 @@ qd::LoRAAdapter<float> trained_adapter(Index in, Index out, qd::LoRAOptions opti
   test::fill_normal(adapter.b().value.view(), rng, 0.2);
   if (adapter.gated())
     for (float& g : adapter.gates().value.span()) g = rng.uniform(0.5f, 1.5f);
+  if (adapter.dora())
+    for (float& m : adapter.magnitude().value.span()) m = rng.uniform(0.5f, 1.5f);
   return adapter;
 }
 
-// y = x (W + delta W_rank)^T in double. x [tokens, in], w [out, in].
+// y = x (W + delta W_rank)^T in double, of rows as long as the magnitude where there is one. x [tokens, in], w [out, in].
 qd::Matrix<double> linear(const qd::Matrix<double>& x, const qd::Matrix<float>& w, const qd::LoRAAdapter<float>* adapter,
                           Index rank) {
   qd::Matrix<double> y(x.rows(), w.rows());
   std::vector<float> coefficients;
   if (adapter != nullptr) coefficients = adapter->coefficients(rank, rank);
+  std::vector<double> row(static_cast<std::size_t>(w.cols()));
   for (Index o = 0; o < w.rows(); ++o) {
+    double squares = 0.0;
     for (Index k = 0; k < w.cols(); ++k) {
       auto weight = static_cast<double>(w(o, k));
       for (std::size_t i = 0; i < coefficients.size(); ++i) {
         weight += static_cast<double>(coefficients[i]) * static_cast<double>(adapter->b().value(static_cast<Index>(i), o)) *
                   static_cast<double>(adapter->a().value(static_cast<Index>(i), k));
       }
-      for (Index t = 0; t < x.rows(); ++t) y(t, o) += x(t, k) * weight;
+      squares += weight * weight;
+      row[static_cast<std::size_t>(k)] = weight;
     }
+    const bool dora = adapter != nullptr && adapter->dora();
+    const double factor = dora ? static_cast<double>(adapter->magnitude().value(0, o)) / std::sqrt(squares) : 1.0;
+    for (Index t = 0; t < x.rows(); ++t)
+      for (Index k = 0; k < w.cols(); ++k) y(t, o) += x(t, k) * factor * row[static_cast<std::size_t>(k)];
   }
   return y;
 }
@@ -133,7 +142,7 @@ TEST_CASE("bitsandbytes decodes 4-bit weights written here to our values, bit fo
   CHECK(run_python("check_bitsandbytes.py", folder.path()) == 0);
 }
 
-TEST_CASE("PEFT computes with saved adapters what we compute, at every rank, scale and gate", "[python]") {
+TEST_CASE("PEFT computes with saved adapters what we compute, at every rank, scale, gate and magnitude", "[python]") {
   if (!has_python("torch, peft, safetensors.torch")) SKIP("no Python with torch, peft and safetensors ($QDYLORA_PYTHON)");
   test::TemporaryFolder folder;
   const qd::Matrix<float> up = test::normal_matrix<float>(24, 16, 1, 0.25), block_up = test::normal_matrix<float>(20, 24, 2, 0.25),
@@ -150,11 +159,11 @@ TEST_CASE("PEFT computes with saved adapters what we compute, at every rank, sca
   std::deque<qd::Matrix<float>> outputs;
   int number = 0;
   for (const auto policy : {qd::ScalePolicy::constant, qd::ScalePolicy::over_rank, qd::ScalePolicy::over_sqrt_rank}) {
-    for (const bool gated : {false, true}) {
+    for (const auto& [gated, dora] : {std::pair(false, false), std::pair(true, false), std::pair(false, true), std::pair(true, true)}) {
       const auto ranks = gated ? std::vector<Index>{1, 8, 16} : std::vector<Index>{};
-      const auto first = trained_adapter(16, 24, {.max_rank = 16, .alpha = 11.0f, .scale = policy, .gated_ranks = ranks}, 5);
+      const auto first = trained_adapter(16, 24, {.max_rank = 16, .alpha = 11.0f, .scale = policy, .gated_ranks = ranks, .dora = dora}, 5);
       const auto second =
-          trained_adapter(24, 20, {.max_rank = gated ? 16 : 4, .alpha = 7.0f, .scale = policy, .gated_ranks = ranks}, 6);
+          trained_adapter(24, 20, {.max_rank = gated ? 16 : 4, .alpha = 7.0f, .scale = policy, .gated_ranks = ranks, .dora = dora}, 6);
       for (const Index rank : {1, 3, 8, 16}) {
         const std::string name = "adapter" + std::to_string(number++);
         qd::save_peft_adapter(folder / name, {{"up", &first}, {"block.up", &second}}, {.rank = rank, .task_type = ""});
@@ -249,20 +258,23 @@ TEST_CASE("transformers and PEFT compute our logits from saved adapters, whichev
   qd::SafetensorsWriter expected;
   expected.add("ids", qd::DType::I32, {batch.tokens()}, std::as_bytes(std::span(batch.ids)));
   std::deque<qd::Matrix<float>> logits;
-  for (const auto& weights : models) {
+  for (const auto& [weights, dora] : {std::pair(models[0], false), std::pair(models[1], false), std::pair(models[1], true)}) {
     const bool interleaved = weights->config.rope_layout == qd::RopeLayout::interleaved;
     qd::DecoderOptions options;
     options.lora = {.max_rank = 16, .alpha = 16.0f, .scale = interleaved ? qd::ScalePolicy::constant : qd::ScalePolicy::over_rank};
+    options.lora.dora = dora;
     qd::Decoder<float> decoder(weights, options);
     std::vector<qd::NamedAdapter> adapters;
     decoder.for_each_linear([&](auto& layer) {
       test::fill_normal(layer.adapter().b().value.view(), rng, 0.1);
+      if (layer.adapter().dora())
+        for (float& m : layer.adapter().magnitude().value.span()) m *= rng.uniform(0.7f, 1.3f);
       const std::string& name = layer.adapter().options().name;
       const Index heads = name.ends_with("q_proj") ? 4 : name.ends_with("k_proj") ? 2 : 0;
       adapters.push_back({name, &layer.adapter(), interleaved ? heads : 0});
     });
     for (const Index rank : {1, 8, 16}) {
-      const std::string name = (interleaved ? "interleaved" : "half_split") + std::to_string(rank);
+      const std::string name = (interleaved ? "interleaved" : "half_split") + std::to_string(rank) + (dora ? "_dora" : "");
       qd::save_peft_adapter(folder / name, adapters, rank);
       decoder.set_ranks(qd::RankPlan::uniform(rank));
       expected.add(name, std::as_const(logits.emplace_back(decoder.logits(batch))).view());

@@ -30,7 +30,7 @@ namespace {
 // A run with all that a checkpoint must hold.
 struct Run {
   qd::LoRAAdapter<float> up{6, 8, {.max_rank = 4, .seed = 1, .name = "up", .gated_ranks = {2, 4}}};
-  qd::LoRAAdapter<float> down{8, 6, {.max_rank = 2, .seed = 2, .name = "down"}};
+  qd::LoRAAdapter<float> down{8, 6, {.max_rank = 2, .seed = 2, .name = "down", .dora = true}};
   qd::Parameters<float> weights, gates;
   qd::AdamW<float> optimizer, gate_optimizer;
   qd::Rng rng{11};

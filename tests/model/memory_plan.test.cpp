@@ -181,6 +181,41 @@ TEST_CASE("A memory plan of a recipe: second moments while they are gathered, a 
   CHECK(memory_plan<float>(config, options).reordering == 0);
 }
 
+TEST_CASE("A memory plan with magnitudes", "[memory_plan]") {
+  auto config = test::small_config();
+  config.mlp_width = 4200;  // magnitudes of the perceptron have moments in 8 bits
+  const auto weights = test::tiny_weights<float>(config);
+  const auto batch = test::random_batch(config.vocab, {21, 40, 3}, 5, 7);
+  MemoryOptions options;
+  options.base.format = BaseFormat::float32;
+  options.max_rank = 4;
+  options.moments_in_8_bits = true;
+  options.tokens = batch.tokens();
+  options.scored = batch.scored();
+  options.longest = 39;
+  std::size_t measured[2], planned[2], workspace[2];
+  for (const bool dora : {false, true}) {
+    CAPTURE(dora);
+    options.dora_ranks = dora ? 3 : 0;
+    const auto plan = memory_plan<float>(config, options);
+    Decoder<float> model(weights, {.lora = {.max_rank = 4, .dora = dora}});
+    std::size_t values = 0;
+    for (const auto& p : model.parameters()) values += p->value.capacity_bytes();
+    CHECK(plan.adapters == values);
+    CHECK(plan.gradients == values);
+    CHECK(plan.moments == AdamW8bit<float>(model.parameters()).bytes());
+    model.loss_and_gradient(batch, 1.0);
+    measured[dora] = model.activation_bytes();
+    planned[dora] = plan.checkpoints + plan.activations;
+    workspace[dora] = plan.workspace;
+  }
+  CHECK(planned[1] - planned[0] == measured[1] - measured[0]);
+  // Norms of three ranks and the base's, and a gradient scaled at the widest layer.
+  const auto outputs = static_cast<std::size_t>(config.layers * model_shape(config).outputs());
+  CHECK(workspace[1] - workspace[0] >= outputs * 4 * sizeof(float));
+  CHECK(workspace[1] - workspace[0] <= (outputs * 4 + static_cast<std::size_t>(batch.tokens() * config.mlp_width)) * sizeof(float));
+}
+
 TEST_CASE("Paged moments are the host's", "[memory_plan]") {
   const auto config = test::tiny_config();
   MemoryOptions options;

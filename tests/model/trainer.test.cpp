@@ -48,12 +48,13 @@ struct Run {
   Trainer trainer;
 
   explicit Run(const qd::Recipe& recipe, const qd::DecoderConfig& config = test::tiny_config(), float dropout = 0.0f,
-               int threads = 1)
+               int threads = 1, bool dora = false)
       : model(
             test::tiny_weights<float>(config, false, {}),
             [&] {
               auto lora = qd::adapter_options(recipe, ranks, 8.0f, 2);
               lora.dropout = dropout;
+              lora.dora = dora;
               return qd::DecoderOptions{.lora = lora};
             }(),
             qd::Cpu(threads)),
@@ -155,6 +156,73 @@ TEST_CASE("so does one that stopped while moments are collected") { check_resume
 TEST_CASE("so does one that stopped right before the re-ordering") { check_resumed(6); }
 TEST_CASE("so does one that stopped right after it") { check_resumed(7); }
 TEST_CASE("so does one that stopped while ranks are nested") { check_resumed(10); }
+
+TEST_CASE("a run with magnitudes trains them, and resumes to the same bytes on any number of threads") {
+  for (const char* name : {"auto", "order-then-nest", "per-row", "qlora"}) {
+    CAPTURE(name);
+    const auto recipe = short_recipe(name);
+    Run whole(recipe, test::tiny_config(), 0.0f, 1, true), untrained(recipe, test::tiny_config(), 0.0f, 1, true);
+    std::vector<double> losses, resumed_losses;
+    whole.run_to(steps, losses);
+    CHECK(losses.back() < losses.front());
+    std::vector<const qd::LoRAAdapter<float>*> before;
+    untrained.model.for_each_linear([&](auto& linear) { before.push_back(&linear.adapter()); });
+    std::size_t at = 0;
+    whole.model.for_each_linear([&](auto& linear) {
+      const auto now = linear.adapter().magnitude().value.span(), then = before[at++]->magnitude().value.span();
+      CHECK_FALSE(std::equal(now.begin(), now.end(), then.begin()));
+    });
+    for (const std::int64_t stop : {4, 7}) {
+      Run first(recipe, test::tiny_config(), 0.0f, 1, true), second(recipe, test::tiny_config(), 0.0f, 2, true);
+      resumed_losses.clear();
+      first.run_to(stop, resumed_losses);
+      transfer(first, second);
+      second.run_to(steps, resumed_losses);
+      CHECK(resumed_losses == losses);
+      CHECK(same_bytes(second.numbers(), whole.numbers()));
+    }
+  }
+}
+
+TEST_CASE("by LoRA+ B takes the step of an optimizer at a multiple of A's rate") {
+  const auto make = [] { return Model(test::tiny_weights<float>(test::tiny_config(), false, {}), {.lora = {.max_rank = 8, .dora = true}}); };
+  auto options = options_of(short_recipe("qlora"));
+  options.b_lr_ratio = 16.0;
+  options.max_gradient_norm = 0.0;
+  Model model = make(), expected = make();
+  for (auto* m : {&model, &expected}) test::randomize_adapters(*m);
+  Trainer trainer(model, options);
+  const auto batch = test::counting_batch(17, 5, 16, 1);
+  const auto report = trainer.step(batch);
+
+  qd::Parameters<float> of_b, others;
+  for (const auto& p : expected.parameters()) (p->name.ends_with("lora_B") ? of_b : others).push_back(p);
+  CHECK(of_b.size() == 14);
+  qd::AdamW<float> slow(others, {.lr = report.lr, .weight_decay = options.weight_decay});
+  qd::AdamW<float> fast(of_b, {.lr = 16.0 * report.lr, .weight_decay = options.weight_decay});
+  expected.set_ranks(qd::RankPlan::uniform(8));
+  expected.loss_and_gradient(batch, 1.0 / static_cast<double>(batch.scored()));
+  slow.step();
+  fast.step();
+  CHECK(same_bytes(test::values(model), test::values(expected)));
+
+  // Where a recipe has multipliers of its own, both count.
+  options = options_of(short_recipe("per-row"));
+  options.b_lr_ratio = 4.0;
+  Trainer nested(model, options);
+  nested.step(batch);
+  model.for_each_linear([&](auto& linear) {
+    const auto &a = linear.adapter().a().row_lr, &b = linear.adapter().b().row_lr;
+    REQUIRE(a.size() == 8);
+    CHECK(a.front() != a.back());
+    for (std::size_t i = 0; i < 8; ++i) CHECK(b[i] == 4.0f * a[i]);
+    CHECK(linear.adapter().magnitude().row_lr.empty());
+  });
+  for (const double ratio : {0.0, -1.0, std::numeric_limits<double>::infinity(), std::numeric_limits<double>::quiet_NaN()}) {
+    options.b_lr_ratio = ratio;
+    CHECK(code_of([&] { Trainer(model, options); }) == Errc::bad_argument);
+  }
+}
 
 TEST_CASE("a checkpoint is asked to keep moments exactly while there are some that are still needed") {
   Run run(short_recipe("order-then-nest"));

@@ -100,12 +100,12 @@ class CountingBackend {
   void add_row(qdylora::In<qdylora::Accumulator<T>> row, qdylora::MatrixView<T> y) const {
     cpu_.add_row(row, y);
   }
-  template <class S>
-  void scale_columns(qdylora::In<S> x, std::span<const S> factors, qdylora::MatrixView<S> y) const {
+  template <class T>
+  void scale_columns(qdylora::In<T> x, std::span<const qdylora::Accumulator<T>> factors, qdylora::MatrixView<T> y) const {
     cpu_.scale_columns(x, factors, y);
   }
-  template <class S>
-  void column_products(qdylora::In<S> first, qdylora::In<S> second, qdylora::MatrixView<S> sums) const {
+  template <class T, class U, class S>
+  void column_products(qdylora::MatrixView<T> first, qdylora::MatrixView<U> second, qdylora::MatrixView<S> sums) const {
     cpu_.column_products(first, second, sums);
   }
   template <class T>

@@ -113,13 +113,14 @@ class Cpu {
   void add_row(In<Accumulator<T>> row, MatrixView<T> y) const {
     detail::add_row(run_, row, y);
   }
-  template <class S>
-  void scale_columns(In<S> x, std::span<const S> factors, MatrixView<S> y) const {
+  template <class T>
+  void scale_columns(In<T> x, std::span<const Accumulator<T>> factors, MatrixView<T> y) const {
     detail::scale_columns(run_, x, factors, y);
   }
-  template <class S>
-  void column_products(In<S> first, In<S> second, MatrixView<S> sums) const {
-    detail::column_products(run_, first, second, sums);
+  template <class T, class U, class S>
+  void column_products(MatrixView<T> first, MatrixView<U> second, MatrixView<S> sums) const {
+    using X = std::remove_const_t<T>;
+    detail::column_products(run_, MatrixView<const X>(first), MatrixView<const X>(second), sums);
   }
   template <class T>
   void dropout(In<T> x, float probability, DropoutKey key, MatrixView<T> y, Update update = Update::overwrite) const {
@@ -224,6 +225,7 @@ class Cpu {
 };
 
 static_assert(HasAdamW8<Cpu> && HasLayerNorm<Cpu, float> && HasLayerNorm<Cpu, bfloat16>);
+static_assert(HasMagnitude<Cpu, float> && HasMagnitude<Cpu, double> && HasMagnitude<Cpu, bfloat16> && HasMagnitude<Cpu, half>);
 static_assert(TransformerBackend<Cpu, float> && TransformerBackend<Cpu, double> && TransformerBackend<Cpu, bfloat16> &&
               TransformerBackend<Cpu, half>);
 

@@ -37,21 +37,25 @@ void add_row(const CpuRun& run, MatrixView<const S> row, MatrixView<T> y) {
   });
 }
 
-template <class S>
-void scale_columns(const CpuRun& run, MatrixView<const S> x, std::span<const S> factors, MatrixView<S> y) {
+template <class S, class T>
+void scale_columns(const CpuRun& run, MatrixView<const T> x, std::span<const S> factors, MatrixView<T> y) {
   expect_factors(factors, x.cols);
   expect_shape("scale_columns: y", y, x.rows, x.cols);
   run.parallel_ranges(y.rows, row_grain(y.cols), [&](Index begin, Index end) {
-    for (Index i = begin; i < end; ++i) run.kernels<S>().multiply(x.cols, x.row(i), factors.data(), y.row(i));
+    for (Index i = begin; i < end; ++i)
+      write_row<S, 2>(y, i, Update::overwrite,
+                      [&](S* out) { run.kernels<S>().multiply(x.cols, row_as<S, 3>(x, i), factors.data(), out); });
   });
 }
 
-template <class S>
-void column_products(const CpuRun&, MatrixView<const S> a, MatrixView<const S> b, MatrixView<S> sums) {
+template <class S, class T>
+void column_products(const CpuRun& run, MatrixView<const T> a, MatrixView<const T> b, MatrixView<S> sums) {
   expect_shape("column_products: second", b, a.rows, a.cols);
   expect_shape("column_products: sums", sums, 1, a.cols);
-  for (Index i = 0; i < a.rows; ++i)
-    for (Index j = 0; j < a.cols; ++j) sums(0, j) += a(i, j) * b(i, j);
+  run.parallel_ranges(a.cols, row_grain(a.rows), [&](Index begin, Index end) {
+    for (Index i = 0; i < a.rows; ++i)
+      for (Index j = begin; j < end; ++j) sums(0, j) += static_cast<S>(a(i, j)) * static_cast<S>(b(i, j));
+  });
 }
 
 template <class T>

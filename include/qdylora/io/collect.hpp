@@ -154,7 +154,7 @@ Parameters<float, Memory> all_parameters(const LoRAAdapter<float, Memory>& adapt
 
 }  // namespace detail
 
-/// A, B, gates, and the moments that re-ordering by Reordering::gram gathers.
+/// A, B, magnitude, gates, and the moments that re-ordering by Reordering::gram gathers.
 template <MemoryResource Memory, class Backend = OnHost>
 void collect(TrainState& state, const std::string& prefix, const LoRAAdapter<float, Memory>& adapter, const Backend& backend = {}) {
   collect(state, prefix, detail::all_parameters(adapter), backend);

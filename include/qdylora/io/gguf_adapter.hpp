@@ -54,13 +54,15 @@ inline std::string gguf_tensor_of(std::string_view module) {
 }
 
 /// Saves adapters as one file, replaced as a whole, at a rank: gates, and scales that one alpha cannot state, are multiplied into B.
-/// Errc::rank_range (rank above all adapters'), bad_argument, duplicate, shape_mismatch, non_finite, and those of AtomicFile.
+/// Errc::unsupported for adapters with magnitudes (DoRA), which the format has no place for; rank_range (rank above all adapters'),
+/// bad_argument, duplicate, shape_mismatch, non_finite, and those of AtomicFile.
 inline void save_gguf_adapter(const std::filesystem::path& path, std::span<const GgufAdapterTensor> adapters,
                               const GgufAdapterOptions& options = {}) {
   QDYLORA_EXPECTS(!adapters.empty(), bad_argument, "save_gguf_adapter: no adapters");
   Index max_rank = 0;
   for (const auto& [tensor, adapter, heads] : adapters) {
     QDYLORA_EXPECTS(adapter != nullptr, bad_argument, "save_gguf_adapter: " + tensor + " has no adapter");
+    QDYLORA_EXPECTS(!adapter->dora(), unsupported, tensor + ": llama.cpp's adapters have no magnitudes (DoRA); merge it into its model");
     detail::expect_rope_heads(heads, adapter->out(), tensor);
     max_rank = std::max(max_rank, adapter->max_rank());
   }

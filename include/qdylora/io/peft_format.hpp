@@ -1,10 +1,12 @@
 // LoRA adapters in the folders that Hugging Face PEFT writes and reads:
 //
 //   adapter_config.json         r, lora_alpha, target_modules, ...; rank_pattern and alpha_pattern for modules that differ
-//   adapter_model.safetensors   of each module M: base_model.model.M.lora_A.weight [r, in] and ...lora_B.weight [out, r]
+//   adapter_model.safetensors   of each module M: base_model.model.M.lora_A.weight [r, in] and ...lora_B.weight [out, r]; with use_dora
+//                               ...lora_magnitude_vector [out] too
 //   qdylora_gates.safetensors   ours, only for a whole adapter with gates: M.gates, M.gated_ranks, M.lora_B.weight without gates
 //
-// A reader computes W x + (lora_alpha / r) B A x. What is saved at rank b is such that this is our function at rank b: r = b,
+// A reader computes W x + (lora_alpha / r) B A x, and by DoRA makes each row of that weight as long as its magnitude. It finds the rows'
+// own lengths by itself, so one magnitude serves all ranks. What is saved at rank b is such that this is our function at rank b: r = b,
 // lora_alpha = b * s_b for the scale s_b of whatever policy, gates multiplied into B. What only we can use stands where others do
 // not look: in the tensor file's metadata under "qdylora.", and in the third file. Saved whole, an adapter comes back to the bit.
 // <qdylora/io/peft_save.hpp> writes such folders, <qdylora/io/peft_load.hpp> reads them; <qdylora/io/peft.hpp> is both.
@@ -31,6 +33,7 @@ struct PeftConfig {
   Index rank = 0;
   double alpha = 0.0;
   bool use_rslora = false;  // scale alpha / sqrt(r)
+  bool use_dora = false;
   double dropout = 0.0;
   std::string base_model;
   std::string task_type;
@@ -46,10 +49,12 @@ struct PeftModule {
   ScalePolicy policy = ScalePolicy::constant;  // of lower ranks
   std::vector<Index> gated_ranks;
   Matrix<float> gates;  // [gated ranks, r]
+  Matrix<float> magnitude;  // [1, out] with DoRA, else empty
 
   Index rank() const noexcept { return a.rows(); }
   Index in() const noexcept { return a.cols(); }
   Index out() const noexcept { return b.cols(); }
+  bool dora() const noexcept { return magnitude.size() > 0; }
 };
 
 struct PeftAdapter {
@@ -77,6 +82,7 @@ inline constexpr std::string_view peft_gates_file = "qdylora_gates.safetensors";
 inline constexpr std::string_view peft_prefix = "base_model.model.";
 inline constexpr std::string_view peft_a = ".lora_A.weight";
 inline constexpr std::string_view peft_b = ".lora_B.weight";
+inline constexpr std::string_view peft_magnitude = ".lora_magnitude_vector";
 
 /// Where output `o` of the interleaved layout stands in the half-split one. heads 0: in the same place.
 inline Index half_split_position(Index o, Index heads, Index out) {

@@ -97,7 +97,7 @@ inline void expect_plain_lora(const Json& config, const ErrorPlace& place) {
   if (type != "LORA") throw Error(Errc::unsupported, "expected peft_type LORA, found '" + printable(type, 32) + "'", place);
   const std::string bias = get_string_or(config, "bias", "none", place);
   if (bias != "none") throw Error(Errc::unsupported, "expected bias none, found '" + printable(bias, 32) + "'", place);
-  for (const std::string_view key : {"fan_in_fan_out", "use_dora", "lora_bias", "use_qalora", "use_bdlora", "modules_to_save",
+  for (const std::string_view key : {"fan_in_fan_out", "lora_bias", "use_qalora", "use_bdlora", "modules_to_save",
                                      "layer_replication", "trainable_token_indices", "target_parameters", "alora_invocation_tokens",
                                      "arrow_config", "kasa_config", "monteclora_config"}) {
     const Json* value = find_key(config, key, place);
@@ -176,6 +176,7 @@ inline PeftAdapter load_peft_adapter(const std::filesystem::path& folder, const 
   config.rank = get_integer(json, "r", 1, most_ranks, place);
   config.alpha = get_number(json, "lora_alpha", place);
   config.use_rslora = get_bool_or(json, "use_rslora", false, place);
+  config.use_dora = get_bool_or(json, "use_dora", false, place);
   config.dropout = get_number_or(json, "lora_dropout", 0.0, place);
   config.base_model = get_string_or(json, "base_model_name_or_path", "", place);
   config.task_type = get_string_or(json, "task_type", "", place);
@@ -211,14 +212,23 @@ inline PeftAdapter load_peft_adapter(const std::filesystem::path& folder, const 
     const ErrorPlace at{.file = file.name(), .tensor = tensor.name};
     const std::string_view key = tensor.name;
     const bool is_a = key.ends_with(detail::peft_a), is_b = key.ends_with(detail::peft_b);
-    const std::size_t frame = detail::peft_prefix.size() + detail::peft_a.size();
-    if (!key.starts_with(detail::peft_prefix) || !(is_a || is_b) || key.size() <= frame) {
-      throw Error(Errc::unexpected_tensor, "expected base_model.model.<module>.lora_A.weight or .lora_B.weight", at);
+    const bool is_magnitude = config.use_dora && key.ends_with(detail::peft_magnitude);
+    const std::size_t frame = detail::peft_prefix.size() + (is_magnitude ? detail::peft_magnitude : detail::peft_a).size();
+    if (!key.starts_with(detail::peft_prefix) || !(is_a || is_b || is_magnitude) || key.size() <= frame) {
+      throw Error(Errc::unexpected_tensor,
+                  "expected base_model.model.<module>.lora_A.weight or .lora_B.weight" +
+                      std::string(config.use_dora ? " or .lora_magnitude_vector" : ""),
+                  at);
     }
     const std::string module(key.substr(detail::peft_prefix.size(), key.size() - frame));
     const std::string stem = std::string(detail::peft_prefix) + module;
     const std::string other = stem + std::string(is_a ? detail::peft_b : detail::peft_a);
+    const std::string magnitude = stem + std::string(detail::peft_magnitude);
     if (!file.contains(other)) throw Error(Errc::missing_tensor, "its pair '" + printable(other) + "' is not in the file", at);
+    if (is_magnitude) continue;  // read with the pair
+    if (config.use_dora && !file.contains(magnitude)) {
+      throw Error(Errc::missing_tensor, "its magnitude '" + printable(magnitude) + "' is not in the file", at);
+    }
     if (tensor.shape.size() != 2) {
       throw Error(Errc::shape, "expected a matrix, found " + std::to_string(tensor.shape.size()) + " dimensions", at);
     }
@@ -243,9 +253,19 @@ inline PeftAdapter load_peft_adapter(const std::filesystem::path& folder, const 
     if (!(part.alpha > 0.0 && part.alpha <= static_cast<double>(std::numeric_limits<float>::max()))) {
       throw Error(Errc::bad_config, "expected a positive lora_alpha, found " + std::to_string(part.alpha), at);
     }
+    if (config.use_dora) {
+      const auto& shape = file.info(magnitude).shape;
+      if (shape != std::vector{part.out()}) {
+        throw Error(Errc::shape_mismatch,
+                    "expected [" + std::to_string(part.out()) + "], found " + detail::shape_text(std::span(shape)),
+                    {.file = file.name(), .tensor = magnitude});
+      }
+      part.magnitude = file.matrix(magnitude);
+    }
     if (!options.force) {
       detail::expect_finite(part.a.view(), at);
       detail::expect_finite(part.b.view(), {.file = file.name(), .tensor = other});
+      detail::expect_finite(part.magnitude.view(), {.file = file.name(), .tensor = magnitude});
     }
     adapter.modules.push_back(std::move(part));
   }
@@ -263,7 +283,7 @@ inline PeftAdapter load_peft_adapter(const std::filesystem::path& folder, const 
   }
   if (!options.force) {
     if (adapter.modules.empty()) throw Error(Errc::missing_tensor, "the adapter is empty", {.file = file.name()});
-    const bool zero = std::ranges::all_of(adapter.modules, [](const PeftModule& m) {
+    const bool zero = !config.use_dora && std::ranges::all_of(adapter.modules, [](const PeftModule& m) {
       return std::ranges::all_of(m.b.span(), [](float x) { return x == 0.0f; });
     });
     if (zero) throw Error(Errc::bad_config, "the adapter changes nothing: every B is zero", {.file = file.name()});
@@ -273,7 +293,7 @@ inline PeftAdapter load_peft_adapter(const std::filesystem::path& folder, const 
 
 /// Copies a module into an adapter of the same shape and of at least its rank; rows above get B = 0. Scale policy and alpha are set
 /// such that the adapter computes at each rank what the file says. `rope_heads` undoes NamedAdapter::rope_heads.
-/// Errc::shape_mismatch, rank_range, bad_config (other gated ranks).
+/// Errc::shape_mismatch, rank_range, bad_config (other gated ranks, a magnitude on one side alone).
 inline void assign(const PeftModule& module, LoRAAdapter<float>& adapter, Index rope_heads = 0) {
   const Index r = module.rank(), most = adapter.max_rank();
   QDYLORA_EXPECTS(module.in() == adapter.in() && module.out() == adapter.out(), shape_mismatch,
@@ -284,6 +304,9 @@ inline void assign(const PeftModule& module, LoRAAdapter<float>& adapter, Index 
   QDYLORA_EXPECTS(module.gated_ranks == adapter.options().gated_ranks, bad_config,
                   module.name + ": gates at ranks {" + detail::join(module.gated_ranks) + "}, assigned to an adapter with {" +
                       detail::join(adapter.options().gated_ranks) + "}");
+  QDYLORA_EXPECTS(module.dora() == adapter.dora(), bad_config,
+                  module.name + (module.dora() ? ": a magnitude (DoRA), assigned to an adapter without"
+                                               : ": no magnitude, assigned to an adapter with one (DoRA)"));
   detail::expect_rope_heads(rope_heads, module.out(), module.name);
   auto& options = adapter.options();
   const double ratio = static_cast<double>(most) / static_cast<double>(r);
@@ -300,6 +323,9 @@ inline void assign(const PeftModule& module, LoRAAdapter<float>& adapter, Index 
       adapter.b().value(i, o) = i < r ? module.b(i, stored) : 0.0f;
     }
   }
+  if (module.dora())
+    for (Index o = 0; o < module.out(); ++o)
+      adapter.magnitude().value(0, o) = module.magnitude(0, detail::half_split_position(o, rope_heads, module.out()));
   if (!module.gated_ranks.empty()) {
     auto& gates = adapter.gates().value;
     std::ranges::fill(gates.span(), 1.0f);
@@ -310,7 +336,7 @@ inline void assign(const PeftModule& module, LoRAAdapter<float>& adapter, Index 
 /// A module as an adapter of its own, of maximal rank r.
 inline LoRAAdapter<float> to_adapter(const PeftModule& module) {
   LoRAAdapter<float> adapter(module.in(), module.out(),
-                             {.max_rank = module.rank(), .name = module.name, .gated_ranks = module.gated_ranks});
+                             {.max_rank = module.rank(), .name = module.name, .gated_ranks = module.gated_ranks, .dora = module.dora()});
   assign(module, adapter);
   return adapter;
 }

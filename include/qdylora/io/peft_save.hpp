@@ -62,6 +62,8 @@ inline void save_peft_adapter(const std::filesystem::path& folder, std::span<con
     QDYLORA_EXPECTS(adapter != nullptr, bad_argument, "save_peft_adapter: " + module + " has no adapter");
     QDYLORA_EXPECTS(adapter->options().scale == adapters.front().adapter->options().scale, bad_argument,
                     "save_peft_adapter: " + module + " has another scale policy than " + adapters.front().module);
+    QDYLORA_EXPECTS(adapter->dora() == adapters.front().adapter->dora(), bad_argument,
+                    "save_peft_adapter: of " + module + " and " + adapters.front().module + " only one has a magnitude");
     detail::expect_rope_heads(heads, adapter->out(), module);
     max_rank = std::max(max_rank, adapter->max_rank());
     gated |= adapter->gated();
@@ -78,7 +80,7 @@ inline void save_peft_adapter(const std::filesystem::path& folder, std::span<con
     return kept.emplace_back(std::move(matrix)).view();
   };
   Json config = {{"peft_type", "LORA"}, {"bias", "none"}, {"fan_in_fan_out", false}, {"inference_mode", true},
-                 {"init_lora_weights", true}, {"lora_bias", false}, {"modules_to_save", nullptr}, {"use_dora", false},
+                 {"init_lora_weights", true}, {"lora_bias", false}, {"modules_to_save", nullptr}, {"use_dora", adapters.front().adapter->dora()},
                  {"use_rslora", false}, {"rank_pattern", Json::object()}, {"alpha_pattern", Json::object()},
                  {"target_modules", Json::array()}};
   config["task_type"] = options.task_type.empty() ? Json() : Json(options.task_type);
@@ -107,6 +109,13 @@ inline void save_peft_adapter(const std::filesystem::path& folder, std::span<con
     }
     model.add(key + std::string(detail::peft_a), a);
     model.add(key + std::string(detail::peft_b), keep(detail::outward(b, factors, heads, RopeLayout::half_split)));
+    if (adapter->dora()) {
+      const auto name = key + std::string(detail::peft_magnitude);
+      const auto magnitude = adapter->magnitude().value.view();
+      detail::expect_finite(magnitude, {.tensor = name});
+      const auto stored = keep(detail::outward(magnitude, std::vector<float>{1.0f}, heads, RopeLayout::half_split));
+      model.add(name, DType::F32, {stored.rows}, std::as_bytes(std::span(stored.data, static_cast<std::size_t>(stored.rows))));
+    }
 
     // lora_alpha = s_r * r
     double alpha = static_cast<double>(adapter->options().alpha);

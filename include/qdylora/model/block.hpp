@@ -48,7 +48,7 @@ struct BlockContext {
   std::size_t bytes() const noexcept {
     std::size_t sum = attention_norm.capacity_bytes() + mlp_norm.capacity_bytes() + lse.capacity_bytes();
     for (const auto* m : {&q, &k, &v, &attended, &mid, &gate, &up}) sum += m->capacity_bytes();
-    for (const auto& l : linear) sum += l.z.capacity_bytes() + l.dropped.capacity_bytes();
+    for (const auto& l : linear) sum += l.z.capacity_bytes() + l.dropped.capacity_bytes() + l.magnitude.product.capacity_bytes();
     return sum;
   }
 };

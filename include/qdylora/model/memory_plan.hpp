@@ -37,6 +37,11 @@ struct ModelShape {
     for (const auto& linear : linears) sum += linear.out * linear.in;
     return layers * sum;
   }
+  Index outputs() const noexcept {
+    Index sum = 0;
+    for (const auto& linear : linears) sum += linear.out;
+    return sum;
+  }
   /// Numbers in adapters of a rank on every linear layer.
   Index adapter_numbers(Index rank) const noexcept {
     Index sum = 0;
@@ -80,6 +85,7 @@ struct MemoryOptions {
   bool coded_tables = false;  // embedding and head in 8 bits, as GGUF's Q8_0 leaves them
 
   Index max_rank = 8;
+  Index dora_ranks = 0;  // with DoRA, the ranks that it is used at, each of which has norms of its own; 0: plain LoRA
   bool dropout = false;
   bool training = true;     // false: forward passes alone, and no optimizer
   bool checkpoint = false;  // DecoderOptions::checkpoint
@@ -215,7 +221,8 @@ MemoryPlan memory_plan(const ModelShape& s, const MemoryOptions& o) {
   MemoryPlan plan;
   plan.device = o.device;
   plan.paged_moments = o.paged_moments;
-  Index widest_in = 0, in_sum = 0;
+  const bool dora = o.dora_ranks > 0;
+  Index widest_in = 0, widest_out = 0, in_sum = 0;
   std::size_t largest = 0;  // moments of a parameter
   for (const auto& [name, out, in] : s.linears) {
     const auto weight = detail::coded_bytes(out * in, o.base);
@@ -223,11 +230,12 @@ MemoryPlan memory_plan(const ModelShape& s, const MemoryOptions& o) {
     plan.block_scales += bytes(s.layers) * weight.scales;
     plan.nested_scales += bytes(s.layers) * weight.nested;
     widest_in = std::max(widest_in, in);
+    widest_out = std::max(widest_out, out);
     in_sum += in;
     if (!o.training) continue;
-    for (const Index cols : {in, out}) {  // of A and of B
-      const bool coded = o.moments_in_8_bits && rank * cols >= BlockwiseMoments<HostMemory>::least_elements;
-      const auto moments = bytes(rank * 2 * (coded ? cols + 4 * Moments8View::blocks(cols) : acc * cols));
+    for (const auto& [rows, cols] : {std::pair(rank, in), std::pair(rank, out), std::pair(Index{dora}, out)}) {  // A, B, m
+      const bool coded = o.moments_in_8_bits && rows * cols >= BlockwiseMoments<HostMemory>::least_elements;
+      const auto moments = bytes(rows * 2 * (coded ? cols + 4 * Moments8View::blocks(cols) : acc * cols));
       plan.moments += bytes(s.layers) * moments;
       largest = std::max(largest, moments);
     }
@@ -236,12 +244,13 @@ MemoryPlan memory_plan(const ModelShape& s, const MemoryOptions& o) {
   const Index table = s.vocab * s.width;
   plan.tables = bytes(s.tables * (o.coded_tables ? table + table / 32 * 4 : table * acc));
   plan.norms = bytes((s.layers * (s.norms + 2 * s.biases) + s.final_norms) * acc);  // layers have copies of their biases
-  plan.adapters = plan.gradients = bytes(s.adapter_numbers(rank) * acc);
+  plan.adapters = plan.gradients = bytes((s.adapter_numbers(rank) + (dora ? s.layers * s.outputs() : 0)) * acc);
 
   // Decoder's buffers keep the size of the largest batch. Passes without gradients take two streams and one context.
   const Index tokens = o.training ? o.tokens : 0, most = std::max(tokens, o.forward_tokens);
   const Index streams = s.width * t;
-  const Index context = s.kept * t + s.kept_accumulators * acc + linears * rank * acc + (o.dropout && o.training ? in_sum * t : 0);
+  const Index context = s.kept * t + s.kept_accumulators * acc + linears * rank * acc + (o.dropout && o.training ? in_sum * t : 0) +
+                        (dora ? s.outputs() * t : 0);
   plan.checkpoints = bytes(o.training ? ((s.layers - 1) * tokens + 2 * most) * streams : 2 * most * streams);
   plan.prompts = bytes(2 * most * streams + most * context);
   plan.activations = bytes((o.training && !o.checkpoint ? (s.layers - 1) * tokens + most : most) * context);
@@ -249,9 +258,14 @@ MemoryPlan memory_plan(const ModelShape& s, const MemoryOptions& o) {
   plan.workspace = bytes(most * s.forward_temporaries * t + o.longest * s.head_dim * acc);
   Index passing =
       most * rank * acc;  // the largest of what is given back within a pass: u; t, work and dropout's dx; the scored rows' gradient
+  if (dora) {  // the norms, their base's, and what making those of the largest rank takes
+    plan.workspace += bytes(s.layers * s.outputs() * (1 + o.dora_ranks) * acc);
+    passing = std::max(passing, (2 * rank * widest_out + rank * rank + widest_out) * acc);
+  }
   if (o.training) {
     plan.workspace += bytes(tokens * (s.backward_temporaries + s.width + (o.checkpoint ? s.width : 0)) * t);  // d; a spare stream
-    passing = std::max({passing, tokens * (2 * rank * acc + (o.dropout ? widest_in * t : 0)), o.scored * s.width * t});
+    passing = std::max({passing, tokens * (2 * rank * acc + (o.dropout ? widest_in * t : 0) + (dora ? widest_out * t : 0)),
+                        o.scored * s.width * t});
   }
   plan.workspace += bytes(passing);
   plan.logits = bytes(std::min(scored, head_chunk) * (s.vocab + 17) * acc + scored * (2 * s.width * t + s.statistics * acc));

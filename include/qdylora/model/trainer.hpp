@@ -28,6 +28,7 @@ struct TrainerOptions {
   double max_gradient_norm = 1.0;
   double weight_decay = 0.0;
   double gate_lr = 5.0;  // of gates, relative to lr
+  double b_lr_ratio = 1.0;  // of B, relative to A: LoRA+ (Hayou et al. 2024), which finds about 16 good for fine-tuning
   std::uint64_t seed = 0;
 };
 
@@ -57,6 +58,8 @@ class Trainer {
     QDYLORA_EXPECTS(options_.steps >= 1, bad_argument, "Trainer: steps must be positive");
     QDYLORA_EXPECTS(options_.recipe.order_at >= 0.0 && options_.recipe.order_at <= 1.0, bad_argument,
                     "Trainer: the recipe's order_at is a share of the steps, 0 ... 1");
+    QDYLORA_EXPECTS(options_.b_lr_ratio > 0.0 && std::isfinite(options_.b_lr_ratio), bad_argument,
+                    "Trainer: b_lr_ratio must be positive");
     QDYLORA_EXPECTS(options_.ranks.max() == model.options().lora.max_rank, rank_range,
                     "Trainer: the largest rank is " + std::to_string(options_.ranks.max()) + ", the model's adapters have " +
                         std::to_string(model.options().lora.max_rank));
@@ -352,7 +355,15 @@ class Trainer {
         multipliers.push_back(static_cast<float>(1.0 + strength * (r.boost * head - 1.0) * (1.0 - progress)));
       }
     }
-    for (const auto& p : optimizer_.parameters()) p->row_lr = multipliers;
+    auto of_b = multipliers;
+    if (options_.b_lr_ratio != 1.0) {
+      of_b.resize(static_cast<std::size_t>(options_.ranks.max()), 1.0f);
+      for (float& x : of_b) x *= static_cast<float>(options_.b_lr_ratio);
+    }
+    model_.for_each_linear([&](auto& linear) {
+      linear.adapter().a().row_lr = multipliers;
+      linear.adapter().b().row_lr = of_b;
+    });
     return lr;
   }
 

@@ -5,6 +5,7 @@
 //              dB += u^T dy,   dA += dz^T dropout(x),   dg_b[i] += s_b sum z[:, i] t[:, i]
 //   x [tokens, in], y [tokens, out], W [out, in], A_b [b, in], B_b [b, out], z, u, t, dz [tokens, b]
 //
+// With LoRAOptions::dora each output is multiplied with a factor before the bias is added: nn/magnitude.hpp.
 // The base output does not depend on the adapter: at rank 0 it is the whole output, bit for bit. W is decoded anew in each pass; nothing
 // of it is kept in full precision. One layer serves any number of passes in flight: what backward needs lives in a Context of the
 // caller's.
@@ -17,6 +18,7 @@
 
 #include <qdylora/backend.hpp>
 #include <qdylora/nn/lora_adapter.hpp>
+#include <qdylora/nn/magnitude.hpp>
 #include <qdylora/nn/weight.hpp>
 
 namespace qdylora {
@@ -38,6 +40,7 @@ class DynamicLoRALinear {
     MatrixView<const T> x;
     Matrix<T, Memory> dropped;  // dropout(x); empty without dropout
     Matrix<Acc, Memory> z;      // [tokens, b]
+    MagnitudeContext<T, Memory> magnitude;
     RankPlan plan;
     DropoutKey dropout;
     bool ready = false;
@@ -50,17 +53,28 @@ class DynamicLoRALinear {
   template <class S, class M>
   DynamicLoRALinear(const Matrix<S, M>& weight, LoRAOptions options, QuantizeOptions quantize = {}, Backend backend = {})
       : DynamicLoRALinear(weight.view(), std::move(options), quantize, backend) {}
-  /// On a base that exists, shared with other layers.
+  /// On a base that exists, shared with other layers. Throws Errc::unsupported for a magnitude on a backend without HasMagnitude.
   DynamicLoRALinear(std::shared_ptr<const WeightType> base, LoRAOptions options, Backend backend = {})
       : backend_(backend), base_(checked(std::move(base), options.name)), adapter_(base_->cols(), base_->rows(), std::move(options)) {
     set_rank(adapter_.max_rank());
     if constexpr (!Memory::host) adapter_.initialize(backend_);
+    if (!adapter_.dora()) return;
+    if constexpr (HasMagnitude<Backend, T>) {
+      norms_ = std::make_unique<RowNorms<Acc>>(*base_);
+      norms_->begin(adapter_);
+    } else {
+      throw Error(Errc::unsupported, adapter_.options().name + ": the backend lacks what a magnitude takes");
+    }
   }
 
   Index in() const noexcept { return base_->cols(); }
   Index out() const noexcept { return base_->rows(); }
   const std::shared_ptr<const WeightType>& base() const noexcept { return base_; }
-  Adapter& adapter() noexcept { return adapter_; }
+  /// For writing, after which norms of rows are made anew; see set_training.
+  Adapter& adapter() noexcept {
+    forget_norms();
+    return adapter_;
+  }
   const Adapter& adapter() const noexcept { return adapter_; }
   const Backend& backend() const noexcept { return backend_; }
   Parameters<Acc, Memory> parameters() const { return adapter_.parameters(); }
@@ -84,7 +98,10 @@ class DynamicLoRALinear {
   }
   /// Dropout acts only while training. Masks are a function of (seed, layer, step) and of a token's place in the step, whose first
   /// `first_row` tokens came in other batches.
+  /// With a magnitude, norms of rows are made in every pass while training. Else they are kept until this is called again, adapter() is, or
+  /// a backward pass adds gradients: whoever changes A or B by other ways says so by calling this.
   void set_training(bool training, std::uint32_t step = 0, Index first_row = 0) noexcept {
+    forget_norms();
     training_ = training;
     step_ = step;
     first_row_ = first_row;
@@ -96,12 +113,21 @@ class DynamicLoRALinear {
     expect_shape((adapter_.options().name + ": y").c_str(), y, x.rows, out());
     QDYLORA_EXPECTS(plan_.is_uniform() || plan_.rows() == x.rows, shape_mismatch,
                     adapter_.options().name + ": ranks for " + std::to_string(plan_.rows()) + " rows, x has " + std::to_string(x.rows));
-    base_->visit([&](const auto& w) { backend_.matmul(x, w, y, Update::overwrite); });
-    if (bias_.size() > 0) backend_.add_row(bias_.view(), y);
     context.x = x;
     context.plan = plan_;
     const Index rank = plan_.max_rank();
-    if (rank > 0) add_adapter(y, context, rank);
+    const bool dora = adapter_.dora() && rank > 0;
+    if (dora) context.magnitude.product.resize(x.rows, out());
+    const MatrixView<T> product = dora ? context.magnitude.product.view() : y;
+    base_->visit([&](const auto& w) { backend_.matmul(x, w, product, Update::overwrite); });
+    if (bias_.size() > 0 && !dora) backend_.add_row(bias_.view(), y);
+    if (rank > 0) add_adapter(product, context, rank);
+    if constexpr (HasMagnitude<Backend, T>)
+      if (dora) {
+        context.magnitude.norms = norms_->of(plan_, x.rows, adapter_, *base_, backend_, !training_);
+        scale_outputs(product, plan_, context.magnitude, adapter_, y, backend_);
+        if (bias_.size() > 0) backend_.add_row(bias_.view(), y);
+      }
     context.ready = true;
   }
 
@@ -111,11 +137,20 @@ class DynamicLoRALinear {
     const auto x = context.x;
     const bool want_dx = dx.data != nullptr;
     expect_shape((adapter_.options().name + ": dy").c_str(), dy, x.rows, out());
-    if (want_dx) {
-      expect_shape((adapter_.options().name + ": dx").c_str(), dx, x.rows, in());
-      base_->visit([&](const auto& w) { backend_.matmul_transposed(dy, w, dx, Update::overwrite); });
-    }
+    if (want_dx) expect_shape((adapter_.options().name + ": dx").c_str(), dx, x.rows, in());
     const Index rank = context.plan.max_rank();
+    Matrix<T, Memory> scaled_dy;
+    if constexpr (HasMagnitude<Backend, T>)
+      if (adapter_.dora() && rank > 0) {
+        if (mode == GradientMode::accumulate) {
+          magnitude_gradient(dy, context.plan, context.magnitude, adapter_, backend_);
+          forget_norms();
+        }
+        scaled_dy.resize(x.rows, out());
+        scale_outputs(dy, context.plan, context.magnitude, adapter_, scaled_dy.view(), backend_);
+        dy = scaled_dy.view();
+      }
+    if (want_dx) base_->visit([&](const auto& w) { backend_.matmul_transposed(dy, w, dx, Update::overwrite); });
     if (rank == 0 || (!want_dx && mode == GradientMode::ignore)) return;
     Matrix<Acc, Memory> t, work;
     t.resize(x.rows, rank);
@@ -164,8 +199,8 @@ class DynamicLoRALinear {
     return dx_.view();
   }
 
-  /// W + delta W_b, dense. The base stays as it is: dropping the result is the exact unmerge. (Quantizing the sum again would lose most of
-  /// a small delta.)
+  /// W + delta W_b, dense; with a magnitude its rows have that length. The base stays as it is: dropping the result is the exact unmerge.
+  /// (Quantizing the sum again would lose most of a small delta.)
   Matrix<Acc, Memory> merged_weight(Index rank) const {
     adapter_.check_rank(rank);
     Matrix<Acc, Memory> merged(out(), in());
@@ -180,6 +215,13 @@ class DynamicLoRALinear {
     Matrix<Acc, Memory> scaled(rank, out());
     backend_.upload(as_const(on_host), scaled.view());
     backend_.weight_gradient(as_const(scaled), rows_of(adapter_.a().value, rank), merged.view(), Update::accumulate);
+    if constexpr (HasMagnitude<Backend, T>)
+      if (adapter_.dora()) {
+        const MagnitudeContext<T, Memory> context{{}, norms_->of(RankPlan::uniform(rank), 1, adapter_, *base_, backend_, false)};
+        const auto factors = context.factors(rank, adapter_);
+        for (Index o = 0; o < out(); ++o)
+          for (Index k = 0; k < in(); ++k) merged(o, k) *= factors[static_cast<std::size_t>(o)];
+      }
     return merged;
   }
 
@@ -313,6 +355,10 @@ class DynamicLoRALinear {
     });
   }
 
+  void forget_norms() noexcept {
+    if (norms_) norms_->forget();
+  }
+
   void collect(const Context& context, MatrixView<const Acc> t) {
     // The optimizer skips a step that is not finite; the moments must not keep it either.
     if (!std::isfinite(backend_.sum_squares(context.z.view()) + backend_.sum_squares(t))) return;
@@ -335,6 +381,7 @@ class DynamicLoRALinear {
   std::shared_ptr<const WeightType> base_;
   Matrix<Acc, Memory> bias_;
   Adapter adapter_;
+  std::unique_ptr<RowNorms<Acc>> norms_;  // with a magnitude
   RankPlan plan_;
   bool training_ = true;
   std::uint32_t step_ = 0;

@@ -36,6 +36,7 @@ struct LoRAOptions {
   std::uint32_t layer = 0;       // tells layers of one seed apart
   std::string name = "adapter";
   std::vector<Index> gated_ranks = {};  // ranks with a gate vector g_b of their own; empty: none
+  bool dora = false;                    // a trained magnitude for each output (nn/magnitude.hpp)
 };
 
 constexpr std::string_view name(ScalePolicy policy) noexcept {
@@ -53,7 +54,9 @@ class LoRAAdapter {
   using Param = Parameter<S, Memory>;
 
   /// A uniform in +-1/sqrt(in) (torch's kaiming_uniform_ with a = sqrt(5), as PEFT), B zero; on a device, both as initialize leaves them.
-  /// Throws Errc::rank_range unless 1 <= max_rank <= 65535, Errc::unsupported for gates on a device.
+  /// A magnitude begins as the base's, which a layer knows: here it is zero.
+  /// Throws Errc::rank_range unless 1 <= max_rank <= 65535, Errc::unsupported for gates or a magnitude on a device, and for a magnitude
+  /// with dropout: its term of the base's output would be of the dropped input, another product with W.
   LoRAAdapter(Index in, Index out, LoRAOptions options) : options_(std::move(options)) {
     const Index r = options_.max_rank;
     QDYLORA_EXPECTS(r >= 1 && r <= 65535, rank_range, options_.name + ": max_rank " + std::to_string(r) + " is not in 1 ... 65535");
@@ -76,6 +79,9 @@ class LoRAAdapter {
       if constexpr (Memory::host)
         for (S& g : gates_->value.span()) g = S{1};
     }
+    QDYLORA_EXPECTS(Memory::host || !options_.dora, unsupported, options_.name + ": magnitudes are for adapters in host memory");
+    QDYLORA_EXPECTS(!options_.dora || options_.dropout == 0.0f, unsupported, options_.name + ": a magnitude does not go with dropout");
+    if (options_.dora) magnitude_ = std::make_shared<Param>(options_.name + ".lora_magnitude_vector", 1, out);
     if constexpr (Memory::host) draw_a(a_->value.span());
   }
 
@@ -103,7 +109,15 @@ class LoRAAdapter {
   Param& gates() noexcept { return *gates_; }
   const Param& gates() const noexcept { return *gates_; }
 
-  Parameters<S, Memory> parameters() const { return {a_, b_}; }
+  bool dora() const noexcept { return magnitude_ != nullptr; }
+  Param& magnitude() noexcept { return *magnitude_; }
+  const Param& magnitude() const noexcept { return *magnitude_; }
+
+  /// A, B, and the magnitude where there is one. For LoRA+ (Hayou et al. 2024) B's learning rate is a multiple of A's:
+  /// b().row_lr.assign(max_rank, ratio), which Trainer does by TrainerOptions::b_lr_ratio.
+  Parameters<S, Memory> parameters() const {
+    return dora() ? Parameters<S, Memory>{a_, b_, magnitude_} : Parameters<S, Memory>{a_, b_};
+  }
   Parameters<S, Memory> gate_parameters() const {
     return gated() ? Parameters<S, Memory>{gates_} : Parameters<S, Memory>{};
   }
@@ -177,10 +191,10 @@ class LoRAAdapter {
   }
 
   LoRAOptions options_;
-  std::shared_ptr<Param> a_, b_, gates_;
+  std::shared_ptr<Param> a_, b_, gates_, magnitude_;
 };
 
-/// A copy in host memory, with the moments but without gradients, of an adapter without gates. Waits.
+/// A copy in host memory, with the moments but without gradients, of an adapter on a device. Waits.
 template <class S, MemoryResource Memory, class Backend>
 LoRAAdapter<S> to_host(const LoRAAdapter<S, Memory>& adapter, const Backend& backend) {
   LoRAAdapter<S> copy(adapter.in(), adapter.out(), adapter.options());

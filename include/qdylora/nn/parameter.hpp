@@ -20,7 +20,7 @@ struct Parameter {
   Matrix<S, Memory> value;
   Matrix<S, Memory> gradient;
   std::vector<bool> touched;   // rows that received gradient since the last zero_grad: what a strict optimizer updates
-  std::vector<float> row_lr;   // learning-rate multiplier of each row; empty: all 1
+  std::vector<float> row_lr;   // learning-rate multiplier of each row; empty: all 1. LoRA+ is one for all rows of B
 
   void touch(Index begin, Index end) { std::fill(touched.begin() + begin, touched.begin() + end, true); }
 };

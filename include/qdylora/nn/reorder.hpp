@@ -7,7 +7,8 @@
 //             G_A = L_A L_A^T,  G_B = L_B L_B^T,  U S V^T = L_B^T L_A,  B' = (L_B^-T U)^T B,  A' = V^T L_A^-1 A.
 //           Only r x r matrices: no covariance of activations is ever formed.
 // Rows are balanced, |A'_i| = |B'_i|. Directions below the numerical rank get B' = 0 and keep a row of A, so that they can learn again.
-// The optimizer's moments belong to the old rows: reset them.
+// The optimizer's moments belong to the old rows: reset them. A magnitude (DoRA) stays: at full rank the product's rows have the norms they
+// had. Prefixes are the best of the product, whose rows then have norms of their own and the length m at every rank.
 #pragma once
 
 #include <cmath>
