@@ -87,7 +87,8 @@ void measure_costs(
   const std::vector<std::vector<std::int32_t>> prompts = {{0}};
   for (auto& result : results) {
     model.for_each_linear([&](const auto& linear) {
-      result.parameters += std::min(result.rank, linear.adapter().max_rank()) * (linear.in() + linear.out());
+      result.parameters += std::min(result.rank, linear.adapter().max_rank()) * (linear.in() + linear.out()) +
+                           (linear.adapter().dora() && result.rank > 0 ? linear.out() : 0);
     });
     for (Index round = 0; round < rounds && !stop(); ++round) {
       const auto start = std::chrono::steady_clock::now();

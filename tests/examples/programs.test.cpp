@@ -155,6 +155,9 @@ TEST_CASE("programs: a wrong argument or file gives one line and status 2") {
       {"compare", "--model " + junk + " --data " + good + " --alpha nan", "--alpha"},
       {"compare", "--model " + quoted(folder / "m.bin") + " --data x.txt", "--tokenizer"},
       {"compare", "--model " + quoted(folder / "m.bin") + " --data " + good, ".txt"},
+      {"finetune", "--toy --dora --dropout 0.1", "--dropout"},
+      {"finetune", "--toy --dora --device cuda", "--dora"},
+      {"finetune", "--toy --lora-plus 0", "--lora-plus"},
       {"finetune", "--toy --device tpu", "cpu"},
       {"finetune", "--toy --dtype float16", "bfloat16"},
       {"finetune", "--toy --steps 1 --device cuda --out " + quoted(folder / "gpu"), "QDYLORA_CUDA=ON"},
@@ -414,6 +417,84 @@ TEST_CASE("programs: a merged model has the logits of its adapter at that rank")
   CAPTURE(overflow.err);
   CHECK(overflow.status == 2);
   CHECK(overflow.err.find("lm_head.weight") != std::string::npos);
+}
+
+TEST_CASE("programs: an adapter with magnitudes is evaluated, cut, resized and merged, and refused for llama.cpp") {
+  for (const char* program : {"adapter", "merge", "evaluate"})
+    if (!built(program)) SKIP(program << " has not been built");
+  const test::TemporaryFolder folder;
+  const auto model = quoted(test::golden("llama_tiny_bnb4"));
+  {
+    const auto source = qd::load_peft_adapter(test::golden("llama_tiny_adapter"));
+    std::vector<qd::LoRAAdapter<float>> adapters;
+    std::vector<qd::NamedAdapter> named;
+    qd::Rng rng(3);
+    adapters.reserve(source.modules.size());
+    for (const auto& m : source.modules) {
+      adapters.emplace_back(m.in(), m.out(), qd::LoRAOptions{.max_rank = m.rank(), .alpha = static_cast<float>(m.alpha), .dora = true});
+      qd::copy<float>(m.a.view(), adapters.back().a().value.view());
+      qd::copy<float>(m.b.view(), adapters.back().b().value.view());
+      for (float& x : adapters.back().magnitude().value.span()) x = rng.uniform(0.5f, 1.5f);
+      named.push_back({m.name, &adapters.back()});
+    }
+    qd::save_peft_adapter(folder / "dora", named);
+  }
+  const auto dora = quoted(folder / "dora");
+  const auto succeeds = [](const std::string& program, const std::string& arguments) {
+    const auto result = run(program, arguments);
+    CAPTURE(program, arguments, result.err);
+    REQUIRE(result.status == 0);
+    return result.out;
+  };
+  const auto logits = [&](const std::string& arguments) {
+    succeeds("evaluate", arguments + " --base-format float32 --ids 1,2,3,5,8,13,21 --logits " + quoted(folder / "l"));
+    return qd::SafetensorsFile(folder / "l").matrix("logits");
+  };
+  const auto distance = [](const qd::Matrix<float>& a, const qd::Matrix<float>& b) {
+    double worst = 0.0;
+    for (std::size_t i = 0; i < a.span().size(); ++i)
+      worst = std::max(worst, std::fabs(static_cast<double>(a.span()[i]) - static_cast<double>(b.span()[i])));
+    return worst;
+  };
+  const auto whole = logits("--model " + model + " --adapter " + dora);
+  const auto plain = logits("--model " + model + " --adapter " + quoted(test::golden("llama_tiny_adapter")));
+  CHECK(distance(whole, plain) > 0.1);
+  CHECK(succeeds("adapter", "info " + dora).find("DoRA") != std::string::npos);
+  const auto at_4 = logits("--model " + model + " --adapter " + dora + " --rank 4");
+  CHECK(distance(whole, at_4) > 1e-2);
+  succeeds("merge", model + " " + dora + " " + quoted(folder / "merged") + " --dtype float32 --rank 4");
+  CHECK(distance(logits("--model " + quoted(folder / "merged")), at_4) < 1e-5);
+  succeeds("adapter", "truncate " + dora + " --rank 4 " + quoted(folder / "cut"));
+  CHECK(distance(logits("--model " + model + " --adapter " + quoted(folder / "cut")), at_4) < 1e-5);
+  succeeds("adapter", "resize " + dora + " --rank 8 " + quoted(folder / "resized"));
+  CHECK(distance(logits("--model " + model + " --adapter " + quoted(folder / "resized")), whole) < 1e-4);
+  const auto refused = run("adapter", "gguf " + dora + " --model " + quoted(test::golden("tiny.gguf")) + " " + quoted(folder / "a.gguf"));
+  CHECK(refused.status == 2);
+  CAPTURE(refused.err);
+  CHECK(refused.err.find("DoRA") != std::string::npos);
+}
+
+TEST_CASE("programs: finetune trains magnitudes by LoRA+, counts their memory, and resumes as it was told to") {
+  if (!built("finetune")) SKIP("finetune has not been built");
+  const test::TemporaryFolder folder;
+  const auto out = folder / "out";
+  const auto result = run("finetune", toy(out, "--dora --lora-plus 4"));
+  CAPTURE(result.out, result.err);
+  REQUIRE(result.status == 0);
+  CHECK(result.out.find("beats the base") != std::string::npos);
+  const auto adapter = qd::load_peft_adapter(out / "adapter");
+  CHECK(adapter.config.use_dora);
+  const auto report = qd::read_json(out / "report.json");
+  CHECK(report.at("dora") == true);
+  CHECK(report.at("lora_plus") == 4.0);
+  CHECK(report.at("memory_plan").at("adapters").get<std::size_t>() == 4 * report.at("adapter_parameters").get<std::size_t>());
+  CHECK(report.at("ranks")[3].at("parameters") == report.at("adapter_parameters"));
+  for (const std::string other : {"--lora-plus 4", "--dora", "--dora --lora-plus 8"}) {
+    const auto refused = run("finetune", toy(out, "--resume " + other));
+    CAPTURE(other, refused.err);
+    CHECK(refused.status == 2);
+    CHECK(refused.err.find("other settings") != std::string::npos);
+  }
 }
 
 TEST_CASE("programs: evaluate's logits of Falcons are those of transformers and PEFT") {

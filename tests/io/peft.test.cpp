@@ -416,7 +416,7 @@ TEST_CASE("a damaged or foreign adapter is an error that says what is wrong") {
          f.config["use_dora"] = true;
          f.magnitude().values[2] = std::nanf("");
        }},
-      {"a magnitude without its pair", Errc::missing_tensor, "z.lora_B",
+      {"a magnitude without its pair", Errc::missing_tensor, "z.lora_A",
        [](Damaged& f) {
          f.config["use_dora"] = true;
          f.magnitude();

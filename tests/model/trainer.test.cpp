@@ -207,7 +207,9 @@ TEST_CASE("by LoRA+ B takes the step of an optimizer at a multiple of A's rate")
   CHECK(same_bytes(test::values(model), test::values(expected)));
 
   // Where a recipe has multipliers of its own, both count.
-  options = options_of(short_recipe("per-row"));
+  auto recipe = short_recipe("order-then-nest");
+  recipe.order_at = 0.0;
+  options = options_of(recipe);
   options.b_lr_ratio = 4.0;
   Trainer nested(model, options);
   nested.step(batch);

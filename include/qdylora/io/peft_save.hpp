@@ -80,8 +80,8 @@ inline void save_peft_adapter(const std::filesystem::path& folder, std::span<con
     return kept.emplace_back(std::move(matrix)).view();
   };
   Json config = {{"peft_type", "LORA"}, {"bias", "none"}, {"fan_in_fan_out", false}, {"inference_mode", true},
-                 {"init_lora_weights", true}, {"lora_bias", false}, {"modules_to_save", nullptr}, {"use_dora", adapters.front().adapter->dora()},
-                 {"use_rslora", false}, {"rank_pattern", Json::object()}, {"alpha_pattern", Json::object()},
+                 {"init_lora_weights", true}, {"lora_bias", false}, {"modules_to_save", nullptr},
+                 {"use_dora", adapters.front().adapter->dora()}, {"use_rslora", false}, {"rank_pattern", Json::object()}, {"alpha_pattern", Json::object()},
                  {"target_modules", Json::array()}};
   config["task_type"] = options.task_type.empty() ? Json() : Json(options.task_type);
   config["base_model_name_or_path"] = options.base_model.empty() ? Json() : Json(options.base_model);

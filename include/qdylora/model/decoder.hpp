@@ -129,7 +129,7 @@ class Decoder {
 
   /// The rank of each sequence of the coming batches, or one for all.
   void set_ranks(const RankPlan& plan) {
-    for_each_linear([&](Linear& linear) { linear.adapter().check_rank(plan.max_rank()); });
+    for_each_linear([&](const Linear& linear) { linear.adapter().check_rank(plan.max_rank()); });
     plan_ = plan;
   }
   /// Whether dropout acts (not until told so), the step its masks belong to, and the tokens of that step in earlier micro-batches.

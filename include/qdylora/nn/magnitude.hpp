@@ -30,15 +30,14 @@ template <class T, MemoryResource Memory>
 struct MagnitudeContext {
   using Norms = std::shared_ptr<const std::vector<Accumulator<T>>>;  // [out]
 
-  Matrix<T, Memory> product;      // x (W + delta W_b)^T [tokens, out]
+  Matrix<T, Memory> product;     // x (W + delta W_b)^T [tokens, out]
   std::map<Index, Norms> norms;  // at each of the plan's ranks
 
   /// Of one of the plan's ranks: m / n, and 1 where a row has no direction.
   template <class Adapter>
   auto factors(Index rank, const Adapter& adapter) const {
     std::vector<Accumulator<T>> result = *norms.at(rank);
-    for (std::size_t o = 0; o < result.size(); ++o)
-      result[o] = result[o] == 0 ? 1 : adapter.magnitude().value.data()[o] / result[o];
+    for (std::size_t o = 0; o < result.size(); ++o) result[o] = result[o] == 0 ? 1 : adapter.magnitude().value.data()[o] / result[o];
     return result;
   }
 };
