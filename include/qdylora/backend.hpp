@@ -296,15 +296,6 @@ concept HasElementwise = requires(const B b, MatrixView<const T> x, MatrixView<T
   b.dropout(x, p, key, y, Update::overwrite);  // y (+)= x * mask / (1 - p)
 };
 
-/// What DoRA's magnitudes take on top, in the host's memory: norms in the accumulator's type, and columns of activations.
-template <class B, class T>
-concept HasMagnitude = B::Memory::host && HasQuantizedMatmul<B, Accumulator<T>> && HasGemm<B, Accumulator<T>> &&
-                       requires(const B b, MatrixView<const T> x, MatrixView<T> y, MatrixView<Accumulator<T>> h,
-                                std::span<const Accumulator<T>> factors) {
-                         b.scale_columns(x, factors, y);   // y[i, j] = x[i, j] * factors[j], which are the host's
-                         b.column_products(x, x, h);       // h[0, j] += sum_i first[i, j] * second[i, j]
-                       };
-
 /// The optimizer's arithmetic.
 template <class B, class T>
 concept HasAdamW = requires(const B b, MatrixView<Accumulator<T>> p, MatrixView<const Accumulator<T>> g, AdamWUpdate update) {

@@ -27,6 +27,10 @@ using Double = qd::Matrix<double>;
 using Float = qd::Matrix<float>;
 using test::same_bits;
 
+static_assert(qd::HasMagnitude<qd::Cpu, float> && qd::HasMagnitude<qd::Cpu, double> && qd::HasMagnitude<qd::Cpu, qd::bfloat16> &&
+              qd::HasMagnitude<qd::Cpu, qd::half> && qd::HasMagnitude<test::CountingBackend, qd::bfloat16>);
+static_assert(!qd::HasMagnitude<test::CountedDevice, float>);
+
 namespace {
 
 constexpr Index in = 7, out = 6, max_rank = 5;

@@ -225,7 +225,6 @@ class Cpu {
 };
 
 static_assert(HasAdamW8<Cpu> && HasLayerNorm<Cpu, float> && HasLayerNorm<Cpu, bfloat16>);
-static_assert(HasMagnitude<Cpu, float> && HasMagnitude<Cpu, double> && HasMagnitude<Cpu, bfloat16> && HasMagnitude<Cpu, half>);
 static_assert(TransformerBackend<Cpu, float> && TransformerBackend<Cpu, double> && TransformerBackend<Cpu, bfloat16> &&
               TransformerBackend<Cpu, half>);
 

@@ -18,12 +18,22 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <span>
 #include <vector>
 
+#include <qdylora/backend.hpp>
 #include <qdylora/nn/lora_adapter.hpp>
 #include <qdylora/quant/quantize.hpp>
 
 namespace qdylora {
+
+/// What magnitudes take on top of Backend, in the host's memory: products in the accumulator's type, and columns of activations.
+template <class B, class T>
+concept HasMagnitude = B::Memory::host && HasQuantizedMatmul<B, Accumulator<T>> && HasGemm<B, Accumulator<T>> &&
+    requires(const B b, MatrixView<const T> x, MatrixView<T> y, MatrixView<Accumulator<T>> h, std::span<const Accumulator<T>> factors) {
+  b.scale_columns(x, factors, y);  // y[i, j] = x[i, j] * factors[j], which are the host's
+  b.column_products(x, x, h);      // h[0, j] += sum_i first[i, j] * second[i, j]
+};
 
 /// What a backward pass needs of its forward pass. Empty without magnitude.
 template <class T, MemoryResource Memory>
