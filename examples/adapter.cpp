@@ -87,6 +87,7 @@ int to_gguf(const std::string& folder, Index rank, const std::string& model, con
   const auto source = load_peft_adapter(folder);
   QDYLORA_EXPECTS(rank >= 0 && rank <= source.max_rank(), rank_range,
                   "--rank " + std::to_string(rank) + ": the adapter has ranks 1 ... " + std::to_string(source.max_rank()));
+  QDYLORA_EXPECTS(!source.config.use_dora, unsupported, folder + ": llama.cpp's adapters have no magnitudes (DoRA); merge it instead");
   const GgufFile base(model);
   const auto config = gguf_config(base);
   std::vector<LoRAAdapter<float>> adapters;
