@@ -34,7 +34,7 @@ using namespace qdylora;
 using namespace qdylora::examples;
 
 struct Options {
-  std::string model, tokenizer, data, recipes, seeds = "0,1,2", ranks = "1,2,4,8,16,32,64", base = "nf4", against = "qdylora";
+  std::string model, tokenizer, data, recipes, seeds = "0,1,2", ranks = "1,2,4,8,16,32,64", base = "nf4", init = "standard", against = "qdylora";
   std::string out = "compare.jsonl";
   float alpha = 64.0f, alpha_over_rank = 16.0f;
   double lr = 3e-3;
@@ -60,6 +60,7 @@ void declare(CLI::App& app, Options& o) {
   add_number(app, "--seq-len", o.seq_len, "tokens a row; of examples at most", 8, most_tokens);
   add_number(app, "--eval-rows", o.eval_rows, "held-out rows", 1, most_examples);
   app.add_option("--base-format", o.base, "base weights")->capture_default_str();
+  app.add_option("--init", o.init, "what adapters begin with, as for finetune; recipes whose scale is alpha/r alone")->capture_default_str();
   app.add_option("--against", o.against, "the recipe that differences are taken to")->capture_default_str();
   add_number(app, "--threads", o.threads, "0: one for each processor", 0, most_threads);
   app.add_option("--results", o.out, "runs, one JSON line each")->check(not_empty())->capture_default_str();
@@ -122,7 +123,7 @@ struct Result {
 
 // What tells runs apart; a line of --results with another key is of another comparison.
 Json key(const Options& o) {
-  return {{"model", printable_utf8(std::filesystem::path(o.model).filename().string())},
+  Json key = {{"model", printable_utf8(std::filesystem::path(o.model).filename().string())},
           {"data", printable_utf8(std::filesystem::path(o.data).filename().string())},
           {"base", o.base},
           {"ranks", o.ranks},
@@ -133,6 +134,8 @@ Json key(const Options& o) {
           {"batch", o.batch},
           {"seq_len", o.seq_len},
           {"eval_rows", o.eval_rows}};
+  if (o.init != "standard") key["init"] = o.init;  // lines from before there were others have none
+  return key;
 }
 
 std::vector<Result> read_results(const Options& o, const RankSet& ranks) {
@@ -240,6 +243,7 @@ int compare(const Options& o) {
                     "--seeds: " + std::to_string(seed) + " is above 2^63 - 1");
   const RankSet ranks = parse_ranks(o.ranks);
   const Cpu cpu(o.threads);
+  const BaseOptions base{.format = base_format(o.base), .init = adapter_init(o.init, ranks.max())};
   OpenModel model;
   HostWeights weights;
   std::vector<std::int32_t> stream;
@@ -248,7 +252,7 @@ int compare(const Options& o) {
     QDYLORA_EXPECTS(text, bad_argument, "--data: a llama2.c model is compared on plain text (.txt)");
     QDYLORA_EXPECTS(!o.tokenizer.empty(), bad_argument, "--tokenizer: a llama2.c model needs its tokenizer file");
     const Llama2cTokenizer tokenizer(o.tokenizer);
-    weights = load_llama2c(o.model, {.format = base_format(o.base)}, cpu);
+    weights = load_llama2c(o.model, base, cpu);
     expect_vocabulary(tokenizer.size(), weights->config, o.tokenizer);
     // Word by word (the tokenizer puts a space before each): merging by best score over a whole text would be quadratic.
     const auto content = read_text(o.data);
@@ -259,7 +263,7 @@ int compare(const Options& o) {
       begin = end + 1;
     }
   } else {
-    model = open_model(o.model, o.tokenizer, {.format = base_format(o.base)}, cpu);
+    model = open_model(o.model, o.tokenizer, base, cpu);
     weights = model.read();
     if (text) stream = model.need_tokenizer().encode(read_text(o.data), {.parse_special = false});
   }

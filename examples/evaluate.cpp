@@ -1,6 +1,7 @@
 // What a model says, with or without an adapter, at any rank: loss on data, or logits of given token ids.
 //
 //   evaluate --model FILE.gguf|DIR [--adapter DIR] [--rank b] (--data FILE | --ids 1,2,3 --logits OUT.safetensors)
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -47,10 +48,13 @@ int evaluate(const EvaluateOptions& o) {
   if (!o.ids.empty()) static_cast<void>(parse_numbers<std::int32_t>("--ids", o.ids));
   for (const auto& in : {o.model, o.tokenizer, o.adapter}) expect_no_overwrite(in, o.logits);
   const CpuDevice cpu(o.threads);
-  auto model = open_model(o.model, o.tokenizer, {.format = base_format(o.base)}, cpu.backend());
+  std::optional<PeftAdapter> adapter;
+  if (!o.adapter.empty()) adapter = load_peft_adapter(o.adapter, {.changed_base = true});
+  const BaseOptions base = adapter ? base_of(*adapter, o.adapter, o.base) : BaseOptions{.format = base_format(o.base)};
+  auto model = open_model(o.model, o.tokenizer, base, cpu.backend());
   if (o.no_chat) model.chat = false;
-  if (o.device == "cuda") return evaluate_on_cuda(o, model);
-  return with_dtype(o.dtype, [&]<class T>(std::type_identity<T>) { return examples::evaluate<T>(o, model, cpu); });
+  if (o.device == "cuda") return evaluate_on_cuda(o, adapter, model);
+  return with_dtype(o.dtype, [&]<class T>(std::type_identity<T>) { return examples::evaluate<T>(o, adapter, model, cpu); });
 }
 
 }  // namespace

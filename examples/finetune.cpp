@@ -44,6 +44,11 @@ void declare(CLI::App& app, FinetuneOptions& o) {
   auto* dora = app.add_flag("--dora", o.dora, "train each output's magnitude apart from its direction (DoRA); on the CPU");
   app.add_flag("--gates", o.gates, "train a factor for every row at every rank (order-then-nest)");
   app.add_option("--base-format", o.base, "base weights: nf4, fp4, int4, fp8 or float32")->capture_default_str();
+  app.add_option("--init", o.init,
+                 "what adapters begin with: standard (A random, B zero); loftq, what quantization loses (rank 0 stays the plain base); "
+                 "pissa or loftq:ITERATIONS, whose base is another than the quantized model, so that of all programs evaluate alone, "
+                 "which makes that base again, can use the adapter with it")
+      ->capture_default_str();
   app.add_option("--optimizer", o.optimizer, "adamw, or adamw8bit: moments in 8 bits, a quarter of their memory")
       ->check(CLI::IsMember({"adamw", "adamw8bit"}))
       ->capture_default_str();
@@ -143,7 +148,10 @@ int finetune(const FinetuneOptions& o) {
   QDYLORA_EXPECTS(!o.dora || o.device == "cpu", unsupported, "--dora: magnitudes train on the CPU, not with --device " + o.device);
   const RankSet ranks = parse_ranks(o.ranks);
   const CpuDevice cpu(o.threads);
-  const BaseOptions base{.format = base_format(o.base)};
+  const BaseOptions base{.format = base_format(o.base), .init = adapter_init(o.init, ranks.max())};
+  QDYLORA_EXPECTS(base.init.standard() || chosen.scale == ScalePolicy::constant, bad_argument,
+                  "--init " + o.init + ": needs a scale that is the same at every rank, and that of the recipe " + o.recipe_name + " is " +
+                      std::string(name(chosen.scale)));
   OpenModel model = o.toy ? toy_model(base, cpu.backend()) : open_model(o.model, o.tokenizer, base, cpu.backend());
   if (o.no_chat) model.chat = false;
   expect_seq_len(o.seq_len, model.config);

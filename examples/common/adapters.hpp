@@ -44,6 +44,18 @@ void save_adapters(const std::filesystem::path& folder, const Model& model, cons
   save_peft_adapter(folder, named, options);
 }
 
+/// The base that an adapter was trained on, of a model in a format: another one than the model quantized where PeftAdapter::init says so.
+/// Errc::bad_argument, with the folder, where it began with what another format loses.
+inline BaseOptions base_of(const PeftAdapter& adapter, const std::string& folder, const std::string& format) {
+  BaseOptions base{.format = base_format(format)};
+  if (adapter.init.changes_base()) base.init = adapter.init;
+  if (!adapter.init.standard() && adapter.base_format != format)
+    throw Error(Errc::bad_argument,
+                "--base-format " + format + ": the adapter began as " + name(adapter.init) + " of a base in " + printable(adapter.base_format, 32),
+                {.file = folder});
+  return base;
+}
+
 /// Puts the adapter of a folder into a decoder. Errors, with the folder: those of assign, and missing_tensor for modules the model lacks.
 template <class Model>
 void assign_adapter(const PeftAdapter& adapter, const std::string& folder, Model& model) {

@@ -43,10 +43,8 @@ void write_logits(Decoder<T, Backend>& decoder, const std::vector<std::int32_t>&
 }
 
 template <Scalar T, class Device>
-int evaluate(const EvaluateOptions& o, OpenModel& model, const Device& device) {
+int evaluate(const EvaluateOptions& o, const std::optional<PeftAdapter>& adapter, OpenModel& model, const Device& device) {
   const auto ids = o.ids.empty() ? std::vector<std::int32_t>{} : parse_numbers<std::int32_t>("--ids", o.ids);
-  std::optional<PeftAdapter> adapter;
-  if (!o.adapter.empty()) adapter = load_peft_adapter(o.adapter);
   QDYLORA_EXPECTS(adapter || o.rank.value_or(0) == 0, rank_range, "--rank " + std::to_string(*o.rank) + " needs --adapter");
   const Index max_rank = adapter ? adapter->max_rank() : 1;
   const Index rank = o.rank.value_or(adapter ? max_rank : 0);

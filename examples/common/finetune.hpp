@@ -30,7 +30,8 @@ namespace qdylora::examples {
 struct FinetuneOptions {
   std::string model, tokenizer, data, eval, out = "out";
   bool toy = false, resume = false, no_chat = false, gates = false, dora = false, checkpoint = false;
-  std::string ranks = "1,2,4,8,16,32,64", recipe_name = "auto", base = "nf4", optimizer = "adamw", paged, device = "cpu", dtype = "float32";
+  std::string ranks = "1,2,4,8,16,32,64", recipe_name = "auto", base = "nf4", init = "standard", optimizer = "adamw", paged;
+  std::string device = "cpu", dtype = "float32";
   float alpha = 16.0f, dropout = 0.0f;
   double lr = 1e-3, lora_plus = 1.0;
   std::int64_t steps = 80, save_every = 50;
@@ -152,7 +153,8 @@ int finetune_with(const FinetuneOptions& o, OpenModel& model, const FinetuneData
     return options;
   }();
 
-  MemoryOptions memory{.base = {.format = base_format(o.base)},
+  const AdapterInit init = adapter_init(o.init, ranks.max());
+  MemoryOptions memory{.base = {.format = base_format(o.base), .init = init},
                        .coded_tables = model.coded_tables,
                        .max_rank = ranks.max(),
                        .dora_ranks = o.dora ? ranks.size() : 0,
@@ -188,6 +190,9 @@ int finetune_with(const FinetuneOptions& o, OpenModel& model, const FinetuneData
   std::printf("adapters   rank up to %lld on all %lld linear layers, %.1f M parameters, alpha %g, scale %s, recipe %s%s\n",
               static_cast<long long>(ranks.max()), static_cast<long long>(linears), static_cast<double>(trainable) / 1e6,
               static_cast<double>(o.alpha), std::string(name(chosen.scale)).c_str(), o.recipe_name.c_str(), o.dora ? ", DoRA" : "");
+  if (!init.standard())
+    std::printf("           begin as %s; rank 0 is %s\n", o.init.c_str(),
+                init.changes_base() ? "not the model, but what they leave of it" : "the plain quantized model");
   std::fflush(stdout);
 
   std::error_code failure;
@@ -201,7 +206,7 @@ int finetune_with(const FinetuneOptions& o, OpenModel& model, const FinetuneData
                                     {"steps", o.steps},        {"batch", o.batch},     {"seq_len", o.seq_len},
                                     {"seed", o.seed},          {"chat", model.chat},   {"examples", data.train.size()},
                                     {"dtype", o.dtype},        {"device", o.device},   {"optimizer", o.optimizer},
-                                    {"dora", o.dora},          {"lora_plus", o.lora_plus}}
+                                    {"dora", o.dora},          {"lora_plus", o.lora_plus}, {"init", o.init}}
                                    .dump();
   RunReport report;
   auto& history = report.history;
@@ -237,7 +242,12 @@ int finetune_with(const FinetuneOptions& o, OpenModel& model, const FinetuneData
   }
   const auto activation_bytes = decoder.activation_bytes();  // evaluation needs less
   save_adapters(out / "adapter", decoder,
-                {.rank = ranks.max(), .base_model = model.name, .ranks = {ranks.begin(), ranks.end()}, .recipe = o.recipe_name});
+                {.rank = ranks.max(),
+                 .base_model = model.name,
+                 .ranks = {ranks.begin(), ranks.end()},
+                 .recipe = o.recipe_name,
+                 .init = init,
+                 .base_format = o.base});
   std::printf("trained    %lld steps, %lld tokens in %.0f s (%.0f tokens/s)\n", static_cast<long long>(o.steps),
               static_cast<long long>(history.tokens), history.seconds, history.tokens_per_second());
   if (chosen.measure)
@@ -277,6 +287,7 @@ int finetune_with(const FinetuneOptions& o, OpenModel& model, const FinetuneData
                      {"optimizer", o.optimizer},
                      {"dora", o.dora},
                      {"lora_plus", o.lora_plus},
+                     {"init", o.init},
                      {"base_bytes", w.linear_bytes()},
                      {"adapter_parameters", trainable},
                      {"activation_bytes", activation_bytes},

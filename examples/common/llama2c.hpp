@@ -21,13 +21,14 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <tuple>
 #include <unordered_map>
 #include <utility>
 #include <vector>
 
 #include <qdylora/io/file.hpp>
-#include <qdylora/model/base_weight.hpp>
 #include <qdylora/model/decoder.hpp>
+#include <qdylora/model/initial_weight.hpp>
 
 namespace qdylora::examples {
 
@@ -128,7 +129,8 @@ std::shared_ptr<const DecoderWeights<float>> load_llama2c(const std::filesystem:
     for (Index i = 0; i < c.layers; ++i) {
       const std::uint64_t begin = file.take(rows, cols);
       const std::string tensor = name(i, shapes[p].name);
-      blocks[static_cast<std::size_t>(i)]->linear[p] = make_base_weight(
+      auto& block = *blocks[static_cast<std::size_t>(i)];
+      std::tie(block.linear[p], block.initial[p]) = make_initial_weight(
           rows, cols, options,
           [&](Index first, MatrixView<float> out) {
             file.read(begin + 4 * static_cast<std::uint64_t>(first) * static_cast<std::uint64_t>(cols), out, tensor);

@@ -71,7 +71,8 @@ void load_run_state(const std::filesystem::path& path, const std::string& settin
     Json then = parse_json(saved, {.file = path.string()});
     const Json now = parse_json(settings, {});
     // Settings that earlier versions did not have had these values.
-    const Json earlier = {{"dtype", "float32"}, {"device", "cpu"}, {"optimizer", "adamw"}, {"dora", false}, {"lora_plus", 1.0}};
+    const Json earlier = {{"dtype", "float32"}, {"device", "cpu"},  {"optimizer", "adamw"},
+                          {"dora", false},      {"lora_plus", 1.0}, {"init", "standard"}};
     for (const auto& [key, value] : earlier.items())
       if (!then.contains(key)) then[key] = value;
     std::string differences;

@@ -7,6 +7,7 @@
 #include <qdylora/model/chat.hpp>
 #include <qdylora/model/decoder.hpp>
 #include <qdylora/model/generate.hpp>
+#include <qdylora/model/initial_weight.hpp>
 #include <qdylora/model/load_gguf.hpp>
 #include <qdylora/model/load_hugging_face.hpp>
 #include <qdylora/model/memory_plan.hpp>

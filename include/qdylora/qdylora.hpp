@@ -17,9 +17,10 @@
 // the Backend concept and the CPU
 #include <qdylora/cpu/cpu.hpp>
 
-// nn: ranks, the adapter, DynamicLoRALinear, DoRA's magnitudes, re-ordering by singular values
+// nn: ranks, the adapter, DynamicLoRALinear, DoRA's magnitudes, initial values by PiSSA and LoftQ, re-ordering by singular values
 #include <qdylora/nn/activation.hpp>
 #include <qdylora/nn/dynamic_lora_linear.hpp>
+#include <qdylora/nn/initialize.hpp>
 #include <qdylora/nn/magnitude.hpp>
 #include <qdylora/nn/ranks.hpp>
 #include <qdylora/nn/reorder.hpp>

@@ -1,5 +1,6 @@
 // The program finetune on the emulated device, beside the same on the CPU: reports, adapters, resuming, memory.
 #include <cmath>
+#include <optional>
 #include <utility>
 
 #include <qdylora/cpu/cpu.hpp>
@@ -92,14 +93,15 @@ TEST_CASE("finetune and evaluate on the device do what they do on the CPU", "[cu
   // The adapter that was saved, at a lower rank.
   examples::EvaluateOptions asked;
   asked.adapter = (folder / "gpu" / "adapter").string();
+  const std::optional<qd::PeftAdapter> adapter = qd::load_peft_adapter(asked.adapter);
   asked.ids = "3,4,5,6";
   asked.rank = 2;
   model = open();
   asked.logits = (folder / "gpu.safetensors").string();
-  REQUIRE(examples::evaluate<float>(asked, model, gpu) == 0);
+  REQUIRE(examples::evaluate<float>(asked, adapter, model, gpu) == 0);
   model = open();
   asked.logits = (folder / "cpu.safetensors").string();
-  REQUIRE(examples::evaluate<float>(asked, model, cpu) == 0);
+  REQUIRE(examples::evaluate<float>(asked, adapter, model, cpu) == 0);
   const auto here = qd::SafetensorsFile(folder / "cpu.safetensors").matrix("logits");
   const auto there = qd::SafetensorsFile(folder / "gpu.safetensors").matrix("logits");
   for (Index i = 0; i < here.rows(); ++i)

@@ -117,6 +117,8 @@ TEST_CASE("programs: a wrong argument or file gives one line and status 2") {
       {"finetune", "--toy --optimizer sgd", "adamw8bit"},
       {"finetune", "--toy --paged /no/such/folder --out " + quoted(folder / "x"), "/no/such/folder"},
       {"finetune", "--toy --paged /tmp --device cuda", "--paged"},
+      {"finetune", "--toy --init eva", "loftq:ITERATIONS"},
+      {"finetune", "--toy --init pissa --recipe qdylora", "alpha/b"},
       {"finetune", "--toy --dropout nan", "--dropout"},
       {"finetune", "--toy --seed -1", "--seed"},
       {"finetune", "--toy --steps 1 --out " + quoted(folder / "junk.gguf"), "junk.gguf"},
@@ -349,6 +351,35 @@ TEST_CASE("programs: evaluate's logits are those of transformers and PEFT") {
       worst = std::max(worst, std::fabs(static_cast<double>(logits.data()[i] - expected[static_cast<std::size_t>(i)])));
     CHECK(worst < 1e-4);
   }
+}
+
+TEST_CASE("programs: an adapter that began on a base of its own is used with that base, by those programs alone that make it") {
+  if (!built("finetune") || !built("evaluate") || !built("adapter")) SKIP("finetune, evaluate or adapter has not been built");
+  const test::TemporaryFolder folder;
+  const auto trained = run("finetune", toy(folder / "out", "--init pissa"));
+  CAPTURE(trained.out, trained.err);
+  REQUIRE(trained.status == 0);
+  CHECK(trained.out.find("begin as pissa") != std::string::npos);
+  CHECK(qd::load_peft_adapter(folder / "out" / "adapter", {.changed_base = true}).init == qd::adapter_init("pissa", 16));
+  CHECK(run("adapter", "truncate " + quoted(folder / "out" / "adapter") + " --rank 4 " + quoted(folder / "cut")).err.find("pissa") !=
+        std::string::npos);
+
+  // At rank 0 the adapter's own values do not matter: what is left is the base.
+  const auto up = test::normal_matrix<float>(4, 40, 1);
+  qd::LoRAAdapter<float> adapter(32, 40, {.max_rank = 4});
+  qd::copy(up.view(), adapter.b().value.view());
+  const auto logits = [&](const std::string& init, const std::string& format) {
+    qd::save_peft_adapter(folder / "adapter", {{"model.layers.0.mlp.up_proj", &adapter}},
+                          {.init = qd::adapter_init(init, 4), .base_format = init == "standard" ? "" : "nf4"});
+    const auto result = run("evaluate", "--model " + quoted(test::golden("mistral")) + " --base-format " + format + " --adapter " +
+                                            quoted(folder / "adapter") + " --rank 0 --ids 1,2,3 --logits " + quoted(folder / "logits"));
+    return result.status == 0 ? test::read_file(folder / "logits") : result.err;
+  };
+  const auto plain = logits("standard", "nf4");
+  CHECK(logits("loftq", "nf4") == plain);
+  CHECK(logits("pissa", "nf4").size() == plain.size());
+  CHECK(logits("pissa", "nf4") != plain);
+  CHECK(logits("loftq", "int4").find("--base-format int4") != std::string::npos);
 }
 
 TEST_CASE("programs: a merged model has the logits of its adapter at that rank") {

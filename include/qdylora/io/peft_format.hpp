@@ -26,6 +26,7 @@
 #include <qdylora/core/matrix.hpp>
 #include <qdylora/io/json.hpp>
 #include <qdylora/nn/lora_adapter.hpp>
+#include <qdylora/nn/low_rank.hpp>
 
 namespace qdylora {
 
@@ -61,6 +62,8 @@ struct PeftAdapter {
   PeftConfig config;
   std::vector<PeftModule> modules;  // sorted by name
   std::vector<Index> ranks;         // PeftOptions::ranks; empty if it is not ours
+  AdapterInit init = {};            // PeftOptions::init; standard if it is not ours
+  std::string base_format = "";     // PeftOptions::base_format
   std::map<std::string, std::string, std::less<>> metadata;
 
   const PeftModule* find(std::string_view module) const noexcept {

@@ -25,6 +25,7 @@ namespace qdylora {
 
 struct PeftLoadOptions {
   bool force = false;  // accept an adapter that is empty, not finite, or changes nothing because B is zero
+  bool changed_base = false;  // accept one of ours on a base that PeftAdapter::init made: the caller makes it again
   Limits limits = {};
 };
 
@@ -104,12 +105,28 @@ inline void expect_plain_lora(const Json& config, const ErrorPlace& place) {
     const bool off = value == nullptr || *value == Json(false) || (value->is_structured() && value->empty());
     if (!off) throw Error(Errc::unsupported, "key '" + std::string(key) + "' is set, which is more than LoRA", place);
   }
-  // Some initial values come with another base weight.
+}
+
+/// Some initial values come with another base weight.
+inline void expect_same_base(const Json& config, const ErrorPlace& place) {
   const Json* init = find_key(config, "init_lora_weights", place);
   if (init != nullptr && init->is_string() && *init != "gaussian" && *init != "eva" && *init != "orthogonal") {
     throw Error(Errc::unsupported,
                 "init_lora_weights '" + printable(init->get<std::string>(), 32) + "' belongs to a base model that was changed too",
                 place);
+  }
+}
+
+/// PeftOptions::init, of the metadata.
+inline AdapterInit peft_init(const std::map<std::string, std::string, std::less<>>& metadata, const ErrorPlace& place, const Limits& limits) {
+  const auto rank = metadata.find("qdylora.init_rank");
+  if (rank == metadata.end()) throw Error(Errc::bad_config, "has qdylora.init, but no qdylora.init_rank", place);
+  const Json json = parse_json("{\"qdylora.init_rank\":" + rank->second + "}", place, limits);
+  const Index r = get_integer(json, "qdylora.init_rank", 1, static_cast<Index>(limits.ranks), place);
+  try {
+    return adapter_init(metadata.at("qdylora.init"), r);
+  } catch (const Error& error) {
+    throw Error(Errc::unsupported, "qdylora.init: " + std::string(error.what()), place);
   }
 }
 
@@ -207,6 +224,14 @@ inline PeftAdapter load_peft_adapter(const std::filesystem::path& folder, const 
     adapter.ranks =
         get_integers(parse_json("{\"qdylora.ranks\":[" + *text + "]}", at, options.limits), "qdylora.ranks", 1, most_ranks, at);
   }
+
+  if (entry("qdylora.init") != nullptr) {
+    adapter.init = detail::peft_init(adapter.metadata, {.file = file.name()}, options.limits);
+    if (const auto* text = entry("qdylora.base_format")) adapter.base_format = *text;
+  }
+  if (!adapter.init.changes_base()) detail::expect_same_base(json, place);
+  else if (!options.changed_base)
+    throw Error(Errc::unsupported, "began as " + name(adapter.init) + ": belongs to a base model that was changed too", {.file = file.name()});
 
   for (const TensorInfo& tensor : file.tensors()) {
     const ErrorPlace at{.file = file.name(), .tensor = tensor.name};

@@ -44,6 +44,11 @@ struct PeftOptions {
   std::string task_type = "CAUSAL_LM";
   std::vector<Index> ranks = {};  // the ranks the adapter was trained for; those above `rank` are left out
   std::string recipe = "";        // how it was trained
+  /// How the adapter began, if not the standard way, and the format of the base it was trained on. Where that base is another one than the
+  /// quantized model, init_lora_weights says so: PEFT then makes its own from a model in float, and nobody takes the adapter for one of the
+  /// model as it is.
+  AdapterInit init = {};
+  std::string base_format = "";
   std::map<std::string, std::string> metadata = {};  // of the tensor file, further entries
 };
 
@@ -83,6 +88,11 @@ inline void save_peft_adapter(const std::filesystem::path& folder, std::span<con
                  {"init_lora_weights", true}, {"lora_bias", false}, {"modules_to_save", nullptr},
                  {"use_dora", adapters.front().adapter->dora()}, {"use_rslora", false}, {"rank_pattern", Json::object()}, {"alpha_pattern", Json::object()},
                  {"target_modules", Json::array()}};
+  if (options.init.changes_base()) {
+    const bool pissa = options.init.kind == AdapterInit::Kind::pissa;
+    config["init_lora_weights"] = pissa ? "pissa" : "loftq";
+    if (!pissa) config["loftq_config"] = {{"loftq_bits", 4}, {"loftq_iter", options.init.iterations}};
+  }
   config["task_type"] = options.task_type.empty() ? Json() : Json(options.task_type);
   config["base_model_name_or_path"] = options.base_model.empty() ? Json() : Json(options.base_model);
   config["lora_dropout"] = static_cast<double>(adapters.front().adapter->options().dropout);
@@ -148,6 +158,11 @@ inline void save_peft_adapter(const std::filesystem::path& folder, std::span<con
   if (!ranks.empty()) model.metadata("qdylora.ranks", detail::join(ranks));
   if (!options.recipe.empty()) model.metadata("qdylora.recipe", options.recipe);
   if (gated) model.metadata("qdylora.gates", "true");
+  if (!options.init.standard()) {
+    model.metadata("qdylora.init", name(options.init));
+    model.metadata("qdylora.init_rank", std::to_string(options.init.rank));
+    model.metadata("qdylora.base_format", options.base_format);
+  }
 
   std::error_code error;
   std::filesystem::create_directories(folder, error);

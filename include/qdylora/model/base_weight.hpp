@@ -7,6 +7,7 @@
 #include <string>
 #include <utility>
 
+#include <qdylora/nn/low_rank.hpp>
 #include <qdylora/nn/weight.hpp>
 #include <qdylora/quant/quantize.hpp>
 
@@ -39,6 +40,7 @@ struct BaseOptions {
   BaseFormat format = BaseFormat::nf4;
   bool double_quant = true;  // nf4 and fp4; int4 and fp8 always have it
   Index block_size = 64;
+  AdapterInit init = {};  // what the adapters begin with, of which the base may be made anew; see initial_weight.hpp
 };
 
 /// Throws Errc::non_finite naming the first element that is NaN or infinite; `first_row` is the number of the first row.

@@ -11,6 +11,7 @@
 #include <qdylora/model/config.hpp>
 #include <qdylora/model/norm.hpp>
 #include <qdylora/nn/dynamic_lora_linear.hpp>
+#include <qdylora/nn/low_rank.hpp>
 
 namespace qdylora {
 
@@ -19,9 +20,10 @@ template <class Acc, MemoryResource Memory = HostMemory>
 struct BlockWeights {
   std::vector<std::shared_ptr<const WeightFor<AnyFormat, Memory>>> linear;  // [out, in]
   std::vector<Matrix<Acc, Memory>> bias;                                    // [1, out], or empty
+  std::vector<LowRank<Acc, Memory>> initial;                                // what adapters begin with, or empty
   NormWeights<Acc, Memory> attention_norm, mlp_norm;                        // mlp_norm is empty where the norm is shared
 
-  explicit BlockWeights(const DecoderConfig& config) : linear(config.linears().size()), bias(linear.size()) {}
+  explicit BlockWeights(const DecoderConfig& config) : linear(config.linears().size()), bias(linear.size()), initial(linear.size()) {}
 };
 
 /// The tokens of a pass: whole sequences, or, where there are caches, one token of each.
@@ -82,7 +84,8 @@ class BlockSteps {
     const auto shapes = config.linears();
     const std::string prefix = config.block_name(index);
     QDYLORA_EXPECTS(
-        weights_->linear.size() == shapes.size() && weights_->bias.size() == shapes.size(), shape_mismatch,
+        weights_->linear.size() == shapes.size() && weights_->bias.size() == shapes.size() && weights_->initial.size() == shapes.size(),
+        shape_mismatch,
         prefix + ": expected " + std::to_string(shapes.size()) + " linear weights, found " + std::to_string(weights_->linear.size()));
     linear_.reserve(shapes.size());
     for (std::size_t i = 0; i < shapes.size(); ++i) {
@@ -95,6 +98,7 @@ class BlockSteps {
                           (base ? detail::shape_text(base->rows(), base->cols()) : "nothing"));
       linear_.emplace_back(base, std::move(options), backend);
       if (weights_->bias[i].size() > 0) linear_.back().set_bias(weights_->bias[i].view());
+      if (weights_->initial[i].rank() > 0) begin_with(linear_.back().adapter(), weights_->initial[i], backend);
     }
     expect_norm("attention norm", weights_->attention_norm, config);
     if (!config.shared_norm) expect_norm("mlp norm", weights_->mlp_norm, config);

@@ -7,11 +7,12 @@
 #include <cstring>
 #include <memory>
 #include <string>
+#include <tuple>
 #include <utility>
 
 #include <qdylora/io/gguf.hpp>
-#include <qdylora/model/base_weight.hpp>
 #include <qdylora/model/decoder.hpp>
+#include <qdylora/model/initial_weight.hpp>
 
 namespace qdylora {
 
@@ -95,7 +96,7 @@ std::shared_ptr<const DecoderWeights<float>> load_gguf(const GgufFile& file, Bas
   const auto linear = [&](const std::string& tensor, Index rows, Index cols) {
     detail::expect_matrix(file, tensor, rows, cols);
     return at_tensor(file.name(), tensor, [&] {
-      return make_base_weight(
+      return make_initial_weight(
           rows, cols, options,
           [&](Index first, MatrixView<float> out) {  // decoding is the slow part of reading: share it out
             constexpr Index grain = 64;
@@ -122,7 +123,7 @@ std::shared_ptr<const DecoderWeights<float>> load_gguf(const GgufFile& file, Bas
     block->attention_norm = dense(prefix + "attn_norm.weight", 1, config.width);
     block->mlp_norm = dense(prefix + "ffn_norm.weight", 1, config.width);
     for (std::size_t p = 0; p < shapes.size(); ++p) {
-      block->linear[p] = linear(prefix + names[p] + ".weight", shapes[p].out, shapes[p].in);
+      std::tie(block->linear[p], block->initial[p]) = linear(prefix + names[p] + ".weight", shapes[p].out, shapes[p].in);
       if (const auto bias = prefix + names[p] + ".bias"; file.contains(bias)) block->bias[p] = dense(bias, 1, shapes[p].out);
     }
     weights->blocks.push_back(std::move(block));

@@ -6,15 +6,16 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
 #include <qdylora/io/bitsandbytes.hpp>
 #include <qdylora/io/json.hpp>
 #include <qdylora/io/safetensors.hpp>
-#include <qdylora/model/base_weight.hpp>
 #include <qdylora/model/decoder.hpp>
 #include <qdylora/model/hugging_face_config.hpp>
+#include <qdylora/model/initial_weight.hpp>
 
 namespace qdylora {
 
@@ -112,15 +113,18 @@ std::shared_ptr<const DecoderWeights<float>> load_hugging_face(const std::filesy
   const auto linear = [&](const std::string& tensor, Index rows, Index cols) {
     const auto& file = files.file_of(tensor);
     if (is_bnb_4bit(file, tensor)) {
+      if (!options.init.standard())
+        throw Error(Errc::unsupported, "is in 4 bits already, and " + name(options.init) + " begins with a weight in float",
+                    {.file = file.name(), .tensor = tensor});
       auto weight = std::make_shared<const WeightFor<AnyFormat>>(load_bnb_4bit(file, tensor));
       if (weight->rows() != rows || weight->cols() != cols) throw mismatch(file, tensor, rows, cols, weight->rows(), weight->cols());
-      return weight;
+      return std::pair(std::move(weight), LowRank<float>{});
     }
     const auto& shape = file.info(tensor).shape;
     if (shape.size() != 2 || shape[0] != rows || shape[1] != cols)
       throw mismatch(file, tensor, rows, cols, shape.empty() ? 0 : shape[0], shape.size() < 2 ? 1 : shape[1]);
     return at_tensor(file.name(), tensor, [&] {
-      return make_base_weight(
+      return make_initial_weight(
           rows, cols, options, [&](Index first, MatrixView<float> out) { file.read_rows(tensor, first, out); }, backend);
     });
   };
@@ -141,7 +145,7 @@ std::shared_ptr<const DecoderWeights<float>> load_hugging_face(const std::filesy
     if (!config.shared_norm) block->mlp_norm = norm(prefix + names.mlp_norm);
     for (std::size_t p = 0; p < shapes.size(); ++p) {
       const std::string name = prefix + std::string(shapes[p].name);
-      block->linear[p] = linear(name + ".weight", shapes[p].out, shapes[p].in);
+      std::tie(block->linear[p], block->initial[p]) = linear(name + ".weight", shapes[p].out, shapes[p].in);
       if (p < model.biased_linears || files.contains(name + ".bias")) block->bias[p] = dense(name + ".bias", 1, shapes[p].out);
     }
     weights->blocks.push_back(std::move(block));

@@ -120,6 +120,7 @@ struct MemoryPlan {
   std::size_t nested_scales = 0;  // of the scales' blocks
   std::size_t tables = 0;         // embedding and head
   std::size_t norms = 0;          // and biases
+  std::size_t initial = 0;        // what adapters begin with, where it is made from the weights
   std::size_t adapters = 0;
   std::size_t gradients = 0;
   std::size_t moments = 0;      // of AdamW, as far as they are in memory
@@ -147,6 +148,7 @@ struct MemoryPlan {
             {"scales of scales", nested_scales, device},
             {"embedding, head", tables, device},
             {"norms, biases", norms, device},
+            {"initial values", initial, device},
             {"adapters", adapters, device},
             {"their gradients", gradients, device},
             {"AdamW's moments", moments, device && !paged_moments},
@@ -167,7 +169,7 @@ struct MemoryPlan {
   }
   /// At most at any time, on the backend's side: the device's memory, or all there is on the host.
   std::size_t total() const noexcept {
-    const std::size_t resident = base_codes + block_scales + nested_scales + tables + norms + adapters + gradients;
+    const std::size_t resident = base_codes + block_scales + nested_scales + tables + norms + initial + adapters + gradients;
     return resident + (device && paged_moments ? 0 : moments) + phases() + workspace + logits + backend + (device ? 0 : process);
   }
   /// The same on the host beside a device.
@@ -244,6 +246,7 @@ MemoryPlan memory_plan(const ModelShape& s, const MemoryOptions& o) {
   const Index table = s.vocab * s.width;
   plan.tables = bytes(s.tables * (o.coded_tables ? table + table / 32 * 4 : table * acc));
   plan.norms = bytes((s.layers * (s.norms + 2 * s.biases) + s.final_norms) * acc);  // layers have copies of their biases
+  if (!o.base.init.standard()) plan.initial = bytes(s.adapter_numbers(o.base.init.rank) * acc);
   plan.adapters = plan.gradients = bytes((s.adapter_numbers(rank) + (dora ? s.layers * s.outputs() : 0)) * acc);
 
   // Decoder's buffers keep the size of the largest batch. Passes without gradients take two streams and one context.
@@ -275,7 +278,7 @@ MemoryPlan memory_plan(const ModelShape& s, const MemoryOptions& o) {
   plan.caches = bytes(o.sequences * (o.cache_rows * s.layers * 2 * s.kv_width * t + s.vocab * acc * (o.device ? 1 : 2)));
   plan.backend = o.backend_bytes;
   plan.process = o.process_bytes;
-  if (o.device) plan.staging = plan.base_codes + plan.block_scales + plan.nested_scales + plan.tables + plan.norms;
+  if (o.device) plan.staging = plan.base_codes + plan.block_scales + plan.nested_scales + plan.tables + plan.norms + plan.initial;
   return plan;
 }
 template <Scalar T>

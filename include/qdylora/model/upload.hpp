@@ -48,6 +48,7 @@ std::shared_ptr<const DecoderWeights<Acc, typename Backend::Memory>> upload(cons
     for (std::size_t i = 0; i < block->linear.size(); ++i) {
       copy->linear[i] = std::make_shared<const Base>(detail::uploaded_weight<Base>(*block->linear[i], backend));
       copy->bias[i] = detail::uploaded(block->bias[i], backend);
+      copy->initial[i] = {detail::uploaded(block->initial[i].a, backend), detail::uploaded(block->initial[i].b, backend)};
     }
     copy->attention_norm = detail::uploaded(block->attention_norm, backend);
     copy->mlp_norm = detail::uploaded(block->mlp_norm, backend);

@@ -1,0 +1,83 @@
+// What adapters begin with where it is not A random and B zero: a product B^T A made from the weight itself (<qdylora/nn/initialize.hpp>).
+#pragma once
+
+#include <algorithm>
+#include <charconv>
+#include <cmath>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include <qdylora/nn/lora_adapter.hpp>
+
+namespace qdylora {
+
+/// B^T A, an [out, in] matrix of rank k, in an adapter's orientation. Empty: nothing.
+template <class S = float, MemoryResource Memory = HostMemory>
+struct LowRank {
+  Matrix<S, Memory> a;  // [k, in]
+  Matrix<S, Memory> b;  // [k, out]
+
+  Index rank() const noexcept { return a.rows(); }
+};
+
+/// How an adapter begins, and what its base is then.
+struct AdapterInit {
+  /// standard: A random, B zero; the base is the quantized weight. pissa, loftq: <qdylora/nn/initialize.hpp>.
+  enum class Kind { standard, pissa, loftq } kind = Kind::standard;
+  Index rank = 0;        // of the product that the adapter begins with
+  Index iterations = 1;  // loftq's
+
+  bool standard() const noexcept { return kind == Kind::standard; }
+  /// Whether the base is another one than the weight's own quantization, so that the adapter fits no other.
+  bool changes_base() const noexcept { return kind == Kind::pissa || (kind == Kind::loftq && iterations > 1); }
+  bool operator==(const AdapterInit&) const = default;
+};
+
+/// standard, pissa, loftq or loftq:ITERATIONS.
+inline std::string name(const AdapterInit& init) {
+  if (init.standard()) return "standard";
+  if (init.kind == AdapterInit::Kind::pissa) return "pissa";
+  return init.iterations == 1 ? "loftq" : "loftq:" + std::to_string(init.iterations);
+}
+
+/// What a name stands for, at a rank. Errc::bad_argument for any other text, and beyond 100 iterations.
+inline AdapterInit adapter_init(std::string_view text, Index rank) {
+  if (text == "standard") return {};
+  if (text == "pissa") return {AdapterInit::Kind::pissa, rank, 1};
+  AdapterInit init{AdapterInit::Kind::loftq, rank, 1};
+  constexpr std::string_view counted = "loftq:";
+  bool known = text == "loftq";
+  if (text.starts_with(counted)) {
+    const char* end = text.data() + text.size();
+    const auto read = std::from_chars(text.data() + counted.size(), end, init.iterations);
+    known = read.ec == std::errc{} && read.ptr == end && init.iterations >= 1 && init.iterations <= 100;
+  }
+  QDYLORA_EXPECTS(known, bad_argument,
+                  "no initial values '" + printable(text) + "'; there are standard, pissa, loftq and loftq:ITERATIONS (1 ... 100)");
+  return init;
+}
+
+/// Gives an adapter the rows of `initial`, as many as both have: sum_{i < b} of its product becomes delta W_b at every rank b they reach.
+/// Both sides take the root of the scale. Rows beyond keep a random A, and B = 0. Errors: shape_mismatch, and unsupported where the scale
+/// differs from rank to rank, so that no rows are right at two of them.
+template <class S, MemoryResource Memory, class Backend>
+void begin_with(LoRAAdapter<S, Memory>& adapter, const LowRank<S, Memory>& initial, const Backend& backend) {
+  const std::string& name = adapter.options().name;
+  QDYLORA_EXPECTS(adapter.options().scale == ScalePolicy::constant, unsupported,
+                  name + ": initial values need the scale " + std::string(qdylora::name(ScalePolicy::constant)) + ", found " +
+                      std::string(qdylora::name(adapter.options().scale)));
+  expect_shape((name + ": initial A").c_str(), initial.a.view(), initial.rank(), adapter.in());
+  expect_shape((name + ": initial B").c_str(), initial.b.view(), initial.rank(), adapter.out());
+  const Index rows = std::min(initial.rank(), adapter.max_rank());
+  const S factor = S{1} / std::sqrt(adapter.scale(adapter.max_rank()));
+  const auto put = [&](MatrixView<const S> from, MatrixView<S> to) {
+    const std::vector<S> factors(static_cast<std::size_t>(from.cols), factor);
+    backend.scale_columns(from.top_rows(rows), std::span<const S>(factors), to.top_rows(rows));
+  };
+  put(initial.a.view(), adapter.a().value.view());
+  put(initial.b.view(), adapter.b().value.view());
+  backend.synchronize();  // the factors are given back
+}
+
+}  // namespace qdylora
