@@ -329,6 +329,48 @@ TEST_CASE("patterns of others match names and ends of names") {
   CHECK(files.load().find("x.down")->alpha == 8.0);
 }
 
+TEST_CASE("patterns that are regular expressions hold for the modules that PEFT takes them for") {
+  const auto adapter = qd::load_peft_adapter(test::golden("peft_patterns"));
+  REQUIRE(adapter.modules.size() == 24);
+  std::map<Index, int> ranks;
+  for (const auto& module : adapter.modules) {
+    CAPTURE(module.name);
+    ++ranks[module.rank()];
+    const auto expected = test::load<float>("peft_patterns/io.safetensors", module.name + ".delta");
+    CHECK(relative_difference({expected.begin(), expected.end()}, delta(qd::to_adapter(module), module.rank())) <= 1e-6);
+  }
+  CHECK(ranks == std::map<Index, int>{{1, 4}, {2, 1}, {3, 16}, {5, 3}});
+}
+
+TEST_CASE("modules may be saved at ranks of their own: the most common is the rule, the others have patterns") {
+  for (const auto policy : policies) {
+    CAPTURE(qd::name(policy));
+    test::TemporaryFolder folder;
+    std::vector<qd::LoRAAdapter<float>> adapters;
+    for (const std::uint64_t seed : {1, 2, 3, 4, 5})
+      adapters.push_back(make_adapter(6, 7, {.max_rank = 8, .alpha = 5.0f, .scale = policy, .gated_ranks = {4, 8}}, seed));
+    const std::vector<Index> ranks = {8, 4, 4, 1, 4};
+    std::vector<qd::NamedAdapter> list;
+    for (std::size_t i = 0; i < adapters.size(); ++i) list.push_back({"h." + std::to_string(i), &adapters[i], 0, ranks[i]});
+    qd::save_peft_adapter(folder / "a", list);
+    CHECK_FALSE(std::filesystem::exists(folder / "a" / "qdylora_gates.safetensors"));  // not whole
+    const auto config = qd::read_json(folder / "a" / "adapter_config.json");
+    CHECK(config["r"] == 4);
+    CHECK(config["rank_pattern"] == qd::Json{{"^h\\.0", 8}, {"^h\\.3", 1}});
+    CHECK(config["alpha_pattern"].size() == (policy == qd::ScalePolicy::over_rank ? 0 : 2));
+    const auto loaded = qd::load_peft_adapter(folder / "a");
+    for (std::size_t i = 0; i < adapters.size(); ++i) {
+      CAPTURE(i);
+      const auto expected = delta(adapters[i], ranks[i]);
+      CHECK(loaded.modules[i].rank() == ranks[i]);
+      CHECK(relative_difference(expected, foreign_delta(folder / "a", list[i].module)) <= 1e-6);
+      CHECK(relative_difference(expected, delta(qd::to_adapter(loaded.modules[i]), ranks[i])) <= 1e-6);
+    }
+    list[2].rank = 9;
+    CHECK(code_of([&] { qd::save_peft_adapter(folder / "b", list); }) == Errc::rank_range);
+  }
+}
+
 TEST_CASE("keys and tensor types that others write are taken") {
   Damaged files;
   files.config["target_modules"] = "all-linear";
@@ -427,9 +469,21 @@ TEST_CASE("a damaged or foreign adapter is an error that says what is wrong") {
       {"other trained modules", Errc::unsupported, "modules_to_save",
        [](Damaged& f) { f.config["modules_to_save"] = {"lm_head"}; }},
       {"another base", Errc::unsupported, "pissa", [](Damaged& f) { f.config["init_lora_weights"] = "pissa_niter_4"; }},
-      {"a regular expression", Errc::unsupported, "regular expression",
+      {"another base, which nobody makes again", Errc::unsupported, "pissa",
        [](Damaged& f) {
-         f.config["rank_pattern"] = {{"up|down", 2}};
+         f.config["init_lora_weights"] = "pissa";
+         f.metadata["qdylora.init"] = "pissa";
+         f.metadata["qdylora.init_rank"] = "2";
+       }},
+      {"unknown initial values", Errc::unsupported, "qdylora.init",
+       [](Damaged& f) {
+         f.metadata["qdylora.init"] = "olora";
+         f.metadata["qdylora.init_rank"] = "2";
+       }},
+      {"initial values of no rank", Errc::bad_config, "qdylora.init_rank", [](Damaged& f) { f.metadata["qdylora.init"] = "loftq"; }},
+      {"a regular expression beyond those known", Errc::unsupported, "regular expression",
+       [](Damaged& f) {
+         f.config["rank_pattern"] = {{"(?!up)down", 2}};
        }},
       {"a pattern's value a text", Errc::bad_config, "alpha_pattern",
        [](Damaged& f) {
@@ -474,6 +528,26 @@ TEST_CASE("a damaged or foreign adapter is an error that says what is wrong") {
     Damaged files;
     damage(files);
     CHECK_FALSE(code_of([&] { files.load(true); }));  // forced
+  }
+}
+
+TEST_CASE("how an adapter began is saved with it, and where that changed the base, it loads for those alone who make that base again") {
+  test::TemporaryFolder folder;
+  const auto adapter = make_adapter(6, 6, {.max_rank = 4}, 1);
+  for (const std::string text : {"standard", "loftq", "loftq:3", "pissa"}) {
+    CAPTURE(text);
+    const auto init = qd::adapter_init(text, 4);
+    const auto base_format = init.standard() ? std::string() : std::string("nf4");
+    qd::save_peft_adapter(folder / "a", {{"up", &adapter}}, {.rank = 2, .init = init, .base_format = base_format});
+    const auto code = code_of([&] { qd::load_peft_adapter(folder / "a"); });
+    if (init.changes_base()) CHECK(code == Errc::unsupported);
+    else CHECK_FALSE(code);
+    const auto loaded = qd::load_peft_adapter(folder / "a", {.changed_base = true});
+    CHECK(loaded.init == init);
+    CHECK(loaded.base_format == base_format);
+    const auto config = qd::read_json(folder / "a" / "adapter_config.json");
+    if (text == "loftq:3") CHECK(config.at("loftq_config").at("loftq_iter") == 3);
+    CHECK(config.at("init_lora_weights") == (text == "pissa" ? qd::Json("pissa") : text == "loftq:3" ? qd::Json("loftq") : qd::Json(true)));
   }
 }
 

@@ -173,6 +173,14 @@ TEST_CASE("PEFT computes with saved adapters what we compute, at every rank, sca
       }
     }
   }
+  // A rank of its own for each module.
+  const auto first = trained_adapter(16, 24, {.max_rank = 16, .alpha = 11.0f}, 5), second = trained_adapter(24, 20, {.max_rank = 16}, 6);
+  for (const auto& [one, two] : {std::pair<Index, Index>{2, 9}, {16, 1}}) {
+    const std::string name = "ranks" + std::to_string(one);
+    qd::save_peft_adapter(folder / name, {{"up", &first, 0, one}, {"block.up", &second, 0, two}}, {.task_type = ""});
+    const auto last = relu(linear(relu(linear(input, up, &first, one)), block_up, &second, two));
+    expected.add(name, std::as_const(outputs.emplace_back(to_float(linear(last, plain, nullptr, 0)))).view());
+  }
   expected.write(folder / "expected.safetensors");
   CHECK(run_python("check_peft.py", folder.path()) == 0);
 }

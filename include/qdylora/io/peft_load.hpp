@@ -18,6 +18,7 @@
 
 #include <qdylora/io/checked.hpp>
 #include <qdylora/io/json.hpp>
+#include <qdylora/io/pattern.hpp>
 #include <qdylora/io/peft_format.hpp>
 #include <qdylora/io/safetensors.hpp>
 
@@ -31,8 +32,9 @@ struct PeftLoadOptions {
 
 namespace detail {
 
-/// rank_pattern and alpha_pattern: module name -> value. PEFT takes a key for a regular expression that the name must end in,
-/// after a dot or from its start on; read here are keys that are names or ends of names, with or without '^' and escaped dots.
+/// rank_pattern and alpha_pattern: module name -> value. PEFT takes a key for a regular expression that the name must end in, after a dot or
+/// from its start on: re.match(rf"(.*\.)?({key})$", name). Of several keys that match it takes the first, but JSON's objects have no order:
+/// such keys must agree. Most keys are names or ends of names, with or without '^' and escaped dots, and are looked up.
 class PeftPatterns {
  public:
   PeftPatterns(const Json& config, std::string_view key, const ErrorPlace& place) : key_(key), place_(place) {
@@ -40,18 +42,21 @@ class PeftPatterns {
     if (at == config.end() || at->is_null()) return;
     for (const auto& [pattern, value] : get_object(config, key, place).items()) {
       std::string plain;
+      bool is_name = true;
       for (std::size_t i = 0; i < pattern.size(); ++i) {
         const bool escaped_dot = pattern[i] == '\\' && i + 1 < pattern.size() && pattern[i + 1] == '.';
         if (escaped_dot) ++i;
-        if (!escaped_dot && pattern[i] != '^' && std::string_view("\\*+?()[]{}|$").find(pattern[i]) != std::string_view::npos) {
-          throw Error(Errc::unsupported, key_ + ": '" + printable(pattern) + "' is a regular expression, not a name", place);
-        }
+        if (!escaped_dot && std::string_view("\\*+?()[]{}|$").find(pattern[i]) != std::string_view::npos) is_name = false;
         plain += pattern[i];
       }
-      if (plain.find('^', 1) != std::string::npos) {
-        throw Error(Errc::unsupported, key_ + ": '" + printable(pattern) + "' is a regular expression, not a name", place);
-      }
-      if (!values_.emplace(plain, json_number(value, key, place)).second) {
+      const double number = json_number(value, key, place);
+      if (!is_name || plain.find('^', 1) != std::string::npos) {
+        try {
+          expressions_.emplace_back(Pattern("(.*\\.)?(" + pattern + ")$"), number);
+        } catch (const Error& error) {
+          throw Error(error.code(), key_ + ": " + error.what(), place);
+        }
+      } else if (!values_.emplace(plain, number).second) {
         throw Error(Errc::duplicate, key_ + ": '" + printable(pattern) + "' stands there twice", place);
       }
     }
@@ -59,19 +64,22 @@ class PeftPatterns {
 
   double value_or(const std::string& module, double fallback) const {
     std::optional<double> found;
-    const auto look = [&](std::string_view pattern) {
-      const auto at = values_.find(pattern);
-      if (at == values_.end()) return;
-      if (found && *found != at->second) {
+    const auto take = [&](double value) {
+      if (found && *found != value) {
         throw Error(Errc::unsupported, key_ + ": two entries with different values match '" + printable(module) + "'", place_);
       }
-      found = at->second;
+      found = value;
+    };
+    const auto look = [&](std::string_view pattern) {
+      if (const auto at = values_.find(pattern); at != values_.end()) take(at->second);
     };
     look("^" + module);
     for_each_ending(module, [&](std::string_view ending) {
       look(ending);
       return false;
     });
+    for (const auto& [expression, value] : expressions_)
+      if (expression.matches(module)) take(value);
     return found.value_or(fallback);
   }
 
@@ -90,6 +98,7 @@ class PeftPatterns {
   std::string key_;
   ErrorPlace place_;
   std::map<std::string, double, std::less<>> values_;
+  std::vector<std::pair<Pattern, double>> expressions_;
 };
 
 /// What a plain LoRA reader would ignore although it changes the function.

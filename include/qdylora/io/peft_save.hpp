@@ -30,13 +30,26 @@ struct NamedAdapter {
   /// number of heads. Outputs are then saved in Hugging Face's layout, which turns (i, i + d / 2): [heads, d / 2, 2] becomes
   /// [heads, 2, d / 2]. 0: saved as they are.
   Index rope_heads = 0;
+  Index rank = 0;  // to save at, instead of PeftOptions::rank; at most the adapter's
 };
 
 /// The adapters of layers under their names (LoRAOptions::name).
 template <class... Layers>
 std::vector<NamedAdapter> named(const Layers&... layers) {
-  return {NamedAdapter{layers.adapter().options().name, &layers.adapter(), 0}...};
+  return {NamedAdapter{layers.adapter().options().name, &layers.adapter()}...};
 }
+
+namespace detail {
+
+/// The value that most items have; of several, the one that comes first.
+template <class Item, class Value>
+Value most_common(const std::vector<Item>& items, Value Item::* member) {
+  std::map<Value, std::ptrdiff_t> count;
+  for (const Item& item : items) ++count[item.*member];
+  return (*std::ranges::max_element(items, {}, [&](const Item& item) { return count[item.*member]; })).*member;
+}
+
+}  // namespace detail
 
 struct PeftOptions {
   Index rank = 0;  // to save at; modules of lower maximal rank are saved whole. 0: all whole
@@ -59,8 +72,8 @@ inline void save_peft_adapter(const std::filesystem::path& folder, std::span<con
                               const PeftOptions& options = {}) {
   QDYLORA_EXPECTS(!adapters.empty(), bad_argument, "save_peft_adapter: no adapters");
   Index max_rank = 0;
-  bool gated = false, one_alpha = true;
-  for (const auto& [module, adapter, heads] : adapters) {
+  bool gated = false, one_alpha = true, whole = true;
+  for (const auto& [module, adapter, heads, own_rank] : adapters) {
     constexpr std::string_view allowed = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-.";
     QDYLORA_EXPECTS(!module.empty() && module.find_first_not_of(allowed) == std::string::npos, bad_argument,
                     "save_peft_adapter: '" + printable(module) + "' is not the name of a module");
@@ -70,6 +83,10 @@ inline void save_peft_adapter(const std::filesystem::path& folder, std::span<con
     QDYLORA_EXPECTS(adapter->dora() == adapters.front().adapter->dora(), bad_argument,
                     "save_peft_adapter: of " + module + " and " + adapters.front().module + " only one has a magnitude");
     detail::expect_rope_heads(heads, adapter->out(), module);
+    QDYLORA_EXPECTS(own_rank >= 0 && own_rank <= adapter->max_rank(), rank_range,
+                    "save_peft_adapter: " + module + ": rank " + std::to_string(own_rank) + " is not in 1 ... " +
+                        std::to_string(adapter->max_rank()));
+    whole &= own_rank == 0;
     max_rank = std::max(max_rank, adapter->max_rank());
     gated |= adapter->gated();
     one_alpha &= adapter->options().alpha == adapters.front().adapter->options().alpha;
@@ -77,7 +94,7 @@ inline void save_peft_adapter(const std::filesystem::path& folder, std::span<con
   QDYLORA_EXPECTS(options.rank >= 0 && options.rank <= max_rank, rank_range,
                   "save_peft_adapter: rank " + std::to_string(options.rank) + " is not in 1 ... " + std::to_string(max_rank));
   const Index rank = options.rank == 0 ? max_rank : options.rank;
-  gated &= rank == max_rank;
+  gated &= whole && rank == max_rank;
 
   SafetensorsWriter model, gates;
   std::deque<Matrix<float>> kept;  // what the writers borrow
@@ -97,8 +114,14 @@ inline void save_peft_adapter(const std::filesystem::path& folder, std::span<con
   config["base_model_name_or_path"] = options.base_model.empty() ? Json() : Json(options.base_model);
   config["lora_dropout"] = static_cast<double>(adapters.front().adapter->options().dropout);
 
-  for (const auto& [module, adapter, heads] : adapters) {
-    const Index r = std::min(rank, adapter->max_rank());
+  struct Scaled {
+    std::string pattern;
+    Index rank;
+    double alpha;
+  };
+  std::vector<Scaled> scaled;
+  for (const auto& [module, adapter, heads, own_rank] : adapters) {
+    const Index r = own_rank > 0 ? own_rank : std::min(rank, adapter->max_rank());
     const auto a = adapter->a().value.view().top_rows(r);
     const auto b = adapter->b().value.view().top_rows(r);
     const std::string key = std::string(detail::peft_prefix) + module;
@@ -134,16 +157,19 @@ inline void save_peft_adapter(const std::filesystem::path& folder, std::span<con
       case ScalePolicy::over_rank: break;
       case ScalePolicy::over_sqrt_rank: alpha *= std::sqrt(static_cast<double>(r)); break;
     }
-    // The first module's values are the rule. A pattern is a regular expression for the end of a module's name, so it is anchored.
+    // A pattern is a regular expression for the end of a module's name, so it is anchored.
     std::string pattern = "^";
     for (const char c : module) pattern += c == '.' ? std::string("\\.") : std::string(1, c);
-    if (!config.contains("r")) {
-      config["r"] = r;
-      config["lora_alpha"] = detail::short_number(alpha);
-    }
-    if (config["r"] != Json(r)) config["rank_pattern"][pattern] = r;
-    if (config["lora_alpha"] != detail::short_number(alpha)) config["alpha_pattern"][pattern] = detail::short_number(alpha);
+    scaled.push_back({std::move(pattern), r, alpha});
     config["target_modules"].push_back(module);
+  }
+  const Index usual_rank = detail::most_common(scaled, &Scaled::rank);
+  const double usual_alpha = detail::most_common(scaled, &Scaled::alpha);
+  config["r"] = usual_rank;
+  config["lora_alpha"] = detail::short_number(usual_alpha);
+  for (const auto& [pattern, r, alpha] : scaled) {
+    if (r != usual_rank) config["rank_pattern"][pattern] = r;
+    if (alpha != usual_alpha) config["alpha_pattern"][pattern] = detail::short_number(alpha);
   }
 
   std::vector<Index> ranks;
