@@ -27,18 +27,21 @@ void for_each_adapter(Model& model, F&& f) {
   });
 }
 
-/// Saves the adapters of a decoder: those of q and k leave GGUF's rotary layout.
+/// Saves the adapters of a decoder, layers that have a limit at that rank, and those of limit 0 not at all; q and k leave GGUF's rotary
+/// layout.
 template <class Model>
 void save_adapters(const std::filesystem::path& folder, const Model& model, const PeftOptions& options) {
   std::vector<NamedAdapter> named;
   std::deque<LoRAAdapter<float>> copies;  // of a device's
   for_each_adapter(model, [&](const auto& linear, Index heads) {
     const auto& adapter = linear.adapter();
+    const Index limit = linear.rank_limit(), own_rank = limit < adapter.max_rank() ? limit : 0;
+    if (limit == 0) return;
     if constexpr (Model::Memory::host) {
-      named.push_back({adapter.options().name, &adapter, heads});
+      named.push_back({adapter.options().name, &adapter, heads, own_rank});
     } else {
       copies.push_back(to_host(adapter, model.backend()));
-      named.push_back({adapter.options().name, &copies.back(), heads});
+      named.push_back({adapter.options().name, &copies.back(), heads, own_rank});
     }
   });
   save_peft_adapter(folder, named, options);
@@ -73,6 +76,7 @@ void assign_adapter(const PeftAdapter& adapter, const std::string& folder, Model
         own.options() = copy.options();
         assign(own, copy, model.backend());
       }
+      linear.limit_rank(module->rank());  // its rows beyond are zero, and a scale may depend on the rank
       ++used;
     });
     QDYLORA_EXPECTS(used == adapter.modules.size(), missing_tensor,

@@ -52,7 +52,7 @@ std::string toy(const std::filesystem::path& out, const std::string& more = "") 
 }  // namespace
 
 TEST_CASE("programs: --help tells the options and succeeds") {
-  for (const std::string program : {"finetune", "evaluate", "quantize", "adapter", "merge", "compare"}) {
+  for (const std::string program : {"finetune", "evaluate", "quantize", "adapter", "merge", "compare", "rank_map"}) {
     if (!built(program)) SKIP(program << " has not been built");
     const auto result = run(program, "--help");
     CAPTURE(program);

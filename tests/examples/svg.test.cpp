@@ -10,6 +10,7 @@
 #include <string_view>
 #include <vector>
 
+#include "../../examples/common/heat_map.hpp"
 #include "../../examples/common/svg.hpp"
 #include "support/catch.hpp"
 
@@ -95,7 +96,7 @@ TEST_CASE("charts of odd data are drawn all the same", "[svg]") {
 }
 
 TEST_CASE("charts that cannot be drawn are refused", "[svg]") {
-  CHECK_THROWS_AS(ex::svg({}), qd::Error);
+  CHECK_THROWS_AS(ex::svg(std::vector<ex::LineChart>{}), qd::Error);
   CHECK_THROWS_AS(ex::svg(std::vector{ex::LineChart{"none", "x", "y", {}}}), qd::Error);
   CHECK_THROWS_AS(ex::svg(std::vector{ex::LineChart{"zero", "x", "y", {{"s", {{0, 1}}}}}}), qd::Error);
 }
@@ -114,4 +115,27 @@ TEST_CASE("a chart is written to a file, or the error names it", "[svg]") {
     CHECK(error.code() == qd::Errc::open);
     CHECK(error.file().find("chart.svg") != std::string::npos);
   }
+}
+
+TEST_CASE("a heat map has a cell for each number, the darker the larger", "[svg]") {
+  const ex::HeatMap map{"a < b", "block", {"0", "1"}, {"q", "up"}, {{0, 4}, {1, 8}}, {{"none", "4"}, {"1", "8"}}};
+  const std::string text = ex::svg(std::vector{map, map});
+  CHECK(text.starts_with("<svg xmlns=\"http://www.w3.org/2000/svg\""));
+  CHECK(text.ends_with("</svg>\n"));
+  CHECK(count(text, "<text") == count(text, "</text>"));
+  CHECK(count(text, "class=\"cell\"") == 8);
+  CHECK(count(text, ">a &lt; b<") == 3);  // and the document's title
+  for (const char* cell : {"fill-opacity=\"0.060\"", "fill-opacity=\"0.178\"", "fill-opacity=\"0.530\"", "fill-opacity=\"1.000\"", ">none<"})
+    CHECK(count(text, cell) == 2);
+  // A row lies below the one before, a column to the right.
+  CHECK(text.find(">none<") < text.find(">4<"));
+  CHECK(text.find(">4<") < text.find(">8<"));
+
+  auto bad = map;
+  bad.values[1].pop_back();
+  CHECK_THROWS_AS(ex::svg(std::vector{bad}), qd::Error);
+  bad = map;
+  bad.values[0][0] = std::nan("");
+  CHECK_THROWS_AS(ex::svg(std::vector{bad}), qd::Error);
+  CHECK_THROWS_AS(ex::svg(std::vector<ex::HeatMap>{}), qd::Error);
 }

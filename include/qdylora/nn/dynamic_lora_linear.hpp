@@ -13,6 +13,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <memory>
 #include <utility>
 
@@ -90,12 +91,16 @@ class DynamicLoRALinear {
   /// The ranks of the next forward passes. Throws Errc::rank_range above max_rank.
   void set_ranks(const RankPlan& plan) {
     adapter_.check_rank(plan.max_rank());
-    plan_ = plan;
+    plan_ = plan.limited(rank_limit_);
   }
-  void set_rank(Index rank) {
+  void set_rank(Index rank) { set_ranks(RankPlan::uniform(rank)); }
+  /// No pass uses a higher rank, whatever the plan: what makes a rank map of one plan for all layers of a model. max_rank lifts it.
+  void limit_rank(Index rank) {
     adapter_.check_rank(rank);
-    plan_ = RankPlan::uniform(rank);
+    rank_limit_ = rank;
+    plan_ = plan_.limited(rank);
   }
+  Index rank_limit() const noexcept { return std::min(rank_limit_, adapter_.max_rank()); }
   /// Dropout acts only while training. Masks are a function of (seed, layer, step) and of a token's place in the step, whose first
   /// `first_row` tokens came in other batches.
   /// With a magnitude, norms of rows are made in every pass while training. Else they are kept until this is called again, adapter() is, or
@@ -383,6 +388,7 @@ class DynamicLoRALinear {
   Adapter adapter_;
   std::unique_ptr<RowNorms<Acc>> norms_;  // with a magnitude
   RankPlan plan_;
+  Index rank_limit_ = std::numeric_limits<Index>::max();
   bool training_ = true;
   std::uint32_t step_ = 0;
   Index first_row_ = 0;

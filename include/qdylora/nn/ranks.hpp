@@ -89,6 +89,15 @@ class RankPlan {
     return plan;
   }
 
+  /// The same plan with no rank above `most`.
+  RankPlan limited(Index most) const {
+    RankPlan plan = *this;
+    plan.uniform_ = std::min(uniform_, most);
+    plan.max_ = std::min(max_, most);
+    for (auto& run : plan.runs_) run.rank = std::min(run.rank, most);
+    return plan;
+  }
+
   bool is_uniform() const noexcept { return runs_.empty(); }
   Index max_rank() const noexcept { return max_; }
   std::span<const Run> runs() const noexcept { return runs_; }
