@@ -94,7 +94,8 @@ int choose(const Options& o) {
   expect_seq_len(o.seq_len, model.config);
   auto samples = tokenize(examples, model.need_tokenizer(), {.chat = model.chat, .max_length = o.seq_len}).samples;
   const auto few = std::min<std::size_t>(samples.size() / 2, static_cast<std::size_t>(o.examples));
-  QDYLORA_EXPECTS(few > 0, bad_argument, "--data: fewer than two examples have a scored token within --seq-len " + std::to_string(o.seq_len));
+  QDYLORA_EXPECTS(few > 0, bad_argument,
+                  "--data: fewer than two examples have a scored token within --seq-len " + std::to_string(o.seq_len));
   const std::vector<Sample> chosen_on(samples.begin(), samples.begin() + static_cast<std::ptrdiff_t>(few));
   samples.erase(samples.begin(), samples.begin() + static_cast<std::ptrdiff_t>(few));
   samples.resize(std::min<std::size_t>(samples.size(), static_cast<std::size_t>(o.held_out)));
@@ -131,11 +132,15 @@ int choose(const Options& o) {
     if (++calls % 10 == 0) std::fprintf(stderr, "%zu of at most %zu losses\n", calls, most_calls);
     return loss(chosen_on, m);
   });
+  QDYLORA_EXPECTS(map.parameters > 0, bad_argument, "no layer's adapter lowers the loss of --data: nothing is left to save");
   const double uniform_loss = loss(samples, std::vector<Index>(costs.size(), map.uniform_rank));
   const double held_out_loss = loss(samples, map.ranks);  // leaves the limits at the map
 
   save_adapters(o.out, decoder,
-                {.base_model = adapter.config.base_model, .task_type = adapter.config.task_type, .init = adapter.init, .base_format = adapter.base_format});
+                {.base_model = adapter.config.base_model,
+                 .task_type = adapter.config.task_type,
+                 .init = adapter.init,
+                 .base_format = adapter.base_format});
   Json json = {{"adapter", printable_utf8(o.adapter)},
                {"budget", budget},
                {"parameters", map.parameters},

@@ -54,7 +54,8 @@ inline BaseOptions base_of(const PeftAdapter& adapter, const std::string& folder
   if (adapter.init.changes_base()) base.init = adapter.init;
   if (!adapter.init.standard() && adapter.base_format != format)
     throw Error(Errc::bad_argument,
-                "--base-format " + format + ": the adapter began as " + name(adapter.init) + " of a base in " + printable(adapter.base_format, 32),
+                "--base-format " + format + ": the adapter began as " + name(adapter.init) + " of a base in " +
+                    printable(adapter.base_format, 32),
                 {.file = folder});
   return base;
 }

@@ -21,7 +21,8 @@ struct HeatMap {
   std::vector<std::vector<std::string>> texts;  // of the same shape
 };
 
-/// Tables side by side as one SVG document. Errors: bad_argument (no map, an empty one, a shape that is not rows x columns, a negative value).
+/// Tables side by side as one SVG document. Errors: bad_argument (no map, an empty one, a shape that is not rows x columns, a negative
+/// value).
 inline std::string svg(std::span<const HeatMap> maps) {
   using Writer = detail::ChartWriter;
   constexpr double cell_width = 58, cell_height = 20, left = 64, top = 66, gap = 28;
@@ -54,7 +55,8 @@ inline std::string svg(std::span<const HeatMap> maps) {
       for (std::size_t j = 0; j < map.columns.size(); ++j) {
         const double x = x0 + cell_width * static_cast<double>(j), share = most > 0.0 ? map.values[i][j] / most : 0.0;
         body += "<rect class=\"cell\" x=\"" + number(x + 1) + "\" y=\"" + number(y + 1) + "\" width=\"" + number(cell_width - 2) +
-                "\" height=\"" + number(cell_height - 2) + "\" rx=\"3\" fill-opacity=\"" + Writer::number(0.06 + 0.94 * share, 3) + "\"/>\n";
+                "\" height=\"" + number(cell_height - 2) + "\" rx=\"3\" fill-opacity=\"" + Writer::number(0.06 + 0.94 * share, 3) +
+                "\"/>\n";
         text(x + cell_width / 2, y + 14, share > 0.5 ? "tick dark" : "tick", "middle", map.texts[i][j]);
       }
     }

@@ -5,9 +5,12 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <deque>
 #include <filesystem>
 #include <limits>
 #include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include <qdylora/cpu/cpu.hpp>
@@ -163,6 +166,10 @@ TEST_CASE("programs: a wrong argument or file gives one line and status 2") {
       {"finetune", "--toy --device tpu", "cpu"},
       {"finetune", "--toy --dtype float16", "bfloat16"},
       {"finetune", "--toy --steps 1 --device cuda --out " + quoted(folder / "gpu"), "QDYLORA_CUDA=ON"},
+      {"rank_map", tiny + " --adapter " + quoted(test::golden("llama_tiny_adapter")) + " --data " + good + " " + quoted(folder / "m"),
+       "ranks up to 8"},
+      {"rank_map", tiny + " --adapter " + quoted(test::golden("llama_tiny_adapter")) + " --data " + good + " " +
+                       quoted(test::golden("llama_tiny_adapter")), "written over"},
       {"quantize", "in out --format int4", "int4"},
       {"quantize", quoted(folder / "junk.safetensors") + " out", "junk.safetensors"},
       {"quantize", quoted(test::golden("codes.safetensors")) + " out", "no matrix"},
@@ -380,6 +387,80 @@ TEST_CASE("programs: an adapter that began on a base of its own is used with tha
   CHECK(logits("pissa", "nf4").size() == plain.size());
   CHECK(logits("pissa", "nf4") != plain);
   CHECK(logits("loftq", "int4").find("--base-format int4") != std::string::npos);
+}
+
+TEST_CASE("programs: rank_map keeps to its budget, and its adapter has the losses it says, at ranks that PEFT reads") {
+  if (!built("rank_map") || !built("evaluate")) SKIP("rank_map or evaluate has not been built");
+  const test::TemporaryFolder folder;
+  const auto model = folder / "model";
+  std::filesystem::create_directory(model);
+  for (const std::string file : {"tokenizer.json", "tokenizer_config.json"})
+    std::filesystem::copy_file(test::golden("tokenizers") / "gpt2" / file, model / file);
+  test::write_file(model / "config.json",
+                   R"({"model_type": "llama", "vocab_size": 520, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+                       "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64, "rms_norm_eps": 1e-05,
+                       "hidden_act": "silu", "tie_word_embeddings": true})");
+  qd::SafetensorsWriter writer;
+  std::deque<qd::Matrix<float>> kept;
+  std::deque<qd::LoRAAdapter<float>> adapters;
+  std::vector<qd::NamedAdapter> list;
+  std::vector<Index> costs;
+  std::uint64_t seed = 1;
+  const auto add = [&](const std::string& name, Index rows, Index cols) {
+    const auto& m = kept.emplace_back(qd::clone(test::normal_matrix<float>(rows, cols, seed++, 0.2).view()));
+    writer.add(name, qd::DType::F32, rows == 1 ? std::vector<Index>{cols} : std::vector<Index>{rows, cols}, std::as_bytes(m.span()));
+  };
+  add("model.embed_tokens.weight", 520, 32);
+  add("model.norm.weight", 1, 32);
+  for (const std::string layer : {"model.layers.0.", "model.layers.1."}) {
+    add(layer + "input_layernorm.weight", 1, 32);
+    add(layer + "post_attention_layernorm.weight", 1, 32);
+    for (const auto& [name, out, in] : {std::tuple("self_attn.q_proj", 32, 32), std::tuple("self_attn.k_proj", 32, 32),
+                                        std::tuple("self_attn.v_proj", 32, 32), std::tuple("self_attn.o_proj", 32, 32),
+                                        std::tuple("mlp.gate_proj", 48, 32), std::tuple("mlp.up_proj", 48, 32),
+                                        std::tuple("mlp.down_proj", 32, 48)}) {
+      add(layer + name + ".weight", out, in);
+      auto& adapter = adapters.emplace_back(in, out, qd::LoRAOptions{.max_rank = 8, .seed = seed});
+      ++seed;  // some layers do much, others little
+      qd::copy(test::normal_matrix<float>(8, out, seed, seed % 3 == 0 ? 0.5 : 0.05).view(), adapter.b().value.view());
+      list.push_back({layer + name, &adapter});
+      costs.push_back(in + out);
+    }
+  }
+  writer.write(model / "model.safetensors");
+  qd::save_peft_adapter(folder / "adapter", list);
+  std::string data;
+  for (int i = 0; i < 12; ++i)
+    data += "{\"prompt\": \"one and " + std::to_string(i) + "\", \"response\": \"is " + std::to_string(i + 1) + "\"}\n";
+  test::write_file(folder / "data.jsonl", data);
+
+  const std::string common = "--model " + quoted(model) + " --no-chat-template --seq-len 48 --data " + quoted(folder / "data.jsonl");
+  const auto result = run("rank_map", common + " --adapter " + quoted(folder / "adapter") + " --rank 2 --examples 8 --held-out 4 " +
+                                          quoted(folder / "map"));
+  CAPTURE(result.out, result.err);
+  REQUIRE(result.status == 0);
+  const auto json = qd::read_json(folder / "map" / "rank_map.json");
+  const auto loaded = qd::load_peft_adapter(folder / "map");
+  Index parameters = 0, whole = 0;
+  for (std::size_t i = 0; i < list.size(); ++i) {
+    const auto* module = loaded.find(list[i].module);
+    const Index rank = json.at("ranks").at(list[i].module).get<Index>();
+    CHECK((module == nullptr ? 0 : module->rank()) == rank);
+    parameters += rank * costs[i];
+    whole += 2 * costs[i];
+  }
+  CHECK(json.at("budget") == whole);
+  CHECK(json.at("parameters") == parameters);
+  CHECK(parameters <= whole);
+  CHECK(json.at("chosen_on").at("loss").get<double>() < json.at("chosen_on").at("uniform_loss").get<double>());
+  CHECK(test::read_file(folder / "map" / "rank_map.svg").ends_with("</svg>\n"));
+  // The adapter that was cut has the loss that was measured with limits.
+  const auto evaluated = run("evaluate", common + " --max-examples 8 --adapter " + quoted(folder / "map"));
+  CAPTURE(evaluated.out, evaluated.err);
+  REQUIRE(evaluated.status == 0);
+  const auto at = evaluated.out.find("loss ");
+  REQUIRE(at != std::string::npos);
+  CHECK(std::stod(evaluated.out.substr(at + 5)) == Approx(json.at("chosen_on").at("loss").get<double>()).margin(1e-4));
 }
 
 TEST_CASE("programs: a merged model has the logits of its adapter at that rank") {

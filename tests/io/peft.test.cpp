@@ -347,7 +347,7 @@ TEST_CASE("modules may be saved at ranks of their own: the most common is the ru
     CAPTURE(qd::name(policy));
     test::TemporaryFolder folder;
     std::vector<qd::LoRAAdapter<float>> adapters;
-    for (const std::uint64_t seed : {1, 2, 3, 4, 5})
+    for (std::uint64_t seed = 1; seed <= 5; ++seed)
       adapters.push_back(make_adapter(6, 7, {.max_rank = 8, .alpha = 5.0f, .scale = policy, .gated_ranks = {4, 8}}, seed));
     const std::vector<Index> ranks = {8, 4, 4, 1, 4};
     std::vector<qd::NamedAdapter> list;

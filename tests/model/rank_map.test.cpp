@@ -88,7 +88,8 @@ TEST_CASE("the energy that a cut takes is that of the difference of the products
     for (std::size_t k = 0; k < ranks.size(); ++k) {
       const auto part = layer.merged_weight(ranks[k]);
       double difference = 0.0;
-      for (Index i = 0; i < whole.size(); ++i) difference += std::pow(static_cast<double>(whole.data()[i]) - static_cast<double>(part.data()[i]), 2);
+      for (Index i = 0; i < whole.size(); ++i)
+        difference += std::pow(static_cast<double>(whole.data()[i]) - static_cast<double>(part.data()[i]), 2);
       CAPTURE(ranks[k]);
       CHECK(energy[k] == Approx(difference / size).margin(1e-6));
     }

@@ -32,9 +32,9 @@ struct PeftLoadOptions {
 
 namespace detail {
 
-/// rank_pattern and alpha_pattern: module name -> value. PEFT takes a key for a regular expression that the name must end in, after a dot or
-/// from its start on: re.match(rf"(.*\.)?({key})$", name). Of several keys that match it takes the first, but JSON's objects have no order:
-/// such keys must agree. Most keys are names or ends of names, with or without '^' and escaped dots, and are looked up.
+/// rank_pattern and alpha_pattern: module name -> value. PEFT takes a key for a regular expression that the name must end in, after a dot
+/// or from its start on: re.match(rf"(.*\.)?({key})$", name). Of several keys that match it takes the first, but JSON's objects have no
+/// order: such keys must agree. Most keys are names or ends of names, with or without '^' and escaped dots, and are looked up.
 class PeftPatterns {
  public:
   PeftPatterns(const Json& config, std::string_view key, const ErrorPlace& place) : key_(key), place_(place) {
@@ -127,7 +127,8 @@ inline void expect_same_base(const Json& config, const ErrorPlace& place) {
 }
 
 /// PeftOptions::init, of the metadata.
-inline AdapterInit peft_init(const std::map<std::string, std::string, std::less<>>& metadata, const ErrorPlace& place, const Limits& limits) {
+inline AdapterInit peft_init(const std::map<std::string, std::string, std::less<>>& metadata, const ErrorPlace& place,
+                             const Limits& limits) {
   const auto rank = metadata.find("qdylora.init_rank");
   if (rank == metadata.end()) throw Error(Errc::bad_config, "has qdylora.init, but no qdylora.init_rank", place);
   const Json json = parse_json("{\"qdylora.init_rank\":" + rank->second + "}", place, limits);
@@ -240,7 +241,8 @@ inline PeftAdapter load_peft_adapter(const std::filesystem::path& folder, const 
   }
   if (!adapter.init.changes_base()) detail::expect_same_base(json, place);
   else if (!options.changed_base)
-    throw Error(Errc::unsupported, "began as " + name(adapter.init) + ": belongs to a base model that was changed too", {.file = file.name()});
+    throw Error(Errc::unsupported, "began as " + name(adapter.init) + ": belongs to a base model that was changed too",
+                {.file = file.name()});
 
   for (const TensorInfo& tensor : file.tensors()) {
     const ErrorPlace at{.file = file.name(), .tensor = tensor.name};

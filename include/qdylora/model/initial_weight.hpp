@@ -9,8 +9,8 @@
 
 namespace qdylora {
 
-/// make_base_weight, and beside it the product that BaseOptions::init asks for; none for a standard one. With pissa and loftq, this one weight
-/// exists in float while it is read, and as much again.
+/// make_base_weight, and beside it the product that BaseOptions::init asks for; none for a standard one. With pissa and loftq, this one
+/// weight exists in float while it is read, and as much again.
 template <class ReadRows, class Backend>
 std::pair<std::shared_ptr<const WeightFor<AnyFormat>>, LowRank<float>> make_initial_weight(Index rows, Index cols, BaseOptions options,
                                                                                            ReadRows&& read_rows, const Backend& backend) {

@@ -1,18 +1,18 @@
-// Rank maps: a rank for each linear layer, so that a budget of parameters goes where it lowers the loss most. An adapter that was trained to
-// be cut at any rank needs no further training for it.
+// Rank maps: a rank for each linear layer, so that a budget of parameters goes where it lowers the loss most. An adapter that was trained
+// to be cut at any rank needs no further training for it.
 //
 // Near the map that has one rank u everywhere, a loss is taken to be a sum over layers l of what their ranks b_l change:
 //   L(b) ~ L(u) + sum_l g_l(b_l),   g_l(b) = D_l (f_l(b) - f_l(u)) / (1 - f_l(u))   for b <= u
 //                                   g_l(b) = U_l (f_l(b) - f_l(u)) / f_l(u)         for b >= u
-// f_l(b) = |dW_l,r - dW_l,b|^2 / |dW_l,r|^2 is the energy that cutting to b takes away (AdaLoRA, Zhang et al. 2023, ranks directions by such
-// a score of their own). What it is worth is measured: D_l, how much the loss rises when layer l has no adapter, and U_l, how much it falls
-// when the layer has all of it, the others at u. That is two measurements a layer instead of one for each layer and rank. The best map of
-// such a sum under the budget is then found exactly.
+// f_l(b) = |dW_l,r - dW_l,b|^2 / |dW_l,r|^2 is the energy that cutting to b takes away. What it is worth is measured: D_l, how much the loss
+// rises when layer l has no adapter, and U_l, how much it falls when the layer has all of it, the others at u. That is two measurements a
+// layer instead of one for each layer and rank. The best map of such a sum under the budget is then found exactly.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <functional>
 #include <limits>
 #include <numeric>
 #include <span>
@@ -62,11 +62,12 @@ struct RankMapLayer {
 };
 
 /// The map that minimizes the sum of `increase` among those of at most `budget` parameters: an index into `ranks`, which rise, for each
-/// layer. Exact, by dynamic programming over the budget (a knapsack with a choice for each layer), where costs share a divisor that cuts the
-/// budget into at most 65536 parts; else costs are rounded up to such parts. Errors: bad_argument, also where nothing fits the budget.
+/// layer. Exact, by dynamic programming over the budget (a knapsack with a choice for each layer), where costs share a divisor that cuts
+/// the budget into at most 65536 parts; else costs are rounded up to such parts. Errors: bad_argument, also where nothing fits the budget.
 inline std::vector<std::size_t> best_rank_map(std::span<const RankMapLayer> layers, std::span<const Index> ranks, Index budget) {
-  QDYLORA_EXPECTS(!ranks.empty() && ranks.size() <= 256 && ranks.front() >= 0 && std::ranges::adjacent_find(ranks, std::greater_equal<>()) == ranks.end(),
-                  bad_argument, "best_rank_map: expected 1 ... 256 ranks that rise");
+  const bool rise = std::ranges::adjacent_find(ranks, std::greater_equal<>()) == ranks.end();
+  QDYLORA_EXPECTS(!ranks.empty() && ranks.size() <= 256 && ranks.front() >= 0 && rise, bad_argument,
+                  "best_rank_map: expected 1 ... 256 ranks that rise");
   Index unit = 0;
   for (const auto& layer : layers) {
     QDYLORA_EXPECTS(layer.cost >= 1 && layer.increase.size() == ranks.size(), bad_argument,
@@ -112,9 +113,9 @@ struct RankMap {
   std::vector<double> worth;  // of each layer: how much its adapter, from none to whole, lowers the loss with the others at uniform_rank
 };
 
-/// A map of at most `budget` parameters. costs: in + out of each layer; cut: cut_energy of each layer at the candidate ranks, which rise from
-/// 0; loss(std::span<const Index>): of a map, a rank for each layer. Calls loss at most 2 * layers + 2 times. Where the map that it arrives
-/// at is not better than one rank everywhere, that one stays. Errors: bad_argument, non_finite, and those of loss.
+/// A map of at most `budget` parameters. costs: in + out of each layer; cut: cut_energy of each layer at the candidate ranks, which rise
+/// from 0; loss(std::span<const Index>): of a map, a rank for each layer. Calls loss at most 2 * layers + 2 times. Where the map that it
+/// arrives at is not better than one rank everywhere, that one stays. Errors: bad_argument, non_finite, and those of loss.
 template <class Loss>
 RankMap rank_map(std::span<const Index> costs, std::span<const std::vector<double>> cut, std::span<const Index> ranks, Index budget,
                  Loss&& loss) {
@@ -126,7 +127,9 @@ RankMap rank_map(std::span<const Index> costs, std::span<const std::vector<doubl
     QDYLORA_EXPECTS(std::isfinite(value), non_finite, "rank_map: the loss of a map is not finite");
     return value;
   };
-  const auto parameters = [&](const std::vector<Index>& map) { return std::inner_product(map.begin(), map.end(), costs.begin(), Index{0}); };
+  const auto parameters = [&](const std::vector<Index>& map) {
+    return std::inner_product(map.begin(), map.end(), costs.begin(), Index{0});
+  };
   RankMap result;
   std::size_t uniform = 0;
   while (uniform + 1 < ranks.size() && parameters(std::vector<Index>(n, ranks[uniform + 1])) <= budget) ++uniform;
@@ -136,7 +139,8 @@ RankMap rank_map(std::span<const Index> costs, std::span<const std::vector<doubl
 
   std::vector<RankMapLayer> layers;
   for (std::size_t l = 0; l < n; ++l) {
-    QDYLORA_EXPECTS(cut[l].size() == ranks.size(), bad_argument, "rank_map: expected the energies of layer " + std::to_string(l) + " at every rank");
+    QDYLORA_EXPECTS(cut[l].size() == ranks.size(), bad_argument,
+                    "rank_map: expected the energies of layer " + std::to_string(l) + " at every rank");
     const double at_uniform = cut[l][uniform];
     // What a layer gains never counts below zero: noise alone says that an adapter harms.
     const auto change = [&](Index rank, double sign) {

@@ -67,7 +67,8 @@ LowRank<float> leading_triplets(MatrixView<const float> w, Index rank, const Bac
     detail::orthonormalize_rows<Backend>(right);
   }
   // left^T left W = (left^T P) (P^T right), where P diagonalizes right right^T.
-  const Rows q = as_eigen(std::as_const(left).view()).template cast<double>(), c = as_eigen(std::as_const(right).view()).template cast<double>();
+  const Rows q = as_eigen(std::as_const(left).view()).template cast<double>();
+  const Rows c = as_eigen(std::as_const(right).view()).template cast<double>();
   const Eigen::SelfAdjointEigenSolver<Rows> solver(c * c.transpose());
   const auto& squares = solver.eigenvalues();  // ascending
   Index kept = 0;
