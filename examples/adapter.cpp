@@ -22,13 +22,16 @@ using namespace qdylora;
 using namespace qdylora::examples;
 
 int info(const std::string& folder) {
-  const auto adapter = load_peft_adapter(folder, {.force = true});
+  const auto adapter = load_peft_adapter(folder, {.force = true, .changed_base = true});
   Index parameters = 0;
   for (const auto& m : adapter.modules) parameters += m.a.size() + m.b.size() + m.magnitude.size();
   std::printf("%s: %zu modules, rank %lld, %.2f M parameters%s\n", folder.c_str(), adapter.modules.size(),
               static_cast<long long>(adapter.max_rank()), static_cast<double>(parameters) / 1e6,
               adapter.config.use_dora ? ", DoRA: a magnitude for each output" : "");
   if (!adapter.config.base_model.empty()) std::printf("base model %s\n", printable(adapter.config.base_model).c_str());
+  if (!adapter.init.standard())
+    std::printf("began as %s at rank %lld of a base in %s, which it belongs to\n", name(adapter.init).c_str(),
+                static_cast<long long>(adapter.init.rank), printable(adapter.base_format).c_str());
   if (!adapter.ranks.empty()) {
     std::printf("trained for ranks");
     for (const Index rank : adapter.ranks) std::printf(" %lld", static_cast<long long>(rank));
@@ -59,7 +62,7 @@ int info(const std::string& folder) {
 
 int cut(const std::string& folder, Index rank, const std::string& out, bool reordered) {
   expect_no_overwrite(folder, out);
-  const auto source = load_peft_adapter(folder);
+  const auto source = load_peft_adapter(folder, {.changed_base = true});
   QDYLORA_EXPECTS(rank >= 1 && rank <= source.max_rank(), rank_range,
                   "--rank " + std::to_string(rank) + ": the adapter has ranks 1 ... " + std::to_string(source.max_rank()));
   std::vector<LoRAAdapter<float>> adapters;
@@ -77,7 +80,12 @@ int cut(const std::string& folder, Index rank, const std::string& out, bool reor
     named.push_back({module.name, &adapters.back(), 0});
   }
   save_peft_adapter(out, named,
-                    {.rank = rank, .base_model = source.config.base_model, .task_type = source.config.task_type, .ranks = source.ranks});
+                    {.rank = rank,
+                     .base_model = source.config.base_model,
+                     .task_type = source.config.task_type,
+                     .ranks = source.ranks,
+                     .init = source.init,
+                     .base_format = source.base_format});
   std::printf("wrote %s: %zu modules at rank %lld\n", out.c_str(), named.size(), static_cast<long long>(rank));
   return 0;
 }

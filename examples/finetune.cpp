@@ -45,9 +45,9 @@ void declare(CLI::App& app, FinetuneOptions& o) {
   app.add_flag("--gates", o.gates, "train a factor for every row at every rank (order-then-nest)");
   app.add_option("--base-format", o.base, "base weights: nf4, fp4, int4, fp8 or float32")->capture_default_str();
   app.add_option("--init", o.init,
-                 "what adapters begin with: standard (A random, B zero); loftq, what quantization loses (rank 0 stays the plain base); "
-                 "pissa or loftq:ITERATIONS, whose base is another than the quantized model, so that of all programs evaluate alone, "
-                 "which makes that base again, can use the adapter with it")
+                 "what adapters begin with: standard (A random, B zero); loftq, what quantization loses, which makes them adapters of the "
+                 "model in --base-format alone; pissa or loftq:ITERATIONS, which make them adapters of another base than the quantized "
+                 "model: evaluate and rank_map make it again, other programs refuse it")
       ->capture_default_str();
   app.add_option("--optimizer", o.optimizer, "adamw, or adamw8bit: moments in 8 bits, a quarter of their memory")
       ->check(CLI::IsMember({"adamw", "adamw8bit"}))

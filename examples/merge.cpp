@@ -71,6 +71,9 @@ class Merger {
           tensor.name.ends_with(".weight") ? adapter_.find(std::string_view(tensor.name).substr(0, tensor.name.size() - 7)) : nullptr;
       at_tensor(file.name(), tensor.name, [&] {
         if (is_bnb_4bit(file, tensor.name)) merge_4bit(file, tensor.name, module, writer);
+        else if (module != nullptr && !adapter_.init.standard())
+          throw Error(Errc::unsupported, "is in float, and the adapter began as " + name(adapter_.init) + " of a base in " +
+                                             printable(adapter_.base_format, 32));
         else if (module != nullptr)
           put(writer, tensor.name, sum(*module, std::make_shared<AnyWeight>(file.matrix(tensor.name))), dtype_.value_or(tensor.dtype));
         else if (dtype_ && (tensor.dtype == DType::F32 || tensor.dtype == DType::F16 || tensor.dtype == DType::BF16) &&

@@ -58,8 +58,8 @@ struct PeftOptions {
   std::vector<Index> ranks = {};  // the ranks the adapter was trained for; those above `rank` are left out
   std::string recipe = "";        // how it was trained
   /// How the adapter began, if not the standard way, and the format of the base it was trained on. Where that base is another one than the
-  /// quantized model, init_lora_weights says so: PEFT then makes its own from a model in float, and nobody takes the adapter for one of the
-  /// model as it is.
+  /// quantized model, init_lora_weights keeps readers from using the adapter on the model as it is: of a whole PiSSA, PEFT makes the base
+  /// itself, in float; anything else it refuses.
   AdapterInit init = {};
   std::string base_format = "";
   std::map<std::string, std::string> metadata = {};  // of the tensor file, further entries
@@ -106,9 +106,9 @@ inline void save_peft_adapter(const std::filesystem::path& folder, std::span<con
                  {"use_dora", adapters.front().adapter->dora()}, {"use_rslora", false}, {"rank_pattern", Json::object()}, {"alpha_pattern", Json::object()},
                  {"target_modules", Json::array()}};
   if (options.init.changes_base()) {
-    const bool pissa = options.init.kind == AdapterInit::Kind::pissa;
-    config["init_lora_weights"] = pissa ? "pissa" : "loftq";
-    if (!pissa) config["loftq_config"] = {{"loftq_bits", 4}, {"loftq_iter", options.init.iterations}};
+    const bool made_by_peft = options.init.kind == AdapterInit::Kind::pissa && whole && rank == options.init.rank;
+    const std::string other = "of a changed base: " + name(options.init) + " at rank " + std::to_string(options.init.rank);
+    config["init_lora_weights"] = made_by_peft ? "pissa" : other;
   }
   config["task_type"] = options.task_type.empty() ? Json() : Json(options.task_type);
   config["base_model_name_or_path"] = options.base_model.empty() ? Json() : Json(options.base_model);
