@@ -56,7 +56,7 @@ void declare(CLI::App& app, FinetuneOptions& o) {
       ->check(not_empty());
   add_number(app, "--alpha", o.alpha, "LoRA's alpha", 1e-6, 1e6);
   add_number(app, "--dropout", o.dropout, "on the adapters' inputs", 0.0, 0.99);
-  dora->excludes("--dropout");
+  dora->excludes("--dropout")->excludes("--init");
   add_number(app, "--lr", o.lr, "peak learning rate", 1e-9, 10.0);
   add_number(app, "--lora-plus", o.lora_plus, "B's learning rate relative to A's (LoRA+: 16 or so, at a lower --lr)", 1e-3, 1e3);
   add_number(app, "--steps", o.steps, "optimizer steps", 1, most_steps);

@@ -121,6 +121,7 @@ TEST_CASE("programs: a wrong argument or file gives one line and status 2") {
       {"finetune", "--toy --paged /no/such/folder --out " + quoted(folder / "x"), "/no/such/folder"},
       {"finetune", "--toy --paged /tmp --device cuda", "--paged"},
       {"finetune", "--toy --init eva", "loftq:ITERATIONS"},
+      {"finetune", "--toy --init loftq --dora", "--dora excludes --init"},
       {"finetune", "--toy --init pissa --recipe qdylora", "alpha/b"},
       {"finetune", "--toy --dropout nan", "--dropout"},
       {"finetune", "--toy --seed -1", "--seed"},

@@ -27,7 +27,7 @@ struct TrainerOptions {
   double lr_floor = 0.1;  // the cosine ends at this share of lr
   double max_gradient_norm = 1.0;
   double weight_decay = 0.0;
-  double gate_lr = 5.0;  // of gates, relative to lr
+  double gate_lr = 5.0;     // of gates, relative to lr
   double b_lr_ratio = 1.0;  // of B, relative to A: LoRA+ (Hayou et al. 2024), which finds about 16 good for fine-tuning
   std::uint64_t seed = 0;
 };
@@ -256,7 +256,6 @@ class Trainer {
     });
     workers_.sum(moments, {}, model_.backend());
   }
-
 
   RankPlan next_plan(Index sequences) {
     return nesting_ || options_.recipe.draw_ranks ? sampler_.next(sequences) : RankPlan::uniform(options_.ranks.max());

@@ -60,13 +60,14 @@ inline AdapterInit adapter_init(std::string_view text, Index rank) {
 
 /// Gives an adapter the rows of `initial`, as many as both have: sum_{i < b} of its product becomes delta W_b at every rank b they reach.
 /// Both sides take the root of the scale. Rows beyond keep a random A, and B = 0. Errors: shape_mismatch, and unsupported where the scale
-/// differs from rank to rank, so that no rows are right at two of them.
+/// differs from rank to rank, so that no rows are right at two of them, and with a magnitude, which begins as the base's.
 template <class S, MemoryResource Memory, class Backend>
 void begin_with(LoRAAdapter<S, Memory>& adapter, const LowRank<S, Memory>& initial, const Backend& backend) {
   const std::string& name = adapter.options().name;
   QDYLORA_EXPECTS(adapter.options().scale == ScalePolicy::constant, unsupported,
                   name + ": initial values need the scale " + std::string(qdylora::name(ScalePolicy::constant)) + ", found " +
                       std::string(qdylora::name(adapter.options().scale)));
+  QDYLORA_EXPECTS(!adapter.dora(), unsupported, name + ": initial values do not go with a magnitude");
   expect_shape((name + ": initial A").c_str(), initial.a.view(), initial.rank(), adapter.in());
   expect_shape((name + ": initial B").c_str(), initial.b.view(), initial.rank(), adapter.out());
   const Index rows = std::min(initial.rank(), adapter.max_rank());
