@@ -89,7 +89,7 @@ TEST_CASE("what tokenizer.json asks for and is not done here is refused by its k
   using qd::Errc;
   using qd::Json;
   check_refused("gpt2", Errc::unsupported, "model.type", [](Json& j) { j["model"]["type"] = "Unigram"; });
-  check_refused("gpt2", Errc::unsupported, "byte_fallback", [](Json& j) { j["model"]["byte_fallback"] = true; });
+  check_refused("gpt2", Errc::unsupported, "'Metaspace'", [](Json& j) { j["model"]["byte_fallback"] = true; });
   check_refused("gpt2", Errc::unsupported, "end_of_word_suffix", [](Json& j) { j["model"]["end_of_word_suffix"] = "</w>"; });
   check_refused("gpt2", Errc::unsupported, "normalizer", [](Json& j) { j["normalizer"] = {{"type", "Lowercase"}}; });
   check_refused("gpt2", Errc::unsupported, "add_prefix_space", [](Json& j) { j["pre_tokenizer"]["add_prefix_space"] = true; });
@@ -103,6 +103,15 @@ TEST_CASE("what tokenizer.json asks for and is not done here is refused by its k
   });
   check_refused("smollm", Errc::unsupported, "Digits",
                 [](Json& j) { j["pre_tokenizer"]["pretokenizers"][0]["individual_digits"] = false; });
+  check_refused("smollm", Errc::unsupported, "pre_tokenizer", [](Json& j) {  // bytes once more
+    j["pre_tokenizer"]["pretokenizers"].push_back(j["pre_tokenizer"]["pretokenizers"][1]);
+  });
+  check_refused("falcon", Errc::unsupported, "Punctuation", [](Json& j) { j["pre_tokenizer"]["pretokenizers"][0]["behavior"] = "Isolated"; });
+  check_refused("falcon", Errc::unsupported, "Digits",
+                [](Json& j) { j["pre_tokenizer"]["pretokenizers"][2]["individual_digits"] = true; });
+  check_refused("falcon", Errc::unsupported, "pattern",
+                [](Json& j) { j["pre_tokenizer"]["pretokenizers"][3]["pattern"]["Regex"] = "[0-9]+"; });
+  check_refused("falcon", Errc::unsupported, "pre_tokenizer", [](Json& j) { j["pre_tokenizer"]["pretokenizers"].erase(3); });
   check_refused("qwen2", Errc::unsupported, "pattern",
                 [](Json& j) { j["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = "\\s+"; });
   check_refused("qwen2", Errc::unsupported, "behavior", [](Json& j) { j["pre_tokenizer"]["pretokenizers"][0]["behavior"] = "Removed"; });

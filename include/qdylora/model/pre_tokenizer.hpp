@@ -1,11 +1,14 @@
-// Cuts a text into the words that byte-pair encoding works on, as the pre-tokenizers of GPT-2, SmolLM, Llama 3 and Qwen2 do. By hand,
-// over code points: std::regex knows no Unicode classes and recurses once per character.
+// Cuts a text into the words that byte-pair encoding works on, as the pre-tokenizers of GPT-2, SmolLM, Llama 3, Qwen2, Falcon and
+// SentencePiece do. By hand, over code points: std::regex knows no Unicode classes and recurses once per character.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <string_view>
 #include <utility>
 
+#include <qdylora/model/byte_alphabet.hpp>
+#include <qdylora/model/sentencepiece.hpp>
 #include <qdylora/model/unicode.hpp>
 
 namespace qdylora {
@@ -15,6 +18,9 @@ enum class PreTokenizer {
   smollm,  // every \p{N} is a word of its own; what lies between them is cut by GPT-2's pattern
   llama3,  // Llama 3's pattern: a word takes one mark before it, digits go by three
   qwen2,   // the same, but every \p{N} is a word of its own
+  falcon,  // punctuation apart, then GPT-2's pattern, then digits by three
+  none,       // the text is one word (SentencePiece)
+  metaspace,  // a word begins at every mark of a space (SentencePiece)
 };
 
 namespace detail {
@@ -103,9 +109,56 @@ inline std::size_t llama3_word_end(std::string_view text, std::size_t at, int di
   return end == text.size() || last == at ? end : last;
 }
 
+/// End of the run, of punctuation or of none, that starts at `at`.
+inline std::size_t punctuation_run_end(std::string_view text, std::size_t at) noexcept {
+  DecodedCodePoint step = decode_utf8(text, at);
+  const bool kind = is_punctuation(step.value);
+  do at += step.length;
+  while (at < text.size() && is_punctuation((step = decode_utf8(text, at)).value) == kind);
+  return at;
+}
+
+/// End of the word at `at` by the last two steps of Falcon's, which are taken in letters of the byte alphabet, in which bytes inside of other
+/// characters too are numerals: runs of \p{N} are apart, and of those [0-9][0-9][0-9].
+inline std::size_t falcon_digits_end(std::string_view text, std::size_t at) noexcept {
+  const auto is_digit = [&](std::size_t i) { return i < text.size() && text[i] >= '0' && text[i] <= '9'; };
+  const auto is_number = [&](std::size_t i) {
+    return classify(byte_alphabet[static_cast<unsigned char>(text[i])]) == CodePointClass::number;
+  };
+  const auto three = [&](std::size_t i) { return is_digit(i) && is_digit(i + 1) && is_digit(i + 2); };
+  if (three(at)) return at + 3;
+  const bool kind = is_number(at);
+  do ++at;
+  while (at < text.size() && is_number(at) == kind && !three(at));
+  return at;
+}
+
 /// Calls visit(begin, end) for every word of `text`, in order; the words join to the text. Linear time.
 template <class Visit>
 void for_each_word(std::string_view text, PreTokenizer pre_tokenizer, Visit&& visit) {
+  if (pre_tokenizer == PreTokenizer::none || pre_tokenizer == PreTokenizer::metaspace) {
+    for (std::size_t at = 0; at < text.size();) {
+      const std::size_t next = pre_tokenizer == PreTokenizer::metaspace ? text.find(space_mark, at + 1) : text.npos;
+      const std::size_t end = std::min(next, text.size());
+      visit(at, end);
+      at = end;
+    }
+    return;
+  }
+  if (pre_tokenizer == PreTokenizer::falcon) {
+    for (std::size_t at = 0; at < text.size();) {
+      const std::string_view piece = text.substr(0, punctuation_run_end(text, at));
+      while (at < piece.size()) {
+        const std::string_view word = piece.substr(0, gpt2_word_end(piece, at));
+        while (at < word.size()) {
+          const std::size_t end = falcon_digits_end(word, at);
+          visit(at, end);
+          at = end;
+        }
+      }
+    }
+    return;
+  }
   if (pre_tokenizer == PreTokenizer::llama3 || pre_tokenizer == PreTokenizer::qwen2) {
     const int digits = pre_tokenizer == PreTokenizer::llama3 ? 3 : 1;
     for (std::size_t at = 0; at < text.size();) {

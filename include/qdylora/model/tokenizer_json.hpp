@@ -1,5 +1,5 @@
-// The tokenizer of a Hugging Face folder: tokenizer.json as the `tokenizers` package writes it (byte-level BPE of GPT-2, SmolLM, Llama 3
-// and Qwen2), and the begin and end tokens from tokenizer_config.json or config.json beside it.
+// The tokenizer of a Hugging Face folder: tokenizer.json as the `tokenizers` package writes it (byte-level BPE of GPT-2, SmolLM, Llama 3,
+// Qwen2 and Falcon; SentencePiece's BPE of Llama 2 and Mistral), and the begin and end tokens from tokenizer_config.json or config.json beside it.
 #pragma once
 
 #include <algorithm>
@@ -30,8 +30,13 @@ class TokenizerJson {
       if (find_key(json_, key, place_) != nullptr) fail(key, "null", "an object");
     read_model(data);
     read_tokens(data);
-    read_normalizer(data);
-    data.pre_tokenizer = pre_tokenizer();
+    if (data.model == TokenizerModel::sentencepiece) {
+      read_spaces(data);
+      data.strips_space = strips_space();
+    } else {
+      read_normalizer(data);
+      data.pre_tokenizer = pre_tokenizer();
+    }
     return data;
   }
 
@@ -82,7 +87,7 @@ class TokenizerJson {
   void read_model(TokenizerData& data) const {
     const Json& model = get_object(json_, "model", place_);
     if (const auto type = get_string_or(model, "type", "BPE", place_); type != "BPE") fail("model.type", "'BPE'", type);
-    if (get_bool_or(model, "byte_fallback", false, place_)) fail("model.byte_fallback", "false (byte-level BPE)", "true");
+    if (get_bool_or(model, "byte_fallback", false, place_)) data.model = TokenizerModel::sentencepiece;
     for (const char* key : {"continuing_subword_prefix", "end_of_word_suffix"})
       if (const auto affix = get_string_or(model, key, "", place_); !affix.empty()) fail(std::string("model.") + key, "none", affix);
     if (get_number_or(model, "dropout", 0.0, place_) != 0.0) fail("model.dropout", "none", "a probability");
@@ -109,6 +114,10 @@ class TokenizerJson {
       const auto content = get_string(token, "content", place_);
       for (const char* key : {"single_word", "lstrip", "rstrip"})
         if (get_bool_or(token, key, false, place_)) fail(std::string("added_tokens.") + key, "false", content);
+      // It would be looked for in a text whose spaces are marked, with one in front.
+      if (data.model == TokenizerModel::sentencepiece && find_key(json_, "normalizer", place_) != nullptr &&
+          get_bool_or(token, "normalized", false, place_))
+        fail("added_tokens.normalized", "false", content);
       put(data, content, get_integer(token, "id", 0, most_id, place_),
           get_bool_or(token, "special", false, place_) ? control : user_defined);
     }
@@ -137,6 +146,54 @@ class TokenizerJson {
     }
   }
 
+  bool is_replace(const Json& step, std::string_view from, std::string_view to) const {
+    return get_string(step, "type", place_) == "Replace" && get_string_or(get_object(step, "pattern", place_), "String", "", place_) == from &&
+           get_string(step, "content", place_) == to;
+  }
+
+  /// How SentencePiece's spaces are marked: by the normalizer, or by the pre-tokenizer.
+  void read_spaces(TokenizerData& data) const {
+    bool marks = false;
+    for (const Json* step : steps("normalizer", "normalizers")) {
+      const auto type = get_string(*step, "type", place_);
+      if (is_replace(*step, " ", space_mark)) marks = true;
+      else if (type == "Prepend" && get_string(*step, "prepend", place_) == space_mark && data.space_prefix == SpacePrefix::none)
+        data.space_prefix = SpacePrefix::all;
+      else fail("normalizer", "'Replace' of a space by U+2581 and one 'Prepend' of it at most", type);
+    }
+    data.pre_tokenizer = "default";
+    const bool prepends = data.space_prefix != SpacePrefix::none;
+    for (const Json* step : steps("pre_tokenizer", "pretokenizers")) {
+      const auto type = get_string(*step, "type", place_);
+      if (type != "Metaspace" || marks || prepends)
+        fail("pre_tokenizer", marks || prepends ? "none beside a normalizer and once 'Metaspace'" : "'Metaspace'", type);
+      marks = true;
+      if (const auto mark = get_string(*step, "replacement", place_); mark != space_mark) fail("pre_tokenizer.replacement", "U+2581", mark);
+      const auto scheme = get_string_or(*step, "prepend_scheme", "always", place_);
+      if (scheme == "always") data.space_prefix = SpacePrefix::all_without_space;
+      else if (scheme == "first") data.space_prefix = SpacePrefix::beginning_without_space;
+      else if (scheme != "never") fail("pre_tokenizer.prepend_scheme", "'always', 'first' or 'never'", scheme);
+      if (scheme != "never" && !get_bool_or(*step, "add_prefix_space", true, place_)) fail("pre_tokenizer.add_prefix_space", "true", "false");
+      if (get_bool_or(*step, "split", true, place_)) data.pre_tokenizer = "metaspace";
+    }
+    if (!marks) fail("pre_tokenizer", "'Metaspace', or a normalizer that marks spaces", "neither");
+  }
+
+  /// Whether SentencePiece's decoder takes a space away from the beginning. The rest of it is always the same.
+  bool strips_space() const {
+    const auto parts = steps("decoder", "decoders");
+    std::string types;
+    for (const Json* part : parts) types += (types.empty() ? "" : ", ") + get_string(*part, "type", place_);
+    if (!types.starts_with("Replace, ByteFallback, Fuse") || parts.size() > 4 || !is_replace(*parts[0], space_mark, " "))
+      fail("decoder", "'Replace' of U+2581 by a space, 'ByteFallback', 'Fuse' and at most a 'Strip'", types);
+    if (parts.size() == 3) return false;
+    const Json& strip = *parts[3];
+    if (get_string(strip, "type", place_) != "Strip" || get_string(strip, "content", place_) != " " ||
+        get_integer(strip, "start", 0, 1 << 20, place_) != 1 || get_integer(strip, "stop", 0, 1 << 20, place_) != 0)
+      fail("decoder", "a 'Strip' of one space from the beginning", strip.dump());
+    return true;
+  }
+
   std::string pre_tokenizer() const {
     // Regular expressions of the `tokenizers` package, as models' files spell them, by how many numerals they take together.
     const auto llama3 = [](const std::string& digits) {
@@ -147,30 +204,36 @@ class TokenizerJson {
     for (const Json* step : steps("pre_tokenizer", "pretokenizers")) {
       const auto type = get_string(*step, "type", place_);
       found += (found.empty() ? "" : ", ") + type;
-      if (type == "ByteLevel") {
+      if (type == "ByteLevel" && name != "bytes") {
         if (get_bool_or(*step, "add_prefix_space", true, place_)) fail("pre_tokenizer.add_prefix_space", "false", "true");
         const bool cuts = get_bool_or(*step, "use_regex", true, place_);
         if (name.empty() && cuts) whole = "gpt-2";
         else if (name == "digits" && cuts) whole = "smollm";
         else if ((name == "llama-bpe" || name == "qwen2") && !cuts) whole = name;
-        name = "bytes";  // after which nothing may follow
+        // After which nothing may follow, but for Falcon.
+        name = name == "falcon" && cuts ? "falcon-bytes" : "bytes";
       } else if (type == "Digits" && name.empty() && get_bool_or(*step, "individual_digits", false, place_)) {
         name = "digits";
-      } else if (type == "Split" && name.empty()) {
+      } else if (type == "Punctuation" && name.empty() && get_string_or(*step, "behavior", "Isolated", place_) == "Contiguous") {
+        name = "falcon";
+      } else if (type == "Digits" && name == "falcon-bytes" && !get_bool_or(*step, "individual_digits", false, place_)) {
+        name = "falcon-digits";
+      } else if (type == "Split" && (name.empty() || name == "falcon-digits")) {
         const auto pattern = get_string(get_object(*step, "pattern", place_), "Regex", place_);
         if (const auto behavior = get_string(*step, "behavior", place_);
             behavior != "Isolated" || get_bool_or(*step, "invert", false, place_))
           fail("pre_tokenizer.behavior", "'Isolated', not inverted", behavior);
-        if (pattern == llama3("{1,3}")) name = "llama-bpe";
-        else if (pattern == llama3("")) name = "qwen2";
-        else fail("pre_tokenizer.pattern", "Llama 3's or Qwen2's", pattern);
+        if (name == "falcon-digits" && pattern == "[0-9][0-9][0-9]") whole = "falcon", name = "bytes";
+        else if (name.empty() && pattern == llama3("{1,3}")) name = "llama-bpe";
+        else if (name.empty() && pattern == llama3("")) name = "qwen2";
+        else fail("pre_tokenizer.pattern", "Llama 3's, Qwen2's or Falcon's", pattern);
       } else {
         whole.clear();
         break;
       }
     }
     if (!whole.empty()) return whole;
-    fail("pre_tokenizer", "that of GPT-2, SmolLM, Llama 3 or Qwen2", found);
+    fail("pre_tokenizer", "that of GPT-2, SmolLM, Llama 3, Qwen2 or Falcon", found);
   }
 
   static constexpr std::int32_t normal = 1, control = 3, user_defined = 4;
@@ -188,8 +251,8 @@ inline std::string named_token(const Json& config, std::string_view key, const E
 
 }  // namespace detail
 
-/// The tokenizer of a Hugging Face folder. Errors: unsupported (anything but byte-level BPE with one of the pre-tokenizers above; a token
-/// after the text; tokens that strip spaces), bad_config, duplicate, and those of Tokenizer's constructor, with the file's name.
+/// The tokenizer of a Hugging Face folder. Errors: unsupported (anything but byte-level BPE with one of the pre-tokenizers above and
+/// SentencePiece's with a token for every byte; a token after the text; tokens that strip spaces), bad_config, duplicate, and those of Tokenizer's constructor, with the file's name.
 inline Tokenizer load_tokenizer_json(const std::filesystem::path& folder) {
   const detail::TokenizerJson file(folder / "tokenizer.json");
   TokenizerData data = file.read();
