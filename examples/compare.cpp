@@ -251,14 +251,14 @@ int compare(const Options& o) {
   if (o.model.ends_with(".bin")) {
     QDYLORA_EXPECTS(text, bad_argument, "--data: a llama2.c model is compared on plain text (.txt)");
     QDYLORA_EXPECTS(!o.tokenizer.empty(), bad_argument, "--tokenizer: a llama2.c model needs its tokenizer file");
-    const Llama2cTokenizer tokenizer(o.tokenizer);
+    const Tokenizer tokenizer = load_llama2c_tokenizer(o.tokenizer);
     weights = load_llama2c(o.model, base, cpu);
-    expect_vocabulary(tokenizer.size(), weights->config, o.tokenizer);
-    // Word by word (the tokenizer puts a space before each): merging by best score over a whole text would be quadratic.
+    expect_vocabulary(tokenizer.vocab_size(), weights->config, o.tokenizer);
+    // Word by word, for the tokenizer puts a space before each.
     const auto content = read_text(o.data);
     for (std::size_t begin = 0; begin < content.size();) {
       const auto end = std::min(content.find(' ', begin), content.size());
-      const auto ids = tokenizer.encode(content.substr(begin, end - begin), false);
+      const auto ids = tokenizer.encode(content.substr(begin, end - begin), {.parse_special = false});
       stream.insert(stream.end(), ids.begin(), ids.end());
       begin = end + 1;
     }

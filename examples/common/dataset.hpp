@@ -218,7 +218,8 @@ inline std::optional<Sample> tokenize(const Example& example, const Tokenizer& t
   QDYLORA_EXPECTS(options.max_length >= 2, bad_argument,
                   "tokenize: expected a length of 2 or more, found " + std::to_string(options.max_length));
   Sample sample;
-  std::vector<std::int32_t> response = tokenizer.encode(example.response, {.parse_special = false});
+  const auto follows = example.prompt.empty() ? Follows::nothing : Follows::text;
+  const auto response = tokenizer.encode(example.response, {.parse_special = false, .follows = follows});
   if (example.prompt.empty()) {
     if (tokenizer.adds_bos()) sample.ids.push_back(tokenizer.bos());
     sample.ids.insert(sample.ids.end(), response.begin(), response.end());

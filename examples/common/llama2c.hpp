@@ -7,7 +7,7 @@
 //                | up [mlp, width] | final norm [width] | two tables [context, head_dim / 2] of rotary positions, which are
 //                computed instead | head
 //   tokenizer    int32 longest token | { float32 score | int32 length | bytes } for each token
-//                0 is unknown, 1 begins and 2 ends a text, 3 ... 258 stand for the bytes 0 ... 255
+//                0 is unknown, 1 begins and 2 ends a text, 3 ... 258 are "<0x00>" ... "<0xFF>"
 //
 // Rotary positions are interleaved, of base 10000; norms have epsilon 1e-5.
 #pragma once
@@ -17,18 +17,17 @@
 #include <cstdint>
 #include <filesystem>
 #include <memory>
-#include <queue>
 #include <span>
 #include <string>
 #include <string_view>
 #include <tuple>
-#include <unordered_map>
 #include <utility>
 #include <vector>
 
 #include <qdylora/io/file.hpp>
 #include <qdylora/model/decoder.hpp>
 #include <qdylora/model/initial_weight.hpp>
+#include <qdylora/model/tokenizer.hpp>
 
 namespace qdylora::examples {
 
@@ -155,132 +154,37 @@ std::shared_ptr<const DecoderWeights<float>> load_llama2c(const std::filesystem:
   return weights;
 }
 
-/// The tokenizer of a llama2.c model: byte-pair merges in the order of scores, with single bytes for what the vocabulary lacks.
-class Llama2cTokenizer {
- public:
-  static constexpr std::int32_t begin_of_text = 1;
-  static constexpr std::int32_t end_of_text = 2;
-
-  /// Errors: open, read, truncated, limit (a token longer than the file says, too many tokens), non_finite, bad_config.
-  explicit Llama2cTokenizer(const std::filesystem::path& path, const Limits& limits = {}) {
-    const InputFile file(path);
-    FileCursor cursor(file);
-    const auto longest = cursor.read<std::int32_t>();
-    while (cursor.remaining() > 0) {
-      const ErrorPlace place = cursor.place();
-      if (tokens_.size() == limits.vocabulary)
-        throw Error(Errc::limit, "more than " + std::to_string(limits.vocabulary) + " tokens", place);
-      const auto score = cursor.read<float>();
-      const auto length = cursor.read<std::int32_t>();
-      if (!std::isfinite(score))
-        throw Error(Errc::non_finite, "the score of token " + std::to_string(tokens_.size()) + " is not finite", place);
-      if (length < 0 || length > longest)
-        throw Error(Errc::limit,
-                    "token " + std::to_string(tokens_.size()) + " has " + std::to_string(length) + " bytes, the longest " +
-                        std::to_string(longest),
-                    place);
-      tokens_.push_back({cursor.text(static_cast<std::uint64_t>(length)), score});
-    }
-    if (tokens_.size() < first_byte + 256)
-      throw Error(Errc::bad_config,
-                  "expected at least " + std::to_string(first_byte + 256) + " tokens, found " + std::to_string(tokens_.size()),
-                  file.place(file.size()));
-    for (std::size_t id = 0; id < tokens_.size(); ++id) ids_.try_emplace(tokens_[id].text, static_cast<std::int32_t>(id));
+/// The tokenizer of a llama2.c model, which is SentencePiece's BPE with spaces written as such.
+/// Errors: open, read, truncated, limit (a token longer than the file says, too many tokens), and those of Tokenizer's constructor.
+inline Tokenizer load_llama2c_tokenizer(const std::filesystem::path& path, const Limits& limits = {}) {
+  const InputFile file(path);
+  FileCursor cursor(file);
+  TokenizerData data;
+  data.model = TokenizerModel::sentencepiece;
+  data.pre_tokenizer = "default";
+  data.bos = 1;
+  data.eos = 2;
+  data.space_prefix = SpacePrefix::all;
+  data.strips_space = true;
+  const auto longest = cursor.read<std::int32_t>();
+  while (cursor.remaining() > 0) {
+    const ErrorPlace place = cursor.place();
+    const std::size_t id = data.tokens.size();
+    if (id == limits.vocabulary) throw Error(Errc::limit, "more than " + std::to_string(limits.vocabulary) + " tokens", place);
+    data.scores.push_back(cursor.read<float>());
+    const auto length = cursor.read<std::int32_t>();
+    if (length < 0 || length > longest)
+      throw Error(Errc::limit,
+                  "token " + std::to_string(id) + " has " + std::to_string(length) + " bytes, the longest " + std::to_string(longest), place);
+    const std::string text = cursor.text(static_cast<std::uint64_t>(length));
+    data.tokens.push_back(id < 3 ? text : qdylora::detail::replaced(text, " ", qdylora::detail::space_mark));
+    data.token_types.push_back(id == 0 ? 2 : id < 3 ? 3 : 1);
   }
-
-  Index size() const noexcept { return static_cast<Index>(tokens_.size()); }
-
-  /// The ids of a text, which is given a space in front as the models were trained with; `bos` puts token 1 first. The pair of
-  /// neighbours whose union scores highest is merged, the leftmost on ties, until no union is a token.
-  std::vector<std::int32_t> encode(std::string_view text, bool bos = false) const {
-    std::vector<Piece> pieces;
-    const auto push = [&](std::int32_t id) {
-      const auto at = static_cast<std::int32_t>(pieces.size());
-      pieces.push_back({id, at - 1, at + 1});
-    };
-    if (bos) push(begin_of_text);
-    const std::string spaced = text.empty() ? std::string{} : " " + std::string(text);
-    for (std::size_t i = 0, end = 0; i < spaced.size(); i = end) {
-      end = i + 1;  // past the continuation bytes of a UTF-8 character
-      while (end < spaced.size() && end < i + 4 && (static_cast<unsigned char>(spaced[end]) & 0xC0) == 0x80) ++end;
-      if (const auto known = ids_.find(spaced.substr(i, end - i)); known != ids_.end()) {
-        push(known->second);
-      } else {
-        for (std::size_t b = i; b < end; ++b) push(static_cast<std::int32_t>(first_byte) + static_cast<unsigned char>(spaced[b]));
-      }
-    }
-    if (!pieces.empty()) pieces.back().next = -1;
-    merge(pieces);
-    std::vector<std::int32_t> ids;
-    for (const Piece& piece : pieces)
-      if (piece.id >= 0) ids.push_back(piece.id);
-    return ids;
+  try {
+    return Tokenizer(std::move(data));
+  } catch (const Error& error) {
+    throw Error(error.code(), error.what(), {.file = file.name()});
   }
-
-  /// The text of ids, without tokens 1 and 2 and the space that follows token 1. Errc::bad_argument for an id that is no token.
-  std::string decode(std::span<const std::int32_t> ids) const {
-    std::string text;
-    std::int32_t previous = -1;
-    for (const std::int32_t id : ids) {
-      QDYLORA_EXPECTS(id >= 0 && id < size(), bad_argument, "decode: " + std::to_string(id) + " is not a token");
-      const auto i = static_cast<std::size_t>(id);
-      if (i >= first_byte && i < first_byte + 256) {
-        text += static_cast<char>(i - first_byte);
-      } else if (id != begin_of_text && id != end_of_text) {
-        const std::string& piece = tokens_[i].text;
-        text += previous == begin_of_text && piece.starts_with(' ') ? std::string_view(piece).substr(1) : std::string_view(piece);
-      }
-      previous = id;
-    }
-    return text;
-  }
-
- private:
-  static constexpr std::size_t first_byte = 3;
-
-  struct Token {
-    std::string text;
-    float score = 0.0f;
-  };
-  struct Piece {
-    std::int32_t id = -1;  // -1: merged into the one before
-    std::int32_t previous = -1;
-    std::int32_t next = -1;
-  };
-  struct Merge {
-    float score;
-    std::int32_t left, left_id, right_id, id;
-    bool operator<(const Merge& other) const noexcept { return score != other.score ? score < other.score : left > other.left; }
-  };
-
-  // A heap of unions and a chain of pieces: n log n for a text of n characters. A union is stale once either side has changed.
-  void merge(std::vector<Piece>& pieces) const {
-    std::priority_queue<Merge> heap;
-    const auto piece = [&](std::int32_t at) -> Piece& { return pieces[static_cast<std::size_t>(at)]; };
-    const auto consider = [&](std::int32_t left) {
-      if (left < 0 || piece(left).next < 0) return;
-      const std::int32_t a = piece(left).id, b = piece(piece(left).next).id;
-      const auto both = ids_.find(tokens_[static_cast<std::size_t>(a)].text + tokens_[static_cast<std::size_t>(b)].text);
-      if (both != ids_.end()) heap.push({tokens_[static_cast<std::size_t>(both->second)].score, left, a, b, both->second});
-    };
-    for (std::int32_t i = 0; i < static_cast<std::int32_t>(pieces.size()); ++i) consider(i);
-    while (!heap.empty()) {
-      const Merge best = heap.top();
-      heap.pop();
-      Piece& left = piece(best.left);
-      if (left.id != best.left_id || left.next < 0 || piece(left.next).id != best.right_id) continue;
-      Piece& right = piece(left.next);
-      left.id = best.id;
-      left.next = right.next;
-      right.id = -1;
-      if (left.next >= 0) piece(left.next).previous = best.left;
-      consider(left.previous);
-      consider(best.left);
-    }
-  }
-
-  std::vector<Token> tokens_;
-  std::unordered_map<std::string, std::int32_t> ids_;
-};
+}
 
 }  // namespace qdylora::examples

@@ -1,4 +1,5 @@
-// SentencePiece's BPE: tokenizer.json and GGUF against the `tokenizers` package, sentencepiece and llama.cpp's rule (golden/make_tokenizers.py).
+// SentencePiece's BPE: tokenizer.json and GGUF against the `tokenizers` package, sentencepiece and llama.cpp's rule
+// (golden/make_tokenizers.py).
 #include <bit>
 #include <cstdint>
 #include <filesystem>
@@ -9,6 +10,7 @@
 
 #include <qdylora/io/gguf.hpp>
 #include <qdylora/io/json.hpp>
+#include <qdylora/model/chat.hpp>
 #include <qdylora/model/tokenizer_gguf.hpp>
 #include <qdylora/model/tokenizer_json.hpp>
 
@@ -58,11 +60,11 @@ qd::TokenizerData tiny_data() {
   add("</s>", 3, 0);
   for (int byte = 0; byte < 256; ++byte) add(qd::detail::byte_token_name(static_cast<unsigned char>(byte)), 6, 0);
   for (const char* letter : {"\u2581", "a", "b", "c", "é"}) add(letter, 1, -100);  // 259 to 263
-  add("ab", 1, -5);        // 264
-  add("bc", 1, -4);        // 265
-  add("aa", 1, -6);        // 266
-  add("aaaa", 1, -6);      // 267
-  add("\u2581a", 1, -7);   // 268
+  add("ab", 1, -5);                                                                // 264
+  add("bc", 1, -4);                                                                // 265
+  add("aa", 1, -6);                                                                // 266
+  add("aaaa", 1, -6);                                                              // 267
+  add("\u2581a", 1, -7);                                                           // 268
   data.bos = 1;
   data.eos = 2;
   return data;
@@ -134,10 +136,10 @@ TEST_CASE("SentencePiece's BPE of GGUF, by scores, gives the ids of llama.cpp's 
 TEST_CASE("the best-scored union is made first, the leftmost of equals, and bytes spell the rest", "[tokenizer]") {
   const qd::Tokenizer tokenizer(tiny_data());
   CHECK(tokenizer.encode("") == Ids{});
-  CHECK(tokenizer.encode("abc") == Ids{260, 265});       // bc before ab
-  CHECK(tokenizer.encode("aaa") == Ids{266, 260});       // the left pair first
+  CHECK(tokenizer.encode("abc") == Ids{260, 265});         // bc before ab
+  CHECK(tokenizer.encode("aaa") == Ids{266, 260});         // the left pair first
   CHECK(tokenizer.encode("aaaab") == Ids{266, 260, 264});  // ab before aa
-  CHECK(tokenizer.encode("aaaaa") == Ids{267, 260});     // unions of one score from the left
+  CHECK(tokenizer.encode("aaaaa") == Ids{267, 260});       // unions of one score from the left
   CHECK(tokenizer.encode("\u00E9\u00FC\xFF") == Ids{263, 0xC3 + 3, 0xBC + 3, 0xFF + 3});
   CHECK(tokenizer.encode("\xE2\x96") == Ids{0xE2 + 3, 0x96 + 3});  // a mark of a space that is cut short
   CHECK(tokenizer.encode("<unk><s>", {.parse_special = true}) == Ids{0, 1});
@@ -148,10 +150,10 @@ TEST_CASE("the best-scored union is made first, the leftmost of equals, and byte
 }
 
 TEST_CASE("a space goes in front of the texts that the model puts it before", "[tokenizer]") {
-  const auto encode = [](qd::SpacePrefix prefix, const std::string& text, bool begins = true) {
+  const auto encode = [](qd::SpacePrefix prefix, const std::string& text, qd::Follows follows = qd::Follows::nothing) {
     auto data = tiny_data();
     data.space_prefix = prefix;
-    return qd::Tokenizer(data).encode(text, {.begins = begins});
+    return qd::Tokenizer(data).encode(text, {.follows = follows});
   };
   using enum qd::SpacePrefix;
   CHECK(encode(none, "a</s>a") == Ids{260, 2, 260});
@@ -162,8 +164,10 @@ TEST_CASE("a space goes in front of the texts that the model puts it before", "[
   CHECK(encode(beginning_without_space, "a</s>a") == Ids{268, 2, 260});
   CHECK(encode(beginning_without_space, "</s>a") == Ids{2, 260});
   CHECK(encode(beginning_without_space, " a") == Ids{268});
-  CHECK(encode(beginning_without_space, "a", false) == Ids{260});
-  CHECK(encode(all, "a", false) == Ids{268});
+  CHECK(encode(beginning_without_space, "a", qd::Follows::special) == Ids{260});
+  CHECK(encode(all_without_space, "a", qd::Follows::special) == Ids{268});
+  CHECK(encode(all, "a", qd::Follows::special) == Ids{268});
+  CHECK(encode(all, "a</s>a", qd::Follows::text) == Ids{260, 2, 268});
 
   auto data = tiny_data();
   data.strips_space = true;
@@ -171,6 +175,19 @@ TEST_CASE("a space goes in front of the texts that the model puts it before", "[
   CHECK(tokenizer.decode(Ids{268, 268}) == "a a");
   CHECK(tokenizer.decode(Ids{1, 268}, {.skip_special = true}) == "a");
   CHECK(tokenizer.decode(Ids{259, 259}) == " ");
+}
+
+TEST_CASE("a conversation's ids are those of its text, whatever spaces go in front", "[chat]") {
+  const std::vector<qd::ChatMessage> chat{{"user", "abc"}, {"assistant", " a b"}, {"user", "b"}};
+  for (const auto prefix :
+       {qd::SpacePrefix::none, qd::SpacePrefix::all, qd::SpacePrefix::all_without_space, qd::SpacePrefix::beginning_without_space}) {
+    auto data = tiny_data();
+    data.space_prefix = prefix;
+    data.tokens[1] = "<|im_start|>";
+    data.tokens[2] = "<|im_end|>";
+    const qd::Tokenizer tokenizer(data);
+    CHECK(qd::encode_chat(tokenizer, chat) == tokenizer.encode(qd::chat_text(chat)));
+  }
 }
 
 TEST_CASE("any bytes survive SentencePiece, and a megabyte takes no search", "[tokenizer]") {
@@ -235,8 +252,9 @@ TEST_CASE("what tokenizer.json asks of SentencePiece and is not done here is ref
   check_refused("llama2", Errc::unsupported, "'normalizer'", [](Json& j) { j["normalizer"]["normalizers"][1]["content"] = "_"; });
   check_refused("llama2", Errc::unsupported, "neither", [](Json& j) { j["normalizer"]["normalizers"].erase(1); });
   check_refused("llama2", Errc::unsupported, "neither", [](Json& j) { j["normalizer"] = nullptr; });
-  check_refused("llama2", Errc::unsupported, "pre_tokenizer",
-                [](Json& j) { j["pre_tokenizer"] = {{"type", "Metaspace"}, {"replacement", "\u2581"}}; });
+  check_refused("llama2", Errc::unsupported, "pre_tokenizer", [](Json& j) {
+    j["pre_tokenizer"] = {{"type", "Metaspace"}, {"replacement", "\u2581"}};
+  });
   check_refused("llama2", Errc::unsupported, "added_tokens.normalized", [](Json& j) { j["added_tokens"][0]["normalized"] = true; });
   check_refused("llama2", Errc::unsupported, "'decoder'", [](Json& j) { j["decoder"] = {{"type", "Metaspace"}}; });
   check_refused("llama2", Errc::unsupported, "'decoder'", [](Json& j) { j["decoder"] = nullptr; });

@@ -70,7 +70,7 @@ inline std::vector<std::int32_t> encode_chat(const Tokenizer& tokenizer, std::sp
   detail::walk_chat(
       messages, options, [&] { ids.push_back(start); },
       [&](std::string_view part) {
-        const auto part_ids = tokenizer.encode(part, {.parse_special = false});
+        const auto part_ids = tokenizer.encode(part, {.parse_special = false, .follows = Follows::special});
         ids.insert(ids.end(), part_ids.begin(), part_ids.end());
       },
       [&] { ids.push_back(end); });

@@ -118,8 +118,8 @@ inline std::size_t punctuation_run_end(std::string_view text, std::size_t at) no
   return at;
 }
 
-/// End of the word at `at` by the last two steps of Falcon's, which are taken in letters of the byte alphabet, in which bytes inside of other
-/// characters too are numerals: runs of \p{N} are apart, and of those [0-9][0-9][0-9].
+/// End of the word at `at` by the last two steps of Falcon's: runs of \p{N} are apart, and of those [0-9][0-9][0-9]. Bytes are letters of
+/// the byte alphabet by then, six of which are numerals wherever they stand: those of U+00B2, B3, B9, BC, BD and BE.
 inline std::size_t falcon_digits_end(std::string_view text, std::size_t at) noexcept {
   const auto is_digit = [&](std::size_t i) { return i < text.size() && text[i] >= '0' && text[i] <= '9'; };
   const auto is_number = [&](std::size_t i) {

@@ -12,9 +12,16 @@ namespace qdylora {
 /// Which texts get a space in front. Special tokens cut a sequence into texts.
 enum class SpacePrefix {
   none,
-  all,                       // every text, whatever it starts with (the normalizer Prepend, llama.cpp)
-  all_without_space,         // every text that does not start with one (Metaspace, "always")
-  beginning_without_space,   // the one a sequence begins with, unless it starts with a space (Metaspace, "first")
+  all,                      // every text, whatever it starts with (the normalizer Prepend, llama.cpp)
+  all_without_space,        // every text that does not start with one (Metaspace, "always")
+  beginning_without_space,  // the one a sequence begins with, unless it starts with a space (Metaspace, "first")
+};
+
+/// What goes before a text.
+enum class Follows {
+  nothing,
+  special,  // a special token
+  text,     // text, encoded on its own: there is no space in front
 };
 
 namespace detail {
@@ -33,12 +40,12 @@ inline std::string replaced(std::string_view text, std::string_view from, std::s
   }
 }
 
-/// A text as the vocabulary writes it; `begins`: nothing goes before it.
-inline std::string mark_spaces(std::string_view text, SpacePrefix prefix, bool begins) {
+/// A text as the vocabulary writes it.
+inline std::string mark_spaces(std::string_view text, SpacePrefix prefix, Follows follows) {
   std::string marked = replaced(text, " ", space_mark);
-  const bool wants = prefix == SpacePrefix::all || (!marked.starts_with(space_mark) && (prefix == SpacePrefix::all_without_space ||
-                                                                                        (prefix == SpacePrefix::beginning_without_space && begins)));
-  if (wants && !text.empty()) marked.insert(0, space_mark);
+  if (marked.empty() || prefix == SpacePrefix::none || follows == Follows::text) return marked;
+  if (prefix == SpacePrefix::beginning_without_space && follows != Follows::nothing) return marked;
+  if (prefix == SpacePrefix::all || !marked.starts_with(space_mark)) marked.insert(0, space_mark);
   return marked;
 }
 

@@ -1,8 +1,8 @@
 // Byte-pair encoding over the fields that a GGUF file (tokenizer.ggml.*) and a Hugging Face folder (tokenizer.json) hold, of two kinds:
-//   byte-level     (GPT-2, SmolLM, Llama 3, Qwen2, Falcon) a text is cut into words by a fixed pattern, each word into bytes, and neighbours
-//                  merge by rank until none can (Radford et al. 2019); the vocabulary is written in letters of byte_alphabet.hpp
-//   SentencePiece  (Llama 2, TinyLlama, Mistral) a text is cut into characters, or bytes where the vocabulary has no such character, and
-//                  neighbours merge by rank or by their union's score, across words; the vocabulary is written as in sentencepiece.hpp
+//   byte-level     GPT-2, SmolLM, Llama 3, Qwen2, Falcon: a text is cut into words by a fixed pattern, each word into bytes, and
+//                  neighbours merge by rank until none can (Radford et al. 2019); tokens are written as in byte_alphabet.hpp
+//   SentencePiece  Llama 2, TinyLlama, Mistral: a text is cut into characters, or bytes where the vocabulary has no such character,
+//                  and neighbours merge by rank or by their union's score, across words; tokens are written as in sentencepiece.hpp
 // Control and user-defined tokens are written literally.
 #pragma once
 
@@ -54,7 +54,7 @@ struct TokenizerData {
 struct EncodeOptions {
   bool parse_special = true;  // false: control tokens in the text are ordinary characters (user-defined tokens are always matched)
   bool skip_unknown = false;  // true: leave out bytes the vocabulary has no token for, instead of an error
-  bool begins = true;         // false: the text goes on with a sequence (see SpacePrefix)
+  Follows follows = Follows::nothing;  // what was encoded before, which decides on a space in front (SpacePrefix)
 };
 
 struct DecodeOptions {
@@ -253,7 +253,8 @@ class Tokenizer {
       return std::string(1, static_cast<char>(*byte));
     }
     QDYLORA_EXPECTS(types_[i] != byte_type, bad_config,
-                    "tokenizer: expected '<0x00>' to '<0xFF>' for the byte token " + std::to_string(i) + ", found '" + printable(tokens_[i]) + "'");
+                    "tokenizer: expected '<0x00>' to '<0xFF>' for the byte token " + std::to_string(i) + ", found '" +
+                        printable(tokens_[i]) + "'");
     return detail::replaced(tokens_[i], detail::space_mark, " ");
   }
 
@@ -327,7 +328,8 @@ class Tokenizer {
   void encode_plain(std::string_view text, std::size_t begin, std::size_t end, Encoding& run) const {
     std::string_view plain = text.substr(begin, end - begin);
     std::string normalized;
-    if (model_ == TokenizerModel::sentencepiece) plain = normalized = detail::mark_spaces(plain, space_prefix_, run.options.begins && begin == 0);
+    if (model_ == TokenizerModel::sentencepiece)
+      plain = normalized = detail::mark_spaces(plain, space_prefix_, begin == 0 ? run.options.follows : Follows::special);
     else if (nfc_) plain = normalized = to_nfc(plain);
     detail::for_each_word(plain, pre_tokenizer_, [&](std::size_t word_begin, std::size_t word_end) {
       const std::string_view word = plain.substr(word_begin, word_end - word_begin);

@@ -13,8 +13,9 @@
 
 namespace qdylora {
 
-/// Errors: unsupported (a model other than byte-level BPE, "gpt2", and SentencePiece's BPE, "llama"; flags that add an end, or a space where
-/// the model is byte-level), bad_config (absent keys, or values of other types), and those of Tokenizer's constructor, with the file's name.
+/// Errors: unsupported (a model other than byte-level BPE, "gpt2", and SentencePiece's BPE, "llama"; flags that add an end, or a space
+/// where the model is byte-level), bad_config (absent keys, or values of other types), and those of Tokenizer's constructor, with the
+/// file's name.
 inline Tokenizer load_tokenizer(const GgufFile& file) {
   const GgufMetadata& metadata = file.metadata();
   const auto fail = [&](Errc code, std::string_view key, const std::string& message) -> void {

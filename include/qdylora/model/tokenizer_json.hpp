@@ -1,5 +1,6 @@
 // The tokenizer of a Hugging Face folder: tokenizer.json as the `tokenizers` package writes it (byte-level BPE of GPT-2, SmolLM, Llama 3,
-// Qwen2 and Falcon; SentencePiece's BPE of Llama 2 and Mistral), and the begin and end tokens from tokenizer_config.json or config.json beside it.
+// Qwen2 and Falcon; SentencePiece's BPE of Llama 2 and Mistral), and the begin and end tokens from tokenizer_config.json or config.json
+// beside it.
 #pragma once
 
 #include <algorithm>
@@ -147,8 +148,8 @@ class TokenizerJson {
   }
 
   bool is_replace(const Json& step, std::string_view from, std::string_view to) const {
-    return get_string(step, "type", place_) == "Replace" && get_string_or(get_object(step, "pattern", place_), "String", "", place_) == from &&
-           get_string(step, "content", place_) == to;
+    return get_string(step, "type", place_) == "Replace" && get_string(step, "content", place_) == to &&
+           get_string_or(get_object(step, "pattern", place_), "String", "", place_) == from;
   }
 
   /// How SentencePiece's spaces are marked: by the normalizer, or by the pre-tokenizer.
@@ -173,7 +174,8 @@ class TokenizerJson {
       if (scheme == "always") data.space_prefix = SpacePrefix::all_without_space;
       else if (scheme == "first") data.space_prefix = SpacePrefix::beginning_without_space;
       else if (scheme != "never") fail("pre_tokenizer.prepend_scheme", "'always', 'first' or 'never'", scheme);
-      if (scheme != "never" && !get_bool_or(*step, "add_prefix_space", true, place_)) fail("pre_tokenizer.add_prefix_space", "true", "false");
+      if (scheme != "never" && !get_bool_or(*step, "add_prefix_space", true, place_))
+        fail("pre_tokenizer.add_prefix_space", "true", "false");
       if (get_bool_or(*step, "split", true, place_)) data.pre_tokenizer = "metaspace";
     }
     if (!marks) fail("pre_tokenizer", "'Metaspace', or a normalizer that marks spaces", "neither");
@@ -252,7 +254,8 @@ inline std::string named_token(const Json& config, std::string_view key, const E
 }  // namespace detail
 
 /// The tokenizer of a Hugging Face folder. Errors: unsupported (anything but byte-level BPE with one of the pre-tokenizers above and
-/// SentencePiece's with a token for every byte; a token after the text; tokens that strip spaces), bad_config, duplicate, and those of Tokenizer's constructor, with the file's name.
+/// SentencePiece's with a token for every byte; a token after the text; tokens that strip spaces), bad_config, duplicate, and those of
+/// Tokenizer's constructor, with the file's name.
 inline Tokenizer load_tokenizer_json(const std::filesystem::path& folder) {
   const detail::TokenizerJson file(folder / "tokenizer.json");
   TokenizerData data = file.read();
