@@ -209,6 +209,7 @@ TEST_CASE("SentencePiece data that contradicts itself is refused", "[tokenizer]"
   CHECK(code_of_data([](Data& d) { d.scores[3] = std::numeric_limits<float>::quiet_NaN(); }) == Errc::non_finite);
   CHECK(code_of_data([](Data& d) { d.scores[3] = -std::numeric_limits<float>::infinity(); }) == Errc::non_finite);
   CHECK(code_of_data([](Data& d) { d.tokens[3 + 17] = "x", d.token_types[3 + 17] = 1; }) == Errc::bad_config);  // no token for a byte
+  CHECK(code_of_data([](Data& d) { d.token_types[3 + 17] = 3; }) == Errc::bad_config);  // it steers, and stands for no byte
   CHECK(code_of_data([](Data& d) { d.tokens[3 + 17] = "<0x-1>"; }) == Errc::bad_config);
   CHECK(code_of_data([](Data& d) { d.tokens[3 + 0xAB] = "<0xab>"; }) == Errc::bad_config);
   CHECK(code_of_data([](Data& d) { d.tokens[260] = d.tokens[261]; }) == Errc::duplicate);

@@ -233,8 +233,9 @@ class Tokenizer {
       const auto name = model_ == TokenizerModel::sentencepiece ? detail::byte_token_name(byte)
                                                                 : detail::to_alphabet(std::string(1, static_cast<char>(byte)));
       byte_tokens_[i] = id(name).value_or(-1);
-      QDYLORA_EXPECTS(model_ != TokenizerModel::sentencepiece || byte_tokens_[i] >= 0, bad_config,
-                      "tokenizer: expected a token '" + name + "' for the byte, found none");
+      QDYLORA_EXPECTS(model_ != TokenizerModel::sentencepiece ||
+                          (byte_tokens_[i] >= 0 && types_[static_cast<std::size_t>(byte_tokens_[i])] == byte_type),
+                      bad_config, "tokenizer: expected a token '" + name + "' for the byte, found none");
     }
   }
 
