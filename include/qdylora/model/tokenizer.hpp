@@ -27,6 +27,7 @@
 #include <qdylora/model/byte_alphabet.hpp>
 #include <qdylora/model/pre_tokenizer.hpp>
 #include <qdylora/model/sentencepiece.hpp>
+#include <qdylora/model/special_tokens.hpp>
 #include <qdylora/model/unicode.hpp>
 #include <qdylora/model/unicode_nfc.hpp>
 
@@ -49,6 +50,7 @@ struct TokenizerData {
   bool nfc = false;          // text is brought to normalization form C first (byte-level)
   SpacePrefix space_prefix = SpacePrefix::none;  // SentencePiece alone, as the next
   bool strips_space = false;                     // decoding leaves out a space that a text begins with
+  std::vector<std::int32_t> marked_specials;     // special tokens that are looked for with their spaces marked, one in front of them too
 };
 
 struct EncodeOptions {
@@ -77,7 +79,7 @@ class Tokenizer {
 
   /// Errors: bad_config (empty vocabulary or token, wrong counts or types, ids out of range, malformed merges or such that name absent
   /// tokens, characters outside the byte alphabet, SentencePiece without a token for every byte), duplicate (tokens, merges), limit,
-  /// non_finite (scores), unsupported (pre-tokenizer).
+  /// non_finite (scores), unsupported (pre-tokenizer), bad_argument (what only the other model has; marked_specials that are no ids).
   explicit Tokenizer(TokenizerData data)
       : model_(data.model),
         pre_tokenizer_(parse_pre_tokenizer(data.model, data.pre_tokenizer)),
@@ -90,11 +92,12 @@ class Tokenizer {
         nfc_(data.nfc),
         strips_space_(data.strips_space),
         space_prefix_(data.space_prefix) {
-    QDYLORA_EXPECTS(model_ == TokenizerModel::sentencepiece ? !nfc_ : !strips_space_ && space_prefix_ == SpacePrefix::none, bad_argument,
-                    "tokenizer: form C is for byte-level models, spaces in front are for SentencePiece");
+    const bool marks = strips_space_ || space_prefix_ != SpacePrefix::none || !data.marked_specials.empty();
+    QDYLORA_EXPECTS(model_ == TokenizerModel::sentencepiece ? !nfc_ : !marks, bad_argument,
+                    "tokenizer: form C is for byte-level models, marked spaces are for SentencePiece");
     QDYLORA_EXPECTS(data.scores.empty() || (model_ == TokenizerModel::sentencepiece && data.merges.empty()), bad_argument,
                     "tokenizer: scores are for SentencePiece without merges");
-    index_tokens();
+    index_tokens(data.marked_specials);
     if (data.scores.empty()) index_merges(data.merges);
     else index_scores(data.scores);
   }
@@ -106,18 +109,9 @@ class Tokenizer {
   /// Errors: unsupported, with the offset unless the text was normalized, for a byte that the vocabulary has no token for.
   std::vector<std::int32_t> encode(std::string_view text, EncodeOptions options = {}) const {
     Encoding run{options, {}, {}};
-    std::size_t plain = 0;  // start of the text that is not encoded yet
-    for (std::size_t at = 0; at < text.size();) {
-      const std::int32_t special = special_at(text, at, options.parse_special);
-      if (special < 0) {
-        ++at;
-        continue;
-      }
-      encode_plain(text, plain, at, run);
-      run.ids.push_back(special);
-      plain = at += token(special).size();
-    }
-    encode_plain(text, plain, text.size(), run);
+    specials_.split(
+        text, options.parse_special, [&](std::size_t begin, std::size_t end) { encode_text(text, begin, end, run); },
+        [&](std::int32_t special) { run.ids.push_back(special); });
     return std::move(run.ids);
   }
 
@@ -192,7 +186,7 @@ class Tokenizer {
                     "tokenizer: expected an id in [0, " + std::to_string(vocab_size()) + "), found " + std::to_string(id));
   }
 
-  void index_tokens() {
+  void index_tokens(std::span<const std::int32_t> marked) {
     QDYLORA_EXPECTS(!tokens_.empty(), bad_config, "tokenizer: the vocabulary is empty");
     QDYLORA_EXPECTS(tokens_.size() <= max_tokens, limit,
                     "tokenizer: " + std::to_string(tokens_.size()) + " tokens, more than " + std::to_string(max_tokens));
@@ -204,6 +198,11 @@ class Tokenizer {
           std::string("tokenizer: expected ") + name + " in [-1, " + std::to_string(vocab_size()) + "), found " + std::to_string(id));
     }
     QDYLORA_EXPECTS(!adds_bos_ || bos_ >= 0, bad_config, "tokenizer: sequences are to start with bos, of which there is none");
+    std::vector<bool> is_marked(tokens_.size());
+    for (const std::int32_t id : marked) {
+      check_id(id);
+      is_marked[static_cast<std::size_t>(id)] = true;
+    }
     types_.resize(tokens_.size(), normal);
     bytes_.resize(tokens_.size());
     ids_.reserve(tokens_.size());
@@ -217,17 +216,16 @@ class Tokenizer {
           added, duplicate,
           "tokenizer: tokens " + std::to_string(place->second) + " and " + std::to_string(i) + " are both '" + printable(token) + "'");
       if (is_control_type(types_[i]) || types_[i] == user_defined) {
-        bytes_[i] = token;
-        specials_[static_cast<unsigned char>(token.front())].push_back(static_cast<std::int32_t>(i));
+        const auto id = static_cast<std::int32_t>(i);
+        const auto pattern = is_marked[i] ? detail::mark_spaces(token, space_prefix_, Follows::nothing) : token;
+        bytes_[i] = is_marked[i] ? detail::replaced(pattern, detail::space_mark, " ") : token;
+        (is_marked[i] ? marked_specials_ : specials_).add(pattern, id, is_control_type(types_[i]));
       } else {
         bytes_[i] = model_ == TokenizerModel::sentencepiece ? piece_bytes(i) : letters_bytes(i);
       }
     }
-    for (auto& list : specials_) {
-      std::sort(list.begin(), list.end(), [&](std::int32_t a, std::int32_t b) {
-        return tokens_[static_cast<std::size_t>(a)].size() > tokens_[static_cast<std::size_t>(b)].size();
-      });
-    }
+    specials_.sort();
+    marked_specials_.sort();
     for (std::size_t i = 0; i < byte_tokens_.size(); ++i) {
       const auto byte = static_cast<unsigned char>(i);
       const auto name = model_ == TokenizerModel::sentencepiece ? detail::byte_token_name(byte)
@@ -316,22 +314,20 @@ class Tokenizer {
     return !is_control_type(type) && type != user_defined && type != byte_type;
   }
 
-  /// The longest special token that starts at `at`, or -1.
-  std::int32_t special_at(std::string_view text, std::size_t at, bool parse_control) const noexcept {
-    for (const std::int32_t special : specials_[static_cast<unsigned char>(text[at])]) {
-      const auto index = static_cast<std::size_t>(special);
-      if ((parse_control || !is_control_type(types_[index])) && text.substr(at).starts_with(tokens_[index])) return special;
-    }
-    return -1;
+  /// Appends the ids of bytes [begin, end) of `text`, which hold no special token but such as are looked for in a marked text.
+  void encode_text(std::string_view text, std::size_t begin, std::size_t end, Encoding& run) const {
+    const std::string_view part = text.substr(begin, end - begin);
+    if (model_ == TokenizerModel::byte_level) return nfc_ ? encode_plain(to_nfc(part), begin, run) : encode_plain(part, begin, run);
+    const auto marked = detail::mark_spaces(part, space_prefix_, begin == 0 ? run.options.follows : Follows::special);
+    marked_specials_.split(
+        marked, run.options.parse_special,
+        [&](std::size_t from, std::size_t to) { encode_plain(std::string_view(marked).substr(from, to - from), begin, run); },
+        [&](std::int32_t special) { run.ids.push_back(special); });
   }
 
-  /// Appends the ids of bytes [begin, end) of `text`, which hold no special token.
-  void encode_plain(std::string_view text, std::size_t begin, std::size_t end, Encoding& run) const {
-    std::string_view plain = text.substr(begin, end - begin);
-    std::string normalized;
-    if (model_ == TokenizerModel::sentencepiece)
-      plain = normalized = detail::mark_spaces(plain, space_prefix_, begin == 0 ? run.options.follows : Follows::special);
-    else if (nfc_) plain = normalized = to_nfc(plain);
+  /// Appends the ids of a text as the vocabulary writes it, without special tokens. `begin` is where it lies in the whole, unless that was
+  /// normalized.
+  void encode_plain(std::string_view plain, std::size_t begin, Encoding& run) const {
     detail::for_each_word(plain, pre_tokenizer_, [&](std::size_t word_begin, std::size_t word_end) {
       const std::string_view word = plain.substr(word_begin, word_end - word_begin);
       if (whole_words_) {
@@ -380,8 +376,8 @@ class Tokenizer {
   std::vector<std::string> bytes_;  // what each token decodes to
   std::unordered_map<std::string, std::int32_t, detail::TextHash, std::equal_to<>> ids_;
   detail::BpeMerges merges_;
-  std::array<std::vector<std::int32_t>, 256> specials_;  // by first byte, longest first
-  std::array<std::int32_t, 256> byte_tokens_{};          // -1: the vocabulary has none
+  detail::SpecialTokens specials_, marked_specials_;  // looked for in the text as it is, and as mark_spaces writes it
+  std::array<std::int32_t, 256> byte_tokens_{};       // -1: the vocabulary has none
 };
 
 }  // namespace qdylora

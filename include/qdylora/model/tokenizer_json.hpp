@@ -115,12 +115,12 @@ class TokenizerJson {
       const auto content = get_string(token, "content", place_);
       for (const char* key : {"single_word", "lstrip", "rstrip"})
         if (get_bool_or(token, key, false, place_)) fail(std::string("added_tokens.") + key, "false", content);
-      // It would be looked for in a text whose spaces are marked, with one in front.
+      const auto id = get_integer(token, "id", 0, most_id, place_);
+      put(data, content, id, get_bool_or(token, "special", false, place_) ? control : user_defined);
+      // As the first conversions of Llama have it.
       if (data.model == TokenizerModel::sentencepiece && find_key(json_, "normalizer", place_) != nullptr &&
           get_bool_or(token, "normalized", false, place_))
-        fail("added_tokens.normalized", "false", content);
-      put(data, content, get_integer(token, "id", 0, most_id, place_),
-          get_bool_or(token, "special", false, place_) ? control : user_defined);
+        data.marked_specials.push_back(static_cast<std::int32_t>(id));
     }
     for (std::size_t id = 0; id < data.tokens.size(); ++id)
       if (data.token_types[id] == 0) throw Error(Errc::bad_config, "no token has the id " + std::to_string(id), place_);
