@@ -93,7 +93,10 @@ class DynamicLoRALinear {
     adapter_.check_rank(plan.max_rank());
     plan_ = plan.limited(rank_limit_);
   }
-  void set_rank(Index rank) { set_ranks(RankPlan::uniform(rank)); }
+  void set_rank(Index rank) {
+    adapter_.check_rank(rank);
+    set_ranks(RankPlan::uniform(rank));
+  }
   /// No pass uses a higher rank, whatever the plan: what makes a rank map of one plan for all layers of a model. max_rank lifts it.
   void limit_rank(Index rank) {
     adapter_.check_rank(rank);
@@ -236,13 +239,12 @@ class DynamicLoRALinear {
     const auto x = context.x;
     const float probability = adapter_.options().dropout;
     MatrixView<const T> input = x;
+    context.dropped.resize(0, 0);
     if (training_ && probability > 0.0f) {
       context.dropout = {adapter_.options().seed, adapter_.options().layer, step_, first_row_};
       context.dropped.resize(x.rows, in());
       backend_.dropout(x, probability, context.dropout, context.dropped.view(), Update::overwrite);
       input = context.dropped.view();
-    } else {
-      context.dropped.resize(0, 0);
     }
     context.z.resize(x.rows, rank);
     through_ranks(input, adapter_.a().value, context.plan, context.z.view());
@@ -338,9 +340,8 @@ class DynamicLoRALinear {
 
   // target = source * coefficients of each row's rank. For gradients under GradientRows::last_row only column b - 1 stays.
   void scale_rows(MatrixView<const Acc> source, const RankPlan& plan, MatrixView<Acc> target, bool for_gradient) const {
-    const Index width = source.cols;
     plan.for_each_run(source.rows, [&](Index first, Index count, Index rank) {
-      auto coefficients = adapter_.coefficients(rank, width);
+      auto coefficients = adapter_.coefficients(rank, source.cols);
       if (for_gradient && adapter_.options().gradient_rows == GradientRows::last_row)
         for (Index i = 0; i + 1 < rank; ++i) coefficients[static_cast<std::size_t>(i)] = Acc{};
       backend_.scale_columns(source.middle_rows(first, count), std::span<const Acc>(coefficients), target.middle_rows(first, count));
