@@ -96,18 +96,14 @@ class Merger {
  private:
   /// The weight with the module's update at the rank.
   Matrix<float> sum(const PeftModule& module, std::shared_ptr<const AnyWeight> base) const {
-    DynamicLoRALinear<float, Cpu, AnyFormat> layer(
-        std::move(base), {.max_rank = module.rank(), .name = module.name, .gated_ranks = module.gated_ranks, .dora = module.dora()}, cpu_);
+    DynamicLoRALinear<float, Cpu, AnyFormat> layer(std::move(base), lora_options(module), cpu_);
     assign(module, layer.adapter());
     return layer.merged_weight(std::min(rank_, module.rank()));
   }
 
   Matrix<float> decoded(const AnyWeight& weight) const {
     Matrix<float> matrix(weight.rows(), weight.cols());
-    weight.visit([&]<class View>(const View& view) {
-      if constexpr (requires { typename View::format; }) cpu_.dequantize(view, matrix.view());
-      else copy(view, matrix.view());
-    });
+    decode(weight, matrix.view(), cpu_);
     return matrix;
   }
 

@@ -369,10 +369,14 @@ inline void assign(const PeftModule& module, LoRAAdapter<float>& adapter, Index 
   }
 }
 
+/// Those of an adapter that a module fits, but for the scale and alpha, which assign sets.
+inline LoRAOptions lora_options(const PeftModule& module) {
+  return {.max_rank = module.rank(), .name = module.name, .gated_ranks = module.gated_ranks, .dora = module.dora()};
+}
+
 /// A module as an adapter of its own, of maximal rank r.
 inline LoRAAdapter<float> to_adapter(const PeftModule& module) {
-  LoRAAdapter<float> adapter(module.in(), module.out(),
-                             {.max_rank = module.rank(), .name = module.name, .gated_ranks = module.gated_ranks, .dora = module.dora()});
+  LoRAAdapter<float> adapter(module.in(), module.out(), lora_options(module));
   assign(module, adapter);
   return adapter;
 }

@@ -102,9 +102,7 @@ std::shared_ptr<const DecoderWeights<float>> load_hugging_face(const std::filesy
     if (is_bnb_4bit(file, tensor)) {  // an embedding or a head in 4 bits is used decoded
       const auto weight = load_bnb_4bit(file, tensor);
       matrix = Matrix<float>(weight.rows(), weight.cols());
-      weight.visit([&]<class View>(const View& view) {
-        if constexpr (requires { typename View::format; }) backend.dequantize(view, matrix.view());
-      });
+      decode(weight, matrix.view(), backend);
     } else {
       matrix = file.matrix(tensor);
     }

@@ -212,7 +212,7 @@ class DynamicLoRALinear {
   Matrix<Acc, Memory> merged_weight(Index rank) const {
     adapter_.check_rank(rank);
     Matrix<Acc, Memory> merged(out(), in());
-    base_->visit([&](const auto& w) { decode_base(w, merged.view()); });
+    decode(*base_, merged.view(), backend_);
     if (rank == 0) return merged;
     // delta W = U^T A with U[i, :] = coefficient_i * B[i, :]
     const auto coefficients = adapter_.coefficients(rank, rank);
@@ -327,15 +327,6 @@ class DynamicLoRALinear {
       backend.copy(weight, dense.view());
       return std::make_shared<const WeightType>(std::move(dense));
     }
-  }
-
-  template <CodeFormat F, class Scales>
-  void decode_base(const QuantizedView<F, Scales>& w, MatrixView<Acc> y) const {
-    backend_.dequantize(w, y);
-  }
-  template <class S>
-  void decode_base(const MatrixView<S>& w, MatrixView<Acc> y) const {
-    backend_.copy(w, y);
   }
 
   // target = source * coefficients of each row's rank. For gradients under GradientRows::last_row only column b - 1 stays.

@@ -103,10 +103,7 @@ void subtract(const LowRank<float>& product, MatrixView<float> w, const Backend&
 // error = w - base
 template <class Base, class Backend>
 void quantization_error(MatrixView<const float> w, const Base& base, MatrixView<float> error, const Backend& backend) {
-  base.visit([&]<class View>(const View& view) {
-    if constexpr (requires { typename View::format; }) backend.dequantize(view, error);
-    else backend.copy(view, error);
-  });
+  decode(base, error, backend);
   for (Index i = 0; i < w.rows; ++i)
     for (Index j = 0; j < w.cols; ++j) error(i, j) = w(i, j) - error(i, j);
 }

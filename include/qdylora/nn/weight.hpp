@@ -67,6 +67,15 @@ void expect_shape(const char* what, const Weight<Storages...>& weight, Index row
                       detail::shape_text(weight.rows(), weight.cols()));
 }
 
+/// y [rows, cols] = the weight's elements, decoded where it is quantized.
+template <class... Storages, class S, class Backend>
+void decode(const Weight<Storages...>& weight, MatrixView<S> y, const Backend& backend) {
+  weight.visit([&]<class View>(const View& view) {
+    if constexpr (requires { typename View::format; }) backend.dequantize(view, y);
+    else backend.copy(view, y);
+  });
+}
+
 namespace detail {
 
 template <class Format, class Memory>
