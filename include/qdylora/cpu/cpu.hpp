@@ -41,8 +41,7 @@ class Cpu {
   int threads() const noexcept { return run_.pool ? run_.pool->threads() : 0; }
 
   /// f(0) ... f(count - 1), each once, on the backend's threads.
-  template <class F>
-  void parallel_for(Index count, F&& f) const {
+  void parallel_for(Index count, LoopBody f) const {
     run_.parallel_for(count, f);
   }
 
@@ -69,7 +68,7 @@ class Cpu {
   // frozen weights
   template <CodeFormat Format = NF4, class Scales = DoubleQuant<>, class T>
   QuantizedTensor<Format, Scales> quantize(MatrixView<T> weight, QuantizeOptions options = {}) const {
-    const auto parallel = [this](Index count, auto&& f) { run_.parallel_for(count, f); };
+    const auto parallel = [this](Index count, LoopBody f) { run_.parallel_for(count, f); };
     return qdylora::quantize<Format, Scales>(MatrixView<const std::remove_const_t<T>>(weight), options, parallel, encoder<Format>());
   }
   /// How Quantizer::append encodes blocks fastest here; the same codes as its own way.

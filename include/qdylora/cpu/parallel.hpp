@@ -11,6 +11,7 @@
 #include <memory>
 #include <mutex>
 #include <thread>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -22,6 +23,21 @@ namespace qdylora {
 /// What a trainer with its own threads gives the backend instead of ours: runs f(0) ... f(count - 1), each once, in any order, on any
 /// threads, and returns when all are done.
 using Executor = std::function<void(Index count, const std::function<void(Index)>& f)>;
+
+/// The body f of a loop, borrowed: it may not outlive f. One type for every f, so that what runs loops is compiled once.
+class LoopBody {
+ public:
+  template <class F>
+    requires(!std::is_same_v<std::remove_cvref_t<F>, LoopBody> && std::is_invocable_v<F&, Index>)
+  LoopBody(F&& f) noexcept  // NOLINT: a lambda is passed as it stands
+      : context_(const_cast<void*>(static_cast<const void*>(std::addressof(f)))),
+        invoke_([](void* context, Index i) { (*static_cast<std::remove_reference_t<F>*>(context))(i); }) {}
+  void operator()(Index i) const { invoke_(context_, i); }
+
+ private:
+  void* context_;
+  void (*invoke_)(void*, Index);
+};
 
 /// A fork-join pool. The caller works too, so `threads` - 1 are started, at the first call that has use for them. Between calls workers
 /// spin for some microseconds (a layer is a chain of short parallel loops) and then sleep.
@@ -46,8 +62,7 @@ class ThreadPool {
 
   /// Rethrows the exception of the task with the lowest index, after all tasks ended. A nested call, and a call while another thread's
   /// loop holds the pool, runs on the calling thread alone.
-  template <class F>
-  void run(Index count, F&& f) {
+  void run(Index count, LoopBody f) {
     if (count <= 0) return;
     if (count == 1 || threads_ == 1 || inside() || !busy_.try_lock()) {
       for (Index i = 0; i < count; ++i) f(i);
@@ -55,8 +70,7 @@ class ThreadPool {
     }
     const std::lock_guard hold(busy_, std::adopt_lock);
     if (workers_.empty()) start();
-    invoke_ = [](void* context, Index i) { (*static_cast<std::remove_reference_t<F>*>(context))(i); };
-    context_ = const_cast<void*>(static_cast<const void*>(std::addressof(f)));
+    body_ = &f;
     count_ = count;
     next_.store(0, std::memory_order_relaxed);
     error_ = nullptr;
@@ -101,7 +115,7 @@ class ThreadPool {
     inside() = true;
     for (Index i = next_.fetch_add(1); i < count_; i = next_.fetch_add(1)) {
       try {
-        invoke_(context_, i);
+        (*body_)(i);
       } catch (...) {
         const std::lock_guard lock(error_mutex_);
         if (i < error_task_) {
@@ -137,8 +151,7 @@ class ThreadPool {
   std::vector<std::thread> workers_;
 
   // the loop at hand
-  void (*invoke_)(void*, Index) = nullptr;
-  void* context_ = nullptr;
+  const LoopBody* body_ = nullptr;
   Index count_ = 0;
   std::atomic<Index> next_{0};
   std::atomic<int> working_{0};

@@ -32,9 +32,8 @@ struct CpuRun {
   Isa isa = Isa::generic;
   Compute compute = Compute::automatic;
 
-  template <class F>
-  void parallel_for(Index count, F&& f) const {
-    if (executor) (*executor)(count, std::function<void(Index)>(std::ref(f)));
+  void parallel_for(Index count, LoopBody f) const {
+    if (executor) (*executor)(count, f);
     else pool->run(count, f);
   }
 
