@@ -14,6 +14,7 @@ endforeach()
 add_library(test_headers OBJECT ${sources})
 target_link_libraries(test_headers PRIVATE qdylora::io qdylora_warnings)
 target_compile_options(test_headers PRIVATE -O0)  # nothing of it runs
+set_target_properties(test_headers PROPERTIES UNITY_BUILD OFF)
 
 set(doors "")
 foreach(door IN ITEMS qdylora/qdylora.hpp qdylora/io.hpp qdylora/model.hpp)
@@ -26,6 +27,7 @@ file(CONFIGURE OUTPUT ${generated}/doors_second.cpp CONTENT "${doors}int second(
 add_executable(test_doors ${generated}/doors_first.cpp ${generated}/doors_second.cpp)
 target_link_libraries(test_doors PRIVATE qdylora::io qdylora_warnings)
 target_compile_options(test_doors PRIVATE -O0)
+set_target_properties(test_doors PROPERTIES UNITY_BUILD OFF)
 add_test(NAME "headers: two translation units link" COMMAND test_doors)
 
 add_test(NAME "headers: the front doors lead to no CUDA file"

@@ -17,7 +17,7 @@ install_missing g++:g++ cmake:cmake ninja:ninja-build python3:python3 \
 say "Configuring in $build"
 options=(-C cmake/dev.cmake)
 if [[ ! -f $build/CMakeCache.txt ]] && command -v ninja >/dev/null; then options+=(-G Ninja); fi
-cmake -S . -B "$build" "${options[@]}" -D QDYLORA_BUILD_TESTS=ON -D QDYLORA_BUILD_EXAMPLES=ON -D QDYLORA_BUILD_BENCHMARKS=ON
+cmake -S . -B "$build" "${options[@]}" -D CMAKE_UNITY_BUILD=ON -D QDYLORA_BUILD_TESTS=ON -D QDYLORA_BUILD_EXAMPLES=ON -D QDYLORA_BUILD_BENCHMARKS=ON
 
 say "Building with $jobs jobs"
 cmake --build "$build" --parallel "$jobs"

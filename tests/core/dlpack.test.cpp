@@ -10,6 +10,8 @@
 #include "support/catch.hpp"
 #include "support/files.hpp"
 
+namespace dlpack_test {
+
 namespace qd = qdylora;
 using qd::Errc;
 using qd::Index;
@@ -188,3 +190,5 @@ TEST_CASE("a DLPack tensor keeps the owner of its elements until it is deleted")
   other_library->deleter(other_library);
   CHECK(matrix.use_count() == 1);
 }
+
+}  // namespace dlpack_test

@@ -6,6 +6,8 @@
 #include "support/catch.hpp"
 #include "support/files.hpp"
 
+namespace eigen_test {
+
 namespace qd = qdylora;
 using RowMatrix = qd::EigenMatrix<float>;
 
@@ -80,3 +82,5 @@ TEST_CASE("columns that are not adjacent are no view") {
   CHECK(error->code() == qd::Errc::unsupported);
   CHECK(std::string(error->what()).find("2 elements apart") != std::string::npos);
 }
+
+}  // namespace eigen_test

@@ -5,6 +5,8 @@
 
 #include "support/catch.hpp"
 
+namespace error_test {
+
 namespace qd = qdylora;
 using qd::Errc;
 
@@ -58,3 +60,5 @@ TEST_CASE("EXPECTS throws only when its condition fails, and only then makes its
   CHECK_THROWS_WITH([&] { QDYLORA_EXPECTS(2 < 1, bad_argument, message()); }(), "why");
   CHECK(made == 1);
 }
+
+}  // namespace error_test

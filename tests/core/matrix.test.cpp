@@ -7,6 +7,8 @@
 #include "support/catch.hpp"
 #include "support/files.hpp"
 
+namespace matrix_test {
+
 namespace qd = qdylora;
 using qd::Errc;
 using qd::Index;
@@ -242,3 +244,5 @@ TEST_CASE("copy honours both strides and clone gathers") {
   CHECK(test::code_of([&] { qd::copy(qd::MatrixView<const float>(source, 2, 3), qd::MatrixView(target, 3, 2)); }) ==
         Errc::shape_mismatch);
 }
+
+}  // namespace matrix_test

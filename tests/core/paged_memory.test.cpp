@@ -13,6 +13,8 @@
 #include "support/files.hpp"
 #include "support/paged_pages.hpp"
 
+namespace paged_memory_test {
+
 namespace qd = qdylora;
 using qd::Errc;
 using qd::Index;
@@ -78,3 +80,5 @@ TEST_CASE("a full disk is an error when the block is asked for, and nothing stay
   CHECK(std::string(error->what()).find(std::to_string(bytes) + " bytes") != std::string::npos);
   CHECK(descriptors() == before);
 }
+
+}  // namespace paged_memory_test

@@ -10,6 +10,8 @@
 #include "support/catch.hpp"
 #include "support/files.hpp"
 
+namespace random_test {
+
 namespace qd = qdylora;
 
 // Moments below are compared within 5 standard errors of the sample they come from.
@@ -190,3 +192,5 @@ TEST_CASE("shuffle of nothing and of one item draws no number") {
   CHECK(one == std::vector<int>{1});
   CHECK(rng.state().position == 0);
 }
+
+}  // namespace random_test

@@ -9,6 +9,8 @@
 #include "support/catch.hpp"
 #include "support/golden.hpp"
 
+namespace scalar_test {
+
 namespace qd = qdylora;
 
 namespace {
@@ -120,3 +122,5 @@ TEST_CASE("conversions are constant expressions and names are those of files") {
   CHECK(qd::dtype_name<qd::half>() == "float16");
   static_assert(std::is_same_v<qd::Accumulator<double>, double> && std::is_same_v<qd::Accumulator<qd::half>, float>);
 }
+
+}  // namespace scalar_test

@@ -4,6 +4,8 @@
 
 #include "backend/classes.inc"
 
+namespace class_guarantees_test {
+
 namespace qd = qdylora;
 using namespace test;
 
@@ -532,3 +534,5 @@ TEMPLATE_TEST_CASE("the backward product is the adjoint of the forward one", "[c
     check(dense.view());
   }
 }
+
+}  // namespace class_guarantees_test

@@ -3,6 +3,8 @@
 
 #include "backend/product_trace.inc"
 
+namespace class_threads_test {
+
 namespace qd = qdylora;
 using namespace test;
 
@@ -75,3 +77,5 @@ TEST_CASE("threads that share a pool compute in different classes and get their 
     CHECK(differing(alone[i], together[i]) == "");
   }
 }
+
+}  // namespace class_threads_test

@@ -2,6 +2,8 @@
 // promises, and no closer than its arithmetic can be.
 #include "backend/classes.inc"
 
+namespace classes_test {
+
 namespace qd = qdylora;
 using namespace test;
 
@@ -262,3 +264,5 @@ TEST_CASE("every code of a file has its value, the one that quantization never w
   check(qd::FP4{});
   check(qd::INT4{});
 }
+
+}  // namespace classes_test

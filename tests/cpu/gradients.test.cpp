@@ -1,6 +1,8 @@
 #include "backend/each_isa.inc"
 #include "backend/gradients.inc"
 
+namespace gradients_test {
+
 namespace qd = qdylora;
 
 TEST_CASE("the reference's gradients are the central differences of its forward passes", "[cpu]") {
@@ -23,3 +25,5 @@ TEST_CASE("the gradient check notices a wrong, a missing and a NaN gradient", "[
   CHECK(excess({1.0, NAN, 27.0}) > 1.0);
   CHECK(excess({1.0, 3.0}) > 1.0);
 }
+
+}  // namespace gradients_test

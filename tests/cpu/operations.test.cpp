@@ -2,6 +2,8 @@
 #include "backend/elementwise.inc"
 #include "backend/memory.inc"
 
+namespace operations_test {
+
 namespace qd = qdylora;
 
 TEMPLATE_TEST_CASE("data goes to the backend's memory and back", "[cpu]", float, double, qd::bfloat16, qd::half) {
@@ -29,3 +31,5 @@ TEST_CASE("AdamW with moments in 8 bits has the reference's codes", "[cpu]") { t
 TEMPLATE_TEST_CASE("the sum of squares is taken in double", "[cpu]", float, double) {
   each_isa([](const qd::Cpu& cpu) { test::sum_squares<qd::Cpu, TestType>(cpu); });
 }
+
+}  // namespace operations_test

@@ -9,6 +9,8 @@
 
 #include "support/catch.hpp"
 
+namespace parallel_test {
+
 namespace qd = qdylora;
 using qd::Index;
 
@@ -160,3 +162,5 @@ TEST_CASE("what tasks wrote is visible to the caller", "[cpu]") {
     REQUIRE(wrong == 0);
   }
 }
+
+}  // namespace parallel_test

@@ -1,6 +1,8 @@
 #include "backend/products.inc"
 #include "backend/each_isa.inc"
 
+namespace products_test {
+
 namespace qd = qdylora;
 
 TEMPLATE_TEST_CASE("products with quantized weights are the reference's", "[cpu]", float, double, qd::bfloat16, qd::half) {
@@ -29,3 +31,5 @@ TEMPLATE_TEST_CASE("weight gradients are the reference's", "[cpu]", float, doubl
 TEMPLATE_TEST_CASE("products refuse shapes that do not fit", "[cpu]", float, qd::bfloat16) {
   test::products_refuse_other_shapes<qd::Cpu, TestType>(qd::Cpu(2));
 }
+
+}  // namespace products_test

@@ -2,6 +2,8 @@
 // on data made to lie where roundings and comparisons turn.
 #include "backend/classes.inc"
 
+namespace quantize_test {
+
 namespace qd = qdylora;
 using namespace test;
 
@@ -372,3 +374,5 @@ TEMPLATE_TEST_CASE("decoding reads and writes its operands and not one element b
   check(qd::FP8E4M3{}, qd::DoubleQuant<qd::FP8E4M3>{});
   check(qd::FP8E5M2{}, qd::Float32Scales{});
 }
+
+}  // namespace quantize_test

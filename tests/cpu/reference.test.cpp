@@ -10,6 +10,8 @@
 #include "support/golden.hpp"
 #include "support/random_data.hpp"
 
+namespace reference_test {
+
 namespace qd = qdylora;
 namespace reference = qdylora::reference;
 using qd::Index;
@@ -158,3 +160,5 @@ TEST_CASE("dropout keeps the expected share and the expected value", "[reference
   CHECK(static_cast<double>(kept) / 30000 == Approx(0.75).margin(5 * std::sqrt(0.75 * 0.25 / 30000)));
   for (const double v : y.span()) CHECK((v == 0.0 || v == Approx(4.0 / 3)));
 }
+
+}  // namespace reference_test

@@ -4,6 +4,8 @@
 #include "backend/each_isa.inc"
 #include "backend/trace.inc"
 
+namespace threads_test {
+
 namespace qd = qdylora;
 
 TEMPLATE_TEST_CASE("every operation gives the same bits on 1, 2, 3 and 8 threads", "[cpu]", float, double, qd::bfloat16, qd::half) {
@@ -47,3 +49,5 @@ TEST_CASE("a backend can be forced to any supported instruction set and to no ot
   CHECK(qd::Cpu().threads() >= 1);
   CHECK(qd::Cpu(0).threads() == qd::Cpu().threads());
 }
+
+}  // namespace threads_test

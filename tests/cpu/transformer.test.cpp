@@ -1,6 +1,8 @@
 #include "backend/each_isa.inc"
 #include "backend/transformer.inc"
 
+namespace transformer_test {
+
 namespace qd = qdylora;
 
 TEMPLATE_TEST_CASE("RMS norm is the reference's", "[cpu]", float, double, qd::bfloat16, qd::half) {
@@ -41,3 +43,5 @@ TEMPLATE_TEST_CASE("embedding copies rows of the table", "[cpu]", float, double,
 TEMPLATE_TEST_CASE("cross-entropy is the reference's", "[cpu]", float, double) {
   each_isa([](const qd::Cpu& cpu) { test::cross_entropy<qd::Cpu, TestType>(cpu); });
 }
+
+}  // namespace transformer_test

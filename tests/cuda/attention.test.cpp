@@ -3,6 +3,8 @@
 
 #include "backend/transformer.inc"
 
+namespace attention_test {
+
 namespace qd = qdylora;
 using qd::Cuda;
 using qd::HeadShape;
@@ -84,3 +86,5 @@ TEST_CASE("a long cache is shared among blocks, and so are many heads of one cac
   qd::reference::attention_decode(q.view(), Span(hk), Span(hv), shape, y.expected());
   y.check(4 * test::bound<T>());
 }
+
+}  // namespace attention_test

@@ -11,6 +11,8 @@
 #include "support/catch.hpp"
 #include "support/tiny_model.hpp"
 
+namespace decoder_test {
+
 namespace qd = qdylora;
 using qd::Cpu, qd::Cuda, qd::Index;
 
@@ -140,3 +142,5 @@ TEST_CASE("recipes train on the device as on the CPU, re-ordering and ranks by r
     CHECK(found.reordered_at_end() == expected.reordered_at_end());
   }
 }
+
+}  // namespace decoder_test

@@ -8,6 +8,8 @@
 #include "support/files.hpp"
 #include "support/random_data.hpp"
 
+namespace dequantize_test {
+
 namespace qd = qdylora;
 using qd::Index;
 using test::Matrix, test::MatrixView;
@@ -99,3 +101,5 @@ TEST_CASE("a slab outside of the weight is refused") {
   CHECK(code(-1, 0) == qd::Errc::shape_mismatch);
   CHECK(test::code_of([&] { cuda.dequantize(device.view(), y.view()); }) == qd::Errc::shape_mismatch);
 }
+
+}  // namespace dequantize_test

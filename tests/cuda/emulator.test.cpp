@@ -8,6 +8,8 @@
 #include "support/cuda_emulator/device_array.hpp"
 #include "support/random_data.hpp"
 
+namespace emulator_test {
+
 namespace qd = qdylora;
 namespace device = qd::device;
 using device::Shared, device::SharedMemory;
@@ -396,3 +398,5 @@ TEST_CASE("ldmatrix: one matrix and its transpose") {
                  }),
                  "not aligned to 16"));
 }
+
+}  // namespace emulator_test

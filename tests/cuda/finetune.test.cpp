@@ -14,6 +14,8 @@
 #include "support/files.hpp"
 #include "support/tiny_model.hpp"
 
+namespace finetune_test {
+
 namespace qd = qdylora;
 namespace examples = qdylora::examples;
 using qd::Index;
@@ -107,3 +109,5 @@ TEST_CASE("finetune and evaluate on the device do what they do on the CPU", "[cu
   for (Index i = 0; i < here.rows(); ++i)
     for (Index j = 0; j < here.cols(); ++j) CHECK(std::fabs(there(i, j) - here(i, j)) <= 1e-3f);
 }
+
+}  // namespace finetune_test

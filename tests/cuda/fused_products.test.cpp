@@ -8,6 +8,8 @@
 #include "support/distortion.hpp"
 #include "support/random_data.hpp"
 
+namespace fused_products_test {
+
 namespace qd = qdylora;
 using qd::Index, qd::Update;
 using test::Matrix, test::MatrixView;
@@ -120,3 +122,5 @@ TEST_CASE("a weight that is not a number spoils its own outputs, and no others")
   for (Index i = 0; i < 3; ++i)
     for (Index j = 0; j < 40; ++j) CHECK(std::isfinite(static_cast<float>(y.view()(i, j))) == (j != 17));
 }
+
+}  // namespace fused_products_test

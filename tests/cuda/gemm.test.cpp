@@ -6,6 +6,8 @@
 #include "support/files.hpp"
 #include "support/random_data.hpp"
 
+namespace gemm_test {
+
 namespace qd = qdylora;
 using qd::Index, qd::Update;
 using test::Matrix, test::MatrixView;
@@ -78,3 +80,5 @@ TEST_CASE("a matrix that is not in the device's memory is a fault") {
   Matrix<float, qd::DeviceMemory> small(5, 5);
   CHECK_THROWS_AS(multiply({small.data(), 6, 5}), Fault);  // its last row is beyond the allocation
 }
+
+}  // namespace gemm_test

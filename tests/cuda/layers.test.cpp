@@ -7,6 +7,8 @@
 #include "backend/harness.inc"
 #include "support/catch.hpp"
 
+namespace layers_test {
+
 namespace qd = qdylora;
 using qd::Cpu, qd::Cuda, qd::Index;
 using test::Matrix, test::MatrixView;
@@ -121,3 +123,5 @@ TEST_CASE("an adapter with gates is refused on the device", "[cuda]") {
   qd::LoRAOptions options{.max_rank = 4, .name = "up", .gated_ranks = {1, 4}};
   CHECK(test::code_of([&] { qd::LoRAAdapter<float, qd::DeviceMemory>(8, 8, options); }) == qd::Errc::unsupported);
 }
+
+}  // namespace layers_test

@@ -9,6 +9,8 @@
 #include "backend/transformer.inc"
 #include "support/device_memory_used.hpp"
 
+namespace operations_test {
+
 namespace qd = qdylora;
 using qd::Cuda;
 
@@ -108,3 +110,5 @@ TEST_CASE("the host's loop takes each index once and hands on what is thrown", "
   };
   CHECK(test::code_of([&] { cuda.parallel_for(50, refuse); }) == qd::Errc::bad_argument);
 }
+
+}  // namespace operations_test

@@ -12,6 +12,8 @@
 #include "support/files.hpp"
 #include "support/random_data.hpp"
 
+namespace optimizer_test {
+
 namespace qd = qdylora;
 using qd::Cuda;
 using qd::Index;
@@ -87,3 +89,5 @@ TEST_CASE("the squares of many matrices are summed at once", "[cuda]") {
   CHECK(cuda.sum_squares(Views(views)) == Approx(expected).epsilon(1e-12));
   CHECK(cuda.sum_squares(Views()) == 0.0);
 }
+
+}  // namespace optimizer_test

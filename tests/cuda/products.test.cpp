@@ -3,6 +3,8 @@
 
 #include "backend/products.inc"
 
+namespace products_test {
+
 namespace qd = qdylora;
 using qd::Cuda;
 using qd::Index;
@@ -108,3 +110,5 @@ TEST_CASE("a workspace too small for one row of a slab is an error") {
   Matrix<float, qd::DeviceMemory> x(3, 640), y(3, 5);
   CHECK(test::code_of([&] { cuda.matmul(x.view(), w.view(), y.view()); }) == qd::Errc::memory);
 }
+
+}  // namespace products_test

@@ -8,6 +8,8 @@
 #include "support/files.hpp"
 #include "support/random_data.hpp"
 
+namespace quantize_test {
+
 namespace qd = qdylora;
 using qd::Index;
 using test::Matrix;
@@ -96,3 +98,5 @@ TEST_CASE("what is not finite is refused by name, or kept as on the host") {
     CHECK(std::string(error->what()).find("[2, 7]") != std::string::npos);
   }
 }
+
+}  // namespace quantize_test

@@ -7,6 +7,8 @@
 #include "support/files.hpp"
 #include "support/random_data.hpp"
 
+namespace runtime_test {
+
 namespace qd = qdylora;
 using qd::Errc;
 using test::emulator::global_memory;
@@ -97,3 +99,5 @@ TEST_CASE("scratch memory starts over with each operation and has an end") {
   CHECK(second.take<double>(128) == a);
   CHECK(says(test::error_of([&] { first.take<float>(200); }), Errc::memory, "workspace of 1536 bytes"));
 }
+
+}  // namespace runtime_test

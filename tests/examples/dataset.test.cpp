@@ -13,6 +13,8 @@
 #include "../../examples/common/dataset.hpp"
 #include "support/catch.hpp"
 
+namespace dataset_test {
+
 namespace qd = qdylora;
 namespace ex = qdylora::examples;
 
@@ -301,3 +303,5 @@ TEST_CASE("a sample that is too long loses the right of its response, or is left
 TEST_CASE("a tokenizer without an end token cannot make samples of answers", "[dataset]") {
   CHECK_THROWS_AS(ex::tokenize({"p", "r"}, byte_tokenizer(-1)), qd::Error);
 }
+
+}  // namespace dataset_test

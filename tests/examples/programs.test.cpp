@@ -17,9 +17,12 @@
 #include <qdylora/io.hpp>
 
 #include "support/catch.hpp"
+#include "support/distortion.hpp"
 #include "support/files.hpp"
 #include "support/golden.hpp"
 #include "support/random_data.hpp"
+
+namespace programs_test {
 
 namespace qd = qdylora;
 using qd::Index;
@@ -43,6 +46,25 @@ Run run(const std::string& program, const std::string& arguments) {
 }
 
 std::string quoted(const std::filesystem::path& path) { return "'" + path.native() + "'"; }
+
+// What a program prints that ends well.
+std::string succeeds(const std::string& program, const std::string& arguments) {
+  const auto result = run(program, arguments);
+  CAPTURE(program, arguments, result.out, result.err);
+  REQUIRE(result.status == 0);
+  return result.out;
+}
+
+// Of some tokens, by evaluate.
+qd::Matrix<float> logits_of(const std::string& arguments) {
+  const test::TemporaryFolder folder;
+  succeeds("evaluate", arguments + " --base-format float32 --ids 1,2,3,5,8,13,21 --logits " + quoted(folder / "l"));
+  return qd::SafetensorsFile(folder / "l").matrix("logits");
+}
+
+double difference(const qd::Matrix<float>& found, const qd::Matrix<float>& expected) {
+  return test::largest_difference(found.view(), expected.view());
+}
 
 // A run of the toy that takes seconds: 12 steps through all phases of the recipe.
 std::string toy(const std::filesystem::path& out, const std::string& more = "") {
@@ -470,40 +492,25 @@ TEST_CASE("programs: a merged model has the logits of its adapter at that rank")
   if (!built("merge") || !built("evaluate")) SKIP("merge or evaluate has not been built");
   const test::TemporaryFolder folder;
   const auto model = quoted(test::golden("llama_tiny_bnb4")), adapter = quoted(test::golden("llama_tiny_adapter"));
-  const auto logits = [&](const std::string& arguments) {
-    const auto result = run("evaluate", arguments + " --base-format float32 --ids 1,2,3,5,8,13,21 --logits " + quoted(folder / "l"));
-    CAPTURE(arguments, result.err);
-    REQUIRE(result.status == 0);
-    return qd::SafetensorsFile(folder / "l").matrix("logits");
-  };
-  const auto distance = [](const qd::Matrix<float>& a, const qd::Matrix<float>& b) {
-    double worst = 0.0;
-    for (std::size_t i = 0; i < a.span().size(); ++i)
-      worst = std::max(worst, std::fabs(static_cast<double>(a.span()[i]) - static_cast<double>(b.span()[i])));
-    return worst;
-  };
   const auto merge = [&](const std::string& source, const std::string& name, const std::string& options) {
-    const auto result = run("merge", source + " " + adapter + " " + quoted(folder / name) + " " + options);
-    CAPTURE(options, result.out, result.err);
-    REQUIRE(result.status == 0);
-    return result.out;
+    return succeeds("merge", source + " " + adapter + " " + quoted(folder / name) + " " + options);
   };
-  const auto base = logits("--model " + model);
+  const auto base = logits_of("--model " + model);
   for (const std::string rank : {"4", "8"}) {
     CAPTURE(rank);
-    const auto expected = logits("--model " + model + " --adapter " + adapter + " --rank " + rank);
+    const auto expected = logits_of("--model " + model + " --adapter " + adapter + " --rank " + rank);
     merge(model, "float" + rank, "--dtype float32 --rank " + rank);
-    CHECK(distance(logits("--model " + quoted(folder / ("float" + rank))), expected) < 1e-5);
-    CHECK(distance(base, expected) > 0.1);
+    CHECK(difference(logits_of("--model " + quoted(folder / ("float" + rank))), expected) < 1e-5);
+    CHECK(difference(base, expected) > 0.1);
   }
   // In 16 bits the sum is rounded; in 4 bits it is another model, and the program says by how much.
-  const auto whole = logits("--model " + model + " --adapter " + adapter);
+  const auto whole = logits_of("--model " + model + " --adapter " + adapter);
   merge(model, "half", "--dtype float16");
-  CHECK(distance(logits("--model " + quoted(folder / "half")), whole) < 2e-2);
+  CHECK(difference(logits_of("--model " + quoted(folder / "half")), whole) < 2e-2);
   CHECK(qd::SafetensorsFile(folder / "half" / "model.safetensors").info("model.layers.0.mlp.up_proj.weight").dtype == qd::DType::F16);
   CHECK(merge(model, "four", "").find("all together") != std::string::npos);
   CHECK(qd::is_bnb_4bit(qd::SafetensorsFile(folder / "four" / "model.safetensors"), "model.layers.0.mlp.up_proj.weight"));
-  CHECK(distance(logits("--model " + quoted(folder / "four")), base) > 0.1);
+  CHECK(difference(logits_of("--model " + quoted(folder / "four")), base) > 0.1);
   // Stored floats keep their type.
   merge(quoted(folder / "half"), "again", "");
   CHECK(qd::SafetensorsFile(folder / "again" / "model.safetensors").info("model.layers.0.mlp.up_proj.weight").dtype == qd::DType::F16);
@@ -555,34 +562,18 @@ TEST_CASE("programs: an adapter with magnitudes is evaluated, cut, resized and m
     qd::save_peft_adapter(folder / "dora", named);
   }
   const auto dora = quoted(folder / "dora");
-  const auto succeeds = [](const std::string& program, const std::string& arguments) {
-    const auto result = run(program, arguments);
-    CAPTURE(program, arguments, result.err);
-    REQUIRE(result.status == 0);
-    return result.out;
-  };
-  const auto logits = [&](const std::string& arguments) {
-    succeeds("evaluate", arguments + " --base-format float32 --ids 1,2,3,5,8,13,21 --logits " + quoted(folder / "l"));
-    return qd::SafetensorsFile(folder / "l").matrix("logits");
-  };
-  const auto distance = [](const qd::Matrix<float>& a, const qd::Matrix<float>& b) {
-    double worst = 0.0;
-    for (std::size_t i = 0; i < a.span().size(); ++i)
-      worst = std::max(worst, std::fabs(static_cast<double>(a.span()[i]) - static_cast<double>(b.span()[i])));
-    return worst;
-  };
-  const auto whole = logits("--model " + model + " --adapter " + dora);
-  const auto plain = logits("--model " + model + " --adapter " + quoted(test::golden("llama_tiny_adapter")));
-  CHECK(distance(whole, plain) > 0.1);
+  const auto whole = logits_of("--model " + model + " --adapter " + dora);
+  const auto plain = logits_of("--model " + model + " --adapter " + quoted(test::golden("llama_tiny_adapter")));
+  CHECK(difference(whole, plain) > 0.1);
   CHECK(succeeds("adapter", "info " + dora).find("DoRA") != std::string::npos);
-  const auto at_4 = logits("--model " + model + " --adapter " + dora + " --rank 4");
-  CHECK(distance(whole, at_4) > 1e-2);
+  const auto at_4 = logits_of("--model " + model + " --adapter " + dora + " --rank 4");
+  CHECK(difference(whole, at_4) > 1e-2);
   succeeds("merge", model + " " + dora + " " + quoted(folder / "merged") + " --dtype float32 --rank 4");
-  CHECK(distance(logits("--model " + quoted(folder / "merged")), at_4) < 1e-5);
+  CHECK(difference(logits_of("--model " + quoted(folder / "merged")), at_4) < 1e-5);
   succeeds("adapter", "truncate " + dora + " --rank 4 " + quoted(folder / "cut"));
-  CHECK(distance(logits("--model " + model + " --adapter " + quoted(folder / "cut")), at_4) < 1e-5);
+  CHECK(difference(logits_of("--model " + model + " --adapter " + quoted(folder / "cut")), at_4) < 1e-5);
   succeeds("adapter", "resize " + dora + " --rank 8 " + quoted(folder / "resized"));
-  CHECK(distance(logits("--model " + model + " --adapter " + quoted(folder / "resized")), whole) < 1e-4);
+  CHECK(difference(logits_of("--model " + model + " --adapter " + quoted(folder / "resized")), whole) < 1e-4);
   const auto refused = run("adapter", "gguf " + dora + " --model " + quoted(test::golden("tiny.gguf")) + " " + quoted(folder / "a.gguf"));
   CHECK(refused.status == 2);
   CAPTURE(refused.err);
@@ -832,3 +823,5 @@ TEST_CASE("programs: an adapter and a tokenizer of another model are named") {
   CHECK(tokenizer.status == 2);
   CHECK(tokenizer.err.find("tokenizer.gguf: a tokenizer of 65 tokens") != std::string::npos);
 }
+
+}  // namespace programs_test

@@ -15,6 +15,8 @@
 #include "../../examples/common/signals.hpp"
 #include "support/catch.hpp"
 
+namespace progress_test {
+
 namespace qd = qdylora;
 namespace ex = qdylora::examples;
 
@@ -150,3 +152,5 @@ TEST_CASE("the second signal ends the process", "[signals]") {
   CHECK(WIFSIGNALED(status));
   CHECK(WTERMSIG(status) == SIGTERM);
 }
+
+}  // namespace progress_test

@@ -14,6 +14,8 @@
 #include "../../examples/common/svg.hpp"
 #include "support/catch.hpp"
 
+namespace svg_test {
+
 namespace qd = qdylora;
 namespace ex = qdylora::examples;
 
@@ -139,3 +141,5 @@ TEST_CASE("a heat map has a cell for each number, the darker the larger", "[svg]
   CHECK_THROWS_AS(ex::svg(std::vector{bad}), qd::Error);
   CHECK_THROWS_AS(ex::svg(std::vector<ex::HeatMap>{}), qd::Error);
 }
+
+}  // namespace svg_test

@@ -6,6 +6,8 @@
 #include "support/catch.hpp"
 #include "support/files.hpp"
 
+namespace text_test {
+
 namespace ex = qdylora::examples;
 using Numbers = std::vector<std::int64_t>;
 
@@ -39,3 +41,5 @@ TEST_CASE("a list is taken whole or refused", "[text]") {
   }
   CHECK(test::code_of([] { ex::parse_numbers<std::int32_t>("--l", "2147483648"); }));
 }
+
+}  // namespace text_test

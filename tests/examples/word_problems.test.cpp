@@ -7,6 +7,8 @@
 #include "../../examples/common/word_problems.hpp"
 #include "support/catch.hpp"
 
+namespace word_problems_test {
+
 namespace qd = qdylora;
 namespace ex = qdylora::examples;
 
@@ -102,3 +104,5 @@ TEST_CASE("a negative number of problems is refused", "[word_problems]") {
   CHECK_THROWS_AS(ex::word_problems(ex::Split::train, -1, 0), qd::Error);
   CHECK(ex::word_problems(ex::Split::train, 0, 0).empty());
 }
+
+}  // namespace word_problems_test

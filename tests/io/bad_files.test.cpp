@@ -12,6 +12,8 @@
 #include "support/files.hpp"
 #include "support/golden.hpp"
 
+namespace bad_files_test {
+
 namespace qd = qdylora;
 using qd::Errc;
 using test::Bytes;
@@ -328,3 +330,5 @@ TEST_CASE("no prefix and no flipped bit of a GGUF file is more than a typed erro
   const qd::GgufTensor& last = file.tensors().back();
   check_neighbours<qd::GgufFile>(test::read_file(path), file.tensors().front().begin, last.begin + last.size);
 }
+
+}  // namespace bad_files_test

@@ -13,6 +13,8 @@
 #include "support/files.hpp"
 #include "support/golden.hpp"
 
+namespace bitsandbytes_test {
+
 namespace qd = qdylora;
 using qd::DType;
 using qd::Errc;
@@ -320,3 +322,5 @@ TEST_CASE("a weight that bitsandbytes could not have quantized is not written") 
   const qd::WeightFor<qd::AnyFormat> dense(qd::Matrix<float>(2, 32));
   CHECK(test::code_of([&] { qd::add_bnb_4bit(writer, states, "w", dense, DType::F32); }) == Errc::unsupported);
 }
+
+}  // namespace bitsandbytes_test

@@ -9,6 +9,8 @@
 #include "support/catch.hpp"
 #include "support/files.hpp"
 
+namespace checked_test {
+
 namespace qd = qdylora;
 using qd::Errc;
 using test::code_of;
@@ -128,3 +130,5 @@ TEST_CASE("every dtype is found again by its name") {
   CHECK(qd::dtype_of<qd::bfloat16>() == qd::DType::BF16);
   CHECK(qd::dtype_of<qd::half>() == qd::DType::F16);
 }
+
+}  // namespace checked_test

@@ -8,6 +8,8 @@
 
 #include "support/catch.hpp"
 
+namespace checksum_test {
+
 namespace qd = qdylora;
 
 TEST_CASE("checksums are XXH64's") {
@@ -39,3 +41,5 @@ TEST_CASE("a checksum does not depend on how the bytes are cut, and changes with
     CHECK(qd::Xxh64().update(flipped).digest() != whole);
   }
 }
+
+}  // namespace checksum_test

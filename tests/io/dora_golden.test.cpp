@@ -1,6 +1,4 @@
 // A PEFT adapter with DoRA, loaded into layers: outputs, gradients, merged weights and the output of a lower rank are PEFT's.
-#include <algorithm>
-#include <cmath>
 #include <string>
 
 #include <qdylora/cpu/cpu.hpp>
@@ -8,7 +6,10 @@
 #include <qdylora/nn/dynamic_lora_linear.hpp>
 
 #include "support/catch.hpp"
+#include "support/distortion.hpp"
 #include "support/golden.hpp"
+
+namespace dora_golden_test {
 
 namespace qd = qdylora;
 using qd::Index;
@@ -22,18 +23,8 @@ Float golden(const std::string& tensor) {
   return file.matrix(tensor);
 }
 
-// The largest difference relative to the largest expected element.
 double difference(qd::MatrixView<const float> found, const Float& expected) {
-  REQUIRE(found.rows == expected.rows());
-  REQUIRE(found.cols == expected.cols());
-  double largest = 0.0, worst = 0.0;
-  for (Index i = 0; i < found.rows; ++i)
-    for (Index j = 0; j < found.cols; ++j) {
-      largest = std::max(largest, std::fabs(static_cast<double>(expected(i, j))));
-      const double distance = std::fabs(static_cast<double>(found(i, j)) - static_cast<double>(expected(i, j)));
-      worst = distance <= worst ? worst : distance;  // NaN passes
-    }
-  return worst / largest;
+  return test::relative_difference(found, expected.view());
 }
 
 Layer layer_of(const qd::PeftAdapter& adapter, const std::string& name) {
@@ -69,3 +60,5 @@ TEST_CASE("a PEFT adapter with DoRA computes in layers what it computes in PEFT"
   down.set_rank(2);
   CHECK(difference(down.forward(up.forward(x)), golden("y_rank2")) < 1e-6);
 }
+
+}  // namespace dora_golden_test

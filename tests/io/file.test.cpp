@@ -17,6 +17,8 @@
 #include "support/catch.hpp"
 #include "support/files.hpp"
 
+namespace file_test {
+
 namespace qd = qdylora;
 using qd::Errc;
 using test::code_of;
@@ -384,3 +386,5 @@ TEST_CASE("a file system without locks is written all the same") {
   CHECK(read_file(folder / "f") == "content");
   CHECK(folder.count() == 1);
 }
+
+}  // namespace file_test

@@ -10,6 +10,8 @@
 #include "support/files.hpp"
 #include "support/golden.hpp"
 
+namespace gguf_test {
+
 namespace qd = qdylora;
 using qd::Errc;
 using qd::Index;
@@ -178,3 +180,5 @@ TEST_CASE("a long array of strings and a version 2 file are read") {
   test::write_file(folder / "f", bytes);
   CHECK(qd::GgufFile(folder / "f").metadata().array<std::string>("tokens") == tokens);
 }
+
+}  // namespace gguf_test

@@ -9,8 +9,11 @@
 #include <qdylora/io/gguf_adapter.hpp>
 
 #include "support/catch.hpp"
+#include "support/distortion.hpp"
 #include "support/files.hpp"
 #include "support/random_data.hpp"
+
+namespace gguf_adapter_test {
 
 namespace qd = qdylora;
 using qd::Errc;
@@ -49,15 +52,6 @@ qd::Matrix<double> update_of(const qd::LoRAAdapter<float>& adapter, Index rank) 
         update(o, k) += static_cast<double>(factors[static_cast<std::size_t>(i)]) * static_cast<double>(adapter.b().value(i, o)) *
                         static_cast<double>(adapter.a().value(i, k));
   return update;
-}
-
-double difference(const qd::Matrix<double>& a, const qd::Matrix<double>& b) {
-  REQUIRE(a.rows() == b.rows());
-  REQUIRE(a.cols() == b.cols());
-  double most = 0.0;
-  for (Index i = 0; i < a.size(); ++i)
-    most = std::max(most, std::fabs(a.span()[static_cast<std::size_t>(i)] - b.span()[static_cast<std::size_t>(i)]));
-  return most;
 }
 
 }  // namespace
@@ -116,7 +110,7 @@ TEST_CASE("an adapter in a GGUF file is the layer's function at the rank it was 
       const Index r = std::min(rank == 0 ? Index{8} : rank, adapter->max_rank());
       CHECK(file.info(tensor + ".lora_a").shape == std::vector<Index>{r, adapter->in()});
       CHECK(file.info(tensor + ".lora_b").shape == std::vector<Index>{adapter->out(), r});
-      CHECK(difference(update_of(file, tensor), update_of(*adapter, r)) < 1e-6);
+      CHECK(test::largest_difference(update_of(file, tensor).view(), update_of(*adapter, r).view()) < 1e-6);
     }
   }
 }
@@ -172,3 +166,5 @@ TEST_CASE("adapters that no file should hold are refused, and no file is left", 
   CHECK(save({{"blk.0.attn_q.weight", &adapter}}, 0) == Errc::non_finite);
   CHECK(folder.count() == 0);
 }
+
+}  // namespace gguf_adapter_test

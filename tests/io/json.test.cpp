@@ -8,6 +8,8 @@
 #include "support/catch.hpp"
 #include "support/files.hpp"
 
+namespace json_test {
+
 namespace qd = qdylora;
 using qd::Errc;
 using test::code_of;
@@ -146,3 +148,5 @@ TEST_CASE("accessors give values of the type that is asked for") {
   refused([&] { qd::get_object(json, "shape", place); }, "shape");
   refused([&] { qd::get_string(json["shape"], "x", place); }, "x");
 }
+
+}  // namespace json_test

@@ -9,6 +9,8 @@
 #include "support/files.hpp"
 #include "support/golden.hpp"
 
+namespace pattern_test {
+
 namespace qd = qdylora;
 
 TEST_CASE("expressions match the names that Python's do") {
@@ -40,3 +42,5 @@ TEST_CASE("what is no expression, or none known here, is refused") {
   }
   CHECK(test::code_of([&] { qd::Pattern{std::string(qd::Pattern::longest + 1, 'a')}; }) == qd::Errc::unsupported);
 }
+
+}  // namespace pattern_test

@@ -14,6 +14,8 @@
 #include "support/files.hpp"
 #include "support/golden.hpp"
 
+namespace peft_test {
+
 namespace qd = qdylora;
 using qd::Errc;
 using qd::Index;
@@ -641,3 +643,5 @@ TEST_CASE("saving that fails half way leaves no new tensors under an old config"
   CHECK_FALSE(std::filesystem::exists(folder / "adapter_config.json"));
   CHECK(folder.count() == 1);
 }
+
+}  // namespace peft_test

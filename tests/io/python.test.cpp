@@ -21,6 +21,8 @@
 #include "support/files.hpp"
 #include "support/random_data.hpp"
 
+namespace python_test {
+
 namespace qd = qdylora;
 using qd::Index;
 
@@ -291,3 +293,5 @@ TEST_CASE("transformers and PEFT compute our logits from saved adapters, whichev
   expected.write(folder / "expected.safetensors");
   CHECK(run_python("check_llama.py", folder.path()) == 0);
 }
+
+}  // namespace python_test

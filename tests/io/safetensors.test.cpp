@@ -17,6 +17,8 @@
 #include "support/files.hpp"
 #include "support/golden.hpp"
 
+namespace safetensors_test {
+
 namespace qd = qdylora;
 using qd::Errc;
 using qd::Index;
@@ -252,3 +254,5 @@ TEST_CASE("a failed write leaves the old file") {
   CHECK(code_of([&] { qd::SafetensorsWriter().write(folder / "absent" / "f"); }) == Errc::open);
   CHECK(folder.count() == 1);
 }
+
+}  // namespace safetensors_test

@@ -19,6 +19,8 @@
 #include "support/catch.hpp"
 #include "support/files.hpp"
 
+namespace train_state_test {
+
 namespace qd = qdylora;
 using qd::Errc;
 using qd::Index;
@@ -410,3 +412,5 @@ TEST_CASE("a process killed while it saves leaves a whole checkpoint") {
     last = generation;
   }
 }
+
+}  // namespace train_state_test

@@ -12,6 +12,8 @@
 #include "support/files.hpp"
 #include "support/random_data.hpp"
 
+namespace base_weight_test {
+
 namespace qd = qdylora;
 using qd::BaseFormat;
 using qd::Errc;
@@ -130,3 +132,5 @@ TEST_CASE("a base weight that is not finite is refused in every format") {
       CHECK(std::string(error->what()).find("[2, 5]") != std::string::npos);
     }
 }
+
+}  // namespace base_weight_test

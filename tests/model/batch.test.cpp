@@ -9,6 +9,8 @@
 #include "support/files.hpp"
 #include "support/tiny_model.hpp"
 
+namespace batch_test {
+
 namespace qd = qdylora;
 using qd::Errc;
 using qd::Index;
@@ -226,3 +228,5 @@ TEST_CASE("a batch without scored tokens has no losses and no gradient") {
   CHECK(model.loss_and_gradient(batch, 1.0) == 0.0);
   for (const float g : test::gradients(model)) REQUIRE(g == 0.0f);
 }
+
+}  // namespace batch_test

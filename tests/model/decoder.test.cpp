@@ -14,6 +14,8 @@
 #include "support/gradcheck.hpp"
 #include "support/tiny_model.hpp"
 
+namespace decoder_test {
+
 namespace qd = qdylora;
 using qd::Errc;
 using qd::Index;
@@ -421,3 +423,5 @@ TEST_CASE("the loss of a golden model and every gradient of it agree, with check
     CHECK(std::sqrt(test::normalised_squared_error(std::as_const(linear.adapter().b().gradient).view(), b_rows.view())) <= 1e-5);
   });
 }
+
+}  // namespace decoder_test

@@ -16,6 +16,8 @@
 #include "support/golden_batch.hpp"
 #include "support/tiny_model.hpp"
 
+namespace falcon_test {
+
 namespace qd = qdylora;
 using qd::Errc;
 using qd::Index;
@@ -357,3 +359,5 @@ TEST_CASE("a Falcon of weights that do not fit its shape is refused") {
       },
       "expected 4 linear weights, found 1");
 }
+
+}  // namespace falcon_test

@@ -10,6 +10,8 @@
 #include "support/files.hpp"
 #include "support/tiny_model.hpp"
 
+namespace generate_test {
+
 namespace qd = qdylora;
 using qd::Errc;
 using qd::Index;
@@ -279,3 +281,5 @@ TEST_CASE("of caches filled differently every one brings a token, also a new one
   CHECK(test::normalised_squared_error(logits.view().middle_rows(0, 1), first.view().middle_rows(3, 1)) < 1e-24);
   CHECK(test::normalised_squared_error(logits.view().middle_rows(1, 1), second.view().middle_rows(0, 1)) < 1e-24);
 }
+
+}  // namespace generate_test

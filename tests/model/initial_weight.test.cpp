@@ -17,6 +17,8 @@
 #include "support/random_data.hpp"
 #include "support/tiny_model.hpp"
 
+namespace initial_weight_test {
+
 namespace qd = qdylora;
 using qd::Errc;
 using qd::Index;
@@ -102,3 +104,5 @@ TEST_CASE("initial values of what is no weight in float are refused") {
           qd::Decoder<float>(mistral("pissa"), {.lora = {.max_rank = rank, .scale = qd::ScalePolicy::over_rank}});
         }) == Errc::unsupported);
 }
+
+}  // namespace initial_weight_test

@@ -13,6 +13,8 @@
 #include "support/files.hpp"
 #include "support/tiny_model.hpp"
 
+namespace load_gguf_test {
+
 namespace qd = qdylora;
 using qd::Errc;
 using qd::Index;
@@ -361,3 +363,5 @@ TEST_CASE("a GGUF tensor of a type that cannot be decoded is refused by its name
   CHECK(error.code() == Errc::unsupported);
   CHECK(error.tensor() == "blk.0.attn_q.weight");
 }
+
+}  // namespace load_gguf_test

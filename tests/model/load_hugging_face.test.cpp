@@ -16,6 +16,8 @@
 #include "support/golden.hpp"
 #include "support/tiny_model.hpp"
 
+namespace load_hugging_face_test {
+
 namespace qd = qdylora;
 using qd::Errc;
 using qd::Index;
@@ -445,3 +447,5 @@ TEST_CASE("a quantized folder of another shape is refused by the tensor's name")
   CHECK(error->code() == Errc::shape_mismatch);
   CHECK(error->tensor() == "model.layers.0.mlp.gate_proj.weight");
 }
+
+}  // namespace load_hugging_face_test

@@ -10,6 +10,8 @@
 #include "support/counted_memory.hpp"
 #include "support/tiny_model.hpp"
 
+namespace memory_plan_test {
+
 using namespace qdylora;
 using test::counted_bytes;
 using test::CountedDevice;
@@ -310,3 +312,5 @@ TEST_CASE("A memory plan as text", "[memory_plan]") {
   CHECK(text.find("caches") == std::string::npos);  // there are none
   CHECK(text.find("on the host") == std::string::npos);
 }
+
+}  // namespace memory_plan_test

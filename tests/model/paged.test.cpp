@@ -10,6 +10,8 @@
 #include "support/files.hpp"
 #include "support/tiny_model.hpp"
 
+namespace paged_test {
+
 namespace qd = qdylora;
 using qd::Index;
 using qd::PagedMemory;
@@ -81,3 +83,5 @@ TEST_CASE("a run with its moments in a file is the run with them in memory, and 
   expect_same_runs<qd::AdamW<float>, qd::AdamW<float, qd::Cpu, PagedMemory>>();
   expect_same_runs<qd::AdamW8bit<float>, qd::AdamW8bit<float, qd::Cpu, PagedMemory>>();
 }
+
+}  // namespace paged_test

@@ -17,6 +17,8 @@
 #include "support/random_data.hpp"
 #include "support/tiny_model.hpp"
 
+namespace rank_map_test {
+
 namespace qd = qdylora;
 using qd::Errc;
 using qd::Index;
@@ -220,3 +222,5 @@ TEST_CASE("a model runs each layer at its limit: as an adapter whose rows beyond
     for (Index i = 0; i < 8; ++i) CHECK(layer.adapter().b().touched[static_cast<std::size_t>(i)] == (i < limit));
   });
 }
+
+}  // namespace rank_map_test

@@ -8,6 +8,8 @@
 #include "support/catch.hpp"
 #include "support/files.hpp"
 
+namespace rank_report_test {
+
 namespace qd = qdylora;
 
 TEST_CASE("a paired difference has the interval of its examples' differences", "[rank_report]") {
@@ -93,3 +95,5 @@ TEST_CASE("statistics of nothing, or of lists that do not fit, are refused", "[r
   CHECK(test::code_of([&] { (void)qd::smallest_rank_keeping(0.0, 1.0, ranks, two); }) == Errc::bad_argument);
   CHECK(test::code_of([&] { (void)qd::smallest_rank_keeping(0.9, 1.0, ranks, one); }) == Errc::bad_argument);
 }
+
+}  // namespace rank_report_test

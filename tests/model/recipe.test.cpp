@@ -14,6 +14,8 @@
 #include "support/files.hpp"
 #include "support/tiny_model.hpp"
 
+namespace recipe_test {
+
 namespace qd = qdylora;
 using qd::Errc;
 using qd::Index;
@@ -403,3 +405,5 @@ TEST_CASE("the gates of a recipe with gates move, in the second phase only") {
   while (!trainer.done()) trainer.step(batch_of(static_cast<std::uint64_t>(trainer.step_count())));
   CHECK(gates_moved());
 }
+
+}  // namespace recipe_test

@@ -16,6 +16,9 @@
 
 #include "support/catch.hpp"
 #include "support/files.hpp"
+#include "support/tokenizer_folder.hpp"
+
+namespace sentencepiece_test {
 
 namespace qd = qdylora;
 
@@ -23,27 +26,7 @@ namespace {
 
 using qd::Errc;
 using Ids = std::vector<std::int32_t>;
-
-const std::filesystem::path golden = std::filesystem::path(QDYLORA_GOLDEN_DIR) / "tokenizers";
-
-qd::Json read(const std::filesystem::path& path) {
-  return qd::parse_json(qd::read_text(path), {.file = path.string()}, {.json_depth = 16});
-}
-
-/// What loading the folder `name` ends in, once `edit` has changed its tokenizer.json.
-template <class Edit>
-void check_refused(const std::string& name, Errc code, const std::string& part, Edit edit) {
-  CAPTURE(name, part);
-  const test::TemporaryFolder folder;
-  auto json = read(golden / name / "tokenizer.json");
-  edit(json);
-  test::write_file(folder / "tokenizer.json", json.dump());
-  const auto error = test::error_of([&] { (void)qd::load_tokenizer_json(folder.path()); });
-  REQUIRE(error);
-  CHECK(error->code() == code);
-  CHECK(error->file() == (folder / "tokenizer.json").string());
-  CHECK(std::string(error->what()).find(part) != std::string::npos);
-}
+using namespace test::tokenizers;
 
 /// <unk>, <s>, </s>, the 256 bytes (so that id = byte + 3), a space, letters, and unions by score.
 qd::TokenizerData tiny_data() {
@@ -271,3 +254,5 @@ TEST_CASE("what tokenizer.json asks of SentencePiece and is not done here is ref
     j["model"]["vocab"]["seven"] = id;
   });
 }
+
+}  // namespace sentencepiece_test

@@ -15,6 +15,8 @@
 #include "support/files.hpp"
 #include "support/golden.hpp"
 
+namespace smollm2_test {
+
 namespace qd = qdylora;
 using qd::Index;
 using Ids = std::vector<std::int32_t>;
@@ -230,3 +232,5 @@ TEST_CASE("SmolLM2 in double-quantized NF4: the losses of three texts are near t
     CHECK(mean_loss(model, files->reference["perplexity"][name]["ids"].get<Ids>()) == Approx(loss).margin(0.01));
   }
 }
+
+}  // namespace smollm2_test

@@ -14,6 +14,8 @@
 #include "support/golden.hpp"
 #include "support/tiny_model.hpp"
 
+namespace stories260k_test {
+
 namespace qd = qdylora;
 using qd::Errc;
 using qd::Index;
@@ -265,3 +267,5 @@ TEST_CASE("llama2.c tokenizers that lie are refused") {
   negative[good.size() - 2] = '\x80';  // the last length
   CHECK(code(negative) == Errc::limit);
 }
+
+}  // namespace stories260k_test

@@ -20,6 +20,8 @@
 
 #include "support/catch.hpp"
 
+namespace tokenizer_test {
+
 namespace qd = qdylora;
 
 namespace {
@@ -425,3 +427,5 @@ TEST_CASE("a GGUF file without a tokenizer is refused by its name and the absent
     CHECK(std::string(error.what()).find("tokenizer.ggml.model") != std::string::npos);
   }
 }
+
+}  // namespace tokenizer_test

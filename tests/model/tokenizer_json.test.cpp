@@ -10,33 +10,16 @@
 
 #include "support/catch.hpp"
 #include "support/files.hpp"
+#include "support/tokenizer_folder.hpp"
+
+namespace tokenizer_json_test {
 
 namespace qd = qdylora;
 
 namespace {
 
 using Ids = std::vector<std::int32_t>;
-
-const std::filesystem::path golden = std::filesystem::path(QDYLORA_GOLDEN_DIR) / "tokenizers";
-
-qd::Json read(const std::filesystem::path& path) {
-  return qd::parse_json(qd::read_text(path), {.file = path.string()}, {.json_depth = 16});
-}
-
-/// What loading the folder `name` ends in, once `edit` has changed its tokenizer.json.
-template <class Edit>
-void check_refused(const std::string& name, qd::Errc code, const std::string& part, Edit edit) {
-  CAPTURE(name, part);
-  const test::TemporaryFolder folder;
-  auto json = read(golden / name / "tokenizer.json");
-  edit(json);
-  test::write_file(folder / "tokenizer.json", json.dump());
-  const auto error = test::error_of([&] { (void)qd::load_tokenizer_json(folder.path()); });
-  REQUIRE(error);
-  CHECK(error->code() == code);
-  CHECK(error->file() == (folder / "tokenizer.json").string());
-  CHECK(std::string(error->what()).find(part) != std::string::npos);
-}
+using namespace test::tokenizers;
 
 std::string utf8(std::u32string_view text) {
   std::string bytes;
@@ -151,3 +134,5 @@ TEST_CASE("normalization form C composes, orders and passes what it must", "[uni
     REQUIRE(normal == qd::to_nfc(normal));
   }
 }
+
+}  // namespace tokenizer_json_test

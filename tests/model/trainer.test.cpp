@@ -11,6 +11,8 @@
 #include "support/files.hpp"
 #include "support/tiny_model.hpp"
 
+namespace trainer_test {
+
 namespace qd = qdylora;
 using qd::Errc;
 using qd::Index;
@@ -446,3 +448,5 @@ TEST_CASE("a state of another run is refused") {
   CHECK(code([](auto& s) { s.nesting = true; }) == Errc::bad_argument);  // before the re-ordering
   CHECK(code([](auto& s) { s.step = 8; }) == Errc::bad_argument);       // after it, without nesting
 }
+
+}  // namespace trainer_test

@@ -20,6 +20,8 @@
 #include "support/files.hpp"
 #include "support/tiny_model.hpp"
 
+namespace workers_test {
+
 namespace qd = qdylora;
 using qd::Index;
 
@@ -232,3 +234,5 @@ TEST_CASE("a sum that fails ends the step with its error and leaves the paramete
   CHECK(test::code_of([] { qd::Workers<double>(2, 2, {}); }) == qd::Errc::bad_argument);
   CHECK(test::code_of([] { qd::Workers<double>(-1, 2, {}); }) == qd::Errc::bad_argument);
 }
+
+}  // namespace workers_test

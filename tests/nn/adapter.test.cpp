@@ -13,6 +13,8 @@
 #include "support/files.hpp"
 #include "support/random_data.hpp"
 
+namespace adapter_test {
+
 namespace qd = qdylora;
 using qd::Errc;
 using qd::Index;
@@ -143,3 +145,5 @@ TEST_CASE("rotary tables hold cosines and sines of positions, computed in double
   CHECK(test::code_of([] { qd::rope_table<float>(4, 7, 1e4); }) == Errc::bad_argument);
   CHECK(test::code_of([] { qd::rope_table<float>(4, 0, 1e4); }) == Errc::bad_argument);
 }
+
+}  // namespace adapter_test

@@ -7,6 +7,8 @@
 #include "support/distortion.hpp"
 #include "support/random_data.hpp"
 
+namespace counting_test {
+
 namespace qd = qdylora;
 using qd::Index;
 using Counting = test::CountingBackend;
@@ -152,3 +154,5 @@ TEST_CASE("a layer computes the same on the counting backend and on the CPU") {
   CHECK(test::same_bits(counted.adapter().a().gradient.view(), plain.adapter().a().gradient.view()));
   CHECK(test::same_bits(counted.adapter().b().gradient.view(), plain.adapter().b().gradient.view()));
 }
+
+}  // namespace counting_test

@@ -13,6 +13,8 @@
 #include "support/distortion.hpp"
 #include "support/random_data.hpp"
 
+namespace determinism_test {
+
 namespace qd = qdylora;
 using qd::Index;
 
@@ -127,3 +129,5 @@ TEST_CASE("a layer is read by many threads at once") {
   for (auto& thread : threads) thread.join();
   for (const auto& result : results) CHECK(test::same_bits(result.view(), alone.view()));
 }
+
+}  // namespace determinism_test

@@ -13,6 +13,8 @@
 #include "support/gradcheck.hpp"
 #include "support/random_data.hpp"
 
+namespace gradients_test {
+
 namespace qd = qdylora;
 using qd::GradientMode;
 using qd::GradientRows;
@@ -274,3 +276,5 @@ TEST_CASE("gelu is x times the normal distribution function, and its gradient ag
       },
       x.span(), dx.span()));
 }
+
+}  // namespace gradients_test

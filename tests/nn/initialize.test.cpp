@@ -17,6 +17,8 @@
 #include "support/golden.hpp"
 #include "support/random_data.hpp"
 
+namespace initialize_test {
+
 namespace qd = qdylora;
 using qd::AdapterInit;
 using qd::Errc;
@@ -265,3 +267,5 @@ TEST_CASE("initial values have names") {
     CHECK(code_of([&] { qd::adapter_init(text, 8); }) == Errc::bad_argument);
   }
 }
+
+}  // namespace initialize_test

@@ -1,15 +1,16 @@
 // The layer against PyTorch, PEFT and bitsandbytes: outputs and gradients of LoRA, rsLoRA, dropout and DyLoRA, prefix and frozen;
 // merged weights; Linear4bit with and without an adapter.
 // The golden B is [out, r], as PEFT writes it; the layer's is [r, out].
-#include <algorithm>
-#include <cmath>
 #include <string>
 
 #include <qdylora/cpu/cpu.hpp>
 #include <qdylora/nn/dynamic_lora_linear.hpp>
 
 #include "support/catch.hpp"
+#include "support/distortion.hpp"
 #include "support/golden.hpp"
+
+namespace layer_golden_test {
 
 namespace qd = qdylora;
 using qd::GradientRows;
@@ -46,18 +47,8 @@ Float transposed(const Float& x) {
   return result;
 }
 
-// The largest difference, relative to the largest expected element where that is above 1.
 double difference(qd::MatrixView<const float> found, const Float& expected) {
-  REQUIRE(found.rows == expected.rows());
-  REQUIRE(found.cols == expected.cols());
-  double largest = 1.0, worst = 0.0;
-  for (Index i = 0; i < found.rows; ++i)
-    for (Index j = 0; j < found.cols; ++j) {
-      largest = std::max(largest, std::fabs(static_cast<double>(expected(i, j))));
-      const double distance = std::fabs(static_cast<double>(found(i, j)) - static_cast<double>(expected(i, j)));
-      worst = distance <= worst ? worst : distance;  // NaN passes
-    }
-  return worst / largest;
+  return test::relative_difference(found, expected.view(), 1.0);
 }
 
 // The CPU with the golden file's dropout mask, which holds 0 and 1 / (1 - p), in place of its own.
@@ -163,3 +154,5 @@ TEST_CASE("a PEFT adapter on a Linear4bit computes the same in a layer") {
   CHECK(difference(layer.adapter().a().gradient.view(), matrix(io, "dA", 8, 128)) < 1e-5);
   CHECK(difference(layer.adapter().b().gradient.view(), transposed(matrix(io, "dB", 96, 8))) < 1e-5);
 }
+
+}  // namespace layer_golden_test

@@ -19,6 +19,8 @@
 #include "support/gradcheck.hpp"
 #include "support/random_data.hpp"
 
+namespace magnitude_test {
+
 namespace qd = qdylora;
 using qd::Errc;
 using qd::Index;
@@ -337,3 +339,5 @@ TEST_CASE("what magnitudes do not go with is refused by name") {
         {.name = "layers.7.up", .dora = true}, device);
   });
 }
+
+}  // namespace magnitude_test

@@ -13,6 +13,8 @@
 #include "support/files.hpp"
 #include "support/random_data.hpp"
 
+namespace misuse_test {
+
 namespace qd = qdylora;
 using qd::Errc;
 using qd::Index;
@@ -168,3 +170,5 @@ TEST_CASE("empty batches pass through") {
 TEST_CASE("a base that is no base is refused") {
   fails(Errc::bad_argument, [] { Layer(std::shared_ptr<const Layer::WeightType>(), {.max_rank = max_rank, .name = layer_name}); });
 }
+
+}  // namespace misuse_test

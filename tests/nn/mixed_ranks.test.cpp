@@ -8,6 +8,8 @@
 #include "support/distortion.hpp"
 #include "support/random_data.hpp"
 
+namespace mixed_ranks_test {
+
 namespace qd = qdylora;
 using qd::Index;
 using Float = qd::Matrix<float>;
@@ -161,3 +163,5 @@ TEST_CASE("a mixed batch accumulates the gradients of its parts") {
   CHECK(error(mixed.adapter().b(), parts.adapter().b()) < 1e-12);
   CHECK(error(mixed.adapter().gates(), parts.adapter().gates()) < 1e-12);
 }
+
+}  // namespace mixed_ranks_test

@@ -12,6 +12,8 @@
 #include "support/catch.hpp"
 #include "support/files.hpp"
 
+namespace ranks_test {
+
 namespace qd = qdylora;
 using qd::Errc;
 using qd::Index;
@@ -264,3 +266,5 @@ TEST_CASE("samplers refuse a batch of negative size") {
   CHECK(code_of([&] { sampler.next(-1); }) == Errc::bad_argument);
   CHECK(sampler.state() == before);
 }
+
+}  // namespace ranks_test

@@ -15,6 +15,8 @@
 #include "support/files.hpp"
 #include "support/random_data.hpp"
 
+namespace reorder_test {
+
 namespace qd = qdylora;
 using qd::Errc;
 using qd::Index;
@@ -296,3 +298,5 @@ TEST_CASE("an adapter or moments that are not finite are refused and left alone"
   CHECK(test::same_bits(adapter.a().value.view(), a.view()));
   CHECK(test::same_bits(adapter.b().value.view(), b.view()));
 }
+
+}  // namespace reorder_test

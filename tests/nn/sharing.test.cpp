@@ -10,6 +10,8 @@
 #include "support/distortion.hpp"
 #include "support/random_data.hpp"
 
+namespace sharing_test {
+
 namespace qd = qdylora;
 using qd::Index;
 using Float = qd::Matrix<float>;
@@ -198,3 +200,5 @@ TEST_CASE("merging and dropping the result leaves the layer as it was, bit for b
   layer.set_rank(8);
   CHECK(same_bits(layer.forward(x), before.view()));
 }
+
+}  // namespace sharing_test

@@ -11,6 +11,8 @@
 #include "support/files.hpp"
 #include "support/random_data.hpp"
 
+namespace weight_test {
+
 namespace qd = qdylora;
 using qd::Index;
 using Float = qd::Matrix<float>;
@@ -190,3 +192,5 @@ TEST_CASE("a layer in double differs from the float one by float rounding") {
   CHECK(error(a.da, b.da) < 1e-12);
   CHECK(error(a.db, b.db) < 1e-12);
 }
+
+}  // namespace weight_test

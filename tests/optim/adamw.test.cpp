@@ -16,6 +16,8 @@
 #include "support/golden.hpp"
 #include "support/random_data.hpp"
 
+namespace adamw_test {
+
 namespace qd = qdylora;
 using qd::Errc;
 using qd::Index;
@@ -352,3 +354,5 @@ TEST_CASE("row rates that do not fit their parameter are refused before anything
   CHECK(std::string(error->what()).find(p->name) != std::string::npos);
   CHECK(Snapshot(optimizer) == before);
 }
+
+}  // namespace adamw_test

@@ -13,6 +13,8 @@
 #include "support/golden.hpp"
 #include "support/random_data.hpp"
 
+namespace adamw8bit_test {
+
 namespace qd = qdylora;
 using qd::Index;
 using Parameter = qd::Parameter<float>;
@@ -99,3 +101,5 @@ TEST_CASE("moments in 8 bits follow those in floats, in a quarter of their bytes
   const auto& s = in_bytes.states()[0];
   CHECK(std::all_of(s.m_absmax.span().begin(), s.m_absmax.span().end(), [](float a) { return a == 0.0f; }));
 }
+
+}  // namespace adamw8bit_test

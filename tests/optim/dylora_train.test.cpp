@@ -11,6 +11,8 @@
 #include "support/catch.hpp"
 #include "support/golden.hpp"
 
+namespace dylora_train_test {
+
 namespace qd = qdylora;
 using qd::GradientRows;
 using qd::Index;
@@ -108,3 +110,5 @@ TEST_CASE("DyLoRA training with a dense AdamW is PyTorch's: rows above the rank 
 TEST_CASE("frozen DyLoRA with a strict AdamW moves the last row of the rank alone, with a step count of its own") {
   train_adamw("adamw_frozen_strict_wd0.1", GradientRows::last_row, 0.1, Rows::strict);
 }
+
+}  // namespace dylora_train_test

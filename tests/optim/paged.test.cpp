@@ -16,6 +16,8 @@
 #include "support/paged_pages.hpp"
 #include "support/random_data.hpp"
 
+namespace paged_test {
+
 namespace qd = qdylora;
 using qd::Index;
 using qd::PagedMemory;
@@ -112,3 +114,5 @@ TEST_CASE("an optimizer whose moments find no room does not come to be") {
   CHECK(error->code() == qd::Errc::open);
   CHECK(error->file() == "/no/such/folder");
 }
+
+}  // namespace paged_test

@@ -4,6 +4,8 @@
 
 #include "support/catch.hpp"
 
+namespace schedule_test {
+
 namespace qd = qdylora;
 using Shape = qd::Schedule::Shape;
 
@@ -54,3 +56,5 @@ TEST_CASE("a run of no steps has a schedule too") {
     CHECK(std::isfinite(schedule(1)));
   }
 }
+
+}  // namespace schedule_test

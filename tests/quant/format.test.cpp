@@ -13,6 +13,8 @@
 #include "support/distortion.hpp"
 #include "support/golden.hpp"
 
+namespace format_test {
+
 namespace qd = qdylora;
 
 namespace {
@@ -267,3 +269,5 @@ TEST_CASE("the scaled 8-bit formats put their largest finite value at 1") {
   CHECK(std::isnan(qd::FP8E4M3::values[0x7F]));
   CHECK(std::isinf(qd::FP8E5M2::values[0x7C]));
 }
+
+}  // namespace format_test

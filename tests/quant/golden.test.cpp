@@ -10,6 +10,8 @@
 #include "support/distortion.hpp"
 #include "support/golden.hpp"
 
+namespace golden_test {
+
 namespace qd = qdylora;
 using qd::DType;
 using qd::Index;
@@ -222,3 +224,5 @@ TEST_CASE("stored linear layers decode to bitsandbytes' weights") {
   check("fp4_nodq", "fp4_nodq/W_dequant", qd::FP4{}, float{});
   check("nf4_dq_bf16", "bf16/W_dequant", qd::NF4{}, qd::bfloat16{});
 }
+
+}  // namespace golden_test

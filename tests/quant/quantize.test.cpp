@@ -17,6 +17,8 @@
 #include "support/golden.hpp"
 #include "support/random_data.hpp"
 
+namespace quantize_test {
+
 namespace qd = qdylora;
 using qd::Errc;
 using qd::Index;
@@ -454,3 +456,5 @@ TEST_CASE("bits per weight are those of the formats' arithmetic") {
   CHECK(qd::quantize<qd::FP8E4M3, PlainScales>(test::normal_matrix<float>(1, 4096, 1).view()).bits_per_weight() == 8.5);
   CHECK(qd::NF4Tensor().bits_per_weight() == 0.0);
 }
+
+}  // namespace quantize_test

@@ -1,6 +1,7 @@
 // How far results are from what they should be.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -31,6 +32,28 @@ double normalised_squared_error(MatrixView<A> found, MatrixView<B> expected) {
       power += e * e;
     }
   return error == 0.0 ? 0.0 : error / power;
+}
+
+/// max |found - expected|; NaN, which no comparison passes, where a difference is no number or the shapes differ.
+template <class A, class B>
+double largest_difference(MatrixView<A> found, MatrixView<B> expected) {
+  if (found.rows != expected.rows || found.cols != expected.cols) return std::numeric_limits<double>::quiet_NaN();
+  double worst = 0.0;
+  for (Index i = 0; i < found.rows; ++i)
+    for (Index j = 0; j < found.cols; ++j) {
+      const double distance = std::fabs(static_cast<double>(found(i, j)) - static_cast<double>(expected(i, j)));
+      if (!(distance <= worst) && !std::isnan(worst)) worst = distance;
+    }
+  return worst;
+}
+
+/// The same, relative to the largest expected element, or to `at_least` where that is more.
+template <class A, class B>
+double relative_difference(MatrixView<A> found, MatrixView<B> expected, double at_least = 0.0) {
+  double largest = at_least;
+  for (Index i = 0; i < expected.rows; ++i)
+    for (Index j = 0; j < expected.cols; ++j) largest = std::max(largest, std::fabs(static_cast<double>(expected(i, j))));
+  return largest_difference(found, expected) / largest;
 }
 
 /// What quantizing x to y cost.
