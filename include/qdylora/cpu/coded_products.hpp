@@ -84,7 +84,7 @@ void few_forward(const CpuRun& run, const FewKernels& few, MatrixView<const floa
 template <class Y>
 void few_backward(const CpuRun& run, MatrixView<const float> dy, const CodedWeight& w, MatrixView<Y> dx, Update update) {
   // Tasks share the columns, and of few columns the rows too.
-  const Index strip = w.cols >= 4096 ? few_strip : w.cols >= 2048 ? few_strip / 2 : w.cols >= 1024 ? few_strip / 4 : few_strip / 8;
+  const Index strip = w.cols >= 4096 ? few_strip : w.cols >= 2048 ? few_strip / 2 : few_strip / 4;
   const Index strips = (w.cols + strip - 1) / strip;
   const Index parts = std::max<Index>(1, std::min(w.rows / 2048, 16 / strips));
   const Index part_rows = (w.rows + parts - 1) / parts;

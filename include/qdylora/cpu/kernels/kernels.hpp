@@ -155,6 +155,7 @@ namespace avx512 {
 #include <qdylora/cpu/kernels/avx512.inc>
 #include <qdylora/cpu/kernels/rows.inc>
 #include <qdylora/cpu/kernels/avx512_gather.inc>
+#include <qdylora/cpu/kernels/avx512_backward.inc>
 #include <qdylora/cpu/kernels/codes.inc>
 #include <qdylora/cpu/kernels/few.inc>
 inline constexpr CodeKernels code_table = [] {
@@ -168,7 +169,7 @@ QDYLORA_TARGET_END
 QDYLORA_TARGET_BEGIN(QDYLORA_AVX512_VNNI)
 namespace avx512_vnni {
 using avx512::bytes_in_order, avx512::chunk_dwords, avx512::code_columns, avx512::Codes, avx512::columns, avx512::first_lanes;
-using avx512::Fma, avx512::gemm, avx512::has_columns, avx512::lane_sum, avx512::lanes, avx512::numbers_in_order, avx512::rounded_product;
+using avx512::few_backward, avx512::Fma, avx512::gemm, avx512::has_columns, avx512::lane_sum, avx512::lanes, avx512::numbers_in_order, avx512::rounded_product;
 using avx512::transpose_rows, avx512::Vec;
 #include <qdylora/cpu/kernels/avx512_vnni.inc>
 #include <qdylora/cpu/kernels/codes.inc>
