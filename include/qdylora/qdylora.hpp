@@ -11,14 +11,17 @@
 #include <qdylora/core/paged_memory.hpp>
 #include <qdylora/core/random.hpp>
 
-// quant: NF4, FP4, INT4, FP8; double-quantized block scales; QuantizedTensor and streaming Quantizer
+// quant: NF4, FP4, INT4, FP8; double-quantized block scales; QuantizedTensor and streaming Quantizer; binary codes
+#include <qdylora/quant/binary_quantize.hpp>
 #include <qdylora/quant/quantize.hpp>
 
 // the Backend concept and the CPU
 #include <qdylora/cpu/cpu.hpp>
 
-// nn: ranks, the adapter, DynamicLoRALinear, DoRA's magnitudes, initial values by PiSSA and LoftQ, re-ordering by singular values
+// nn: ranks, the adapter, DynamicLoRALinear, DoRA's magnitudes, initial values by PiSSA and LoftQ, re-ordering by singular values;
+// AlphaTuning's layer
 #include <qdylora/nn/activation.hpp>
+#include <qdylora/nn/alpha_linear.hpp>
 #include <qdylora/nn/dynamic_lora_linear.hpp>
 #include <qdylora/nn/initialize.hpp>
 #include <qdylora/nn/magnitude.hpp>

@@ -24,9 +24,6 @@
 
 namespace qdylora {
 
-/// What a backward pass does with parameter gradients: add to them, or leave them alone (only dx is wanted).
-enum class GradientMode { accumulate, ignore };
-
 template <Scalar T, class Backend = Cpu, class Format = NF4>
   requires BackendFor<Backend, T>
 class DynamicLoRALinear {

@@ -10,6 +10,9 @@
 
 namespace qdylora {
 
+/// What a backward pass does with parameter gradients: add to them, or leave them alone (only dx is wanted).
+enum class GradientMode { accumulate, ignore };
+
 /// value and gradient are [rows, cols]. In an adapter a row belongs to one rank: row i is used by every rank above i.
 template <class S, MemoryResource Memory = HostMemory>
 struct Parameter {

@@ -1,0 +1,212 @@
+// AlphaLinear: a linear layer on binary codes whose scales are trained (AlphaTuning, Kwon et al. 2022). The signs are frozen and may be
+// shared by many tasks; of the scales alpha_k, a task has its own of the first planes: of alpha_1 alone, as published, or of more.
+//
+//   forward    y  = x W^T + bias,      W[i, j] = sum_k alpha_k[i, g(j)] b_k[i, j],   g(j) = j / group_size
+//   backward   dx = dy W,              d alpha_k[i, g] += sum_{j in g} b_k[i, j] D[i, j],   D = dy^T x
+//   x [tokens, in], y [tokens, out], W and D [out, in]
+//
+// Neither W nor D exists as a whole: both are made and used 512 rows (in dx: columns) at a time. Codes lie in the host's memory.
+// Codes have a natural order (quant/binary_code.hpp): set_planes(q) computes with the first q planes, and a backward pass then trains those.
+#pragma once
+
+#include <algorithm>
+#include <memory>
+#include <string>
+#include <utility>
+
+#include <qdylora/backend.hpp>
+#include <qdylora/nn/parameter.hpp>
+#include <qdylora/quant/binary_quantize.hpp>
+
+namespace qdylora {
+
+struct AlphaOptions {
+  Index trained_planes = 1;  // 1: alpha_1, as published; as many as the codes have: all scales
+  std::string name = "layer";
+};
+
+template <Scalar T, class Backend = Cpu>
+  requires BackendFor<Backend, T> && HasHostLoop<Backend>
+class AlphaLinear {
+  static_assert(Backend::Memory::host, "binary codes are decoded in the host's memory");
+
+ public:
+  using Acc = Accumulator<T>;
+  using Memory = typename Backend::Memory;
+  using Param = Parameter<Acc, Memory>;
+
+  /// What the backward pass of one forward pass needs. Borrows x, which must stay as it is until then.
+  struct Context {
+    MatrixView<const T> x;
+    Index planes = 0;
+    bool ready = false;
+  };
+
+  /// Codes `weight` [out, in].
+  template <class S>
+  AlphaLinear(MatrixView<S> weight, AlphaOptions options = {}, BinaryCodeOptions code = {}, Backend backend = {})
+      : AlphaLinear(make_codes(weight, code, backend), std::move(options), backend) {}
+  template <class S, class M>
+  AlphaLinear(const Matrix<S, M>& weight, AlphaOptions options = {}, BinaryCodeOptions code = {}, Backend backend = {})
+      : AlphaLinear(weight.view(), std::move(options), code, backend) {}
+  /// On codes that exist, shared with other layers. The trained scales begin as theirs.
+  /// Throws Errc::bad_argument unless 1 <= trained_planes <= planes.
+  AlphaLinear(std::shared_ptr<const BinaryCodedTensor> codes, AlphaOptions options = {}, Backend backend = {})
+      : backend_(backend), options_(std::move(options)), codes_(std::move(codes)) {
+    QDYLORA_EXPECTS(codes_ != nullptr, bad_argument, options_.name + ": no codes");
+    planes_ = codes_->planes();
+    expect_planes("trained_planes", options_.trained_planes);
+    const Index rows = options_.trained_planes * out();
+    alpha_ = std::make_shared<Param>(options_.name + ".alpha", rows, codes_->groups());
+    backend_.copy(codes_->scales().top_rows(rows), alpha_->value.view());
+  }
+
+  Index in() const noexcept { return codes_->cols(); }
+  Index out() const noexcept { return codes_->rows(); }
+  const std::shared_ptr<const BinaryCodedTensor>& codes() const noexcept { return codes_; }
+  const AlphaOptions& options() const noexcept { return options_; }
+  const Backend& backend() const noexcept { return backend_; }
+
+  /// The trained scales [trained_planes * out, groups]: row k * out + i is of plane k and output i.
+  Param& alpha() noexcept { return *alpha_; }
+  const Param& alpha() const noexcept { return *alpha_; }
+  Parameters<Acc, Memory> parameters() const { return {alpha_}; }
+
+  /// A frozen bias [1, out].
+  void set_bias(MatrixView<const Acc> bias) {
+    expect_shape((options_.name + ": bias").c_str(), bias, 1, out());
+    bias_ = Matrix<Acc, Memory>(1, out());
+    backend_.copy(bias, bias_.view());
+  }
+  MatrixView<const Acc> bias() const noexcept { return bias_.view(); }
+
+  /// How many planes the next forward passes use. Throws Errc::bad_argument outside 1 ... the codes' planes.
+  void set_planes(Index planes) {
+    expect_planes("planes", planes);
+    planes_ = planes;
+  }
+  Index planes() const noexcept { return planes_; }
+
+  void forward(In<T> x, MatrixView<T> y, Context& context) const {
+    context.ready = false;
+    expect_shape((options_.name + ": x").c_str(), x, x.rows, in());
+    expect_shape((options_.name + ": y").c_str(), y, x.rows, out());
+    Matrix<Acc, Memory> panel;
+    for_each_panel(out(), [&](Index first, Index count) {
+      panel.resize(count, in());
+      decode_part(first, 0, planes_, panel.view());
+      backend_.matmul(x, as_const(panel), y.middle_cols(first, count), Update::overwrite);
+    });
+    if (bias_.size() > 0) backend_.add_row(bias_.view(), y);
+    context = {x, planes_, true};
+  }
+
+  /// An empty dx is not computed. Throws Errc::state_order unless `context` comes from a forward pass.
+  void backward(In<T> dy, MatrixView<T> dx, Context& context, GradientMode mode = GradientMode::accumulate) {
+    QDYLORA_EXPECTS(context.ready, state_order, options_.name + ": backward before forward");
+    const auto x = context.x;
+    expect_shape((options_.name + ": dy").c_str(), dy, x.rows, out());
+    if (dx.data != nullptr) {
+      expect_shape((options_.name + ": dx").c_str(), dx, x.rows, in());
+      Matrix<Acc, Memory> panel;
+      for_each_panel(in(), [&](Index first, Index count) {
+        panel.resize(out(), count);
+        decode_part(0, first, context.planes, panel.view());
+        backend_.matmul_transposed(dy, as_const(panel), dx.middle_cols(first, count), Update::overwrite);
+      });
+    }
+    if (mode == GradientMode::accumulate) add_gradient(dy, context);
+  }
+
+  /// The same with a context and outputs inside the layer, for models that are a chain. The result is valid until the next call. x is
+  /// borrowed until backward, so it cannot be a temporary.
+  MatrixView<T> forward(MatrixView<const T> x) {
+    y_.resize(x.rows, out());
+    forward(x, y_.view(), own_);
+    return y_.view();
+  }
+  MatrixView<T> forward(MatrixView<T> x) { return forward(MatrixView<const T>(x)); }
+  MatrixView<T> forward(const Matrix<T, Memory>& x) { return forward(x.view()); }
+  MatrixView<T> forward(Matrix<T, Memory>&& x) = delete;
+  MatrixView<T> backward(In<T> dy, GradientMode mode = GradientMode::accumulate) {
+    dx_.resize(dy.rows, in());
+    backward(dy, dx_.view(), own_, mode);
+    return dx_.view();
+  }
+
+  /// W of the first `planes` planes with the trained scales, dense.
+  Matrix<Acc, Memory> weight(Index planes) const {
+    expect_planes("planes", planes);
+    Matrix<Acc, Memory> result(out(), in());
+    decode_part(0, 0, planes, result.view());
+    return result;
+  }
+
+ private:
+  static constexpr Index panel_size = 512;  // a multiple of 8, where bytes of signs begin
+
+  template <class S>
+  static std::shared_ptr<const BinaryCodedTensor> make_codes(MatrixView<S> weight, BinaryCodeOptions options, const Backend& backend) {
+    const auto parallel_for = [&backend](Index count, const auto& f) { backend.parallel_for(count, f); };
+    return std::make_shared<const BinaryCodedTensor>(binary_quantize(weight, options, parallel_for));
+  }
+
+  void expect_planes(const char* what, Index planes) const {
+    QDYLORA_EXPECTS(planes >= 1 && planes <= codes_->planes(), bad_argument,
+                    options_.name + ": " + what + " " + std::to_string(planes) + " is not in 1 ... " + std::to_string(codes_->planes()));
+  }
+
+  static MatrixView<const Acc> as_const(const Matrix<Acc, Memory>& matrix) { return matrix.view(); }
+
+  // f(first, count)
+  template <class F>
+  static void for_each_panel(Index size, F&& f) {
+    for (Index first = 0; first < size; first += panel_size) f(first, std::min(panel_size, size - first));
+  }
+
+  // panel = the part of W at (first row, first column)
+  void decode_part(Index first_row, Index first_col, Index planes, MatrixView<Acc> panel) const {
+    const Index trained = std::min(planes, options_.trained_planes), end_col = first_col + panel.cols;
+    backend_.parallel_for(panel.rows, [&](Index i) {
+      const Index row = first_row + i;
+      std::fill_n(panel.row(i), panel.cols, Acc{});
+      codes_->add_planes(
+          row, first_col, end_col, 0, trained, [&](Index k) { return alpha_row(k, row); }, panel.row(i));
+      codes_->add_planes(
+          row, first_col, end_col, trained, planes, [&](Index k) { return codes_->scales(k, row); }, panel.row(i));
+    });
+  }
+  const Acc* alpha_row(Index plane, Index row) const { return std::as_const(alpha_->value).view().row(plane * out() + row); }
+
+  void add_gradient(MatrixView<const T> dy, const Context& context) {
+    const Index planes = std::min(context.planes, options_.trained_planes);
+    Matrix<Acc, Memory> part, d;
+    for_each_panel(out(), [&](Index first, Index count) {
+      part.resize(dy.rows, count);
+      d.resize(count, in());
+      backend_.copy(dy.middle_cols(first, count), part.view());
+      backend_.weight_gradient(as_const(part), context.x, d.view(), Update::overwrite);
+      backend_.parallel_for(count, [&](Index i) {
+        for (Index k = 0; k < planes; ++k) {
+          Acc* gradient = alpha_->gradient.view().row(k * out() + first + i);
+          const std::uint8_t* signs = codes_->bits(k, first + i);
+          codes_->for_each_group(0, in(), [&](Index group, Index begin, Index size) {
+            gradient[group] += detail::sum_of_signs(signs + begin / 8, size, d.view().row(i) + begin);
+          });
+        }
+      });
+    });
+    alpha_->touch(0, planes * out());
+  }
+
+  Backend backend_;
+  AlphaOptions options_;
+  std::shared_ptr<const BinaryCodedTensor> codes_;
+  std::shared_ptr<Param> alpha_;
+  Matrix<Acc, Memory> bias_;
+  Index planes_ = 0;
+  Context own_;
+  Matrix<T, Memory> y_, dx_;
+};
+
+}  // namespace qdylora
