@@ -308,7 +308,8 @@ TEST_CASE("what a caller can do wrong with an alpha layer is a typed error that 
   fails(Errc::bad_argument, [&] { layer.set_planes(0); });
   fails(Errc::bad_argument, [&] { layer.set_planes(4); });
   fails(Errc::bad_argument, [&] { layer.weight(4); });
-  const auto x = test::normal_matrix<float>(3, 16, 1), narrow = test::normal_matrix<float>(3, 15, 1), dy = test::normal_matrix<float>(3, 8, 1);
+  const auto x = test::normal_matrix<float>(3, 16, 1), narrow = test::normal_matrix<float>(3, 15, 1);
+  const auto dy = test::normal_matrix<float>(3, 8, 1);
   qd::Matrix<float> y(3, 8), dx(3, 16);
   AlphaLinear<float>::Context context;
   fails(Errc::state_order, [&] { layer.backward(dy.view(), dx.view(), context); });

@@ -6,7 +6,7 @@
 //   x [tokens, in], y [tokens, out], W and D [out, in]
 //
 // Neither W nor D exists as a whole: both are made and used 512 rows (in dx: columns) at a time. Codes lie in the host's memory.
-// Codes have a natural order (quant/binary_code.hpp): set_planes(q) computes with the first q planes, and a backward pass then trains those.
+// Planes have an order (quant/binary_code.hpp): set_planes(q) computes with the first q, and a backward pass then trains those alone.
 #pragma once
 
 #include <algorithm>

@@ -47,7 +47,7 @@ inline void expect_valid(const BinaryCodeShape& shape) {
 
 namespace detail {
 
-// The signs that a byte of a plane stands for. Products with them are exact, so sums have the same bits with and without fused multiply-add.
+// The signs that a byte of a plane stands for. Products with them are exact, so fused multiply-add changes no sum.
 inline constexpr auto byte_signs = [] {
   std::array<std::array<float, 8>, 256> signs{};
   for (unsigned byte = 0; byte < 256; ++byte)
