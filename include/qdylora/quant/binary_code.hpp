@@ -37,7 +37,8 @@ struct BinaryCodeShape {
 /// Throws Errc::bad_argument or block_size, saying which of the four numbers is wrong.
 inline void expect_valid(const BinaryCodeShape& shape) {
   constexpr Index most = std::numeric_limits<Index>::max() / 64;  // planes * rows * groups floats are a size too
-  QDYLORA_EXPECTS(shape.rows >= 0 && shape.cols >= 0 && (shape.cols == 0 || shape.rows <= most / shape.cols), bad_argument,
+  const auto size = [](Index x) { return x >= 0 && x <= most; };
+  QDYLORA_EXPECTS(size(shape.rows) && size(shape.cols) && (shape.cols == 0 || shape.rows <= most / shape.cols), bad_argument,
                   "binary code: " + detail::shape_text(shape.rows, shape.cols) + " is not a shape");
   QDYLORA_EXPECTS(shape.planes >= 1 && shape.planes <= 8, bad_argument,
                   "binary code: " + std::to_string(shape.planes) + " planes; expected 1 ... 8");
