@@ -176,6 +176,19 @@ TEST_CASE("an alpha layer's backward pass computes dx alone, gradients alone, or
   CHECK(only_dx.alpha().touched == std::vector<bool>(20, false));
 }
 
+TEST_CASE("a backward pass is of the planes that its forward pass used") {
+  AlphaLinear<float> layer(test::normal_matrix<float>(20, 40, 1), {.trained_planes = 3}), other(layer.codes(), {.trained_planes = 3});
+  const auto x = test::normal_matrix<float>(10, 40, 3), dy = test::normal_matrix<float>(10, 20, 4);
+  layer.set_planes(2);
+  other.set_planes(2);
+  layer.forward(x);
+  layer.set_planes(3);
+  other.forward(x);
+  CHECK(test::same_bits(layer.backward(dy.view()), other.backward(dy.view())));
+  CHECK(test::same_bits(layer.alpha().gradient.view(), other.alpha().gradient.view()));
+  CHECK(layer.alpha().touched == other.alpha().touched);
+}
+
 TEST_CASE("a task that is other scales on the same signs is learned") {
   // The teacher's scales differ from the student's in the first plane alone, so the best loss is zero.
   constexpr Index in = 48, out = 24, tokens = 64;

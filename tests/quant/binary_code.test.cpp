@@ -1,6 +1,11 @@
 // Binary codes: decoding against the definition, what they cost, and how good the quantizer's are.
+#include <algorithm>
+#include <array>
 #include <cmath>
 #include <limits>
+#include <numeric>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include <qdylora/cpu/cpu.hpp>
@@ -144,6 +149,51 @@ TEST_CASE("the error of every group falls or stays with each iteration, from the
     }
     last = now;
   }
+}
+
+TEST_CASE("an iteration takes the nearest codes and then leaves what no scales can fit") {
+  // Few weights with many planes: some planes depend on others, some scales come out negative.
+  const Index planes = GENERATE(2, 3, 5);
+  constexpr Index size = 8;
+  const auto w = mixed_weight(40, 64);
+  const BinaryCodeOptions greedy{.planes = planes, .group_size = size, .iterations = 0};
+  const auto before = qd::binary_quantize(w.view(), greedy);
+  const auto after = qd::binary_quantize(w.view(), {.planes = planes, .group_size = size, .iterations = 1});
+  const auto errors_before = errors(before, w), errors_after = errors(after, w);
+  std::size_t group = 0, better = 0;
+  for (Index i = 0; i < 40; ++i)
+    for (Index first = 0; first < 64; first += size, ++group) {
+      std::array<std::array<double, size>, 5> basis{};  // the planes, then orthogonal
+      std::array<double, size> rest{};
+      for (Index j = 0; j < size; ++j) {
+        const auto at = static_cast<std::size_t>(j);
+        rest[at] = static_cast<double>(w(i, first + j));
+        double nearest = std::numeric_limits<double>::infinity();
+        for (unsigned code = 0; code < 1u << planes; ++code) {
+          double level = 0.0;
+          for (Index k = 0; k < planes; ++k) level += (code >> k & 1u) != 0 ? scale(before, k, i, first) : -scale(before, k, i, first);
+          if (const double distance = std::fabs(rest[at] - level); distance < nearest - 1e-12) {
+            nearest = distance;
+            for (Index k = 0; k < planes; ++k) basis[static_cast<std::size_t>(k)][at] = (code >> k & 1u) != 0 ? 1.0 : -1.0;
+          }
+        }
+      }
+      const auto dot = [](const auto& a, const auto& b) { return std::inner_product(a.begin(), a.end(), b.begin(), 0.0); };
+      const auto remove = [&](auto& from, const auto& b) {
+        const double share = dot(from, b) / dot(b, b);
+        for (std::size_t j = 0; j < size; ++j) from[j] -= share * b[j];
+      };
+      for (std::size_t k = 0; k < static_cast<std::size_t>(planes); ++k) {
+        for (std::size_t l = 0; l < k; ++l)
+          if (dot(basis[l], basis[l]) > 1e-9) remove(basis[k], basis[l]);
+        if (dot(basis[k], basis[k]) > 1e-9) remove(rest, basis[k]);
+      }
+      const double expected = std::min(dot(rest, rest), errors_before[group]);
+      better += expected < 0.99 * errors_before[group];
+      CAPTURE(planes, i, first, errors_before[group], errors_after[group], expected);
+      CHECK(std::fabs(errors_after[group] - expected) < 1e-6 * (1e-3 + expected));
+    }
+  CHECK(better > group / 2);
 }
 
 TEST_CASE("the scales are the best for their codes, and the codes the nearest for their scales") {
