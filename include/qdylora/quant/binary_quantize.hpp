@@ -7,6 +7,14 @@
 // group. So the error never rises. An iteration leaves scales that are optimal for their codes, none negative, and the largest first, so
 // that dropping planes from the end drops the least. With one plane the greedy code is optimal, and with no iteration the first q planes
 // are exactly what q planes would have been.
+//
+// Relative errors of normal weights, root mean square, with a scale for each row of 4096:
+//   planes                              1       2       3       4       (NF4, double-quantized, 4.13 bits: 0.092)
+//   bits per weight                     1.01    2.02    3.02    4.03
+//   alternating                         0.602   0.343   0.193   0.108
+//   greedy                              0.602   0.361   0.242   0.182
+//   the first planes of an alternating
+//   code of four                        0.752   0.407   0.223   0.108
 #pragma once
 
 #include <algorithm>
@@ -44,6 +52,7 @@ class GroupCoder {
 
   const GroupCode& encode(std::span<const float> w, Index iterations) {
     greedy(w);
+    if (planes_ == 1) return best_;  // optimal
     for (Index i = 0; i < iterations && best_.error > 0.0; ++i) {
       alternate(w);
       if (!(next_.error < best_.error)) break;
