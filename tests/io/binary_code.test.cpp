@@ -16,7 +16,7 @@
 #include "support/files.hpp"
 #include "support/random_data.hpp"
 
-namespace binary_code_file_test {
+namespace binary_code_test {
 
 namespace qd = qdylora;
 using qd::BinaryCodedTensor;
@@ -154,4 +154,4 @@ TEST_CASE("files that are no binary code are refused") {
   fails({good}, Errc::non_finite, "w.binary_scales");
 }
 
-}  // namespace binary_code_file_test
+}  // namespace binary_code_test
