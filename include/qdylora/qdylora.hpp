@@ -18,10 +18,11 @@
 // the Backend concept and the CPU
 #include <qdylora/cpu/cpu.hpp>
 
-// nn: ranks, the adapter, DynamicLoRALinear, DoRA's magnitudes, initial values by PiSSA and LoftQ, re-ordering by singular values;
-// AlphaTuning's layer
+// nn: ranks, the adapter, DynamicLoRALinear, DoRA's magnitudes, bottleneck adapters, AlphaTuning's layer, initial values by PiSSA and LoftQ,
+// re-ordering by singular values
 #include <qdylora/nn/activation.hpp>
 #include <qdylora/nn/alpha_linear.hpp>
+#include <qdylora/nn/bottleneck_adapter.hpp>
 #include <qdylora/nn/dynamic_lora_linear.hpp>
 #include <qdylora/nn/initialize.hpp>
 #include <qdylora/nn/magnitude.hpp>

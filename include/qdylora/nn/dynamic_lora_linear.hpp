@@ -20,6 +20,7 @@
 #include <qdylora/backend.hpp>
 #include <qdylora/nn/lora_adapter.hpp>
 #include <qdylora/nn/magnitude.hpp>
+#include <qdylora/nn/rank_products.hpp>
 #include <qdylora/nn/weight.hpp>
 
 namespace qdylora {
@@ -63,6 +64,13 @@ class DynamicLoRALinear {
     } else {
       throw Error(Errc::unsupported, adapter_.options().name + ": the backend lacks what a magnitude takes");
     }
+  }
+
+  /// A layer that stays as it is: its one rank is 0, it has no parameters.
+  static DynamicLoRALinear frozen(std::shared_ptr<const WeightType> base, const std::string& name, Backend backend = {}) {
+    base = checked(std::move(base), name);
+    auto none = Adapter::none(base->cols(), base->rows(), name);
+    return DynamicLoRALinear(std::move(base), std::move(none), backend);
   }
 
   Index in() const noexcept { return base_->cols(); }
@@ -160,26 +168,23 @@ class DynamicLoRALinear {
     Matrix<Acc, Memory> t, work;
     t.resize(x.rows, rank);
     work.resize(x.rows, rank);
-    through_ranks(dy, adapter_.b().value, context.plan, t.view());
+    detail::through_ranks(backend_, dy, rows_of(adapter_.b().value, rank), context.plan, t.view());
     const bool dropped = context.dropped.size() > 0;
     if (mode == GradientMode::accumulate) {
       const MatrixView<const T> input = dropped ? as_const(context.dropped) : x;
       scale_rows(context.z.view(), context.plan, work.view(), true);
-      add_gradient(as_const(work), dy, context.plan, adapter_.b().gradient.view());
+      detail::add_rank_gradient(backend_, as_const(work), dy, context.plan, adapter_.b().gradient.view());
       scale_rows(t.view(), context.plan, work.view(), true);
-      add_gradient(as_const(work), input, context.plan, adapter_.a().gradient.view());
+      detail::add_rank_gradient(backend_, as_const(work), input, context.plan, adapter_.a().gradient.view());
       if constexpr (Memory::host)
         if (adapter_.gated()) gate_gradients(context, t.view());
       if (adapter_.collecting) collect(context, t.view());
-      touch(context.plan);
+      detail::touch_ranks(adapter_, context.plan);
     }
     if (!want_dx) return;
     scale_rows(t.view(), context.plan, work.view(), false);
     if (!dropped) {
-      for_each_part(context.plan, x.rows, [&](Index first, Index count, Index part_rank) {
-        backend_.matmul_transposed(as_const(work).middle_rows(first, count).left_cols(part_rank),
-                                   rows_of(adapter_.a().value, part_rank), dx.middle_rows(first, count), Update::accumulate);
-      });
+      detail::add_from_ranks(backend_, as_const(work), rows_of(adapter_.a().value, rank), context.plan, dx);
     } else {
       Matrix<T, Memory> through_adapter;
       through_adapter.resize(x.rows, in());
@@ -231,6 +236,9 @@ class DynamicLoRALinear {
   }
 
  private:
+  DynamicLoRALinear(std::shared_ptr<const WeightType> base, Adapter adapter, Backend backend)
+      : backend_(backend), base_(std::move(base)), adapter_(std::move(adapter)) {}
+
   // y += u B, and what backward needs of it.
   void add_adapter(MatrixView<T> y, Context& context, Index rank) const {
     const auto x = context.x;
@@ -244,60 +252,13 @@ class DynamicLoRALinear {
       input = context.dropped.view();
     }
     context.z.resize(x.rows, rank);
-    through_ranks(input, adapter_.a().value, context.plan, context.z.view());
+    detail::through_ranks(backend_, input, rows_of(adapter_.a().value, rank), context.plan, context.z.view());
     Matrix<Acc, Memory> u;
     u.resize(x.rows, rank);
     scale_rows(context.z.view(), context.plan, u.view(), false);
-    for_each_part(context.plan, x.rows, [&](Index first, Index count, Index part_rank) {
-      backend_.matmul_transposed(as_const(u).middle_rows(first, count).left_cols(part_rank), rows_of(adapter_.b().value, part_rank),
-                                 y.middle_rows(first, count), Update::accumulate);
-    });
+    detail::add_from_ranks(backend_, as_const(u), rows_of(adapter_.b().value, rank), context.plan, y);
   }
 
-  // Whether the runs of a plan are all long enough to be worth products of their own, so that a row costs what its own rank costs. Else
-  // they are computed together at the largest rank.
-  static bool by_run(const RankPlan& plan) {
-    return !plan.is_uniform() && std::all_of(plan.runs().begin(), plan.runs().end(),
-                                             [](const auto& run) { return run.rank == 0 || run.rows >= 16; });
-  }
-
-  // f(first row, rows, rank) for each part of a batch to be computed at one rank. Rows of rank 0 are in none: adding the adapter's zeros
-  // would turn -0 into +0.
-  template <class F>
-  static void for_each_part(const RankPlan& plan, Index rows, F&& f) {
-    const bool apart = by_run(plan);
-    Index begin = 0, end = 0;
-    const auto flush = [&] {
-      if (begin < end) f(begin, end - begin, plan.max_rank());
-    };
-    plan.for_each_run(rows, [&](Index first, Index count, Index rank) {
-      if (rank == 0) flush();
-      else if (apart) f(first, count, rank);
-      if (rank == 0 || apart) begin = first + count;
-      end = first + count;
-    });
-    flush();
-  }
-
-  // out [tokens, largest rank] = x A^T, in each row up to its rank at least.
-  void through_ranks(MatrixView<const T> x, const Matrix<Acc, Memory>& a, const RankPlan& plan, MatrixView<Acc> out) const {
-    if (!by_run(plan)) {
-      backend_.matmul(x, rows_of(a, plan.max_rank()), out, Update::overwrite);
-      return;
-    }
-    backend_.fill(out, Acc{});
-    for_each_part(plan, x.rows, [&](Index first, Index count, Index rank) {
-      backend_.matmul(x.middle_rows(first, count), rows_of(a, rank), out.middle_rows(first, count).left_cols(rank), Update::overwrite);
-    });
-  }
-
-  // gradient [max rank, features] += u^T x
-  void add_gradient(MatrixView<const Acc> u, MatrixView<const T> x, const RankPlan& plan, MatrixView<Acc> gradient) const {
-    for_each_part(plan, x.rows, [&](Index first, Index count, Index rank) {
-      backend_.weight_gradient(u.middle_rows(first, count).left_cols(rank), x.middle_rows(first, count), gradient.top_rows(rank),
-                               Update::accumulate);
-    });
-  }
   static std::shared_ptr<const WeightType> checked(std::shared_ptr<const WeightType> base, const std::string& name) {
     QDYLORA_EXPECTS(base != nullptr, bad_argument, name + ": no base weight");
     return base;
@@ -326,14 +287,8 @@ class DynamicLoRALinear {
     }
   }
 
-  // target = source * coefficients of each row's rank. For gradients under GradientRows::last_row only column b - 1 stays.
   void scale_rows(MatrixView<const Acc> source, const RankPlan& plan, MatrixView<Acc> target, bool for_gradient) const {
-    plan.for_each_run(source.rows, [&](Index first, Index count, Index rank) {
-      auto coefficients = adapter_.coefficients(rank, source.cols);
-      if (for_gradient && adapter_.options().gradient_rows == GradientRows::last_row)
-        for (Index i = 0; i + 1 < rank; ++i) coefficients[static_cast<std::size_t>(i)] = Acc{};
-      backend_.scale_columns(source.middle_rows(first, count), std::span<const Acc>(coefficients), target.middle_rows(first, count));
-    });
+    detail::scale_by_rank(backend_, adapter_, source, plan, target, for_gradient);
   }
 
   void gate_gradients(const Context& context, MatrixView<const Acc> t) {
@@ -360,15 +315,6 @@ class DynamicLoRALinear {
     const auto part = [width](Matrix<Acc, Memory>& moment) { return moment.view().top_rows(width).left_cols(width); };
     backend_.weight_gradient(context.z.view(), context.z.view(), part(adapter_.moment_a), Update::accumulate);
     backend_.weight_gradient(t, t, part(adapter_.moment_b), Update::accumulate);
-  }
-
-  void touch(const RankPlan& plan) {
-    plan.for_each_run(plan.is_uniform() ? 1 : plan.rows(), [&](Index, Index, Index rank) {
-      if (rank == 0) return;
-      const Index first = adapter_.options().gradient_rows == GradientRows::last_row ? rank - 1 : 0;
-      adapter_.a().touch(first, rank);
-      adapter_.b().touch(first, rank);
-    });
   }
 
   Backend backend_;

@@ -85,6 +85,9 @@ class LoRAAdapter {
     if constexpr (Memory::host) draw_a(a_->value.span());
   }
 
+  /// No adapter, where a layer is frozen: its one rank is 0, and it has no parameters.
+  static LoRAAdapter none(Index in, Index out, const std::string& name) { return LoRAAdapter(Absent{}, in, out, name); }
+
   /// Gives an adapter in a device's memory the values that one in host memory begins with.
   template <class Backend>
   void initialize(const Backend& backend) {
@@ -116,6 +119,7 @@ class LoRAAdapter {
   /// A, B, and the magnitude where there is one. For LoRA+ (Hayou et al. 2024) B's learning rate is a multiple of A's:
   /// b().row_lr.assign(max_rank, ratio), which Trainer does by TrainerOptions::b_lr_ratio.
   Parameters<S, Memory> parameters() const {
+    if (max_rank() == 0) return {};
     return dora() ? Parameters<S, Memory>{a_, b_, magnitude_} : Parameters<S, Memory>{a_, b_};
   }
   Parameters<S, Memory> gate_parameters() const {
@@ -184,6 +188,12 @@ class LoRAAdapter {
   }
 
  private:
+  struct Absent {};
+  LoRAAdapter(Absent, Index in, Index out, const std::string& name)
+      : options_{.max_rank = 0, .name = name},
+        a_(std::make_shared<Param>(name + ".lora_A", 0, in)),
+        b_(std::make_shared<Param>(name + ".lora_B", 0, out)) {}
+
   void draw_a(std::span<S> a) const {
     Rng rng(options_.seed, Purpose::init, options_.layer);
     const S bound = S{1} / std::sqrt(static_cast<S>(std::max<Index>(in(), 1)));

@@ -1,0 +1,38 @@
+// AdapterMethod: what of a model trains.
+//
+//   lora       low-rank updates of the linear layers (Hu et al. 2021): DynamicLoRALinear
+//   houlsby    a bottleneck after attention's output projection and one after the perceptron, each before its residual sum (Houlsby et al.
+//              2019, arXiv 1902.00751)
+//   parallel   a bottleneck beside the perceptron, on its normed input (the Parallel Adapter: He et al. 2022, arXiv 2110.04366)
+// Of the last two the linear layers stay frozen, and what is cut is the bottlenecks' width: nn/bottleneck_adapter.hpp.
+#pragma once
+
+#include <string>
+#include <string_view>
+
+#include <qdylora/core/error.hpp>
+
+namespace qdylora {
+
+enum class AdapterMethod { lora, houlsby, parallel };
+
+constexpr std::string_view name(AdapterMethod method) noexcept {
+  switch (method) {
+    case AdapterMethod::lora: return "lora";
+    case AdapterMethod::houlsby: return "houlsby";
+    case AdapterMethod::parallel: return "parallel";
+  }
+  return "unknown";
+}
+
+/// The method of a name; Errc::bad_argument lists them if there is none such.
+inline AdapterMethod adapter_method(std::string_view text) {
+  std::string known;
+  for (const auto method : {AdapterMethod::lora, AdapterMethod::houlsby, AdapterMethod::parallel}) {
+    if (text == name(method)) return method;
+    known += (known.empty() ? "" : ", ") + std::string(name(method));
+  }
+  throw Error(Errc::bad_argument, "no adapter method '" + printable(text) + "'; there are " + known);
+}
+
+}  // namespace qdylora
