@@ -103,7 +103,7 @@ std::shared_ptr<qdylora::DecoderWeights<Acc>> tiny_weights(
 template <class Model>
 auto all_parameters(Model& model) {
   auto all = model.parameters();
-  model.for_each_linear([&](auto& linear) {
+  model.for_each_trained([&](auto& linear) {
     for (auto& p : linear.adapter().gate_parameters()) all.push_back(p);
   });
   return all;
@@ -113,7 +113,7 @@ auto all_parameters(Model& model) {
 template <class Model>
 void randomize_adapters(Model& model, double deviation = 0.3) {
   Rng rng(77, qdylora::Purpose::data);
-  model.for_each_linear([&](auto& linear) {
+  model.for_each_trained([&](auto& linear) {
     fill_normal(linear.adapter().b().value.view(), rng, deviation);
     if (linear.adapter().gated())
       for (auto& gate : linear.adapter().gates().value.span()) gate = static_cast<typename Model::Acc>(1.0f + 0.2f * rng.normal());

@@ -1,7 +1,9 @@
 // What the blocks of all architectures share: weights, what a forward pass keeps, linear layers by number, attention with and without a
-// cache.
+// cache, and where bottlenecks stand.
 #pragma once
 
+#include <algorithm>
+#include <array>
 #include <memory>
 #include <span>
 #include <string>
@@ -10,6 +12,7 @@
 
 #include <qdylora/model/config.hpp>
 #include <qdylora/model/norm.hpp>
+#include <qdylora/nn/bottleneck_adapter.hpp>
 #include <qdylora/nn/dynamic_lora_linear.hpp>
 #include <qdylora/nn/low_rank.hpp>
 
@@ -42,15 +45,20 @@ struct BlockContext {
   using Acc = Accumulator<T>;
   using Memory = typename Backend::Memory;
   using Linear = DynamicLoRALinear<T, Backend, AnyFormat>;
+  using Bottleneck = BottleneckAdapter<T, Backend>;
 
   Matrix<Acc, Memory> attention_norm, mlp_norm, lse;   // statistics, a few numbers a token
   Matrix<T, Memory> q, k, v, attended, mid, gate, up;  // mid and gate are Llama's alone
   std::vector<typename Linear::Context> linear;
+  std::array<Matrix<T, Memory>, 2> projected;  // by Houlsby, of each sublayer what its bottleneck reads; else empty
+  std::vector<typename Bottleneck::Context> bottleneck;
 
   std::size_t bytes() const noexcept {
     std::size_t sum = attention_norm.capacity_bytes() + mlp_norm.capacity_bytes() + lse.capacity_bytes();
     for (const auto* m : {&q, &k, &v, &attended, &mid, &gate, &up}) sum += m->capacity_bytes();
     for (const auto& l : linear) sum += l.z.capacity_bytes() + l.dropped.capacity_bytes() + l.magnitude.product.capacity_bytes();
+    for (const auto& p : projected) sum += p.capacity_bytes();
+    for (const auto& b : bottleneck) sum += b.z.capacity_bytes() + b.dropped.capacity_bytes();
     return sum;
   }
 };
@@ -67,6 +75,9 @@ struct BlockWorkspace {
   }
 };
 
+/// The two halves of a block, in the order of Houlsby's bottlenecks.
+enum class Sublayer : int { attention, mlp };
+
 /// The base of LlamaBlock and FalconBlock, which are chains of its steps.
 template <Scalar T, class Backend>
 class BlockSteps {
@@ -74,13 +85,15 @@ class BlockSteps {
   using Acc = Accumulator<T>;
   using Memory = typename Backend::Memory;
   using Linear = DynamicLoRALinear<T, Backend, AnyFormat>;
+  using Bottleneck = BottleneckAdapter<T, Backend>;
   using Tokens = BlockTokens<T, Memory>;
   using Context = BlockContext<T, Backend>;
   using Workspace = BlockWorkspace<T, Backend>;
 
+  /// Throws Errc::unsupported for bottlenecks on weights that come with what low-rank adapters are to begin with.
   BlockSteps(const DecoderConfig& config, std::shared_ptr<const BlockWeights<Acc, Memory>> weights, Index index, const LoRAOptions& lora,
-             Backend backend)
-      : config_(config), weights_(std::move(weights)), backend_(backend) {
+             Backend backend, AdapterMethod method = AdapterMethod::lora)
+      : config_(config), weights_(std::move(weights)), backend_(backend), method_(method) {
     const auto shapes = config.linears();
     const std::string prefix = config.block_name(index);
     QDYLORA_EXPECTS(
@@ -96,16 +109,31 @@ class BlockSteps {
       QDYLORA_EXPECTS(base && base->rows() == shapes[i].out && base->cols() == shapes[i].in, shape_mismatch,
                       options.name + ".weight: expected " + detail::shape_text(shapes[i].out, shapes[i].in) + ", found " +
                           (base ? detail::shape_text(base->rows(), base->cols()) : "nothing"));
-      linear_.emplace_back(base, std::move(options), backend);
+      QDYLORA_EXPECTS(!linears_frozen() || weights_->initial[i].rank() == 0, unsupported,
+                      options.name + ": initial values of low-rank adapters are none of the method " + std::string(name(method)));
+      if (linears_frozen()) linear_.push_back(Linear::frozen(base, options.name, backend));
+      else linear_.emplace_back(base, std::move(options), backend);
       if (weights_->bias[i].size() > 0) linear_.back().set_bias(weights_->bias[i].view());
       if (weights_->initial[i].rank() > 0) begin_with(linear_.back().adapter(), weights_->initial[i], backend);
     }
     expect_norm("attention norm", weights_->attention_norm, config);
     if (!config.shared_norm) expect_norm("mlp norm", weights_->mlp_norm, config);
+    if (linears_frozen()) add_bottlenecks(prefix, index, lora);
   }
 
   std::vector<Linear>& linears() noexcept { return linear_; }
   const std::vector<Linear>& linears() const noexcept { return linear_; }
+  /// f(layer) for each layer that trains, in the order of DecoderConfig::adapted: a Linear or a Bottleneck.
+  template <class F>
+  void for_each_trained(F&& f) {
+    if (!linears_frozen()) std::for_each(linear_.begin(), linear_.end(), f);
+    std::for_each(bottleneck_.begin(), bottleneck_.end(), f);
+  }
+  template <class F>
+  void for_each_trained(F&& f) const {
+    if (!linears_frozen()) std::for_each(linear_.begin(), linear_.end(), f);
+    std::for_each(bottleneck_.begin(), bottleneck_.end(), f);
+  }
 
  protected:
   template <class M>
@@ -131,6 +159,45 @@ class BlockSteps {
     const auto i = static_cast<std::size_t>(p);
     context.linear[i].x = input;
     linear_[i].backward(dy, dx, context.linear[i]);
+  }
+
+  bool linears_frozen() const noexcept { return method_ != AdapterMethod::lora; }
+
+  // y = what a sublayer adds to the residual stream: p(x), by Houlsby through the sublayer's bottleneck.
+  template <class P>
+  void project(P p, Sublayer sublayer, MatrixView<const T> x, MatrixView<T> y, Context& context) const {
+    if (method_ != AdapterMethod::houlsby) return apply(p, x, y, context);
+    const auto i = static_cast<std::size_t>(sublayer);
+    context.bottleneck.resize(bottleneck_.size());
+    apply(p, x, context.projected[i], context);
+    bottleneck_[i].forward(as_const(context.projected[i]), y, context.bottleneck[i]);
+  }
+  // dx = the gradient of p's input. Overwrites work.part. An empty dx is not computed.
+  template <class P>
+  void project_backward(P p, Sublayer sublayer, MatrixView<const T> dy, MatrixView<const T> input, MatrixView<T> dx, Context& context,
+                        Workspace& work) {
+    if (method_ == AdapterMethod::houlsby) {
+      const auto i = static_cast<std::size_t>(sublayer);
+      const bool further = dx.data != nullptr;
+      work.part.resize(dy.rows, dy.cols);
+      bottleneck_[i].backward(dy, further ? work.part.view() : MatrixView<T>{}, context.bottleneck[i]);
+      if (!further) return;  // p has nothing that trains
+      dy = as_const(work.part);
+    }
+    back(p, dy, input, dx, context);
+  }
+
+  // y += the parallel bottleneck of the perceptron's input x, where there is one.
+  void add_parallel(MatrixView<const T> x, MatrixView<T> y, Context& context) const {
+    if (method_ != AdapterMethod::parallel) return;
+    context.bottleneck.resize(bottleneck_.size());
+    bottleneck_.front().forward(x, y, context.bottleneck.front());
+  }
+  // dx += its gradient, of an x that may have been made anew. An empty dx is not computed.
+  void add_parallel_backward(MatrixView<const T> dy, MatrixView<const T> x, MatrixView<T> dx, Context& context) {
+    if (method_ != AdapterMethod::parallel) return;
+    context.bottleneck.front().x = x;
+    bottleneck_.front().backward(dy, dx, context.bottleneck.front());
   }
 
   // work.normed = norm(x)
@@ -169,6 +236,19 @@ class BlockSteps {
   Backend backend_;
 
  private:
+  void add_bottlenecks(const std::string& prefix, Index index, const LoRAOptions& lora) {
+    const auto adapted = config_.adapted(method_);
+    const auto placement =
+        method_ == AdapterMethod::houlsby ? BottleneckPlacement::sequential : BottleneckPlacement::parallel;
+    bottleneck_.reserve(adapted.size());
+    for (std::size_t i = 0; i < adapted.size(); ++i) {
+      auto options = lora;
+      options.name = prefix + std::string(adapted[i].name);
+      options.layer = static_cast<std::uint32_t>(static_cast<std::size_t>(index) * adapted.size() + i);
+      bottleneck_.emplace_back(adapted[i].in, std::move(options), placement, backend_);
+    }
+  }
+
   void attend_to_caches(const Tokens& tokens, Context& context) const {
     std::vector<MatrixView<const T>> keys, values;
     for (Index s = 0; s < context.q.rows(); ++s) {
@@ -185,7 +265,9 @@ class BlockSteps {
                               config_.heads, context.attended.view());
   }
 
+  AdapterMethod method_;
   std::vector<Linear> linear_;
+  std::vector<Bottleneck> bottleneck_;
 };
 
 }  // namespace qdylora

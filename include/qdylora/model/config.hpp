@@ -6,6 +6,7 @@
 #include <vector>
 
 #include <qdylora/backend.hpp>
+#include <qdylora/nn/adapter_method.hpp>
 
 namespace qdylora {
 
@@ -48,6 +49,15 @@ struct DecoderConfig {
     return {{"self_attn.q_proj", q, width},     {"self_attn.k_proj", kv, width},     {"self_attn.v_proj", kv, width},
             {"self_attn.o_proj", width, q},     {"mlp.gate_proj", mlp_width, width}, {"mlp.up_proj", mlp_width, width},
             {"mlp.down_proj", width, mlp_width}};
+  }
+  /// What a block's adapters sit on, in the order of all lists of them: its linear layers, or bottlenecks of the residual stream.
+  std::vector<LinearShape> adapted(AdapterMethod method) const {
+    switch (method) {
+      case AdapterMethod::lora: break;
+      case AdapterMethod::houlsby: return {{"attention_adapter", width, width}, {"mlp_adapter", width, width}};
+      case AdapterMethod::parallel: return {{"mlp_adapter", width, width}};
+    }
+    return linears();
   }
   /// Hugging Face's checkpoints and PEFT's adapters name a layer "<block_names><index>.<name within the block>".
   std::string_view block_names() const noexcept { return architecture == Architecture::falcon ? "transformer.h." : "model.layers."; }

@@ -1,4 +1,5 @@
-// Decoder: a decoder-only transformer of DynamicLoRALinear layers. The base is frozen and shared; what trains are the adapters.
+// Decoder: a decoder-only transformer of DynamicLoRALinear layers. The base is frozen and shared; what trains are the adapters: those of the
+// linear layers, or bottlenecks in the blocks.
 #pragma once
 
 #include <algorithm>
@@ -12,36 +13,19 @@
 
 #include <qdylora/model/batch.hpp>
 #include <qdylora/model/config.hpp>
+#include <qdylora/model/decoder_weights.hpp>
 #include <qdylora/model/falcon_block.hpp>
 #include <qdylora/model/llama_block.hpp>
 #include <qdylora/nn/rope.hpp>
 
 namespace qdylora {
 
-/// The frozen part of a model; several decoders may share one.
-template <class Acc, MemoryResource Memory = HostMemory>
-struct DecoderWeights {
-  DecoderConfig config;
-  TableWeight<Acc, Memory> embedding;  // [vocab, width]
-  TableWeight<Acc, Memory> head;       // [vocab, width]; empty when tied
-  NormWeights<Acc, Memory> final_norm;
-  std::vector<std::shared_ptr<const BlockWeights<Acc, Memory>>> blocks;
-
-  /// Bytes of the blocks' linear weights.
-  std::size_t linear_bytes() const noexcept {
-    std::size_t sum = 0;
-    for (const auto& block : blocks)
-      for (const auto& w : block->linear) sum += w->bytes();
-    return sum;
-  }
-  std::size_t table_bytes() const noexcept { return embedding.bytes() + head.bytes(); }
-};
-
 inline constexpr Index head_chunk = 96;  // rows of logits in memory at a time, at most
 
 struct DecoderOptions {
-  LoRAOptions lora;         // of every linear layer; names and layer numbers are filled in
+  LoRAOptions lora = {};    // of every adapter; names and layer numbers are filled in
   bool checkpoint = false;  // keep only each block's input and run blocks again in the backward pass: a third more work, far less memory
+  AdapterMethod method = AdapterMethod::lora;
 };
 
 /// Keys and values of one sequence, all layers; room for `capacity` tokens.
@@ -119,22 +103,32 @@ class Decoder {
     for (const auto& block : blocks_)
       for (const auto& linear : std::visit([](const auto& b) -> auto& { return b.linears(); }, block)) f(linear);
   }
+  /// f(layer) for every layer with an adapter that trains, block by block in the order of DecoderConfig::adapted: DynamicLoRALinear, or
+  /// BottleneckAdapter, as DecoderOptions::method has it.
+  template <class F>
+  void for_each_trained(F&& f) {
+    for (auto& block : blocks_) std::visit([&](auto& b) { b.for_each_trained(f); }, block);
+  }
+  template <class F>
+  void for_each_trained(F&& f) const {
+    for (const auto& block : blocks_) std::visit([&](const auto& b) { b.for_each_trained(f); }, block);
+  }
   Parameters<Acc, Memory> parameters() const {
     Parameters<Acc, Memory> all;
-    for_each_linear([&](const Linear& linear) {
-      for (auto& p : linear.parameters()) all.push_back(std::move(p));
+    for_each_trained([&](const auto& layer) {
+      for (auto& p : layer.parameters()) all.push_back(std::move(p));
     });
     return all;
   }
 
   /// The rank of each sequence of the coming batches, or one for all.
   void set_ranks(const RankPlan& plan) {
-    for_each_linear([&](const Linear& linear) { linear.adapter().check_rank(plan.max_rank()); });
+    for_each_trained([&](const auto& layer) { layer.adapter().check_rank(plan.max_rank()); });
     plan_ = plan;
   }
   /// Whether dropout acts (not until told so), the step its masks belong to, and the tokens of that step in earlier micro-batches.
   void set_training(bool training, std::uint32_t step = 0, Index first_row = 0) {
-    for_each_linear([&](Linear& linear) { linear.set_training(training, step, first_row); });
+    for_each_trained([&](auto& layer) { layer.set_training(training, step, first_row); });
   }
 
   /// Cross-entropy in nats of each scored position, in order; nothing is kept for a backward pass.
@@ -233,7 +227,7 @@ class Decoder {
 
   template <class Kind>
   void add_block(const std::shared_ptr<const BlockWeights<Acc, Memory>>& weights, Index index) {
-    blocks_.emplace_back(std::in_place_type<Kind>, config(), weights, index, options_.lora, backend_);
+    blocks_.emplace_back(std::in_place_type<Kind>, config(), weights, index, options_.lora, backend_, options_.method);
   }
 
   // Of the batch that was prepared last.
@@ -263,7 +257,7 @@ class Decoder {
       backend_.upload(table.view(), rope_.view());
     }
     const auto tokens = plan_.expand(batch.offsets);
-    for_each_linear([&](Linear& linear) { linear.set_ranks(tokens); });
+    for_each_trained([&](auto& layer) { layer.set_ranks(tokens); });
   }
 
   // All blocks over whole sequences; returns the last residual stream. With keep, everything for a backward pass stays.

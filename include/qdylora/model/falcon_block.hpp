@@ -3,6 +3,8 @@
 //   y = x + dense(attention(rope(q), rope(k), v)) + dense_4h_to_h(gelu(dense_h_to_4h(n2))),
 //   q, k, v = the heads of query_key_value(n1),   n1 = layer_norm(x),   n2 = n1 (Falcon-7B, Falcon2-11B) or a norm of its own (Falcon-40B)
 //
+// By Houlsby a bottleneck follows dense, and one dense_4h_to_h; a parallel one reads n2 and is added to y.
+//
 // query_key_value stays one layer, as in the checkpoints and as its adapters are trained. Its outputs are, for each key-value head in turn,
 // the query heads that read it, then its key, then its value: multi-query attention is that with one group, multi-head with one query each.
 #pragma once
@@ -40,8 +42,10 @@ class FalconBlock : public BlockSteps<T, Backend> {
     if (!config_.shared_norm) normalize(x, weights_->mlp_norm, context.mlp_norm, work);
     apply(dense_h_to_4h, as_const(work.normed), context.up, context);
     activate(context, work);
-    apply(dense_4h_to_h, as_const(work.activated), y, context);
-    apply(dense, as_const(context.attended), work.part, context);
+    project(dense_4h_to_h, Sublayer::mlp, as_const(work.activated), y, context);
+    add_parallel(as_const(work.normed), y, context);
+    work.part.resize(x.rows, config_.width);
+    project(dense, Sublayer::attention, as_const(context.attended), work.part.view(), context);
     backend_.add(as_const(work.part), y);
     backend_.add(x, y);
   }
@@ -55,14 +59,17 @@ class FalconBlock : public BlockSteps<T, Backend> {
     // the perceptron
     activate(context, work);
     work.d_wide.resize(rows, config_.mlp_width);
-    back(dense_4h_to_h, d, as_const(work.activated), work.d_wide.view(), context);
+    project_backward(dense_4h_to_h, Sublayer::mlp, d, as_const(work.activated), work.d_wide.view(), context, work);
     backend_.gelu_backward(as_const(work.d_wide), as_const(context.up), context.up.view());
     if (config_.shared_norm) normalize(x, weights_->attention_norm, context.attention_norm, work);
     else normalize(x, weights_->mlp_norm, context.mlp_norm, work);
     back(dense_h_to_4h, as_const(context.up), as_const(work.normed), want_dx ? work.d_normed.view() : none, context);
+    add_parallel_backward(d, as_const(work.normed), want_dx ? work.d_normed.view() : none, context);
     // attention
     work.d_wide.resize(rows, config_.query_width());
-    back(dense, d, as_const(context.attended), work.d_wide.view(), context);
+    const bool further = want_dx || !linears_frozen();
+    project_backward(dense, Sublayer::attention, d, as_const(context.attended), further ? work.d_wide.view() : none, context, work);
+    if (!further) return;
     attend_backward(tokens, as_const(work.d_wide), context, work);
     work.fused.resize(rows, config_.query_width() + 2 * config_.kv_width());
     for_each_part(work.dq, work.dk, work.dv, work.fused,
@@ -79,7 +86,8 @@ class FalconBlock : public BlockSteps<T, Backend> {
   }
 
  private:
-  using Base::apply, Base::as_const, Base::attend, Base::attend_backward, Base::back, Base::normalize;
+  using Base::add_parallel, Base::add_parallel_backward, Base::apply, Base::as_const, Base::attend, Base::attend_backward, Base::back;
+  using Base::linears_frozen, Base::normalize, Base::project, Base::project_backward;
   using Base::backend_, Base::config_, Base::weights_;
   using enum FalconProjection;
 

@@ -2,6 +2,8 @@
 //
 //   mid = x + o(attention(rope(q(n1)), rope(k(n1)), v(n1))),   n1 = rms_norm(x)
 //   y   = mid + down(silu(gate(n2)) * up(n2)),                 n2 = rms_norm(mid)
+//
+// By Houlsby a bottleneck follows o, and one down; a parallel one reads n2 and is added to y.
 #pragma once
 
 #include <qdylora/model/block.hpp>
@@ -11,7 +13,7 @@ namespace qdylora {
 /// The linear layers of a Llama's block, in the order of DecoderConfig::linears.
 enum class Projection : int { q, k, v, o, gate, up, down };
 
-/// Keeps 3 * width + 2 * kv_width + 2 * mlp_width numbers a token, and 7 ranks.
+/// Keeps 3 * width + 2 * kv_width + 2 * mlp_width numbers a token, and 7 ranks; of bottlenecks their ranks instead, by Houlsby 2 * width more.
 template <Scalar T, class Backend>
 class LlamaBlock : public BlockSteps<T, Backend> {
   using Base = BlockSteps<T, Backend>;
@@ -27,13 +29,15 @@ class LlamaBlock : public BlockSteps<T, Backend> {
     apply(k, as_const(work.normed), context.k, context);
     apply(v, as_const(work.normed), context.v, context);
     attend(tokens, context);
-    apply(o, as_const(context.attended), context.mid, context);
+    context.mid.resize(x.rows, config_.width);
+    project(o, Sublayer::attention, as_const(context.attended), context.mid.view(), context);
     backend_.add(x, context.mid.view());
     normalize(as_const(context.mid), weights_->mlp_norm, context.mlp_norm, work);
     apply(gate, as_const(work.normed), context.gate, context);
     apply(up, as_const(work.normed), context.up, context);
     activate(context, work);
-    apply(down, as_const(work.activated), y, context);
+    project(down, Sublayer::mlp, as_const(work.activated), y, context);
+    add_parallel(as_const(work.normed), y, context);
     backend_.add(as_const(context.mid), y);
   }
 
@@ -41,10 +45,11 @@ class LlamaBlock : public BlockSteps<T, Backend> {
   /// context.
   void backward(MatrixView<const T> x, const Tokens& tokens, MatrixView<T> d, Context& context, Workspace& work, bool want_dx) {
     const Index rows = x.rows;
+    const MatrixView<T> none{};
     // y = mid + down(activated)
     activate(context, work);
     work.d_wide.resize(rows, config_.mlp_width);
-    back(down, d, as_const(work.activated), work.d_wide.view(), context);
+    project_backward(down, Sublayer::mlp, d, as_const(work.activated), work.d_wide.view(), context, work);
     backend_.swiglu_backward(as_const(work.d_wide), as_const(context.gate), as_const(context.up), context.gate.view(), context.up.view());
     normalize(as_const(context.mid), weights_->mlp_norm, context.mlp_norm, work);
     work.d_normed.resize(rows, config_.width);
@@ -52,14 +57,16 @@ class LlamaBlock : public BlockSteps<T, Backend> {
     back(gate, as_const(context.gate), as_const(work.normed), work.d_normed.view(), context);
     back(up, as_const(context.up), as_const(work.normed), work.part.view(), context);
     backend_.add(as_const(work.part), work.d_normed.view());
+    add_parallel_backward(d, as_const(work.normed), work.d_normed.view(), context);
     normalize_backward(backend_, as_const(work.d_normed), as_const(context.mid), weights_->mlp_norm, context.mlp_norm, d,
                        Update::accumulate);
     // mid = x + o(attended)
     work.d_wide.resize(rows, config_.query_width());
-    back(o, d, as_const(context.attended), work.d_wide.view(), context);
+    const bool further = want_dx || !linears_frozen();
+    project_backward(o, Sublayer::attention, d, as_const(context.attended), further ? work.d_wide.view() : none, context, work);
+    if (!further) return;
     attend_backward(tokens, as_const(work.d_wide), context, work);
     normalize(x, weights_->attention_norm, context.attention_norm, work);
-    const MatrixView<T> none{};
     back(q, as_const(work.dq), as_const(work.normed), want_dx ? work.d_normed.view() : none, context);
     back(k, as_const(work.dk), as_const(work.normed), want_dx ? work.part.view() : none, context);
     if (want_dx) backend_.add(as_const(work.part), work.d_normed.view());
@@ -70,7 +77,8 @@ class LlamaBlock : public BlockSteps<T, Backend> {
   }
 
  private:
-  using Base::apply, Base::as_const, Base::attend, Base::attend_backward, Base::back, Base::normalize;
+  using Base::add_parallel, Base::add_parallel_backward, Base::apply, Base::as_const, Base::attend, Base::attend_backward, Base::back;
+  using Base::linears_frozen, Base::normalize, Base::project, Base::project_backward;
   using Base::backend_, Base::config_, Base::weights_;
   using enum Projection;
 

@@ -21,6 +21,7 @@ struct ModelShape {
   Index vocab = 0, width = 0, layers = 0;
   Index tables = 1;                  // [vocab, width]: the embedding, and a head of its own
   std::vector<LinearShape> linears;  // of a block
+  std::vector<LinearShape> adapted;  // what a block's adapters sit on: the linears, or bottlenecks
   Index norms = 0, biases = 0;       // numbers in a block's norms and biases
   Index final_norms = 0;             // and after the last block
   Index statistics = 1;              // numbers that a norm keeps of a token
@@ -29,6 +30,7 @@ struct ModelShape {
   // What a block keeps of a forward pass for its backward pass, beside its input and the adapters' z: activations, and numbers of the
   // accumulator's type.
   Index kept = 0, kept_accumulators = 0;
+  Index forward_products = 1;  // [tokens, rank] that an adapter's forward pass takes and gives back
   // Temporaries of one block, which all blocks share: those that a forward pass needs, and those that only a backward pass needs.
   Index forward_temporaries = 0, backward_temporaries = 0;
 
@@ -42,16 +44,16 @@ struct ModelShape {
     for (const auto& linear : linears) sum += linear.out;
     return sum;
   }
-  /// Numbers in adapters of a rank on every linear layer.
+  /// Numbers in adapters of a rank.
   Index adapter_numbers(Index rank) const noexcept {
     Index sum = 0;
-    for (const auto& linear : linears) sum += rank * (linear.out + linear.in);
+    for (const auto& linear : adapted) sum += rank * (linear.out + linear.in);
     return layers * sum;
   }
 };
 
 /// BlockContext and BlockWorkspace as LlamaBlock and FalconBlock fill them, as widths.
-inline ModelShape model_shape(const DecoderConfig& c) {
+inline ModelShape model_shape(const DecoderConfig& c, AdapterMethod method = AdapterMethod::lora) {
   const Index q = c.query_width(), kv = c.kv_width();
   ModelShape s;
   s.vocab = c.vocab;
@@ -59,6 +61,7 @@ inline ModelShape model_shape(const DecoderConfig& c) {
   s.layers = c.layers;
   s.tables = c.tied_head ? 1 : 2;
   s.linears = c.linears();
+  s.adapted = c.adapted(method);
   s.kv_width = kv;
   s.head_dim = c.heads.head_dim;
   const bool falcon = c.architecture == Architecture::falcon;
@@ -76,6 +79,8 @@ inline ModelShape model_shape(const DecoderConfig& c) {
     s.forward_temporaries = c.width + c.mlp_width;        // normed, activated
     s.backward_temporaries += c.width;                    // part
   }
+  if (method == AdapterMethod::houlsby) s.kept += 2 * c.width;  // projected
+  if (method != AdapterMethod::lora) s.forward_products = 2;    // gelu(z); h
   return s;
 }
 
@@ -219,7 +224,7 @@ template <Scalar T>
 MemoryPlan memory_plan(const ModelShape& s, const MemoryOptions& o) {
   constexpr auto t = static_cast<Index>(sizeof(T)), acc = static_cast<Index>(sizeof(Accumulator<T>));
   const auto bytes = [](Index n) { return static_cast<std::size_t>(n); };
-  const Index linears = static_cast<Index>(s.linears.size()), rank = o.max_rank;
+  const Index adapters = static_cast<Index>(s.adapted.size()), rank = o.max_rank;
   MemoryPlan plan;
   plan.device = o.device;
   plan.paged_moments = o.paged_moments;
@@ -231,6 +236,8 @@ MemoryPlan memory_plan(const ModelShape& s, const MemoryOptions& o) {
     plan.base_codes += bytes(s.layers) * weight.codes;
     plan.block_scales += bytes(s.layers) * weight.scales;
     plan.nested_scales += bytes(s.layers) * weight.nested;
+  }
+  for (const auto& [name, out, in] : s.adapted) {
     widest_in = std::max(widest_in, in);
     widest_out = std::max(widest_out, out);
     in_sum += in;
@@ -252,7 +259,7 @@ MemoryPlan memory_plan(const ModelShape& s, const MemoryOptions& o) {
   // Decoder's buffers keep the size of the largest batch. Passes without gradients take two streams and one context.
   const Index tokens = o.training ? o.tokens : 0, most = std::max(tokens, o.forward_tokens);
   const Index streams = s.width * t;
-  const Index context = s.kept * t + s.kept_accumulators * acc + linears * rank * acc + (o.dropout && o.training ? in_sum * t : 0) +
+  const Index context = s.kept * t + s.kept_accumulators * acc + adapters * rank * acc + (o.dropout && o.training ? in_sum * t : 0) +
                         (dora ? s.outputs() * t : 0);
   plan.checkpoints = bytes(o.training ? ((s.layers - 1) * tokens + 2 * most) * streams : 2 * most * streams);
   plan.prompts = bytes(2 * most * streams + most * context);
@@ -260,7 +267,8 @@ MemoryPlan memory_plan(const ModelShape& s, const MemoryOptions& o) {
   const Index scored = std::max(o.training ? o.scored : 0, o.forward_scored);
   plan.workspace = bytes(most * s.forward_temporaries * t + o.longest * s.head_dim * acc);
   Index passing =
-      most * rank * acc;  // the largest of what is given back within a pass: u; t, work and dropout's dx; the scored rows' gradient
+      most * s.forward_products * rank * acc;  // the largest of what is given back within a pass: u, or a bottleneck's gelu(z) and h; t,
+                                               // work and dropout's dx; the scored rows' gradient
   if (dora) {  // the norms, their base's, and what making those of the largest rank takes
     plan.workspace += bytes(s.layers * s.outputs() * (1 + o.dora_ranks) * acc);
     passing = std::max(passing, (2 * rank * widest_out + rank * rank + widest_out) * acc);
@@ -272,7 +280,7 @@ MemoryPlan memory_plan(const ModelShape& s, const MemoryOptions& o) {
   }
   plan.workspace += bytes(passing);
   plan.logits = bytes(std::min(scored, head_chunk) * (s.vocab + 17) * acc + scored * (2 * s.width * t + s.statistics * acc));
-  if (o.second_moments && o.training) plan.reordering += bytes(s.layers * linears * 2 * rank * rank * acc);
+  if (o.second_moments && o.training) plan.reordering += bytes(s.layers * adapters * 2 * rank * rank * acc);
   if (o.snapshot && o.training) plan.reordering += plan.adapters;
 
   plan.caches = bytes(o.sequences * (o.cache_rows * s.layers * 2 * s.kv_width * t + s.vocab * acc * (o.device ? 1 : 2)));
@@ -282,8 +290,8 @@ MemoryPlan memory_plan(const ModelShape& s, const MemoryOptions& o) {
   return plan;
 }
 template <Scalar T>
-MemoryPlan memory_plan(const DecoderConfig& config, const MemoryOptions& options) {
-  return memory_plan<T>(model_shape(config), options);
+MemoryPlan memory_plan(const DecoderConfig& config, const MemoryOptions& options, AdapterMethod method = AdapterMethod::lora) {
+  return memory_plan<T>(model_shape(config, method), options);
 }
 
 }  // namespace qdylora

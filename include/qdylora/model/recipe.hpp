@@ -9,6 +9,9 @@
 //                    row, first rows learning faster at first
 //   auto             measures at mid-run, on sequences held back from training, what low ranks lose when the adapter is re-ordered: where
 //                    that is next to nothing it goes on as qlora-svd, else as order-then-nest, spending on each rank what its loss is worth
+//
+// Re-ordering takes apart the product of A and B, which a bottleneck is not: its recipes are qdylora, qdylora-frozen, per-row and, for one
+// width, qlora. For a bottleneck `auto` is per-row.
 #pragma once
 
 #include <algorithm>
@@ -19,6 +22,7 @@
 #include <utility>
 #include <vector>
 
+#include <qdylora/nn/adapter_method.hpp>
 #include <qdylora/nn/lora_adapter.hpp>
 #include <qdylora/nn/ranks.hpp>
 #include <qdylora/nn/reorder.hpp>
@@ -47,6 +51,9 @@ struct Recipe {
   bool measure = false;             // auto: whether there is a second phase, and its full_share, weights and boost, follow the measured gaps
 
   bool order_at_end = false;        // qlora-svd; auto does it where it has no second phase
+
+  /// Whether rows are re-ordered by singular values at any time.
+  bool reorders() const noexcept { return order_at_end || (order_at > 0.0 && order_at < 1.0); }
 };
 
 inline constexpr std::array<std::string_view, 7> recipe_names = {"auto",    "order-then-nest", "qdylora",  "qdylora-frozen",
@@ -76,6 +83,20 @@ inline Recipe recipe(std::string_view name) {
     for (const auto n : recipe_names) known += (known.empty() ? "" : ", ") + std::string(n);
     throw Error(Errc::bad_argument, "no recipe '" + printable(name) + "'; there are " + known);
   }
+  return r;
+}
+
+/// Throws Errc::unsupported, naming method and recipes, for a recipe that re-orders what the method cannot have re-ordered.
+inline void expect_fits(const Recipe& recipe, AdapterMethod method) {
+  QDYLORA_EXPECTS(method == AdapterMethod::lora || !recipe.reorders(), unsupported,
+                  "the recipe " + recipe.name + " re-orders by singular values, and the units of " + std::string(name(method)) +
+                      " have none; recipes that fit are qdylora, qdylora-frozen, per-row and qlora");
+}
+
+/// The recipe of a name for a method, of which a bottleneck's `auto` is per-row. Errors of recipe and expect_fits.
+inline Recipe recipe(std::string_view name, AdapterMethod method) {
+  Recipe r = recipe(method != AdapterMethod::lora && name == "auto" ? std::string_view("per-row") : name);
+  expect_fits(r, method);
   return r;
 }
 

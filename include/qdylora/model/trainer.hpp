@@ -60,6 +60,7 @@ class Trainer {
                     "Trainer: the recipe's order_at is a share of the steps, 0 ... 1");
     QDYLORA_EXPECTS(options_.b_lr_ratio > 0.0 && std::isfinite(options_.b_lr_ratio), bad_argument,
                     "Trainer: b_lr_ratio must be positive");
+    expect_fits(options_.recipe, model.options().method);
     QDYLORA_EXPECTS(options_.ranks.max() == model.options().lora.max_rank, rank_range,
                     "Trainer: the largest rank is " + std::to_string(options_.ranks.max()) + ", the model's adapters have " +
                         std::to_string(model.options().lora.max_rank));
@@ -212,7 +213,7 @@ class Trainer {
   }
   static Parameters<Acc, typename Backend::Memory> gate_parameters(const Model& model) {
     Parameters<Acc, typename Backend::Memory> all;
-    model.for_each_linear([&](const auto& linear) {
+    model.for_each_trained([&](const auto& linear) {
       for (auto& p : linear.adapter().gate_parameters()) all.push_back(std::move(p));
     });
     return all;
@@ -251,7 +252,7 @@ class Trainer {
   // What re-ordering looks at, of all workers.
   void sum_collected() {
     std::vector<MatrixView<Acc>> moments;
-    model_.for_each_linear([&](auto& linear) {
+    model_.for_each_trained([&](auto& linear) {
       for (auto* moment : {&linear.adapter().moment_a, &linear.adapter().moment_b}) moments.push_back(moment->view());
     });
     workers_.sum(moments, {}, model_.backend());
@@ -276,7 +277,7 @@ class Trainer {
     const auto& r = options_.recipe;
     const bool want =
         order_step_ < options_.steps && r.ordering == Reordering::gram && step_ < order_step_ && step_ >= order_step_ - r.collect_steps;
-    model_.for_each_linear([&](auto& linear) {
+    model_.for_each_trained([&](auto& linear) {
       auto& adapter = linear.adapter();
       if (want && !adapter.collecting) adapter.start_collecting(model_.backend());
       adapter.collecting = want;
@@ -285,7 +286,7 @@ class Trainer {
 
   void reorder_all(Reordering kind) {
     std::vector<LoRAAdapter<Acc, typename Backend::Memory>*> adapters;
-    model_.for_each_linear([&](auto& linear) { adapters.push_back(&linear.adapter()); });
+    model_.for_each_trained([&](auto& linear) { adapters.push_back(&linear.adapter()); });
     const auto& backend = model_.backend();
     const auto count = static_cast<Index>(adapters.size());
     if constexpr (Backend::Memory::host) {
@@ -321,7 +322,7 @@ class Trainer {
     const auto before = measure ? values() : std::vector<Matrix<Acc, typename Backend::Memory>>{};
     sum_collected();
     reorder_all(r.ordering == Reordering::gram && r.collect_steps > 0 ? Reordering::gram : Reordering::svd);
-    model_.for_each_linear([](auto& linear) { linear.adapter().stop_collecting(); });
+    model_.for_each_trained([](auto& linear) { linear.adapter().stop_collecting(); });
     if (measure) {
       auto losses = losses_by_rank(held_back_);
       workers_.average(losses, model_.backend());  // so that all decide the same
@@ -359,7 +360,7 @@ class Trainer {
       of_b.resize(static_cast<std::size_t>(options_.ranks.max()), 1.0f);
       for (float& x : of_b) x *= static_cast<float>(options_.b_lr_ratio);
     }
-    model_.for_each_linear([&](auto& linear) {
+    model_.for_each_trained([&](auto& linear) {
       linear.adapter().a().row_lr = multipliers;
       linear.adapter().b().row_lr = of_b;
     });
