@@ -8,9 +8,10 @@
 #include <qdylora/io/json.hpp>
 #include <qdylora/io/safetensors.hpp>
 
-// what is in them: 4-bit weights of bitsandbytes, binary codes, adapters of PEFT and llama.cpp, the state of a training run
+// what is in them: 4-bit weights of bitsandbytes, binary codes, adapters of PEFT and llama.cpp, bottlenecks, the state of a training run
 #include <qdylora/io/binary_code.hpp>
 #include <qdylora/io/bitsandbytes.hpp>
+#include <qdylora/io/bottleneck.hpp>
 #include <qdylora/io/collect.hpp>
 #include <qdylora/io/gguf_adapter.hpp>
 #include <qdylora/io/peft.hpp>

@@ -25,6 +25,7 @@
 #include <qdylora/backend.hpp>
 #include <qdylora/core/matrix.hpp>
 #include <qdylora/io/json.hpp>
+#include <qdylora/nn/adapter_method.hpp>
 #include <qdylora/nn/lora_adapter.hpp>
 #include <qdylora/nn/low_rank.hpp>
 
@@ -59,6 +60,7 @@ struct PeftModule {
 };
 
 struct PeftAdapter {
+  AdapterMethod method = AdapterMethod::lora;  // another one where load_bottleneck_adapter has read it
   PeftConfig config;
   std::vector<PeftModule> modules;  // sorted by name
   std::vector<Index> ranks;         // PeftOptions::ranks; empty if it is not ours
@@ -82,6 +84,7 @@ namespace detail {
 inline constexpr std::string_view peft_config_file = "adapter_config.json";
 inline constexpr std::string_view peft_model_file = "adapter_model.safetensors";
 inline constexpr std::string_view peft_gates_file = "qdylora_gates.safetensors";
+inline constexpr std::string_view bottleneck_config_file = "bottleneck_config.json";  // no PEFT adapter: <qdylora/io/bottleneck.hpp>
 inline constexpr std::string_view peft_prefix = "base_model.model.";
 inline constexpr std::string_view peft_a = ".lora_A.weight";
 inline constexpr std::string_view peft_b = ".lora_B.weight";

@@ -203,6 +203,7 @@ inline void save_peft_adapter(const std::filesystem::path& folder, std::span<con
   if (gated) gates.write(folder / detail::peft_gates_file);
   model.write(folder / detail::peft_model_file);
   if (!gated) remove(detail::peft_gates_file);
+  remove(detail::bottleneck_config_file);  // the folder's former adapter is not this one
   replace_file(config_path, text);
 }
 inline void save_peft_adapter(const std::filesystem::path& folder, std::initializer_list<NamedAdapter> adapters,
