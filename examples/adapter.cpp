@@ -1,7 +1,7 @@
 // Looks at PEFT adapters, cuts them, and makes them into files for llama.cpp.
 //
 //   adapter info DIR
-//   adapter truncate DIR --rank b OUT    keeps the first b rows: for adapters trained to be cut
+//   adapter truncate DIR --rank b OUT    keeps the first b rows: for adapters trained to be cut; bottlenecks too
 //   adapter resize DIR --rank b OUT      re-orders B.A by singular values, then cuts: for any adapter
 //   adapter gguf DIR --rank b --model MODEL.gguf OUT.gguf    for llama.cpp (--lora OUT.gguf), on the same base model
 #include <cmath>
@@ -62,7 +62,8 @@ int info(const std::string& folder) {
 
 int cut(const std::string& folder, Index rank, const std::string& out, bool reordered) {
   expect_no_overwrite(folder, out);
-  const auto source = load_peft_adapter(folder, {.changed_base = true});
+  const bool bottleneck = !reordered && is_bottleneck_adapter(folder);
+  const auto source = bottleneck ? load_bottleneck_adapter(folder) : load_peft_adapter(folder, {.changed_base = true});
   QDYLORA_EXPECTS(rank >= 1 && rank <= source.max_rank(), rank_range,
                   "--rank " + std::to_string(rank) + ": the adapter has ranks 1 ... " + std::to_string(source.max_rank()));
   std::vector<LoRAAdapter<float>> adapters;
@@ -79,13 +80,14 @@ int cut(const std::string& folder, Index rank, const std::string& out, bool reor
     }
     named.push_back({module.name, &adapters.back(), 0});
   }
-  save_peft_adapter(out, named,
-                    {.rank = rank,
-                     .base_model = source.config.base_model,
-                     .task_type = source.config.task_type,
-                     .ranks = source.ranks,
-                     .init = source.init,
-                     .base_format = source.base_format});
+  const PeftOptions options{.rank = rank,
+                            .base_model = source.config.base_model,
+                            .task_type = source.config.task_type,
+                            .ranks = source.ranks,
+                            .init = source.init,
+                            .base_format = source.base_format};
+  if (bottleneck) save_bottleneck_adapter(out, source.method, named, options);
+  else save_peft_adapter(out, named, options);
   std::printf("wrote %s: %zu modules at rank %lld\n", out.c_str(), named.size(), static_cast<long long>(rank));
   return 0;
 }

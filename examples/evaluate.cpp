@@ -26,7 +26,7 @@ void declare(CLI::App& app, EvaluateOptions& o) {
   app.add_option("--tokenizer", o.tokenizer, "a .gguf file, or a folder with tokenizer.json, whose tokenizer to use")->check(not_empty());
   app.add_option("--base-format", o.base, "base weights: nf4, fp4, int4, fp8 or float32; those already in 4 bits stay as they are")
       ->capture_default_str();
-  app.add_option("--adapter", o.adapter, "a PEFT adapter folder")->check(not_empty());
+  app.add_option("--adapter", o.adapter, "an adapter folder: PEFT's, or the bottlenecks of finetune --method")->check(not_empty());
   app.add_option("--rank", o.rank, "use this many rows of the adapter; default: all, 0: none")->check(in_range<Index>(0, most_rank));
   auto* data = app.add_option("--data", o.data, "JSON lines or plain text, as for finetune")->check(not_empty());
   auto* ids = app.add_option("--ids", o.ids, "token ids, separated by commas")->check(not_empty());
@@ -49,7 +49,9 @@ int evaluate(const EvaluateOptions& o) {
   for (const auto& in : {o.model, o.tokenizer, o.adapter}) expect_no_overwrite(in, o.logits);
   const CpuDevice cpu(o.threads);
   std::optional<PeftAdapter> adapter;
-  if (!o.adapter.empty()) adapter = load_peft_adapter(o.adapter, {.changed_base = true});
+  if (!o.adapter.empty()) {
+    adapter = is_bottleneck_adapter(o.adapter) ? load_bottleneck_adapter(o.adapter) : load_peft_adapter(o.adapter, {.changed_base = true});
+  }
   const BaseOptions base = adapter ? base_of(*adapter, o.adapter, o.base) : BaseOptions{.format = base_format(o.base)};
   auto model = open_model(o.model, o.tokenizer, base, cpu.backend());
   if (o.no_chat) model.chat = false;

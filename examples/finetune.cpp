@@ -3,7 +3,7 @@
 //   finetune --model FILE.gguf|DIR [--data FILE] [options]      or      finetune --toy
 //
 // The linear weights are quantized to double-quantized NF4 while they are read and stay frozen; LoRA adapters of the largest rank train on
-// all of them, as --recipe says. Loss counts on the response only. Results: report.json, report.csv, ranks.svg and a PEFT adapter in --out.
+// all of them, as --recipe says, or bottlenecks beside them (--method). Loss counts on the response only. Results: report.json, report.csv, ranks.svg and a PEFT adapter in --out.
 // Ctrl-C saves the state and stops; --resume goes on, to the same bytes as an uninterrupted run.
 #include <algorithm>
 #include <cstdio>
@@ -39,6 +39,10 @@ void declare(CLI::App& app, FinetuneOptions& o) {
   data->check(not_empty());
   app.add_option("--eval", o.eval, "held-out data of the same kinds; default: the last of --data")->check(not_empty())->needs(data);
   app.add_option("--ranks", o.ranks, "ranks the adapter is to work at")->capture_default_str();
+  app.add_option("--method", o.method,
+                 "what trains: lora, low-rank updates of the linear layers; houlsby, a bottleneck after attention and one after the "
+                 "perceptron; parallel, one beside the perceptron; ranks are widths of bottlenecks then, and auto is per-row")
+      ->capture_default_str();
   app.add_option("--recipe", o.recipe_name, "auto, order-then-nest, qdylora, qdylora-frozen, per-row, qlora or qlora-svd")
       ->capture_default_str();
   auto* dora = app.add_flag("--dora", o.dora, "train each output's magnitude apart from its direction (DoRA); on the CPU");
@@ -141,7 +145,10 @@ FinetuneData load_data(const FinetuneOptions& o, const OpenModel& model, Index h
 int finetune(const FinetuneOptions& o) {
   QDYLORA_EXPECTS(o.toy != !o.model.empty(), bad_argument, "give either --model or --toy");
   if (!o.resume) expect_no_unfinished_run(std::filesystem::path(o.out) / "state.safetensors");
-  const Recipe chosen = recipe(o.recipe_name);
+  const AdapterMethod method = adapter_method(o.method);
+  QDYLORA_EXPECTS(method == AdapterMethod::lora || (!o.dora && !o.gates && o.init == "standard"), unsupported,
+                  "--method " + o.method + ": --dora, --gates and --init are for low-rank updates");
+  const Recipe chosen = recipe(o.recipe_name, method);
   QDYLORA_EXPECTS(!o.gates || chosen.order_at < 1.0, bad_argument,
                   "--gates: the recipe " + o.recipe_name + " has no second phase to train them in; auto and order-then-nest have");
   QDYLORA_EXPECTS(o.paged.empty() || o.device == "cpu", bad_argument, "--paged: moments on a GPU are not paged to disk");

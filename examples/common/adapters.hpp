@@ -7,16 +7,18 @@
 #include <utility>
 #include <vector>
 
+#include <qdylora/io/bottleneck.hpp>
 #include <qdylora/io/peft.hpp>
 #include <qdylora/model/base_weight.hpp>
 #include <qdylora/model/decoder.hpp>
 
 namespace qdylora::examples {
 
-/// f(layer, heads) for every linear layer: heads is what save_peft_adapter and assign take as rope_heads, which is 0 but for q and k in
+/// f(layer, heads) for every layer with an adapter: heads is what save_peft_adapter and assign take as rope_heads, which is 0 but for q and k in
 /// GGUF's rotary layout, which only Llamas come in.
 template <class Model, class F>
 void for_each_adapter(Model& model, F&& f) {
+  if (model.options().method != AdapterMethod::lora) return model.for_each_trained([&](auto& layer) { f(layer, Index{0}); });
   const auto& c = model.config();
   const auto linears = static_cast<Index>(c.linears().size());
   Index at = 0;
@@ -28,7 +30,7 @@ void for_each_adapter(Model& model, F&& f) {
 }
 
 /// Saves the adapters of a decoder, layers that have a limit at that rank, and those of limit 0 not at all; q and k leave GGUF's rotary
-/// layout.
+/// layout. Bottlenecks become a folder of our own, which PEFT has none of.
 template <class Model>
 void save_adapters(const std::filesystem::path& folder, const Model& model, const PeftOptions& options) {
   std::vector<NamedAdapter> named;
@@ -44,7 +46,8 @@ void save_adapters(const std::filesystem::path& folder, const Model& model, cons
       named.push_back({adapter.options().name, &copies.back(), heads, own_rank});
     }
   });
-  save_peft_adapter(folder, named, options);
+  if (const auto method = model.options().method; method != AdapterMethod::lora) save_bottleneck_adapter(folder, method, named, options);
+  else save_peft_adapter(folder, named, options);
 }
 
 /// The base that an adapter was trained on, of a model in a format: another one than the model quantized where PeftAdapter::init says so.

@@ -62,7 +62,8 @@ int evaluate(const EvaluateOptions& o, const std::optional<PeftAdapter>& adapter
     static_cast<void>(model.need_tokenizer());
   }
   const auto weights = device.place(std::exchange(model.read, nullptr)());
-  Decoder<T, typename Device::Backend> decoder(weights, {.lora = lora}, device.backend());
+  const auto method = adapter ? adapter->method : AdapterMethod::lora;
+  Decoder<T, typename Device::Backend> decoder(weights, {.lora = lora, .method = method}, device.backend());
   if (adapter) assign_adapter(*adapter, o.adapter, decoder);
   decoder.set_ranks(RankPlan::uniform(rank));
   if (!ids.empty()) {

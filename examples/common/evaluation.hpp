@@ -86,7 +86,7 @@ void measure_costs(
   constexpr Index tokens = 16, rounds = 3;
   const std::vector<std::vector<std::int32_t>> prompts = {{0}};
   for (auto& result : results) {
-    model.for_each_linear([&](const auto& linear) {
+    model.for_each_trained([&](const auto& linear) {
       result.parameters += std::min(result.rank, linear.adapter().max_rank()) * (linear.in() + linear.out()) +
                            (linear.adapter().dora() && result.rank > 0 ? linear.out() : 0);
     });

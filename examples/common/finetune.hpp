@@ -30,7 +30,7 @@ namespace qdylora::examples {
 struct FinetuneOptions {
   std::string model, tokenizer, data, eval, out = "out";
   bool toy = false, resume = false, no_chat = false, gates = false, dora = false, checkpoint = false;
-  std::string ranks = "1,2,4,8,16,32,64", recipe_name = "auto", base = "nf4", init = "standard", optimizer = "adamw", paged;
+  std::string ranks = "1,2,4,8,16,32,64", recipe_name = "auto", method = "lora", base = "nf4", init = "standard", optimizer = "adamw", paged;
   std::string device = "cpu", dtype = "float32";
   float alpha = 16.0f, dropout = 0.0f;
   double lr = 1e-3, lora_plus = 1.0;
@@ -144,7 +144,8 @@ int finetune_with(const FinetuneOptions& o, OpenModel& model, const FinetuneData
   const std::filesystem::path out = o.out;
   const auto state_file = out / "state.safetensors";
   const RankSet ranks = parse_ranks(o.ranks);
-  Recipe chosen = recipe(o.recipe_name);
+  const AdapterMethod method = adapter_method(o.method);
+  Recipe chosen = recipe(o.recipe_name, method);
   chosen.gates = o.gates;
   const auto lora = [&] {
     auto options = adapter_options(chosen, ranks, o.alpha, o.seed);
@@ -164,7 +165,7 @@ int finetune_with(const FinetuneOptions& o, OpenModel& model, const FinetuneData
                        .moments_in_file = !o.paged.empty()};
   memory.follow(chosen);
   plan_batches(memory, o, data, model, ranks);
-  auto shape = model_shape(model.config);
+  auto shape = model_shape(model.config, method);
   shape.biases = model.biases;
   device.complete(memory, shape);
   const MemoryPlan plan = memory_plan<T>(shape, memory);
@@ -179,17 +180,20 @@ int finetune_with(const FinetuneOptions& o, OpenModel& model, const FinetuneData
               static_cast<double>(w.config.linear_weights()) / 1e6, o.base.c_str(),
               8.0 * static_cast<double>(w.linear_bytes()) / static_cast<double>(w.config.linear_weights()),
               static_cast<double>(w.linear_bytes()) / 1e6, seconds_since(start));
-  Decoder<T, Backend> decoder(weights, {.lora = lora, .checkpoint = o.checkpoint}, device.backend());
+  Decoder<T, Backend> decoder(weights, {.lora = lora, .checkpoint = o.checkpoint, .method = method}, device.backend());
   Trainer<T, Backend, Optimizer> trainer(
       decoder, {.recipe = chosen, .ranks = ranks, .steps = o.steps, .lr = o.lr, .b_lr_ratio = o.lora_plus, .seed = o.seed},
       device.moments_memory(o.paged));
   trainer.hold_back(to_batches(data.held_back, batch_tokens));
-  const Index linears = w.config.layers * static_cast<Index>(w.config.linears().size());
+  const Index adapted = w.config.layers * static_cast<Index>(w.config.adapted(method).size());
   Index trainable = 0;
   for (const auto& p : decoder.parameters()) trainable += p->value.size();
-  std::printf("adapters   rank up to %lld on all %lld linear layers, %.1f M parameters, alpha %g, scale %s, recipe %s%s\n",
-              static_cast<long long>(ranks.max()), static_cast<long long>(linears), static_cast<double>(trainable) / 1e6,
-              static_cast<double>(o.alpha), std::string(name(chosen.scale)).c_str(), o.recipe_name.c_str(), o.dora ? ", DoRA" : "");
+  std::printf(method == AdapterMethod::lora
+                  ? "adapters   rank up to %lld on all %lld linear layers, %.1f M parameters, alpha %g, scale %s, recipe %s%s\n"
+                  : "adapters   width up to %lld in %lld bottlenecks, %.1f M parameters, alpha %g, scale %s, recipe %s, %s\n",
+              static_cast<long long>(ranks.max()), static_cast<long long>(adapted), static_cast<double>(trainable) / 1e6,
+              static_cast<double>(o.alpha), std::string(name(chosen.scale)).c_str(), chosen.name.c_str(),
+              method != AdapterMethod::lora ? o.method.c_str() : o.dora ? ", DoRA" : "");
   if (!init.standard())
     std::printf("           begin as %s; rank 0 is %s\n", o.init.c_str(),
                 init.changes_base() ? "not the model, but what they leave of it" : "the plain quantized model");
@@ -206,7 +210,8 @@ int finetune_with(const FinetuneOptions& o, OpenModel& model, const FinetuneData
                                     {"steps", o.steps},        {"batch", o.batch},     {"seq_len", o.seq_len},
                                     {"seed", o.seed},          {"chat", model.chat},   {"examples", data.train.size()},
                                     {"dtype", o.dtype},        {"device", o.device},   {"optimizer", o.optimizer},
-                                    {"dora", o.dora},          {"lora_plus", o.lora_plus}, {"init", o.init}}
+                                    {"dora", o.dora},          {"lora_plus", o.lora_plus}, {"init", o.init},
+                                    {"method", o.method}}
                                    .dump();
   RunReport report;
   auto& history = report.history;
@@ -245,7 +250,7 @@ int finetune_with(const FinetuneOptions& o, OpenModel& model, const FinetuneData
                 {.rank = ranks.max(),
                  .base_model = model.name,
                  .ranks = {ranks.begin(), ranks.end()},
-                 .recipe = o.recipe_name,
+                 .recipe = chosen.name,
                  .init = init,
                  .base_format = o.base});
   std::printf("trained    %lld steps, %lld tokens in %.0f s (%.0f tokens/s)\n", static_cast<long long>(o.steps),
@@ -276,7 +281,8 @@ int finetune_with(const FinetuneOptions& o, OpenModel& model, const FinetuneData
   const auto megabytes = [](std::size_t bytes) { return static_cast<double>(bytes) / 1e6; };
   std::printf("\nmemory     %.0f MB planned, %.0f MB measured at most\n", megabytes(plan.total()), megabytes(peak));
   report.settings = {{"model", model.name},
-                     {"recipe", o.recipe_name},
+                     {"recipe", chosen.name},
+                     {"method", o.method},
                      {"base", o.base},
                      {"alpha", o.alpha},
                      {"lr", o.lr},
@@ -302,8 +308,8 @@ int finetune_with(const FinetuneOptions& o, OpenModel& model, const FinetuneData
   std::printf("\n%s: the worst rank, %lld, has %.3f nats a token, the base %.3f\n",
               worst.loss < report.ranks.front().loss ? "Every rank beats the base" : "NOT every rank beats the base",
               static_cast<long long>(worst.rank), worst.loss, report.ranks.front().loss);
-  std::printf("wrote      %s: report.json, report.csv, ranks.svg, adapter/ (PEFT, rank %lld), state.safetensors\n", out.string().c_str(),
-              static_cast<long long>(ranks.max()));
+  std::printf("wrote      %s: report.json, report.csv, ranks.svg, adapter/ (%s %lld), state.safetensors\n", out.string().c_str(),
+              method == AdapterMethod::lora ? "PEFT, rank" : "bottlenecks, width", static_cast<long long>(ranks.max()));
   return 0;
 }
 

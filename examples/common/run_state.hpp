@@ -28,7 +28,7 @@ void save_run_state(const std::filesystem::path& path, const std::string& settin
                     Trainer<T, Backend, Optimizer>& trainer, const RunHistory& history) {
   TrainState state;
   state.add_text("settings", settings);
-  model.for_each_linear([&](const auto& linear) { collect(state, linear.adapter().options().name, linear.adapter(), model.backend()); });
+  model.for_each_trained([&](const auto& linear) { collect(state, linear.adapter().options().name, linear.adapter(), model.backend()); });
   collect(state, "adamw", trainer.optimizer());
   collect(state, "gates.adamw", trainer.gate_optimizer());
   const auto s = trainer.state();
@@ -72,7 +72,8 @@ void load_run_state(const std::filesystem::path& path, const std::string& settin
     const Json now = parse_json(settings, {});
     // Settings that earlier versions did not have had these values.
     const Json earlier = {{"dtype", "float32"}, {"device", "cpu"},  {"optimizer", "adamw"},
-                          {"dora", false},      {"lora_plus", 1.0}, {"init", "standard"}};
+                          {"dora", false},      {"lora_plus", 1.0}, {"init", "standard"},
+                          {"method", "lora"}};
     for (const auto& [key, value] : earlier.items())
       if (!then.contains(key)) then[key] = value;
     std::string differences;
@@ -83,7 +84,7 @@ void load_run_state(const std::filesystem::path& path, const std::string& settin
     if (!differences.empty())
       throw Error(Errc::bad_config, "the run to resume had other settings: " + printable(differences, 600), {.file = path.string()});
   }
-  model.for_each_linear([&](auto& linear) { restore(state, linear.adapter().options().name, linear.adapter(), model.backend()); });
+  model.for_each_trained([&](auto& linear) { restore(state, linear.adapter().options().name, linear.adapter(), model.backend()); });
   restore(state, "adamw", trainer.optimizer());
   restore(state, "gates.adamw", trainer.gate_optimizer());
   typename Trainer<T, Backend, Optimizer>::State s;

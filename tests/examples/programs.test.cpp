@@ -66,6 +66,19 @@ double difference(const qd::Matrix<float>& found, const qd::Matrix<float>& expec
   return test::largest_difference(found.view(), expected.view());
 }
 
+// The golden Llama with a tokenizer: 61 letters, as the model knows 64 tokens; "in" is a token of its own.
+void write_letters_model(const std::filesystem::path& folder) {
+  std::filesystem::copy(test::golden("llama_tiny_bnb4"), folder);
+  std::string vocab;
+  for (int i = 0; i < 61; ++i)
+    vocab += (i == 0 ? "" : ",") + qd::Json(std::string(1, static_cast<char>('=' + i))).dump() + ":" + std::to_string(i);
+  test::write_file(
+      folder / "tokenizer.json",
+      R"({"model":{"type":"BPE","vocab":{)" + vocab + R"(,"in":61,"Ċ":62},"merges":["i n"]},)" +
+          R"("pre_tokenizer":{"type":"ByteLevel","add_prefix_space":false},"added_tokens":[{"id":63,"content":"</s>","special":true}]})");
+  test::write_file(folder / "tokenizer_config.json", R"({"eos_token":"</s>"})");
+}
+
 // A run of the toy that takes seconds: 12 steps through all phases of the recipe.
 std::string toy(const std::filesystem::path& out, const std::string& more = "") {
   return "--toy --steps 12 --batch 4 --ranks 1,4,16 --alpha 16 --lr 3e-3 --train-examples 200 --eval-examples 4 --answers 2 "
@@ -186,6 +199,11 @@ TEST_CASE("programs: a wrong argument or file gives one line and status 2") {
       {"finetune", "--toy --dora --dropout 0.1", "--dropout"},
       {"finetune", "--toy --dora --device cuda", "--dora"},
       {"finetune", "--toy --lora-plus 0", "--lora-plus"},
+      {"finetune", "--toy --method prefix", "lora, houlsby, parallel"},
+      {"finetune", "--toy --method houlsby --recipe order-then-nest", "recipes that fit are qdylora, qdylora-frozen, per-row and qlora"},
+      {"finetune", "--toy --method parallel --dora", "--dora"},
+      {"finetune", "--toy --method parallel --gates", "--gates"},
+      {"finetune", "--toy --method houlsby --init pissa", "--init"},
       {"finetune", "--toy --device tpu", "cpu"},
       {"finetune", "--toy --dtype float16", "bfloat16"},
       {"finetune", "--toy --steps 1 --device cuda --out " + quoted(folder / "gpu"), "QDYLORA_CUDA=ON"},
@@ -260,7 +278,7 @@ TEST_CASE("programs: finetune writes its report and an adapter that loads") {
 
 TEST_CASE("programs: a run that was stopped resumes to the same bytes, on any number of threads") {
   if (!built("finetune")) SKIP("finetune has not been built");
-  for (const std::string recipe : {"auto", "qdylora --optimizer adamw8bit"}) {
+  for (const std::string recipe : {"auto", "qdylora --optimizer adamw8bit", "auto --method houlsby"}) {
     const test::TemporaryFolder folder;
     const auto more = "--dropout 0.1 --recipe " + recipe;
     REQUIRE(run("finetune", toy(folder / "whole", more + " --threads 1")).status == 0);
@@ -282,8 +300,10 @@ TEST_CASE("programs: a run that was stopped resumes to the same bytes, on any nu
       CAPTURE(tensor.name);
       CHECK((tensor.name == "seconds" || std::ranges::equal(expected.span(), found.span())));
     }
-    CHECK(test::read_file(folder / "whole" / "adapter" / "adapter_model.safetensors") ==
-          test::read_file(folder / "parts" / "adapter" / "adapter_model.safetensors"));
+    const std::string file = recipe.ends_with("houlsby") ? "bottleneck_model.safetensors" : "adapter_model.safetensors";
+    const auto adapter = test::read_file(folder / "whole" / "adapter" / file);
+    CHECK_FALSE(adapter.empty());
+    CHECK(adapter == test::read_file(folder / "parts" / "adapter" / file));
   }
 }
 
@@ -603,6 +623,56 @@ TEST_CASE("programs: finetune trains magnitudes by LoRA+, counts their memory, a
   }
 }
 
+TEST_CASE("programs: bottlenecks are trained, have at every width the loss that was reported, are cut, and are no PEFT adapter") {
+  for (const char* program : {"finetune", "evaluate", "adapter", "merge"})
+    if (!built(program)) SKIP(program << " has not been built");
+  const test::TemporaryFolder folder;
+  write_letters_model(folder / "model");
+  std::string data;
+  for (const std::string word : {"in", "inn", "pin", "spin", "tin", "kin"}) data += R"({"prompt":"in","response":")" + word + "\"}\n";
+  test::write_file(folder / "data.jsonl", data);
+  const std::string model = "--model " + quoted(folder / "model"), texts = " --seq-len 16 --data " + quoted(folder / "data.jsonl");
+  const auto loss_of = [&](const std::string& arguments) {
+    const auto out = succeeds("evaluate", model + texts + " --adapter " + arguments);
+    const auto at = out.find("loss ");
+    REQUIRE(at != std::string::npos);
+    return std::stod(out.substr(at + 5));
+  };
+  for (const std::string method : {"houlsby", "parallel"}) {
+    const auto out = folder / method;
+    const auto said = succeeds("finetune", model + texts + " --eval " + quoted(folder / "data.jsonl") + " --method " + method +
+                                               " --steps 2 --batch 3 --ranks 1,2,4 --lr 1e-1 --answers 0 --out " + quoted(out));
+    CAPTURE(method, said);
+    CHECK(said.find("recipe per-row, " + method) != std::string::npos);
+    const auto report = qd::read_json(out / "report.json");
+    CHECK(report.at("method") == method);
+    CHECK(report.at("recipe") == "per-row");
+    // 2 layers of width 64, with two bottlenecks each or one: A and B of 4 units.
+    CHECK(report.at("adapter_parameters") == 2 * (method == "houlsby" ? 2 : 1) * 2 * 4 * 64);
+    CHECK(report.at("ranks")[3].at("parameters") == report.at("adapter_parameters"));
+    CHECK(report.at("memory_plan").at("adapters").get<std::size_t>() == 4 * report.at("adapter_parameters").get<std::size_t>());
+    CHECK_FALSE(std::filesystem::exists(out / "adapter" / "adapter_config.json"));
+    const auto adapter = quoted(out / "adapter");
+    double before = -1.0;
+    for (const auto& rank : report.at("ranks")) {
+      const double loss = loss_of(adapter + " --rank " + rank.at("rank").dump());
+      CHECK(loss == Approx(rank.at("loss").get<double>()).margin(1e-4));
+      CHECK(loss != before);
+      before = loss;
+    }
+    succeeds("adapter", "truncate " + adapter + " --rank 2 " + quoted(folder / (method + "-cut")));
+    CHECK(loss_of(quoted(folder / (method + "-cut"))) == loss_of(adapter + " --rank 2"));
+    for (const auto& [program, arguments] :
+         {std::pair("merge", quoted(folder / "model") + " " + adapter + " " + quoted(folder / "merged")),
+          std::pair("adapter", "resize " + adapter + " --rank 2 " + quoted(folder / "resized")), std::pair("adapter", "info " + adapter)}) {
+      const auto refused = run(program, arguments);
+      CAPTURE(program, refused.err);
+      CHECK(refused.status == 2);
+      CHECK(refused.err.find("not to be merged or re-ordered") != std::string::npos);
+    }
+  }
+}
+
 TEST_CASE("programs: evaluate's logits of Falcons are those of transformers and PEFT") {
   if (!built("evaluate")) SKIP("evaluate has not been built");
   const test::TemporaryFolder folder;
@@ -785,16 +855,7 @@ TEST_CASE("programs: weights that are not finite are named") {
 TEST_CASE("programs: a Hugging Face folder is evaluated on text by its own tokenizer.json") {
   if (!built("evaluate")) SKIP("evaluate has not been built");
   const test::TemporaryFolder folder;
-  std::filesystem::copy(test::golden("llama_tiny_bnb4"), folder / "model");
-  // 61 letters, as the tiny model knows 64 tokens; "in" is a token of its own.
-  std::string vocab;
-  for (int i = 0; i < 61; ++i)
-    vocab += (i == 0 ? "" : ",") + qd::Json(std::string(1, static_cast<char>('=' + i))).dump() + ":" + std::to_string(i);
-  test::write_file(
-      folder / "model" / "tokenizer.json",
-      R"({"model":{"type":"BPE","vocab":{)" + vocab + R"(,"in":61,"Ċ":62},"merges":["i n"]},)" +
-          R"("pre_tokenizer":{"type":"ByteLevel","add_prefix_space":false},"added_tokens":[{"id":63,"content":"</s>","special":true}]})");
-  test::write_file(folder / "model" / "tokenizer_config.json", R"({"eos_token":"</s>"})");
+  write_letters_model(folder / "model");
   test::write_file(folder / "data.jsonl", R"({"prompt":"in","response":"inn"})");
   const auto result =
       run("evaluate", "--model " + quoted(folder / "model") + " --data " + quoted(folder / "data.jsonl") + " --seq-len 16 --answers 0");
