@@ -9,7 +9,6 @@
 // Weights W [out, in] are QuantizedView or dense MatrixView<const S>; nn/weight.hpp holds them.
 #pragma once
 
-#include <cmath>
 #include <concepts>
 #include <cstdint>
 #include <span>
@@ -17,7 +16,7 @@
 
 #include <qdylora/core/matrix.hpp>
 #include <qdylora/core/random.hpp>
-#include <qdylora/quant/moments8.hpp>
+#include <qdylora/optimizer_update.hpp>
 #include <qdylora/quant/quantize.hpp>
 
 namespace qdylora {
@@ -48,77 +47,9 @@ struct HeadShape {
   Index head_dim = 64;
 };
 
-/// One AdamW update of a parameter, Loshchilov & Hutter 2019 in torch.optim.AdamW's order of operations:
-///   p *= 1 - lr * weight_decay;  m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;
-///   p -= lr / (1 - b1^t) * m / (sqrt(v) / sqrt(1 - b2^t) + epsilon),   g = gradient * gradient_scale.
-/// Row i's learning rate is lr * row_lr[i] (1 where row_lr is empty); t is its own step count where row_steps is given.
-struct AdamWUpdate {
-  double lr = 0.0;
-  double beta1 = 0.9;
-  double beta2 = 0.999;
-  double epsilon = 1e-8;
-  double weight_decay = 0.0;
-  double gradient_scale = 1.0;
-  std::int64_t step = 1;
-  std::span<const float> row_lr = {};
-  std::span<const std::int64_t> row_steps = {};
-};
-
 // ---- what every backend refuses, and reads of its arguments alike -----------------------------------------------------------------
 
 namespace detail {
-
-/// What an AdamWUpdate means for one row.
-template <class S>
-struct AdamWRow {
-  S gradient_scale, decay, keep1, take1, keep2, take2, step_size, correction2, epsilon;
-};
-
-template <class S>
-AdamWRow<S> adamw_row(const AdamWUpdate& update, Index i) {
-  const auto row = static_cast<std::size_t>(i);
-  const double lr = update.lr * (update.row_lr.empty() ? 1.0 : static_cast<double>(update.row_lr[row]));
-  const auto step = static_cast<double>(update.row_steps.empty() ? update.step : update.row_steps[row]);
-  return {.gradient_scale = static_cast<S>(update.gradient_scale),
-          .decay = static_cast<S>(1.0 - lr * update.weight_decay),
-          .keep1 = static_cast<S>(update.beta1),
-          .take1 = static_cast<S>(1.0 - update.beta1),
-          .keep2 = static_cast<S>(update.beta2),
-          .take2 = static_cast<S>(1.0 - update.beta2),
-          .step_size = static_cast<S>(lr / (1.0 - std::pow(update.beta1, step))),
-          .correction2 = static_cast<S>(std::sqrt(1.0 - std::pow(update.beta2, step))),
-          .epsilon = static_cast<S>(update.epsilon)};
-}
-
-/// The part of an update that is for rows [begin, begin + count).
-inline AdamWUpdate middle_rows(AdamWUpdate update, Index begin, Index count) {
-  const auto first = static_cast<std::size_t>(begin), size = static_cast<std::size_t>(count);
-  if (!update.row_lr.empty()) update.row_lr = update.row_lr.subspan(first, size);
-  if (!update.row_steps.empty()) update.row_steps = update.row_steps.subspan(first, size);
-  return update;
-}
-
-inline void expect_adamw_rows(Index rows, const AdamWUpdate& update) {
-  const auto count = static_cast<std::size_t>(rows);
-  QDYLORA_EXPECTS(update.row_lr.empty() || update.row_lr.size() == count, shape_mismatch, "adamw: row_lr must have one entry a row");
-  QDYLORA_EXPECTS(update.row_steps.empty() || update.row_steps.size() == count, shape_mismatch,
-                  "adamw: row_steps must have one entry a row");
-}
-template <class S>
-void expect_adamw(MatrixView<S> p, MatrixView<const S> g, MatrixView<S> m, MatrixView<S> v, const AdamWUpdate& update) {
-  expect_shape("adamw: gradient", g, p.rows, p.cols);
-  expect_shape("adamw: first moment", m, p.rows, p.cols);
-  expect_shape("adamw: second moment", v, p.rows, p.cols);
-  expect_adamw_rows(p.rows, update);
-}
-inline void expect_adamw(MatrixView<float> p, MatrixView<const float> g, const Moments8View& moments, const AdamWUpdate& update) {
-  expect_shape("adamw: gradient", g, p.rows, p.cols);
-  expect_shape("adamw: codes of the first moment", moments.m, p.rows, p.cols);
-  expect_shape("adamw: codes of the second moment", moments.v, p.rows, p.cols);
-  expect_shape("adamw: absmax of the first moment", moments.m_absmax, p.rows, Moments8View::blocks(p.cols));
-  expect_shape("adamw: absmax of the second moment", moments.v_absmax, p.rows, Moments8View::blocks(p.cols));
-  expect_adamw_rows(p.rows, update);
-}
 
 template <class S>
 void expect_factors(std::span<const S> factors, Index cols) {
@@ -307,6 +238,12 @@ concept HasAdamW = requires(const B b, MatrixView<Accumulator<T>> p, MatrixView<
 template <class B>
 concept HasAdamW8 = requires(const B b, MatrixView<float> p, MatrixView<const float> g, Moments8View moments, AdamWUpdate update) {
   b.adamw(p, g, moments, update);  // (value, gradient, moments)
+};
+
+/// Lion's arithmetic.
+template <class B, class S>
+concept HasLion = requires(const B b, MatrixView<S> p, MatrixView<const S> g, LionUpdate update) {
+  b.lion(p, g, p, update);  // (value, gradient, moment), all [rows, cols]
 };
 
 /// RMS normalization (Zhang & Sennrich 2019): y[i, j] = x[i, j] * r_i * w[0, j],  r_i = 1 / sqrt(mean_j x[i, j]^2 + epsilon).

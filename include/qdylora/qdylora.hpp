@@ -29,7 +29,8 @@
 #include <qdylora/nn/ranks.hpp>
 #include <qdylora/nn/reorder.hpp>
 
-// optim: AdamW with moments in full or in 8 bits, learning-rate schedules, gradients summed over workers
+// optim: AdamW with moments in full or in 8 bits, Lion, learning-rate schedules, gradients summed over workers
 #include <qdylora/optim/adamw.hpp>
+#include <qdylora/optim/lion.hpp>
 #include <qdylora/optim/schedule.hpp>
 #include <qdylora/optim/workers.hpp>

@@ -26,6 +26,10 @@ TEMPLATE_TEST_CASE("AdamW is the reference's", "[cpu]", float, double) {
   each_isa([](const qd::Cpu& cpu) { test::adamw<qd::Cpu, TestType>(cpu); });
 }
 
+TEMPLATE_TEST_CASE("Lion is the reference's", "[cpu]", float, double) {
+  each_isa([](const qd::Cpu& cpu) { test::lion<qd::Cpu, TestType>(cpu); });
+}
+
 TEST_CASE("AdamW with moments in 8 bits has the reference's codes", "[cpu]") { test::adamw8<qd::Cpu>(qd::Cpu(2)); }
 
 TEMPLATE_TEST_CASE("the sum of squares is taken in double", "[cpu]", float, double) {

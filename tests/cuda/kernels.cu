@@ -53,6 +53,7 @@ void every_operation(const qd::Cuda& cuda, qd::MatrixView<T> x, qd::MatrixView<q
   cuda.dropout(x, 0.5f, {}, x);
   cuda.adamw(a, a, a, a, {});
   if constexpr (std::is_same_v<decltype(a), qd::MatrixView<float>>) cuda.adamw_paged(a, a, qd::Moments8View{}, {});
+  cuda.lion(a, a, a, {});
   cuda.sum_squares(a);
   cuda.rms_norm(x, a, 1e-5f, x, a);
   cuda.rms_norm_backward(x, x, a, a, x);

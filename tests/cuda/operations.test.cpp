@@ -41,6 +41,7 @@ ON_THE_DEVICE("the device's quantization is the reference's to the bit", test::q
 ON_THE_DEVICE("elementwise operations on the device are the reference's", test::elementwise)
 ON_THE_DEVICE("dropout on the device is the reference's and its mask exact", test::dropout)
 ON_THE_DEVICE("AdamW on the device is the reference's", test::adamw)
+ON_THE_DEVICE("Lion on the device is the reference's", test::lion)
 ON_THE_DEVICE("the sum of squares on the device is taken in double", test::sum_squares)
 ON_THE_DEVICE("RMS norm on the device is the reference's", test::rms_norm)
 ON_THE_DEVICE("layer norm on the device is the reference's", test::layer_norm)

@@ -1,6 +1,7 @@
 // The optimizer with its states on the emulated device, and paged.
 #include <qdylora/cuda.hpp>
 #include <qdylora/optim/adamw.hpp>
+#include <qdylora/optim/lion.hpp>
 
 #include <memory>
 #include <span>
@@ -23,7 +24,7 @@ namespace {
 
 /// Some steps, of rows with learning rates of their own; the values at the end.
 template <class Optimizer>
-qd::Matrix<float> trained(const Cuda& cuda, Index rows, Index cols, qd::AdamWOptions options) {
+qd::Matrix<float> trained(const Cuda& cuda, Index rows, Index cols, typename Optimizer::Options options) {
   const auto p = std::make_shared<Parameter>("p", rows, cols);
   cuda.upload(test::normal_matrix<float>(rows, cols, 1).view(), p->value.view());
   for (Index i = 0; i < rows; ++i) p->row_lr.push_back(i % 3 == 0 ? 1.0f : 0.5f);
@@ -45,6 +46,8 @@ using Paged = qd::AdamW<float, Cuda, qd::PinnedMemory>;
 using Managed = qd::AdamW<float, Cuda, qd::ManagedMemory>;
 using In8Bits = qd::AdamW8bit<float, Cuda>;
 using PagedIn8Bits = qd::AdamW8bit<float, Cuda, qd::PinnedMemory>;
+using Lion = qd::Lion<float, Cuda>;
+using PagedLion = qd::Lion<float, Cuda, qd::PinnedMemory>;
 
 }  // namespace
 
@@ -62,6 +65,8 @@ TEST_CASE("moments in the host's memory are those on the device, bit for bit", "
     CHECK(test::same_bits(trained<PagedIn8Bits>(cuda, rows, cols, options).view(), in_8_bits.view()));
     CHECK(test::same_bits(in_8_bits.view(), full.view()) == (rows * cols < 4096));
     CHECK(test::normalised_squared_error(in_8_bits.view(), full.view()) < 1e-3);
+    const qd::LionOptions of_lion{.lr = 0.01, .weight_decay = 0.1};
+    CHECK(test::same_bits(trained<PagedLion>(cuda, rows, cols, of_lion).view(), trained<Lion>(cuda, rows, cols, of_lion).view()));
   }
 }
 

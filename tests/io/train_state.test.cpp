@@ -15,6 +15,7 @@
 
 #include <qdylora/cpu/cpu.hpp>
 #include <qdylora/io/collect.hpp>
+#include <qdylora/optim/adamw.hpp>
 
 #include "support/catch.hpp"
 #include "support/files.hpp"

@@ -5,6 +5,7 @@
 #include <qdylora/cpu/cpu.hpp>
 #include <qdylora/io/collect.hpp>
 #include <qdylora/model/trainer.hpp>
+#include <qdylora/optim/lion.hpp>
 
 #include "support/catch.hpp"
 #include "support/files.hpp"
@@ -82,6 +83,7 @@ void expect_same_runs() {
 TEST_CASE("a run with its moments in a file is the run with them in memory, and either goes on as the other") {
   expect_same_runs<qd::AdamW<float>, qd::AdamW<float, qd::Cpu, PagedMemory>>();
   expect_same_runs<qd::AdamW8bit<float>, qd::AdamW8bit<float, qd::Cpu, PagedMemory>>();
+  expect_same_runs<qd::Lion<float>, qd::Lion<float, qd::Cpu, PagedMemory>>();
 }
 
 }  // namespace paged_test

@@ -135,6 +135,10 @@ class Cpu {
     detail::adamw(run_, value, gradient, moments, update);
   }
   template <class S>
+  void lion(MatrixView<S> value, In<S> gradient, MatrixView<S> m, const LionUpdate& update) const {
+    detail::lion(run_, value, gradient, m, update);
+  }
+  template <class S>
   double sum_squares(MatrixView<S> x) const {
     return detail::sum_squares(run_, MatrixView<const std::remove_const_t<S>>(x));
   }
@@ -223,7 +227,7 @@ class Cpu {
   detail::CpuRun run_;
 };
 
-static_assert(HasAdamW8<Cpu> && HasLayerNorm<Cpu, float> && HasLayerNorm<Cpu, bfloat16>);
+static_assert(HasAdamW8<Cpu> && HasLion<Cpu, float> && HasLayerNorm<Cpu, float> && HasLayerNorm<Cpu, bfloat16>);
 static_assert(TransformerBackend<Cpu, float> && TransformerBackend<Cpu, double> && TransformerBackend<Cpu, bfloat16> &&
               TransformerBackend<Cpu, half>);
 

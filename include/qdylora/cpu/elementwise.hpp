@@ -166,7 +166,7 @@ void adamw(const CpuRun& run, MatrixView<S> p, MatrixView<const S> g, MatrixView
   expect_adamw(p, g, m, v, update);
   run.parallel_ranges(p.rows, row_grain(p.cols), [&](Index begin, Index end) {
     for (Index i = begin; i < end; ++i)
-      run.kernels<S>().adamw(p.cols, adamw_row<S>(update, i), p.row(i), g.row(i), m.row(i), v.row(i));
+      run.kernels<S>().adamw(p.cols, update_row<S>(update, i), p.row(i), g.row(i), m.row(i), v.row(i));
   });
 }
 
@@ -178,7 +178,7 @@ inline void adamw(const CpuRun& run, MatrixView<float> p, MatrixView<const float
   run.parallel_ranges(p.rows, row_grain(p.cols), [&](Index begin, Index end) {
     float first[size], second[size];
     for (Index i = begin; i < end; ++i) {
-      const AdamWRow<float> row = adamw_row<float>(update, i);
+      const UpdateRow<float> row = update_row<float>(update, i);
       const float take1 = 1.0f - row.keep1, take2 = 1.0f - row.keep2;
       for (Index b = 0; b < moments.m_absmax.cols; ++b) {
         const Index at = b * size, count = std::min(size, p.cols - at);
@@ -202,6 +202,14 @@ inline void adamw(const CpuRun& run, MatrixView<float> p, MatrixView<const float
         }
       }
     }
+  });
+}
+
+template <class S>
+void lion(const CpuRun& run, MatrixView<S> p, MatrixView<const S> g, MatrixView<S> m, const LionUpdate& update) {
+  expect_lion(p, g, m, update);
+  run.parallel_ranges(p.rows, row_grain(p.cols), [&](Index begin, Index end) {
+    for (Index i = begin; i < end; ++i) run.kernels<S>().lion(p.cols, update_row<S>(update, i), p.row(i), g.row(i), m.row(i));
   });
 }
 

@@ -318,6 +318,23 @@ inline void adamw(MatrixView<float> p, MatrixView<const float> gradient, const M
   }
 }
 
+/// Chen et al. 2023, algorithm 2, with gradient g = gradient * gradient_scale and row i's lr_i = lr * row_lr[i]:
+///   p = p (1 - lr_i * weight_decay) - lr_i sign(b1 m + (1 - b1) g);  m = b2 m + (1 - b2) g
+template <class P, class G, class M>
+void lion(MatrixView<P> p, MatrixView<G> gradient, MatrixView<M> m, const LionUpdate& u) {
+  expect_shape("gradient", gradient, p.rows, p.cols);
+  expect_shape("m", m, p.rows, p.cols);
+  for (Index i = 0; i < p.rows; ++i) {
+    const double lr = u.row_lr.empty() ? u.lr : u.lr * static_cast<double>(u.row_lr[static_cast<std::size_t>(i)]);
+    for (Index j = 0; j < p.cols; ++j) {
+      const double g = static_cast<double>(gradient(i, j)) * u.gradient_scale, moment = static_cast<double>(m(i, j));
+      const double c = u.beta1 * moment + (1.0 - u.beta1) * g;
+      put(p(i, j), static_cast<double>(p(i, j)) * (1.0 - lr * u.weight_decay) - lr * ((c > 0.0) - (c < 0.0)));
+      put(m(i, j), u.beta2 * moment + (1.0 - u.beta2) * g);
+    }
+  }
+}
+
 /// sum over all elements of x^2
 template <class X>
 double sum_squares(MatrixView<X> x) {

@@ -23,7 +23,7 @@ struct AdamW8Rows {
   MatrixView<float> p;
   MatrixView<const float> g;
   Moments8View moments;
-  AdamWRowNumbers<float> numbers;
+  UpdateRowNumbers<float> numbers;
 
   __device__ void operator()(SharedMemory) const {
     const Index b = static_cast<Index>(block().x) * warps + warp();
@@ -76,7 +76,7 @@ inline void adamw(const CudaContext& context, MatrixView<float> p, MatrixView<co
                   const AdamWUpdate& update) {
   expect_adamw(p, g, moments, update);
   using Kernel = device::AdamW8Rows;
-  for_row_numbers<float>(p.rows, update, [&](Index begin, Index count, const device::AdamWRowNumbers<float>& numbers) {
+  for_row_numbers<float>(p.rows, update, [&](Index begin, Index count, const device::UpdateRowNumbers<float>& numbers) {
     const dim3 blocks = row_grid(context, (moments.m_absmax.cols + Kernel::warps - 1) / Kernel::warps, count);
     device::launch({context.stream(), blocks},
                    Kernel{p.middle_rows(begin, count), g.middle_rows(begin, count), moments.middle_rows(begin, count), numbers});

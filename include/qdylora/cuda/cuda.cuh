@@ -128,6 +128,14 @@ class Cuda {
     detail::adamw_paged(*context_, value, gradient, moments, update);
   }
   template <class S>
+  void lion(MatrixView<S> value, In<S> gradient, MatrixView<S> m, const LionUpdate& update) const {
+    detail::lion(*context_, value, gradient, m, update);
+  }
+  template <class S>
+  void lion_paged(MatrixView<S> value, In<S> gradient, MatrixView<S> m, const LionUpdate& update) const {
+    detail::lion_paged(*context_, value, gradient, m, update);
+  }
+  template <class S>
   double sum_squares(MatrixView<S> x) const {
     return detail::sum_squares(*context_, MatrixView<const std::remove_const_t<S>>(x));
   }
@@ -231,7 +239,7 @@ class Cuda {
 
 template <class T>
 inline constexpr bool cuda_has_what_it_says = TransformerBackend<Cuda, T> && HasLayerNorm<Cuda, T>;
-static_assert(HasAdamW8<Cuda>);
+static_assert(HasAdamW8<Cuda> && HasLion<Cuda, float>);
 static_assert(cuda_has_what_it_says<float> && cuda_has_what_it_says<double> && cuda_has_what_it_says<bfloat16> &&
               cuda_has_what_it_says<half>);
 

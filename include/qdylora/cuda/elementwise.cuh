@@ -66,9 +66,9 @@ struct Dropout {
   }
 };
 
-/// An AdamWUpdate's numbers, which come with a launch: those of some rows where rows differ, else of one for all.
+/// An update's numbers, which come with a launch: those of some rows where rows differ, else of one for all.
 template <class S>
-struct AdamWRowNumbers {
+struct UpdateRowNumbers {
   static constexpr Index most = 64;
   struct Row {
     S decay, step_size, correction2;
@@ -86,7 +86,7 @@ struct AdamWRows {
   MatrixView<S> p;
   MatrixView<const S> g;
   MatrixView<S> m, v;
-  AdamWRowNumbers<S> numbers;
+  UpdateRowNumbers<S> numbers;
   __device__ void operator()(Index i, Index j) const {
     const auto& n = numbers;
     const auto& r = n.of(i);
@@ -96,6 +96,23 @@ struct AdamWRows {
     write(m, i, j, first);
     write(v, i, j, second);
     write(p, i, j, read(p, i, j) * r.decay - r.step_size * (first / (std::sqrt(second) / r.correction2 + n.epsilon)));
+  }
+};
+
+template <class S>
+struct LionRows {
+  MatrixView<S> p;
+  MatrixView<const S> g;
+  MatrixView<S> m;
+  UpdateRowNumbers<S> numbers;
+  __device__ void operator()(Index i, Index j) const {
+    const auto& n = numbers;
+    const auto& r = n.of(i);
+    const S gradient = read(g, i, j) * n.scale, moment = read(m, i, j);
+    const S c = n.keep1 * moment + n.take1 * gradient;
+    const S step = c > 0 ? r.step_size : (c < 0 ? -r.step_size : S{});
+    write(p, i, j, read(p, i, j) * r.decay - step);
+    write(m, i, j, n.keep2 * moment + n.take2 * gradient);
   }
 };
 
@@ -145,16 +162,16 @@ void dropout(const CudaContext& context, MatrixView<const T> x, float probabilit
 }
 
 /// f(begin, count, numbers) for all rows of an update, so many at once as a launch can tell apart.
-template <class S, class F>
-void for_row_numbers(Index rows, const AdamWUpdate& update, const F& f) {
-  using Numbers = device::AdamWRowNumbers<S>;
-  const bool alike = update.row_lr.empty() && update.row_steps.empty();
+template <class S, class Update, class F>
+void for_row_numbers(Index rows, const Update& update, const F& f) {
+  using Numbers = device::UpdateRowNumbers<S>;
+  const bool alike = rows_alike(update);
   for (Index begin = 0; begin < rows;) {
     const Index count = alike ? rows : std::min(Numbers::most, rows - begin);
-    const AdamWRow<S> all = adamw_row<S>(update, begin);
+    const UpdateRow<S> all = update_row<S>(update, begin);
     Numbers numbers{all.keep1, all.take1, all.keep2, all.take2, all.epsilon, all.gradient_scale, alike, {}};
     for (Index i = 0; i < (alike ? 1 : count); ++i) {
-      const AdamWRow<S> row = adamw_row<S>(update, begin + i);
+      const UpdateRow<S> row = update_row<S>(update, begin + i);
       numbers.row[i] = {row.decay, row.step_size, row.correction2};
     }
     f(begin, count, numbers);
@@ -166,10 +183,19 @@ template <class S>
 void adamw(const CudaContext& context, MatrixView<S> p, MatrixView<const S> g, MatrixView<S> m, MatrixView<S> v,
            const AdamWUpdate& update) {
   expect_adamw(p, g, m, v, update);
-  for_row_numbers<S>(p.rows, update, [&](Index begin, Index count, const device::AdamWRowNumbers<S>& numbers) {
+  for_row_numbers<S>(p.rows, update, [&](Index begin, Index count, const device::UpdateRowNumbers<S>& numbers) {
     for_each(context, count, p.cols,
              device::AdamWRows<S>{p.middle_rows(begin, count), g.middle_rows(begin, count), m.middle_rows(begin, count),
                                   v.middle_rows(begin, count), numbers});
+  });
+}
+
+template <class S>
+void lion(const CudaContext& context, MatrixView<S> p, MatrixView<const S> g, MatrixView<S> m, const LionUpdate& update) {
+  expect_lion(p, g, m, update);
+  for_row_numbers<S>(p.rows, update, [&](Index begin, Index count, const device::UpdateRowNumbers<S>& numbers) {
+    for_each(context, count, p.cols,
+             device::LionRows<S>{p.middle_rows(begin, count), g.middle_rows(begin, count), m.middle_rows(begin, count), numbers});
   });
 }
 

@@ -1,5 +1,5 @@
-// AdamW with moments in the host's pinned memory (Dettmers et al., "QLoRA", 2023: paged optimizers, here with explicit copies in place of
-// page faults). Results are those of moments on the device, bit for bit: the same kernels work on them, part by part.
+// AdamW and Lion with moments in the host's pinned memory (Dettmers et al., "QLoRA", 2023: paged optimizers, here with explicit copies in
+// place of page faults). Results are those of moments on the device, bit for bit: the same kernels work on them, part by part.
 #pragma once
 
 #include <array>
@@ -12,7 +12,7 @@ namespace qdylora::detail {
 
 template <class T>
 PagedRows paged_rows(MatrixView<T> x) {
-  QDYLORA_EXPECTS(x.contiguous(), unsupported, "adamw_paged: rows of moments must follow each other");
+  QDYLORA_EXPECTS(x.contiguous(), unsupported, "paged moments: rows of moments must follow each other");
   return {x.data, x.cols * static_cast<Index>(sizeof(T))};
 }
 
@@ -23,6 +23,15 @@ void adamw_paged(const CudaContext& context, MatrixView<S> p, MatrixView<const S
   context.pager().pass(std::array{paged_rows(m), paged_rows(v)}, p.rows, [&](Index begin, Index count, const std::array<void*, 2>& at) {
     adamw(context, p.middle_rows(begin, count), g.middle_rows(begin, count), MatrixView<S>(static_cast<S*>(at[0]), count, p.cols),
           MatrixView<S>(static_cast<S*>(at[1]), count, p.cols), middle_rows(update, begin, count));
+  });
+}
+
+template <class S>
+void lion_paged(const CudaContext& context, MatrixView<S> p, MatrixView<const S> g, MatrixView<S> m, const LionUpdate& update) {
+  expect_lion(p, g, m, update);
+  context.pager().pass(std::array{paged_rows(m)}, p.rows, [&](Index begin, Index count, const std::array<void*, 1>& at) {
+    lion(context, p.middle_rows(begin, count), g.middle_rows(begin, count), MatrixView<S>(static_cast<S*>(at[0]), count, p.cols),
+         middle_rows(update, begin, count));
   });
 }
 

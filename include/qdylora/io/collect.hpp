@@ -15,7 +15,7 @@
 #include <qdylora/nn/lora_adapter.hpp>
 #include <qdylora/nn/parameter.hpp>
 #include <qdylora/nn/ranks.hpp>
-#include <qdylora/optim/adamw.hpp>
+#include <qdylora/optim/row_optimizer.hpp>
 
 namespace qdylora {
 
@@ -181,9 +181,9 @@ void restore(TrainState& state, const std::string& prefix, LoRAAdapter<float, Me
 }
 
 /// Moments of whatever kind, step counts of rows, counters, learning rate. Not the parameters' values: they are collected where they belong.
-template <Scalar T, class Backend, MemoryResource StateMemory, class Moments>
+template <class Options, Scalar T, class Backend, MemoryResource StateMemory, class Moments>
 requires(std::same_as<Accumulator<T>, float>) void collect(TrainState& state, const std::string& prefix,
-                                                           const AdamW<T, Backend, StateMemory, Moments>& optimizer) {
+                                                      const RowOptimizer<Options, T, Backend, StateMemory, Moments>& optimizer) {
   for (std::size_t i = 0; i < optimizer.states().size(); ++i) {
     const auto& s = optimizer.states()[i];
     const std::string name = detail::section_of(prefix, i, *optimizer.parameters()[i]);
@@ -194,9 +194,9 @@ requires(std::same_as<Accumulator<T>, float>) void collect(TrainState& state, co
   state.add_integers(prefix + ".counts", {optimizer.step_count(), optimizer.skipped_steps()});
   state.add_number(prefix + ".lr", optimizer.options().lr);
 }
-template <Scalar T, class Backend, MemoryResource StateMemory, class Moments>
+template <class Options, Scalar T, class Backend, MemoryResource StateMemory, class Moments>
 requires(std::same_as<Accumulator<T>, float>) void restore(TrainState& state, const std::string& prefix,
-                                                           AdamW<T, Backend, StateMemory, Moments>& optimizer) {
+                                                           RowOptimizer<Options, T, Backend, StateMemory, Moments>& optimizer) {
   const auto& counts = state.integers(prefix + ".counts", 2);
   const double lr = state.number(prefix + ".lr");
   for (const bool copying : {false, true}) {

@@ -39,7 +39,7 @@ inline LoRAOptions adapter_options(const Recipe& recipe, const RankSet& ranks, f
   return options;
 }
 
-/// Optimizer is AdamW or AdamW8bit, of the adapters; gates are few and have AdamW.
+/// Optimizer is AdamW, AdamW8bit or Lion, of the adapters; gates are few and have AdamW.
 template <Scalar T, class Backend = Cpu, class Optimizer = AdamW<T, Backend>>
 class Trainer {
  public:
@@ -50,7 +50,7 @@ class Trainer {
   Trainer(Model& model, TrainerOptions options, typename Optimizer::Memory moments = {})
       : model_(model),
         options_(std::move(options)),
-        optimizer_(model.parameters(), adamw_options(options_), model.backend(), moments),
+        optimizer_(model.parameters(), optimizer_options(options_), model.backend(), moments),
         gate_optimizer_(gate_parameters(model), gate_adamw_options(options_), model.backend()),
         sampler_(options_.ranks, Rng(options_.seed), sampler_options()),
         schedule_{Schedule::Shape::cosine, options_.steps, options_.warmup_steps, options_.lr_floor},
@@ -198,8 +198,8 @@ class Trainer {
   }
 
  private:
-  static AdamWOptions adamw_options(const TrainerOptions& o) {
-    AdamWOptions options;
+  static typename Optimizer::Options optimizer_options(const TrainerOptions& o) {
+    typename Optimizer::Options options;
     options.lr = o.lr;
     options.weight_decay = o.weight_decay;
     options.max_gradient_norm = o.max_gradient_norm;

@@ -2,18 +2,15 @@
 #pragma once
 
 #include <cmath>
-#include <span>
-#include <string>
-#include <utility>
-#include <vector>
 
-#include <qdylora/backend.hpp>
-#include <qdylora/nn/parameter.hpp>
-#include <qdylora/optim/moments.hpp>
+#include <qdylora/optim/row_optimizer.hpp>
 
 namespace qdylora {
 
 struct AdamWOptions {
+  static constexpr const char* name = "AdamW";
+  using UntouchedRows = qdylora::UntouchedRows;
+
   double lr = 2e-4;
   double beta1 = 0.9;
   double beta2 = 0.999;
@@ -21,150 +18,18 @@ struct AdamWOptions {
   double weight_decay = 0.0;
   /// The gradient of all parameters together is scaled down to this norm; 0: no clipping. g *= min(1, max / (norm + 1e-6)), as torch.
   double max_gradient_norm = 0.0;
-  /// Rows that got no gradient since zero_grad. dense: updated with a zero gradient, so momentum and decay still move them (torch's
-  /// behaviour). strict: untouched, moments and step count too.
-  enum class UntouchedRows { dense, strict } untouched_rows = UntouchedRows::dense;
+  UntouchedRows untouched_rows = UntouchedRows::dense;
+
+  void check() const {
+    QDYLORA_EXPECTS(epsilon >= 0.0 && std::isfinite(epsilon), bad_argument, "AdamW: epsilon must be finite and not negative");
+  }
+  AdamWUpdate update() const noexcept { return {lr, beta1, beta2, epsilon, weight_decay}; }
 };
 
 /// Moments is what a parameter's moments are kept in (optim/moments.hpp).
 template <Scalar T, class Backend = Cpu, MemoryResource StateMemory = typename Backend::Memory,
           class Moments = FloatMoments<Accumulator<T>, StateMemory>>
-class AdamW {
- public:
-  using Acc = Accumulator<T>;
-  using Params = Parameters<Acc, typename Backend::Memory>;
-  using Memory = StateMemory;
-
-  explicit AdamW(Params parameters, AdamWOptions options = {}, Backend backend = {}, StateMemory memory = {})
-      : parameters_(std::move(parameters)), options_(options), backend_(backend), memory_(memory) {
-    QDYLORA_EXPECTS(options.lr >= 0.0 && std::isfinite(options.lr), bad_argument, "AdamW: lr must be finite and not negative");
-    QDYLORA_EXPECTS(options.beta1 >= 0.0 && options.beta1 < 1.0 && options.beta2 >= 0.0 && options.beta2 < 1.0, bad_argument,
-                    "AdamW: betas must be in [0, 1)");
-    for (const double value : {options.epsilon, options.weight_decay, options.max_gradient_norm})
-      QDYLORA_EXPECTS(value >= 0.0 && std::isfinite(value), bad_argument,
-                      "AdamW: epsilon, weight_decay and max_gradient_norm must be finite and not negative");
-    for (const auto& p : parameters_) {
-      const Index rows = p->value.rows();
-      states_.push_back({Moments(rows, p->value.cols(), memory), std::vector<std::int64_t>(static_cast<std::size_t>(rows))});
-    }
-    if constexpr (!StateMemory::host) reset_state();  // the host's memory begins as zeros
-  }
-
-  struct Report {
-    double gradient_norm = 0.0;  // before clipping
-    bool skipped = false;        // the gradient was not finite: nothing changed
-  };
-
-  /// One update. A gradient with NaN or infinity changes nothing, is counted in skipped_steps() and reported.
-  Report step() {
-    for (const auto& p : parameters_)
-      QDYLORA_EXPECTS(p->row_lr.empty() || p->row_lr.size() == p->touched.size(), shape_mismatch,
-                      p->name + ": row_lr has " + std::to_string(p->row_lr.size()) + " entries for " +
-                          std::to_string(p->touched.size()) + " rows");
-    const double squares = gradient_squares();
-    Report report{std::sqrt(squares), false};
-    if (!std::isfinite(squares)) {
-      ++skipped_;
-      report.skipped = true;
-      return report;
-    }
-    ++step_;
-    AdamWUpdate update{options_.lr, options_.beta1, options_.beta2, options_.epsilon, options_.weight_decay};
-    if (options_.max_gradient_norm > 0.0)
-      update.gradient_scale = std::min(1.0, options_.max_gradient_norm / (report.gradient_norm + 1e-6));
-    for (std::size_t i = 0; i < parameters_.size(); ++i) {
-      auto& p = *parameters_[i];
-      auto& s = states_[i];
-      const Index rows = p.value.rows();
-      update.row_lr = p.row_lr;
-      update.row_steps = s.steps;
-      for (Index first = 0; first < rows;) {
-        if (!updates(p, first)) {
-          ++first;
-          continue;
-        }
-        Index last = first;
-        for (; last < rows && updates(p, last); ++last) ++s.steps[static_cast<std::size_t>(last)];
-        const Index count = last - first;
-        s.update(backend_, p.value.view().middle_rows(first, count), std::as_const(p.gradient).view().middle_rows(first, count), first,
-                 detail::middle_rows(update, first, count));
-        first = last;
-      }
-      page_out(s);
-    }
-    return report;
-  }
-
-  void zero_grad() {
-    for (const auto& p : parameters_) {
-      backend_.fill(p->gradient.view(), Acc{});
-      p->touched.assign(p->touched.size(), false);
-    }
-  }
-
-  /// Moments and step counts back to zero, as for a fresh optimizer; values stay.
-  void reset_state() {
-    for (auto& s : states_) {
-      s.clear(backend_);
-      page_out(s);
-      s.steps.assign(s.steps.size(), 0);
-    }
-  }
-
-  void set_lr(double lr) noexcept { options_.lr = lr; }
-  const AdamWOptions& options() const noexcept { return options_; }
-  std::int64_t step_count() const noexcept { return step_; }
-  std::int64_t skipped_steps() const noexcept { return skipped_; }
-  const Params& parameters() const noexcept { return parameters_; }
-  const Backend& backend() const noexcept { return backend_; }
-
-  struct State : Moments {
-    std::vector<std::int64_t> steps;  // of each row
-  };
-  std::vector<State>& states() noexcept { return states_; }
-  const std::vector<State>& states() const noexcept { return states_; }
-  /// For checkpoints.
-  void restore_counts(std::int64_t steps, std::int64_t skipped) noexcept {
-    step_ = steps;
-    skipped_ = skipped;
-  }
-  std::size_t bytes() const noexcept {
-    std::size_t sum = 0;
-    for (const auto& s : states_) sum += s.bytes();
-    return sum;
-  }
-
- private:
-  /// Of all parameters at once where the backend can: each sum is a wait for a device.
-  double gradient_squares() const {
-    using View = MatrixView<const Acc>;
-    if constexpr (requires(std::span<const View> all) { backend_.sum_squares(all); }) {
-      std::vector<View> all;
-      for (const auto& p : parameters_) all.push_back(std::as_const(p->gradient).view());
-      return backend_.sum_squares(std::span<const View>(all));
-    } else {
-      double squares = 0.0;
-      for (const auto& p : parameters_) squares += backend_.sum_squares(std::as_const(p->gradient).view());
-      return squares;
-    }
-  }
-  /// Moments whose turn is over leave memory that can be without them (PagedMemory), so that it has one parameter's at a time.
-  void page_out(State& s) const {
-    if constexpr (requires { memory_.page_out(nullptr, std::size_t{}); })
-      Moments::for_each_part(s, [this](const char*, auto& matrix) { memory_.page_out(matrix.data(), matrix.capacity_bytes()); });
-  }
-  bool updates(const Parameter<Acc, typename Backend::Memory>& p, Index row) const {
-    return options_.untouched_rows == AdamWOptions::UntouchedRows::dense || p.touched[static_cast<std::size_t>(row)];
-  }
-
-  Params parameters_;
-  AdamWOptions options_;
-  Backend backend_;
-  StateMemory memory_;
-  std::vector<State> states_;
-  std::int64_t step_ = 0;
-  std::int64_t skipped_ = 0;
-};
+using AdamW = RowOptimizer<AdamWOptions, T, Backend, StateMemory, Moments>;
 
 /// AdamW with moments in 8 bits: 2 bytes an element instead of 8.
 template <Scalar T, class Backend = Cpu, MemoryResource StateMemory = typename Backend::Memory>

@@ -1,4 +1,4 @@
-// What AdamW keeps of a parameter: its first and second moment, in full or in 8 bits.
+// What an optimizer keeps of a parameter: AdamW its first and second moment, in full or in 8 bits, Lion one moment.
 #pragma once
 
 #include <algorithm>
@@ -53,6 +53,32 @@ struct FloatMoments {
   static void for_each_part(Self& self, F&& f) {
     f("m", self.m);
     f("v", self.v);
+  }
+};
+
+/// Lion's moment [rows, cols] as numbers.
+template <class S, MemoryResource Memory>
+struct FloatMoment {
+  Matrix<S, Memory> m;
+
+  FloatMoment(Index rows, Index cols, Memory memory) : m(rows, cols, memory) {}
+
+  template <class Backend>
+  void update(const Backend& backend, MatrixView<S> value, MatrixView<const S> gradient, Index first, const LionUpdate& numbers) {
+    static_assert(HasLion<Backend, S>, "Lion needs a backend with lion(value, gradient, moment, update)");
+    const auto m_rows = m.view().middle_rows(first, value.rows);
+    if constexpr (detail::paged<Memory, Backend>) backend.lion_paged(value, gradient, m_rows, numbers);
+    else backend.lion(value, gradient, m_rows, numbers);
+  }
+  template <class Backend>
+  void clear(const Backend& backend) {
+    detail::clear(backend, m);
+  }
+  std::size_t bytes() const noexcept { return m.capacity_bytes(); }
+
+  template <class Self, class F>
+  static void for_each_part(Self& self, F&& f) {
+    f("m", self.m);
   }
 };
 

@@ -39,7 +39,8 @@ struct KernelTable {
   void (*swiglu_backward)(Index count, const S* dy, const S* gate, const S* up, S* dgate, S* dup);
   void (*gelu)(Index count, const S* x, S* y);
   void (*gelu_backward)(Index count, const S* dy, const S* x, S* dx);
-  void (*adamw)(Index count, const AdamWRow<S>& row, S* p, const S* gradient, S* m, S* v);
+  void (*adamw)(Index count, const UpdateRow<S>& row, S* p, const S* gradient, S* m, S* v);
+  void (*lion)(Index count, const UpdateRow<S>& row, S* p, const S* gradient, S* m);
 };
 
 inline constexpr Index few_tile[3] = {1, 4, 16};

@@ -1,0 +1,164 @@
+// What AdamW and Lion have in common: parameters with rows of their own learning rate, clipping, rows without gradient, steps that are
+// skipped, and what a checkpoint needs.
+#pragma once
+
+#include <cmath>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <qdylora/backend.hpp>
+#include <qdylora/nn/parameter.hpp>
+#include <qdylora/optim/moments.hpp>
+
+namespace qdylora {
+
+/// Rows that got no gradient since zero_grad. dense: updated with a zero gradient, so momentum and decay still move them (torch's
+/// behaviour). strict: untouched, moments and step count too.
+enum class UntouchedRows { dense, strict };
+
+/// Options_ are those of an algorithm (optim/adamw.hpp, optim/lion.hpp), Moments what a parameter's moments are kept in (optim/moments.hpp),
+/// which know how to take a step.
+template <class Options_, Scalar T, class Backend, MemoryResource StateMemory, class Moments>
+class RowOptimizer {
+ public:
+  using Options = Options_;
+  using Acc = Accumulator<T>;
+  using Params = Parameters<Acc, typename Backend::Memory>;
+  using Memory = StateMemory;
+
+  explicit RowOptimizer(Params parameters, Options options = {}, Backend backend = {}, StateMemory memory = {})
+      : parameters_(std::move(parameters)), options_(options), backend_(backend), memory_(memory) {
+    const std::string name = Options::name;
+    QDYLORA_EXPECTS(options.lr >= 0.0 && std::isfinite(options.lr), bad_argument, name + ": lr must be finite and not negative");
+    QDYLORA_EXPECTS(options.beta1 >= 0.0 && options.beta1 < 1.0 && options.beta2 >= 0.0 && options.beta2 < 1.0, bad_argument,
+                    name + ": betas must be in [0, 1)");
+    QDYLORA_EXPECTS(options.weight_decay >= 0.0 && std::isfinite(options.weight_decay) && options.max_gradient_norm >= 0.0 &&
+                        std::isfinite(options.max_gradient_norm),
+                    bad_argument, name + ": weight_decay and max_gradient_norm must be finite and not negative");
+    options.check();
+    for (const auto& p : parameters_) {
+      const Index rows = p->value.rows();
+      states_.push_back({Moments(rows, p->value.cols(), memory), std::vector<std::int64_t>(static_cast<std::size_t>(rows))});
+    }
+    if constexpr (!StateMemory::host) reset_state();  // the host's memory begins as zeros
+  }
+
+  struct Report {
+    double gradient_norm = 0.0;  // before clipping
+    bool skipped = false;        // the gradient was not finite: nothing changed
+  };
+
+  /// One update. A gradient with NaN or infinity changes nothing, is counted in skipped_steps() and reported.
+  Report step() {
+    for (const auto& p : parameters_)
+      QDYLORA_EXPECTS(p->row_lr.empty() || p->row_lr.size() == p->touched.size(), shape_mismatch,
+                      p->name + ": row_lr has " + std::to_string(p->row_lr.size()) + " entries for " +
+                          std::to_string(p->touched.size()) + " rows");
+    const double squares = gradient_squares();
+    Report report{std::sqrt(squares), false};
+    if (!std::isfinite(squares)) {
+      ++skipped_;
+      report.skipped = true;
+      return report;
+    }
+    ++step_;
+    auto update = options_.update();
+    if (options_.max_gradient_norm > 0.0)
+      update.gradient_scale = std::min(1.0, options_.max_gradient_norm / (report.gradient_norm + 1e-6));
+    for (std::size_t i = 0; i < parameters_.size(); ++i) {
+      auto& p = *parameters_[i];
+      auto& s = states_[i];
+      const Index rows = p.value.rows();
+      update.row_lr = p.row_lr;
+      if constexpr (requires { update.row_steps; }) update.row_steps = s.steps;
+      for (Index first = 0; first < rows;) {
+        if (!updates(p, first)) {
+          ++first;
+          continue;
+        }
+        Index last = first;
+        for (; last < rows && updates(p, last); ++last) ++s.steps[static_cast<std::size_t>(last)];
+        const Index count = last - first;
+        s.update(backend_, p.value.view().middle_rows(first, count), std::as_const(p.gradient).view().middle_rows(first, count), first,
+                 detail::middle_rows(update, first, count));
+        first = last;
+      }
+      page_out(s);
+    }
+    return report;
+  }
+
+  void zero_grad() {
+    for (const auto& p : parameters_) {
+      backend_.fill(p->gradient.view(), Acc{});
+      p->touched.assign(p->touched.size(), false);
+    }
+  }
+
+  /// Moments and step counts back to zero, as for a fresh optimizer; values stay.
+  void reset_state() {
+    for (auto& s : states_) {
+      s.clear(backend_);
+      page_out(s);
+      s.steps.assign(s.steps.size(), 0);
+    }
+  }
+
+  void set_lr(double lr) noexcept { options_.lr = lr; }
+  const Options& options() const noexcept { return options_; }
+  std::int64_t step_count() const noexcept { return step_; }
+  std::int64_t skipped_steps() const noexcept { return skipped_; }
+  const Params& parameters() const noexcept { return parameters_; }
+  const Backend& backend() const noexcept { return backend_; }
+
+  struct State : Moments {
+    std::vector<std::int64_t> steps;  // of each row
+  };
+  std::vector<State>& states() noexcept { return states_; }
+  const std::vector<State>& states() const noexcept { return states_; }
+  /// For checkpoints.
+  void restore_counts(std::int64_t steps, std::int64_t skipped) noexcept {
+    step_ = steps;
+    skipped_ = skipped;
+  }
+  std::size_t bytes() const noexcept {
+    std::size_t sum = 0;
+    for (const auto& s : states_) sum += s.bytes();
+    return sum;
+  }
+
+ private:
+  /// Of all parameters at once where the backend can: each sum is a wait for a device.
+  double gradient_squares() const {
+    using View = MatrixView<const Acc>;
+    if constexpr (requires(std::span<const View> all) { backend_.sum_squares(all); }) {
+      std::vector<View> all;
+      for (const auto& p : parameters_) all.push_back(std::as_const(p->gradient).view());
+      return backend_.sum_squares(std::span<const View>(all));
+    } else {
+      double squares = 0.0;
+      for (const auto& p : parameters_) squares += backend_.sum_squares(std::as_const(p->gradient).view());
+      return squares;
+    }
+  }
+  /// Moments whose turn is over leave memory that can be without them (PagedMemory), so that it has one parameter's at a time.
+  void page_out(State& s) const {
+    if constexpr (requires { memory_.page_out(nullptr, std::size_t{}); })
+      Moments::for_each_part(s, [this](const char*, auto& matrix) { memory_.page_out(matrix.data(), matrix.capacity_bytes()); });
+  }
+  bool updates(const Parameter<Acc, typename Backend::Memory>& p, Index row) const {
+    return options_.untouched_rows == UntouchedRows::dense || p.touched[static_cast<std::size_t>(row)];
+  }
+
+  Params parameters_;
+  Options options_;
+  Backend backend_;
+  StateMemory memory_;
+  std::vector<State> states_;
+  std::int64_t step_ = 0;
+  std::int64_t skipped_ = 0;
+};
+
+}  // namespace qdylora
