@@ -14,6 +14,7 @@
 #include <qdylora/io/json.hpp>
 #include <qdylora/model/memory_plan.hpp>
 #include <qdylora/model/trainer.hpp>
+#include <qdylora/optim/lion.hpp>
 
 #include "adapters.hpp"
 #include "dataset.hpp"
@@ -162,6 +163,7 @@ int finetune_with(const FinetuneOptions& o, OpenModel& model, const FinetuneData
                        .dropout = o.dropout > 0.0f,
                        .checkpoint = o.checkpoint,
                        .moments_in_8_bits = o.optimizer == "adamw8bit",
+                       .one_moment = o.optimizer == "lion",
                        .moments_in_file = !o.paged.empty()};
   memory.follow(chosen);
   plan_batches(memory, o, data, model, ranks);
@@ -318,6 +320,7 @@ int finetune(const FinetuneOptions& o, OpenModel& model, const FinetuneData& dat
   using Backend = typename Device::Backend;
   using Memory = decltype(device.moments_memory(o.paged));
   if (o.optimizer == "adamw8bit") return finetune_with<T, AdamW8bit<T, Backend, Memory>>(o, model, data, device);
+  if (o.optimizer == "lion") return finetune_with<T, Lion<T, Backend, Memory>>(o, model, data, device);
   return finetune_with<T, AdamW<T, Backend, Memory>>(o, model, data, device);
 }
 

@@ -5,11 +5,13 @@
 #include <filesystem>
 #include <limits>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include <qdylora/io/collect.hpp>
 #include <qdylora/io/json.hpp>
 #include <qdylora/model/trainer.hpp>
+#include <qdylora/optim/lion.hpp>
 
 namespace qdylora::examples {
 
@@ -22,6 +24,10 @@ struct RunHistory {
   double tokens_per_second() const noexcept { return seconds > 0.0 ? static_cast<double>(tokens) / seconds : 0.0; }
 };
 
+/// What a trainer's optimizer stands under in a state. AdamW and AdamW8bit have sections of different names there.
+template <class Optimizer>
+inline constexpr const char* optimizer_section = std::is_same_v<typename Optimizer::Options, LionOptions> ? "lion" : "adamw";
+
 /// Saves everything that decides the rest of a run, and its history; `settings` is compared when it is resumed.
 template <class T, class Backend, class Optimizer>
 void save_run_state(const std::filesystem::path& path, const std::string& settings, const Decoder<T, Backend>& model,
@@ -29,7 +35,7 @@ void save_run_state(const std::filesystem::path& path, const std::string& settin
   TrainState state;
   state.add_text("settings", settings);
   model.for_each_trained([&](const auto& linear) { collect(state, linear.adapter().options().name, linear.adapter(), model.backend()); });
-  collect(state, "adamw", trainer.optimizer());
+  collect(state, optimizer_section<Optimizer>, trainer.optimizer());
   collect(state, "gates.adamw", trainer.gate_optimizer());
   const auto s = trainer.state();
   state.add_integers("trainer", {s.step, s.nesting, s.reordered_at_end});
@@ -85,7 +91,7 @@ void load_run_state(const std::filesystem::path& path, const std::string& settin
       throw Error(Errc::bad_config, "the run to resume had other settings: " + printable(differences, 600), {.file = path.string()});
   }
   model.for_each_trained([&](auto& linear) { restore(state, linear.adapter().options().name, linear.adapter(), model.backend()); });
-  restore(state, "adamw", trainer.optimizer());
+  restore(state, optimizer_section<Optimizer>, trainer.optimizer());
   restore(state, "gates.adamw", trainer.gate_optimizer());
   typename Trainer<T, Backend, Optimizer>::State s;
   const auto& counts = state.integers("trainer", 3);

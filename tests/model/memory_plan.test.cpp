@@ -5,6 +5,7 @@
 #include <qdylora/model/memory_plan.hpp>
 #include <qdylora/model/trainer.hpp>
 #include <qdylora/model/upload.hpp>
+#include <qdylora/optim/lion.hpp>
 
 #include "support/catch.hpp"
 #include "support/counted_memory.hpp"
@@ -38,7 +39,7 @@ struct Case {
 template <class Optimizer>
 void expect_moments(const Decoder<float, CountedDevice>& model, const CountedDevice& device, std::size_t planned) {
   std::optional<Optimizer> optimizer;
-  CHECK(grown([&] { optimizer.emplace(model.parameters(), AdamWOptions{}, device); }) == planned);
+  CHECK(grown([&] { optimizer.emplace(model.parameters(), typename Optimizer::Options{}, device); }) == planned);
 }
 
 }  // namespace
@@ -253,6 +254,9 @@ TEST_CASE("Moments in a file are the disk's, but for one parameter's", "[memory_
   expect_of(AdamW<float>(model.parameters()));
   options.moments_in_8_bits = true;
   expect_of(AdamW8bit<float>(model.parameters()));
+  options.moments_in_8_bits = false;
+  options.one_moment = true;
+  expect_of(Lion<float>(model.parameters()));
 }
 
 // Falcon-40b (Almazrouei et al. 2023) on one card of 32 GiB: 60 layers of width 8192 with 128 heads of 64 that share 8 key-value heads, two

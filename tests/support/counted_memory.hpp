@@ -52,6 +52,12 @@ class CountedDevice : public qdylora::Cpu {
     adamw(value, gradient, m, v, update);
   }
 
+  template <class S>
+  void lion_paged(qdylora::MatrixView<S> value, qdylora::In<S> gradient, qdylora::MatrixView<S> m,
+                  const qdylora::LionUpdate& update) const {
+    lion(value, gradient, m, update);
+  }
+
  private:
   template <class E>
   static qdylora::Buffer<E, CountedMemory> there(const qdylora::Buffer<E>& here) {

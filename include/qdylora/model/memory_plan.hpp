@@ -1,5 +1,5 @@
 // The memory plan: what a model, its training and its texts will take, part by part, before anything of it is allocated. Every formula is
-// the shape that some class asks memory for: QuantizedTensor, Parameter, AdamW's moments, Decoder's buffers, KVCache. A test holds them to
+// the shape that some class asks memory for: QuantizedTensor, Parameter, moments, Decoder's buffers, KVCache. A test holds them to
 // what a counting memory resource sees (tests/model/memory_plan.test.cpp).
 #pragma once
 
@@ -95,6 +95,7 @@ struct MemoryOptions {
   bool training = true;     // false: forward passes alone, and no optimizer
   bool checkpoint = false;  // DecoderOptions::checkpoint
   bool moments_in_8_bits = false;
+  bool one_moment = false;       // Lion's, in full
   bool paged_moments = false;    // in the host's memory while the arithmetic is a device's
   bool moments_in_file = false;  // PagedMemory's: memory has those of one parameter at a time
   bool second_moments = false;   // the recipe re-orders by Reordering::gram, which gathers r x r numbers at each side of an adapter
@@ -128,7 +129,7 @@ struct MemoryPlan {
   std::size_t initial = 0;        // what adapters begin with, where it is made from the weights
   std::size_t adapters = 0;
   std::size_t gradients = 0;
-  std::size_t moments = 0;      // of AdamW, as far as they are in memory
+  std::size_t moments = 0;      // of the optimizer, as far as they are in memory
   std::size_t checkpoints = 0;  // the residual stream before each block, and after the last
   std::size_t activations = 0;  // what blocks keep for their backward passes; with checkpointing of one block at a time
   std::size_t reordering = 0;   // second moments and the snapshot
@@ -156,7 +157,7 @@ struct MemoryPlan {
             {"initial values", initial, device},
             {"adapters", adapters, device},
             {"their gradients", gradients, device},
-            {"AdamW's moments", moments, device && !paged_moments},
+            {"moments", moments, device && !paged_moments},
             {"checkpoints", checkpoints, device},
             {"activations", activations, device},
             {"re-ordering", reordering, device},
@@ -243,8 +244,8 @@ MemoryPlan memory_plan(const ModelShape& s, const MemoryOptions& o) {
     in_sum += in;
     if (!o.training) continue;
     for (const auto& [rows, cols] : {std::pair(rank, in), std::pair(rank, out), std::pair(Index{dora}, out)}) {  // A, B, m
-      const bool coded = o.moments_in_8_bits && rows * cols >= BlockwiseMoments<HostMemory>::least_elements;
-      const auto moments = bytes(rows * 2 * (coded ? cols + 4 * Moments8View::blocks(cols) : acc * cols));
+      const bool coded = o.moments_in_8_bits && !o.one_moment && rows * cols >= BlockwiseMoments<HostMemory>::least_elements;
+      const auto moments = bytes(rows * (o.one_moment ? 1 : 2) * (coded ? cols + 4 * Moments8View::blocks(cols) : acc * cols));
       plan.moments += bytes(s.layers) * moments;
       largest = std::max(largest, moments);
     }
