@@ -6,6 +6,7 @@
 #include <qdylora/model/batch.hpp>
 #include <qdylora/model/chat.hpp>
 #include <qdylora/model/decoder.hpp>
+#include <qdylora/model/drawn_base.hpp>
 #include <qdylora/model/generate.hpp>
 #include <qdylora/model/initial_weight.hpp>
 #include <qdylora/model/load_gguf.hpp>

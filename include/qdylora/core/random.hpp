@@ -28,7 +28,7 @@ QDYLORA_HD constexpr std::array<std::uint32_t, 4> philox4x32(std::array<std::uin
 }
 
 /// What a stream of random numbers is used for: different purposes never share numbers.
-enum class Purpose : std::uint32_t { general = 0, init = 1, dropout = 2, rank = 3, shuffle = 4, sample = 5, data = 6 };
+enum class Purpose : std::uint32_t { general = 0, init = 1, dropout = 2, rank = 3, shuffle = 4, sample = 5, data = 6, base = 7 };
 
 /// Uniform in [0, 1), 24 bits, from one random word.
 QDYLORA_HD constexpr float uniform_from(std::uint32_t word) noexcept { return static_cast<float>(word >> 8) * 0x1p-24f; }

@@ -87,6 +87,7 @@ inline ModelShape model_shape(const DecoderConfig& c, AdapterMethod method = Ada
 /// What memory depends on beside the model's shape.
 struct MemoryOptions {
   BaseOptions base = {};
+  std::vector<BaseFormat> more_formats = {};  // that the linear weights are kept in as well, where the base is drawn (drawn_base.hpp)
   bool coded_tables = false;  // embedding and head in 8 bits, as GGUF's Q8_0 leaves them
 
   Index max_rank = 8;
@@ -230,13 +231,17 @@ MemoryPlan memory_plan(const ModelShape& s, const MemoryOptions& o) {
   plan.device = o.device;
   plan.paged_moments = o.paged_moments;
   const bool dora = o.dora_ranks > 0;
+  std::vector<BaseOptions> bases(1 + o.more_formats.size(), o.base);
+  for (std::size_t i = 0; i < o.more_formats.size(); ++i) bases[i + 1].format = o.more_formats[i];
   Index widest_in = 0, widest_out = 0, in_sum = 0;
   std::size_t largest = 0;  // moments of a parameter
   for (const auto& [name, out, in] : s.linears) {
-    const auto weight = detail::coded_bytes(out * in, o.base);
-    plan.base_codes += bytes(s.layers) * weight.codes;
-    plan.block_scales += bytes(s.layers) * weight.scales;
-    plan.nested_scales += bytes(s.layers) * weight.nested;
+    for (const BaseOptions& base : bases) {
+      const auto weight = detail::coded_bytes(out * in, base);
+      plan.base_codes += bytes(s.layers) * weight.codes;
+      plan.block_scales += bytes(s.layers) * weight.scales;
+      plan.nested_scales += bytes(s.layers) * weight.nested;
+    }
   }
   for (const auto& [name, out, in] : s.adapted) {
     widest_in = std::max(widest_in, in);

@@ -76,6 +76,13 @@ class DynamicLoRALinear {
   Index in() const noexcept { return base_->cols(); }
   Index out() const noexcept { return base_->rows(); }
   const std::shared_ptr<const WeightType>& base() const noexcept { return base_; }
+  /// Another base [out, in], between one pass's backward and the next one's forward. Errc::bad_argument for none, shape_mismatch.
+  void set_base(std::shared_ptr<const WeightType> base) {
+    expect_shape((adapter_.options().name + ": base").c_str(), *checked(base, adapter_.options().name), out(), in());
+    base_ = std::move(base);
+    if constexpr (HasMagnitude<Backend, T>)
+      if (norms_) norms_ = std::make_unique<RowNorms<Acc>>(*base_);
+  }
   /// For writing, after which norms of rows are made anew; see set_training.
   Adapter& adapter() noexcept {
     forget_norms();
