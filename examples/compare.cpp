@@ -6,6 +6,9 @@
 // Plain text is a stream of tokens: a row is a window of --seq-len tokens at a random place, the last tenth of the text is held out. JSON
 // lines are examples, as for finetune. Every run is a line of --results (JSON): runs that stand there already are not done again, so a long
 // comparison can be stopped and go on. The tables are printed in Markdown: means over seeds, then paired differences to a rival.
+//
+// --base-format nf4,fp8,int4 trains on one of three bases at each step, drawn as ranks are (DyQDyLoRA); --eval-formats are those that
+// losses are measured on, a table each.
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -34,7 +37,8 @@ using namespace qdylora;
 using namespace qdylora::examples;
 
 struct Options {
-  std::string model, tokenizer, data, recipes, seeds = "0,1,2", ranks = "1,2,4,8,16,32,64", base = "nf4", init = "standard", against = "qdylora";
+  std::string model, tokenizer, data, recipes, seeds = "0,1,2", ranks = "1,2,4,8,16,32,64", base = "nf4", eval_formats;
+  std::string init = "standard", against = "qdylora";
   std::string out = "compare.jsonl";
   float alpha = 64.0f, alpha_over_rank = 16.0f;
   double lr = 3e-3;
@@ -59,7 +63,10 @@ void declare(CLI::App& app, Options& o) {
   add_number(app, "--batch", o.batch, "rows a step", 1, most_batch);
   add_number(app, "--seq-len", o.seq_len, "tokens a row; of examples at most", 8, most_tokens);
   add_number(app, "--eval-rows", o.eval_rows, "held-out rows", 1, most_examples);
-  app.add_option("--base-format", o.base, "base weights")->capture_default_str();
+  app.add_option("--base-format", o.base, "base weights; of several, such as nf4,fp8,int4, one is drawn for each step")
+      ->capture_default_str();
+  app.add_option("--eval-formats", o.eval_formats, "base weights that losses are measured on; default: those of --base-format")
+      ->check(not_empty());
   app.add_option("--init", o.init, "what adapters begin with, as for finetune; recipes whose scale is alpha/r alone")->capture_default_str();
   app.add_option("--against", o.against, "the recipe that differences are taken to")->capture_default_str();
   add_number(app, "--threads", o.threads, "0: one for each processor", 0, most_threads);
@@ -117,8 +124,16 @@ class Rows {
 struct Result {
   std::string recipe;
   std::uint64_t seed = 0;
+  std::string on;              // the format of the base
   std::vector<double> losses;  // at every rank, then the base
   double share = 0.0;
+};
+
+// A model in one of the formats that it trains on, or that losses are measured on.
+struct Base {
+  std::string format;
+  HostWeights weights;
+  bool trains;
 };
 
 // What tells runs apart; a line of --results with another key is of another comparison.
@@ -150,7 +165,8 @@ std::vector<Result> read_results(const Options& o, const RankSet& ranks) {
       QDYLORA_EXPECTS(!file.eof(), truncated, "has no end; remove it");
       const Json json = parse_json(line, {});
       if (get_object(json, "key") != key(o)) return;
-      Result result{get_string(json, "recipe"), 0, {}, get_number(json, "share")};
+      // A line is of the base that was trained on, unless it says which other.
+      Result result{get_string(json, "recipe"), 0, json.contains("on") ? get_string(json, "on") : o.base, {}, get_number(json, "share")};
       result.seed = static_cast<std::uint64_t>(get_integer(json, "seed", 0, std::numeric_limits<std::int64_t>::max()));
       for (const auto& loss : json.value("losses", Json::array()))  // null: NaN, of a run that went astray
         result.losses.push_back(loss.is_number() ? loss.get<double>() : std::numeric_limits<double>::quiet_NaN());
@@ -160,11 +176,15 @@ std::vector<Result> read_results(const Options& o, const RankSet& ranks) {
   return results;
 }
 
-Result train(const Options& o, const std::shared_ptr<const DecoderWeights<float>>& weights, const Rows& rows, const RankSet& ranks,
-             const std::string& name, std::uint64_t seed, const Cpu& cpu, const StopSignal& signal) {
+std::vector<Result> train(const Options& o, const std::vector<Base>& bases, const std::vector<std::string>& eval_formats,
+                          const Rows& rows, const RankSet& ranks, const std::string& name, std::uint64_t seed, const Cpu& cpu,
+                          const StopSignal& signal) {
   const Recipe chosen = recipe(name);
   const float alpha = chosen.scale == ScalePolicy::over_rank ? o.alpha_over_rank : o.alpha;
-  Decoder<float> decoder(weights, {.lora = adapter_options(chosen, ranks, alpha, seed)}, cpu);
+  std::vector<const DecoderWeights<float>*> trained;
+  for (const auto& base : bases)
+    if (base.trains) trained.push_back(base.weights.get());
+  Decoder<float> decoder(bases.front().weights, {.lora = adapter_options(chosen, ranks, alpha, seed)}, cpu);
   // Measuring is paid for: a forward pass costs a third of a training row, and every held-back row is run at every rank and without.
   const Index held_back = chosen.measure ? held_back_rows(o.steps * o.batch, ranks.size()) : 0;
   const std::int64_t steps = o.steps - (held_back * (ranks.size() + 1) + 3 * o.batch - 1) / (3 * o.batch);
@@ -178,19 +198,25 @@ Result train(const Options& o, const std::shared_ptr<const DecoderWeights<float>
     if (signal.requested()) return {};
     std::vector<Sample> samples;
     for (Index i = 0; i < o.batch; ++i) samples.push_back(rows.row(seed, trainer.step_count() * o.batch + i));
+    if (trained.size() > 1) set_base(decoder, *trained[drawn_base(seed, trainer.step_count(), trained.size())]);
     const auto report = trainer.step(to_batches(samples, 2048));
     progress.update(trainer.step_count(), report.tokens, report.loss, report.rank);
   }
   progress.finish();
   std::vector<Index> all(ranks.begin(), ranks.end());
   all.push_back(0);
-  Result result{name, seed, {}, trainer.nested().share};
-  for (const auto& r : evaluate_losses(decoder, rows.test(), all)) result.losses.push_back(r.loss);
-  return result;
+  std::vector<Result> results;
+  for (const auto& format : eval_formats) {
+    const auto base = std::find_if(bases.begin(), bases.end(), [&](const Base& b) { return b.format == format; });
+    set_base(decoder, *base->weights);
+    results.push_back({name, seed, format, {}, trainer.nested().share});
+    for (const auto& r : evaluate_losses(decoder, rows.test(), all)) results.back().losses.push_back(r.loss);
+  }
+  return results;
 }
 
 void print_tables(const Options& o, const std::vector<std::string>& recipes, const std::vector<std::uint64_t>& seeds,
-                  const std::vector<Result>& results, const RankSet& ranks) {
+                  const std::vector<Result>& results, const std::string& on, const RankSet& ranks) {
   const auto columns = static_cast<std::size_t>(ranks.size());
   const auto head = [&](const char* first) {
     std::printf("\n| %s |", first);
@@ -212,7 +238,8 @@ void print_tables(const Options& o, const std::vector<std::string>& recipes, con
     std::printf("\n");
   };
   std::map<std::string, std::map<std::uint64_t, std::vector<double>>> table;
-  for (const auto& r : results) table[r.recipe][r.seed] = r.losses;
+  for (const auto& r : results)
+    if (r.on == on) table[r.recipe][r.seed] = r.losses;
   head("held-out loss, mean over seeds");
   for (const auto& name : recipes) {
     std::vector<std::vector<double>> runs;
@@ -243,17 +270,29 @@ int compare(const Options& o) {
                     "--seeds: " + std::to_string(seed) + " is above 2^63 - 1");
   const RankSet ranks = parse_ranks(o.ranks);
   const Cpu cpu(o.threads);
-  const BaseOptions base{.format = base_format(o.base), .init = adapter_init(o.init, ranks.max())};
+  const auto formats = parse_list("--base-format", o.base);
+  const auto eval_formats = o.eval_formats.empty() ? formats : parse_list("--eval-formats", o.eval_formats);
+  const AdapterInit init = adapter_init(o.init, ranks.max());
+  QDYLORA_EXPECTS(init.standard() || (formats.size() == 1 && eval_formats == formats), bad_argument,
+                  "--init " + o.init + ": adapters that begin with something of a base go with that base alone");
+  std::vector<Base> bases;  // those that are trained on come first
+  for (const auto* names : {&formats, &eval_formats})
+    for (const auto& format : *names)
+      if (std::none_of(bases.begin(), bases.end(), [&](const Base& b) { return b.format == format; }))
+        bases.push_back({format, nullptr, names == &formats});
+  QDYLORA_EXPECTS(std::count_if(bases.begin(), bases.end(), [](const Base& b) { return b.trains; }) == std::ssize(formats), bad_argument,
+                  "--base-format: a format stands twice in '" + printable(o.base) + "'");
+  const auto options_of = [&](const Base& base) { return BaseOptions{.format = base_format(base.format), .init = init}; };
+  for (const auto& base : bases) static_cast<void>(options_of(base));
   OpenModel model;
-  HostWeights weights;
   std::vector<std::int32_t> stream;
   const bool text = o.data.ends_with(".txt");
   if (o.model.ends_with(".bin")) {
     QDYLORA_EXPECTS(text, bad_argument, "--data: a llama2.c model is compared on plain text (.txt)");
     QDYLORA_EXPECTS(!o.tokenizer.empty(), bad_argument, "--tokenizer: a llama2.c model needs its tokenizer file");
     const Tokenizer tokenizer = load_llama2c_tokenizer(o.tokenizer);
-    weights = load_llama2c(o.model, base, cpu);
-    expect_vocabulary(tokenizer.vocab_size(), weights->config, o.tokenizer);
+    for (auto& base : bases) base.weights = load_llama2c(o.model, options_of(base), cpu);
+    expect_vocabulary(tokenizer.vocab_size(), bases.front().weights->config, o.tokenizer);
     // Word by word, for the tokenizer puts a space before each.
     const auto content = read_text(o.data);
     for (std::size_t begin = 0; begin < content.size();) {
@@ -263,12 +302,14 @@ int compare(const Options& o) {
       begin = end + 1;
     }
   } else {
-    model = open_model(o.model, o.tokenizer, base, cpu);
-    weights = model.read();
+    for (auto& base : bases) {
+      model = open_model(o.model, o.tokenizer, options_of(base), cpu);
+      base.weights = model.read();
+    }
     if (text) stream = model.need_tokenizer().encode(read_text(o.data), {.parse_special = false});
   }
-  expect_seq_len(o.seq_len, weights->config);
-  expect_ranks(ranks, weights->config);
+  expect_seq_len(o.seq_len, bases.front().weights->config);
+  expect_ranks(ranks, bases.front().weights->config);
   const Rows rows(o, text ? nullptr : &model, stream);
   auto results = read_results(o, ranks);
   std::ofstream file(o.out, std::ios::app);  // before hours of training
@@ -276,18 +317,30 @@ int compare(const Options& o) {
   const StopSignal signal;
   for (const auto seed : seeds)
     for (const auto& name : recipes) {
-      if (std::any_of(results.begin(), results.end(), [&](const Result& r) { return r.recipe == name && r.seed == seed; })) continue;
+      const auto missing = [&](const std::string& format) {
+        return std::none_of(results.begin(), results.end(),
+                            [&](const Result& r) { return r.recipe == name && r.seed == seed && r.on == format; });
+      };
+      if (std::none_of(eval_formats.begin(), eval_formats.end(), missing)) continue;
       std::fprintf(stderr, "%s, seed %llu\n", name.c_str(), static_cast<unsigned long long>(seed));
-      results.push_back(train(o, weights, rows, ranks, name, seed, cpu, signal));
-      const auto& r = results.back();
-      if (r.losses.empty()) {
+      const auto run = train(o, bases, eval_formats, rows, ranks, name, seed, cpu, signal);
+      if (run.empty()) {
         std::printf("stopped; the finished runs are in %s\n", o.out.c_str());
         return 130;
       }
-      file << Json{{"key", key(o)}, {"recipe", r.recipe}, {"seed", r.seed}, {"losses", r.losses}, {"share", r.share}}.dump() << std::endl;
-      if (!file) throw Error(Errc::write, "cannot be written", {.file = o.out});
+      for (const auto& r : run) {
+        if (!missing(r.on)) continue;
+        Json line{{"key", key(o)}, {"recipe", r.recipe}, {"seed", r.seed}, {"losses", r.losses}, {"share", r.share}};
+        if (r.on != o.base) line["on"] = r.on;
+        file << line.dump() << std::endl;
+        if (!file) throw Error(Errc::write, "cannot be written", {.file = o.out});
+        results.push_back(r);
+      }
     }
-  print_tables(o, recipes, seeds, results, ranks);
+  for (const auto& format : eval_formats) {
+    if (eval_formats.size() > 1) std::printf("\nOn %s:\n", format.c_str());
+    print_tables(o, recipes, seeds, results, format, ranks);
+  }
   return 0;
 }
 
