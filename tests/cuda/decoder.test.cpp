@@ -61,21 +61,24 @@ TEMPLATE_TEST_CASE("a model has the losses and gradients on the device that it h
     qd::DecoderConfig config;
     qd::BaseOptions base;
     bool biases, checkpoint;
+    qd::AdapterMethod method = qd::AdapterMethod::lora;
   };
   auto falcon_of_blocks = config_of_blocks();
   falcon_of_blocks.architecture = qd::Architecture::falcon;
-  for (const auto& [config, base, biases, checkpoint] :
+  for (const auto& [config, base, biases, checkpoint, method] :
        {Case{test::tiny_config(), {.format = qd::BaseFormat::float32}, true, false}, Case{config_of_blocks(), nf4, false, true},
-        Case{test::tiny_falcon_config(1), {.format = qd::BaseFormat::float32}, true, false}, Case{falcon_of_blocks, nf4, false, true}}) {
+        Case{test::tiny_falcon_config(1), {.format = qd::BaseFormat::float32}, true, false}, Case{falcon_of_blocks, nf4, false, true},
+        Case{config_of_blocks(), nf4, false, true, qd::AdapterMethod::houlsby},
+        Case{falcon_of_blocks, nf4, false, false, qd::AdapterMethod::parallel}}) {
     const std::shared_ptr<const qd::DecoderWeights<Acc>> weights = test::tiny_weights<Acc>(config, biases, base);
-    const qd::DecoderOptions options{.lora = {.max_rank = 8, .alpha = 4, .seed = 2}, .checkpoint = checkpoint};
+    const qd::DecoderOptions options{.lora = {.max_rank = 8, .alpha = 4, .seed = 2}, .checkpoint = checkpoint, .method = method};
     qd::Decoder<T> here(weights, options, Cpu(1));
     qd::Decoder<T, Cuda> there(qd::upload(*weights, cuda), options, cuda);
     test::randomize_adapters(here);
     std::vector<const qd::LoRAAdapter<Acc>*> adapters;
-    here.for_each_linear([&](auto& linear) { adapters.push_back(&linear.adapter()); });
+    here.for_each_trained([&](auto& layer) { adapters.push_back(&layer.adapter()); });
     std::size_t next = 0;
-    there.for_each_linear([&](auto& linear) { qd::assign(linear.adapter(), *adapters[next++], cuda); });
+    there.for_each_trained([&](auto& layer) { qd::assign(layer.adapter(), *adapters[next++], cuda); });
 
     const auto batch = test::random_batch(config.vocab, {5, 2, 9, 3}, 5, 1);
     for (const auto& plan : {qd::RankPlan::uniform(8), qd::RankPlan::of_runs({{1, 0}, {2, 3}, {1, 8}})}) {
