@@ -3,7 +3,8 @@
 //   finetune --model FILE.gguf|DIR [--data FILE] [options]      or      finetune --toy
 //
 // The linear weights are quantized to double-quantized NF4 while they are read and stay frozen; LoRA adapters of the largest rank train on
-// all of them, as --recipe says, or bottlenecks beside them (--method). Loss counts on the response only. Results: report.json, report.csv, ranks.svg and a PEFT adapter in --out.
+// all of them, as --recipe says, or bottlenecks beside them (--method). Loss counts on the response only. Results: report.json, report.csv,
+// ranks.svg and a PEFT adapter in --out.
 // Ctrl-C saves the state and stops; --resume goes on, to the same bytes as an uninterrupted run.
 #include <algorithm>
 #include <cstdio>
