@@ -110,9 +110,9 @@ struct LionRows {
     const auto& r = n.of(i);
     const S gradient = read(g, i, j) * n.scale, moment = read(m, i, j);
     const S c = n.keep1 * moment + n.take1 * gradient;
-    const S step = c > 0 ? r.step_size : (c < 0 ? -r.step_size : S{});
-    write(p, i, j, read(p, i, j) * r.decay - step);
     write(m, i, j, n.keep2 * moment + n.take2 * gradient);
+    const S sign = c > 0 ? S{1} : (c < 0 ? S{-1} : S{});
+    write(p, i, j, read(p, i, j) * r.decay - sign * r.step_size);
   }
 };
 
