@@ -86,7 +86,7 @@ void few_backward(const CpuRun& run, MatrixView<const float> dy, const CodedWeig
   // Tasks share the columns, and of few columns the rows too.
   const Index strip = w.cols >= 4096 ? few_strip : w.cols >= 2048 ? few_strip / 2 : few_strip / 4;
   const Index strips = (w.cols + strip - 1) / strip;
-  const Index parts = std::max<Index>(1, std::min(w.rows / 2048, 16 / strips));
+  const Index parts = std::max<Index>(1, std::min(w.rows / 256, 16 / strips));
   const Index part_rows = (w.rows + parts - 1) / parts;
   const float* scales = all_scales(run, w);
   for (Index token = 0; token < dy.rows;) {
