@@ -11,38 +11,29 @@
 // caller's.
 #pragma once
 
-#include <algorithm>
 #include <cmath>
-#include <limits>
 #include <memory>
 #include <utility>
 
 #include <qdylora/backend.hpp>
-#include <qdylora/nn/lora_adapter.hpp>
+#include <qdylora/nn/adapter_layer.hpp>
 #include <qdylora/nn/magnitude.hpp>
-#include <qdylora/nn/rank_products.hpp>
 #include <qdylora/nn/weight.hpp>
 
 namespace qdylora {
 
 template <Scalar T, class Backend = Cpu, class Format = NF4>
   requires BackendFor<Backend, T>
-class DynamicLoRALinear {
- public:
-  using Acc = Accumulator<T>;
-  using Memory = typename Backend::Memory;
-  using WeightType = WeightFor<Format, Memory>;
-  using Adapter = LoRAAdapter<Acc, Memory>;
+class DynamicLoRALinear : public AdapterLayer<T, Backend> {
+  using Base = AdapterLayer<T, Backend>;
 
-  /// What the backward pass of one forward pass needs. Borrows x, which must stay as it is until then.
-  struct Context {
-    MatrixView<const T> x;
-    Matrix<T, Memory> dropped;  // dropout(x); empty without dropout
-    Matrix<Acc, Memory> z;      // [tokens, b]
+ public:
+  using typename Base::Acc, typename Base::Adapter, typename Base::Memory;
+  using Base::in, Base::out;
+  using WeightType = WeightFor<Format, Memory>;
+
+  struct Context : AdapterContext<T, Memory> {
     MagnitudeContext<T, Memory> magnitude;
-    RankPlan plan;
-    DropoutKey dropout;
-    bool ready = false;
   };
 
   /// Quantizes `weight` [out, in] into the layer's format.
@@ -54,9 +45,7 @@ class DynamicLoRALinear {
       : DynamicLoRALinear(weight.view(), std::move(options), quantize, backend) {}
   /// On a base that exists, shared with other layers. Throws Errc::unsupported for a magnitude on a backend without HasMagnitude.
   DynamicLoRALinear(std::shared_ptr<const WeightType> base, LoRAOptions options, Backend backend = {})
-      : backend_(backend), base_(checked(std::move(base), options.name)), adapter_(base_->cols(), base_->rows(), std::move(options)) {
-    set_rank(adapter_.max_rank());
-    if constexpr (!Memory::host) adapter_.initialize(backend_);
+      : Base(adapter_of(base, std::move(options)), backend), base_(std::move(base)) {
     if (!adapter_.dora()) return;
     if constexpr (HasMagnitude<Backend, T>) {
       norms_ = std::make_unique<RowNorms<Acc>>(*base_);
@@ -73,8 +62,6 @@ class DynamicLoRALinear {
     return DynamicLoRALinear(std::move(base), std::move(none), backend);
   }
 
-  Index in() const noexcept { return base_->cols(); }
-  Index out() const noexcept { return base_->rows(); }
   const std::shared_ptr<const WeightType>& base() const noexcept { return base_; }
   /// Another base [out, in], between one pass's backward and the next one's forward. Errc::bad_argument for none, shape_mismatch.
   void set_base(std::shared_ptr<const WeightType> base) {
@@ -89,8 +76,6 @@ class DynamicLoRALinear {
     return adapter_;
   }
   const Adapter& adapter() const noexcept { return adapter_; }
-  const Backend& backend() const noexcept { return backend_; }
-  Parameters<Acc, Memory> parameters() const { return adapter_.parameters(); }
 
   /// A frozen bias [1, out] added to the base output.
   void set_bias(MatrixView<const Acc> bias) {
@@ -100,41 +85,15 @@ class DynamicLoRALinear {
   }
   MatrixView<const Acc> bias() const noexcept { return bias_.view(); }
 
-  /// The ranks of the next forward passes. Throws Errc::rank_range above max_rank.
-  void set_ranks(const RankPlan& plan) {
-    adapter_.check_rank(plan.max_rank());
-    plan_ = plan.limited(rank_limit_);
-  }
-  void set_rank(Index rank) {
-    adapter_.check_rank(rank);
-    set_ranks(RankPlan::uniform(rank));
-  }
-  /// No pass uses a higher rank, whatever the plan: what makes a rank map of one plan for all layers of a model. max_rank lifts it.
-  void limit_rank(Index rank) {
-    adapter_.check_rank(rank);
-    rank_limit_ = rank;
-    plan_ = plan_.limited(rank);
-  }
-  Index rank_limit() const noexcept { return std::min(rank_limit_, adapter_.max_rank()); }
-  /// Dropout acts only while training. Masks are a function of (seed, layer, step) and of a token's place in the step, whose first
-  /// `first_row` tokens came in other batches.
-  /// With a magnitude, norms of rows are made in every pass while training. Else they are kept until this is called again, adapter() is, or
-  /// a backward pass adds gradients: whoever changes A or B by other ways says so by calling this.
+  /// As AdapterLayer has it. With a magnitude, norms of rows are made in every pass while training. Else they are kept until this is called
+  /// again, adapter() is, or a backward pass adds gradients: whoever changes A or B by other ways says so by calling this.
   void set_training(bool training, std::uint32_t step = 0, Index first_row = 0) noexcept {
     forget_norms();
-    training_ = training;
-    step_ = step;
-    first_row_ = first_row;
+    Base::set_training(training, step, first_row);
   }
 
   void forward(In<T> x, MatrixView<T> y, Context& context) const {
-    context.ready = false;
-    expect_shape((adapter_.options().name + ": x").c_str(), x, x.rows, in());
-    expect_shape((adapter_.options().name + ": y").c_str(), y, x.rows, out());
-    QDYLORA_EXPECTS(plan_.is_uniform() || plan_.rows() == x.rows, shape_mismatch,
-                    adapter_.options().name + ": ranks for " + std::to_string(plan_.rows()) + " rows, x has " + std::to_string(x.rows));
-    context.x = x;
-    context.plan = plan_;
+    begin(x, y, context);
     const Index rank = plan_.max_rank();
     const bool dora = adapter_.dora() && rank > 0;
     if (dora) context.magnitude.product.resize(x.rows, out());
@@ -153,11 +112,9 @@ class DynamicLoRALinear {
 
   /// An empty dx is not computed. Throws Errc::state_order unless `context` comes from a forward pass.
   void backward(In<T> dy, MatrixView<T> dx, Context& context, GradientMode mode = GradientMode::accumulate) {
-    QDYLORA_EXPECTS(context.ready, state_order, adapter_.options().name + ": backward before forward");
+    expect_backward(dy, dx, context);
     const auto x = context.x;
     const bool want_dx = dx.data != nullptr;
-    expect_shape((adapter_.options().name + ": dy").c_str(), dy, x.rows, out());
-    if (want_dx) expect_shape((adapter_.options().name + ": dx").c_str(), dx, x.rows, in());
     const Index rank = context.plan.max_rank();
     Matrix<T, Memory> scaled_dy;
     if constexpr (HasMagnitude<Backend, T>)
@@ -175,14 +132,12 @@ class DynamicLoRALinear {
     Matrix<Acc, Memory> t, work;
     t.resize(x.rows, rank);
     work.resize(x.rows, rank);
-    detail::through_ranks(backend_, dy, rows_of(adapter_.b().value, rank), context.plan, t.view());
-    const bool dropped = context.dropped.size() > 0;
+    detail::through_ranks(backend_, dy, rows_of(adapter_.b(), rank), context.plan, t.view());
     if (mode == GradientMode::accumulate) {
-      const MatrixView<const T> input = dropped ? as_const(context.dropped) : x;
       scale_rows(context.z.view(), context.plan, work.view(), true);
       detail::add_rank_gradient(backend_, as_const(work), dy, context.plan, adapter_.b().gradient.view());
       scale_rows(t.view(), context.plan, work.view(), true);
-      detail::add_rank_gradient(backend_, as_const(work), input, context.plan, adapter_.a().gradient.view());
+      detail::add_rank_gradient(backend_, as_const(work), adapter_input(context), context.plan, adapter_.a().gradient.view());
       if constexpr (Memory::host)
         if (adapter_.gated()) gate_gradients(context, t.view());
       if (adapter_.collecting) collect(context, t.view());
@@ -190,14 +145,7 @@ class DynamicLoRALinear {
     }
     if (!want_dx) return;
     scale_rows(t.view(), context.plan, work.view(), false);
-    if (!dropped) {
-      detail::add_from_ranks(backend_, as_const(work), rows_of(adapter_.a().value, rank), context.plan, dx);
-    } else {
-      Matrix<T, Memory> through_adapter;
-      through_adapter.resize(x.rows, in());
-      backend_.matmul_transposed(as_const(work), rows_of(adapter_.a().value, rank), through_adapter.view(), Update::overwrite);
-      backend_.dropout(as_const(through_adapter), adapter_.options().dropout, context.dropout, dx, Update::accumulate);
-    }
+    add_input_gradient(as_const(work), context, dx);
   }
 
   /// The same with a context and outputs inside the layer, for models that are a chain. The result is valid until the next call. x is
@@ -226,12 +174,12 @@ class DynamicLoRALinear {
     // delta W = U^T A with U[i, :] = coefficient_i * B[i, :]
     const auto coefficients = adapter_.coefficients(rank, rank);
     Matrix<Acc> on_host(rank, out());
-    backend_.download(rows_of(adapter_.b().value, rank), on_host.view());
+    backend_.download(rows_of(adapter_.b(), rank), on_host.view());
     for (Index i = 0; i < rank; ++i)
       for (Index j = 0; j < out(); ++j) on_host(i, j) *= coefficients[static_cast<std::size_t>(i)];
     Matrix<Acc, Memory> scaled(rank, out());
     backend_.upload(as_const(on_host), scaled.view());
-    backend_.weight_gradient(as_const(scaled), rows_of(adapter_.a().value, rank), merged.view(), Update::accumulate);
+    backend_.weight_gradient(as_const(scaled), rows_of(adapter_.a(), rank), merged.view(), Update::accumulate);
     if constexpr (HasMagnitude<Backend, T>)
       if (adapter_.dora()) {
         const MagnitudeContext<T, Memory> context{{}, norms_->of(RankPlan::uniform(rank), 1, adapter_, *base_, backend_, false)};
@@ -244,26 +192,15 @@ class DynamicLoRALinear {
 
  private:
   DynamicLoRALinear(std::shared_ptr<const WeightType> base, Adapter adapter, Backend backend)
-      : backend_(backend), base_(std::move(base)), adapter_(std::move(adapter)) {}
+      : Base(std::move(adapter), backend), base_(std::move(base)) {}
 
   // y += u B, and what backward needs of it.
   void add_adapter(MatrixView<T> y, Context& context, Index rank) const {
-    const auto x = context.x;
-    const float probability = adapter_.options().dropout;
-    MatrixView<const T> input = x;
-    context.dropped.resize(0, 0);
-    if (training_ && probability > 0.0f) {
-      context.dropout = {adapter_.options().seed, adapter_.options().layer, step_, first_row_};
-      context.dropped.resize(x.rows, in());
-      backend_.dropout(x, probability, context.dropout, context.dropped.view(), Update::overwrite);
-      input = context.dropped.view();
-    }
-    context.z.resize(x.rows, rank);
-    detail::through_ranks(backend_, input, rows_of(adapter_.a().value, rank), context.plan, context.z.view());
+    project_down(context);
     Matrix<Acc, Memory> u;
-    u.resize(x.rows, rank);
+    u.resize(y.rows, rank);
     scale_rows(context.z.view(), context.plan, u.view(), false);
-    detail::add_from_ranks(backend_, as_const(u), rows_of(adapter_.b().value, rank), context.plan, y);
+    detail::add_from_ranks(backend_, as_const(u), rows_of(adapter_.b(), rank), context.plan, y);
   }
 
   static std::shared_ptr<const WeightType> checked(std::shared_ptr<const WeightType> base, const std::string& name) {
@@ -271,13 +208,9 @@ class DynamicLoRALinear {
     return base;
   }
 
-  template <class S, class M>
-  static MatrixView<const S> as_const(const Matrix<S, M>& matrix) {
-    return matrix.view();
-  }
-  template <class M>
-  static MatrixView<const Acc> rows_of(const M& matrix, Index rank) {
-    return matrix.view().top_rows(rank);
+  static Adapter adapter_of(const std::shared_ptr<const WeightType>& base, LoRAOptions options) {
+    checked(base, options.name);
+    return Adapter(base->cols(), base->rows(), std::move(options));
   }
 
   template <class S>
@@ -292,10 +225,6 @@ class DynamicLoRALinear {
       backend.copy(weight, dense.view());
       return std::make_shared<const WeightType>(std::move(dense));
     }
-  }
-
-  void scale_rows(MatrixView<const Acc> source, const RankPlan& plan, MatrixView<Acc> target, bool for_gradient) const {
-    detail::scale_by_rank(backend_, adapter_, source, plan, target, for_gradient);
   }
 
   void gate_gradients(const Context& context, MatrixView<const Acc> t) {
@@ -324,16 +253,12 @@ class DynamicLoRALinear {
     backend_.weight_gradient(t, t, part(adapter_.moment_b), Update::accumulate);
   }
 
-  Backend backend_;
+  using Base::adapter_input, Base::add_input_gradient, Base::as_const, Base::begin, Base::expect_backward, Base::project_down;
+  using Base::adapter_, Base::backend_, Base::plan_, Base::rows_of, Base::scale_rows, Base::training_;
+
   std::shared_ptr<const WeightType> base_;
   Matrix<Acc, Memory> bias_;
-  Adapter adapter_;
   std::unique_ptr<RowNorms<Acc>> norms_;  // with a magnitude
-  RankPlan plan_;
-  Index rank_limit_ = std::numeric_limits<Index>::max();
-  bool training_ = true;
-  std::uint32_t step_ = 0;
-  Index first_row_ = 0;
   Context own_;
   Matrix<T, Memory> y_, dx_;
 };
