@@ -8,20 +8,16 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <cstdint>
 #include <filesystem>
-#include <iterator>
 #include <limits>
 #include <span>
 #include <string>
 #include <string_view>
-#include <system_error>
 #include <utility>
 #include <vector>
 
-#include <qdylora/io/file.hpp>
 #include <qdylora/io/json.hpp>
 #include <qdylora/io/peft_format.hpp>
 #include <qdylora/io/peft_save.hpp>
@@ -71,28 +67,17 @@ inline void save_bottleneck_adapter(const std::filesystem::path& folder, Adapter
   // Under alpha / r the scale is that of the whole width, whatever is kept of it.
   double alpha = static_cast<double>(first.alpha);
   if (first.scale == ScalePolicy::constant) alpha = alpha * static_cast<double>(width) / static_cast<double>(first.max_rank);
-  std::vector<Index> ranks;
-  std::ranges::copy_if(options.ranks, std::back_inserter(ranks), [&](Index rank) { return rank <= width; });
   Json config = {{"format", std::string(detail::bottleneck_format)}, {"version", 1},
                  {"method", std::string(name(method))},              {"activation", "gelu"},
                  {"width", width},                                   {"alpha", detail::short_number(alpha)},
-                 {"scale", std::string(name(first.scale))},          {"ranks", ranks}};
+                 {"scale", std::string(name(first.scale))},          {"ranks", detail::ranks_up_to(width, options.ranks)}};
   if (!options.recipe.empty()) config["recipe"] = options.recipe;
   if (!options.base_model.empty()) config["base_model_name_or_path"] = options.base_model;
 
-  std::error_code error;
-  std::filesystem::create_directories(folder, error);
-  if (error) throw Error(Errc::open, "cannot make the folder: " + error.message(), {.file = folder.native()});
-  const auto remove = [&](std::string_view file) {
-    std::filesystem::remove(folder / file, error);
-    if (error) throw Error(Errc::write, "cannot remove: " + error.message(), {.file = (folder / file).native()});
-  };
-  const std::string text = config.dump(2) + "\n";
-  const std::filesystem::path config_path = folder / detail::bottleneck_config_file;
-  if (std::filesystem::exists(config_path, error) && read_text(config_path) != text) remove(detail::bottleneck_config_file);
-  remove(detail::peft_config_file);
-  model.write(folder / detail::bottleneck_model_file);
-  replace_file(config_path, text);
+  detail::replace_adapter(folder, detail::bottleneck_config_file, config, [&](const auto& remove) {
+    remove(detail::peft_config_file);
+    model.write(folder / detail::bottleneck_model_file);
+  });
 }
 
 /// Reads such a folder, strictly. Errc::bad_config, version, unsupported (an activation or method that is not ours), missing_tensor,
@@ -117,10 +102,9 @@ inline PeftAdapter load_bottleneck_adapter(const std::filesystem::path& folder, 
   const double alpha = adapter.config.alpha = get_number(json, "alpha", place);
   if (!(alpha > 0.0 && alpha <= static_cast<double>(std::numeric_limits<float>::max())))
     throw Error(Errc::bad_config, "expected a positive alpha, found " + std::to_string(alpha), place);
-  constexpr std::array policies{ScalePolicy::constant, ScalePolicy::over_rank, ScalePolicy::over_sqrt_rank};
   const auto scale = get_string(json, "scale", place);
-  const auto policy = std::ranges::find(policies, std::string_view(scale), [](ScalePolicy p) { return name(p); });
-  if (policy == policies.end()) throw Error(Errc::unsupported, "unknown scale '" + printable(scale, 32) + "'", place);
+  const auto policy = detail::scale_policy(scale);
+  if (!policy) throw Error(Errc::unsupported, "unknown scale '" + printable(scale, 32) + "'", place);
   adapter.ranks = get_integers(json, "ranks", 1, width, place);
   adapter.config.base_model = get_string_or(json, "base_model_name_or_path", "", place);
 

@@ -17,6 +17,7 @@
 #include <cstdint>
 #include <functional>
 #include <map>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -130,6 +131,13 @@ inline void expect_finite(MatrixView<const float> matrix, const ErrorPlace& plac
       if (!std::isfinite(matrix(i, j))) throw Error(Errc::non_finite, "element " + shape_text(i, j) + " is not finite", place);
     }
   }
+}
+
+/// The policy of a name; none where there is no such.
+inline std::optional<ScalePolicy> scale_policy(std::string_view text) {
+  for (const auto policy : {ScalePolicy::constant, ScalePolicy::over_rank, ScalePolicy::over_sqrt_rank})
+    if (text == name(policy)) return policy;
+  return std::nullopt;
 }
 
 inline std::string join(std::span<const Index> numbers) {

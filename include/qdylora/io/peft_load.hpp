@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <cstdint>
 #include <filesystem>
@@ -227,11 +226,9 @@ inline PeftAdapter load_peft_adapter(const std::filesystem::path& folder, const 
   }
   ScalePolicy policy = ScalePolicy::constant;
   if (const auto* text = entry("qdylora.scale")) {
-    constexpr std::array all{ScalePolicy::constant, ScalePolicy::over_rank, ScalePolicy::over_sqrt_rank};
-    const auto at = std::ranges::find(all, std::string_view(*text), [](ScalePolicy p) { return name(p); });
-    if (at == all.end())
-      throw Error(Errc::unsupported, "unknown qdylora.scale '" + printable(*text, 32) + "'", {.file = file.name()});
-    policy = *at;
+    const auto known = detail::scale_policy(*text);
+    if (!known) throw Error(Errc::unsupported, "unknown qdylora.scale '" + printable(*text, 32) + "'", {.file = file.name()});
+    policy = *known;
   }
   if (const auto* text = entry("qdylora.ranks")) {
     const ErrorPlace at{.file = file.name()};

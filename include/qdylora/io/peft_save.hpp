@@ -49,6 +49,31 @@ Value most_common(const std::vector<Item>& items, Value Item::* member) {
   return (*std::ranges::max_element(items, {}, [&](const Item& item) { return count[item.*member]; })).*member;
 }
 
+inline std::vector<Index> ranks_up_to(Index most, std::span<const Index> ranks) {
+  std::vector<Index> result;
+  std::ranges::copy_if(ranks, std::back_inserter(result), [&](Index rank) { return rank <= most; });
+  return result;
+}
+
+/// Replaces the adapter of a folder, which is made if it is absent, and each file in it as a whole. write(remove) writes the tensors and
+/// removes, by name, files that are not this adapter's. A config that changes is removed before and written last: a crash leaves no new
+/// tensors under an old config.
+template <class F>
+void replace_adapter(const std::filesystem::path& folder, std::string_view config_file, const Json& config, F&& write) {
+  std::error_code error;
+  std::filesystem::create_directories(folder, error);
+  if (error) throw Error(Errc::open, "cannot make the folder: " + error.message(), {.file = folder.native()});
+  const auto remove = [&](std::string_view file) {
+    std::filesystem::remove(folder / file, error);
+    if (error) throw Error(Errc::write, "cannot remove: " + error.message(), {.file = (folder / file).native()});
+  };
+  const std::string text = config.dump(2) + "\n";
+  const std::filesystem::path path = folder / config_file;
+  if (std::filesystem::exists(path, error) && read_text(path) != text) remove(config_file);
+  write(remove);
+  replace_file(path, text);
+}
+
 }  // namespace detail
 
 struct PeftOptions {
@@ -172,8 +197,7 @@ inline void save_peft_adapter(const std::filesystem::path& folder, std::span<con
     if (alpha != usual_alpha) config["alpha_pattern"][pattern] = detail::short_number(alpha);
   }
 
-  std::vector<Index> ranks;
-  std::ranges::copy_if(options.ranks, std::back_inserter(ranks), [&](Index b) { return b <= rank; });
+  const std::vector<Index> ranks = detail::ranks_up_to(rank, options.ranks);
   const auto& first = adapters.front().adapter->options();
   for (const auto& [key, value] : options.metadata) model.metadata(key, value);
   model.metadata("format", "pt");
@@ -190,21 +214,12 @@ inline void save_peft_adapter(const std::filesystem::path& folder, std::span<con
     model.metadata("qdylora.base_format", options.base_format);
   }
 
-  std::error_code error;
-  std::filesystem::create_directories(folder, error);
-  if (error) throw Error(Errc::open, "cannot make the folder: " + error.message(), {.file = folder.native()});
-  const auto remove = [&](std::string_view file) {
-    std::filesystem::remove(folder / file, error);
-    if (error) throw Error(Errc::write, "cannot remove: " + error.message(), {.file = (folder / file).native()});
-  };
-  const std::string text = config.dump(2) + "\n";
-  const std::filesystem::path config_path = folder / detail::peft_config_file;
-  if (std::filesystem::exists(config_path, error) && read_text(config_path) != text) remove(detail::peft_config_file);
-  if (gated) gates.write(folder / detail::peft_gates_file);
-  model.write(folder / detail::peft_model_file);
-  if (!gated) remove(detail::peft_gates_file);
-  remove(detail::bottleneck_config_file);  // the folder's former adapter is not this one
-  replace_file(config_path, text);
+  detail::replace_adapter(folder, detail::peft_config_file, config, [&](const auto& remove) {
+    if (gated) gates.write(folder / detail::peft_gates_file);
+    model.write(folder / detail::peft_model_file);
+    if (!gated) remove(detail::peft_gates_file);
+    remove(detail::bottleneck_config_file);  // the folder's former adapter is not this one
+  });
 }
 inline void save_peft_adapter(const std::filesystem::path& folder, std::initializer_list<NamedAdapter> adapters,
                               const PeftOptions& options = {}) {
