@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <span>
 #include <string>
+#include <type_traits>
 
 #include <qdylora/core/view.hpp>
 #include <qdylora/quant/moments8.hpp>
@@ -53,30 +54,23 @@ double row_lr(const Update& update, Index i) {
   return update.lr * (update.row_lr.empty() ? 1.0 : static_cast<double>(update.row_lr[static_cast<std::size_t>(i)]));
 }
 
-template <class S>
-UpdateRow<S> update_row(const AdamWUpdate& update, Index i) {
+template <class S, class Update>
+UpdateRow<S> update_row(const Update& update, Index i) {
   const double lr = row_lr(update, i);
-  const auto step = static_cast<double>(update.row_steps.empty() ? update.step : update.row_steps[static_cast<std::size_t>(i)]);
-  return {.gradient_scale = static_cast<S>(update.gradient_scale),
-          .decay = static_cast<S>(1.0 - lr * update.weight_decay),
-          .keep1 = static_cast<S>(update.beta1),
-          .take1 = static_cast<S>(1.0 - update.beta1),
-          .keep2 = static_cast<S>(update.beta2),
-          .take2 = static_cast<S>(1.0 - update.beta2),
-          .step_size = static_cast<S>(lr / (1.0 - std::pow(update.beta1, step))),
-          .correction2 = static_cast<S>(std::sqrt(1.0 - std::pow(update.beta2, step))),
-          .epsilon = static_cast<S>(update.epsilon)};
-}
-template <class S>
-UpdateRow<S> update_row(const LionUpdate& update, Index i) {
-  const double lr = row_lr(update, i);
-  return {.gradient_scale = static_cast<S>(update.gradient_scale),
-          .decay = static_cast<S>(1.0 - lr * update.weight_decay),
-          .keep1 = static_cast<S>(update.beta1),
-          .take1 = static_cast<S>(1.0 - update.beta1),
-          .keep2 = static_cast<S>(update.beta2),
-          .take2 = static_cast<S>(1.0 - update.beta2),
-          .step_size = static_cast<S>(lr)};
+  UpdateRow<S> row{.gradient_scale = static_cast<S>(update.gradient_scale),
+                   .decay = static_cast<S>(1.0 - lr * update.weight_decay),
+                   .keep1 = static_cast<S>(update.beta1),
+                   .take1 = static_cast<S>(1.0 - update.beta1),
+                   .keep2 = static_cast<S>(update.beta2),
+                   .take2 = static_cast<S>(1.0 - update.beta2),
+                   .step_size = static_cast<S>(lr)};
+  if constexpr (std::is_same_v<Update, AdamWUpdate>) {
+    const auto step = static_cast<double>(update.row_steps.empty() ? update.step : update.row_steps[static_cast<std::size_t>(i)]);
+    row.step_size = static_cast<S>(lr / (1.0 - std::pow(update.beta1, step)));
+    row.correction2 = static_cast<S>(std::sqrt(1.0 - std::pow(update.beta2, step)));
+    row.epsilon = static_cast<S>(update.epsilon);
+  }
+  return row;
 }
 
 /// Whether all rows have the same numbers.
