@@ -15,6 +15,7 @@
 #include "support/catch.hpp"
 #include "support/distortion.hpp"
 #include "support/files.hpp"
+#include "support/saved_run.hpp"
 #include "support/tiny_model.hpp"
 
 namespace drawn_base_test {
@@ -69,14 +70,7 @@ struct Run {
       trainer.step(test::counting_batch(model.config().vocab, 3, 12, static_cast<std::uint64_t>(now)));
     }
   }
-  std::string saved() {
-    const test::TemporaryFolder folder;
-    qd::TrainState state;
-    collect(state, "values", model.parameters());
-    collect(state, "adamw", trainer.optimizer());
-    qd::save_train_state(folder / "state", state);
-    return test::read_file(folder / "state");
-  }
+  std::string saved() { return test::saved_run(model, trainer); }
 };
 
 }  // namespace

@@ -9,6 +9,7 @@
 
 #include "support/catch.hpp"
 #include "support/files.hpp"
+#include "support/saved_run.hpp"
 #include "support/tiny_model.hpp"
 
 namespace paged_test {
@@ -40,14 +41,7 @@ struct Run {
     while (trainer.step_count() < end)
       trainer.step(test::counting_batch(model.config().vocab, 3, 12, static_cast<std::uint64_t>(trainer.step_count())));
   }
-  std::string saved() {
-    const test::TemporaryFolder folder;
-    qd::TrainState state;
-    collect(state, "values", model.parameters());
-    collect(state, "adamw", trainer.optimizer());
-    qd::save_train_state(folder / "state", state);
-    return test::read_file(folder / "state");
-  }
+  std::string saved() { return test::saved_run(model, trainer); }
   /// Goes on from where another run of the same seed was saved; `place` is the trainer's of that run.
   template <class State>
   void resume(const std::string& saved, const State& place) {

@@ -15,6 +15,7 @@
 #include "support/files.hpp"
 #include "support/gradcheck.hpp"
 #include "support/random_data.hpp"
+#include "support/rank_plans.hpp"
 
 namespace bottleneck_test {
 
@@ -41,17 +42,8 @@ qd::BottleneckAdapter<T> make_adapter(Index width, qd::LoRAOptions options, Plac
   return adapter;
 }
 
-// One width for all rows, every one of them, and several plans of a width for each row.
 std::vector<qd::RankPlan> plans(Index tokens) {
-  std::vector<qd::RankPlan> result;
-  for (Index rank = 1; rank <= max_rank; ++rank) result.push_back(qd::RankPlan::uniform(rank));
-  for (std::uint64_t seed = 0; seed < 3; ++seed) {
-    qd::Rng rng(seed);
-    std::vector<Index> ranks;
-    const std::uint64_t choices = seed == 0 ? max_rank + 1 : max_rank - 1;  // 0 occurs, the full width in the first plan alone
-    for (Index i = 0; i < tokens; ++i) ranks.push_back(static_cast<Index>(rng.below(choices)));
-    result.push_back(qd::RankPlan::per_row(ranks));
-  }
+  auto result = test::rank_plans(max_rank, tokens);
   if (tokens >= 40) result.push_back(qd::RankPlan::of_runs({{20, 2}, {4, 0}, {tokens - 24, 4}}));  // products run by run
   return result;
 }
@@ -86,13 +78,7 @@ double loss(const qd::BottleneckAdapter<double>& adapter, const Double& x, const
   Double y = qd::clone(test::normal_matrix<double>(x.rows(), x.cols(), 21).view());
   qd::BottleneckAdapter<double>::Context context;
   adapter.forward(x.view(), y.view(), context);
-  double sum = 0.0;
-  context.plan.for_each_run(x.rows(), [&](Index first, Index count, Index run_rank) {
-    if (rank >= 0 && run_rank != rank) return;
-    for (Index i = first; i < first + count; ++i)
-      for (Index j = 0; j < x.cols(); ++j) sum += c(i, j) * y(i, j);
-  });
-  return sum;
+  return test::product_sum(y.view(), c.view(), context.plan, rank);
 }
 
 void check_gradients(Index width, Index tokens, const qd::LoRAOptions& options, Placement placement) {

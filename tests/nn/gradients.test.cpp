@@ -12,6 +12,7 @@
 #include "support/distortion.hpp"
 #include "support/gradcheck.hpp"
 #include "support/random_data.hpp"
+#include "support/rank_plans.hpp"
 
 namespace gradients_test {
 
@@ -42,33 +43,13 @@ std::vector<Options> all_options() {
   return all;
 }
 
-// One rank for all rows, every one of them, and several plans of a rank for each row.
-std::vector<qd::RankPlan> plans(Index tokens) {
-  std::vector<qd::RankPlan> result;
-  for (Index rank = 1; rank <= max_rank; ++rank) result.push_back(qd::RankPlan::uniform(rank));
-  for (std::uint64_t seed = 0; seed < 3; ++seed) {
-    qd::Rng rng(seed);
-    std::vector<Index> ranks;
-    const std::uint64_t choices = seed == 0 ? max_rank + 1 : max_rank - 1;  // 0 occurs, the full rank in the first plan alone
-    for (Index i = 0; i < tokens; ++i) ranks.push_back(static_cast<Index>(rng.below(choices)));
-    result.push_back(qd::RankPlan::per_row(ranks));
-  }
-  return result;
-}
-
 // layer(x) . c, the loss whose gradient with respect to y is c; over rows of one rank only where `rank` is not negative.
 template <class Layer>
 double loss(const Layer& layer, const Double& x, const Double& c, Index rank = -1) {
   Double y(x.rows(), out);
   typename Layer::Context context;
   layer.forward(x.view(), y.view(), context);
-  double sum = 0.0;
-  context.plan.for_each_run(x.rows(), [&](Index first, Index count, Index run_rank) {
-    if (rank >= 0 && run_rank != rank) return;
-    for (Index i = first; i < first + count; ++i)
-      for (Index j = 0; j < out; ++j) sum += c(i, j) * y(i, j);
-  });
-  return sum;
+  return test::product_sum(y.view(), c.view(), context.plan, rank);
 }
 
 bool all_zero(std::span<const double> values) {
@@ -98,7 +79,7 @@ void check_layer(Layer& layer, const Options& options, Index tokens) {
   const Double c = test::normal_matrix<double>(tokens, out, 14);
   Double y(tokens, out), dx(tokens, in);
 
-  for (const auto& plan : plans(tokens)) {
+  for (const auto& plan : test::rank_plans(max_rank, tokens)) {
     CAPTURE(plan.is_uniform(), plan.max_rank(), tokens, name(options.scale), options.gates, options.dropout);
     const bool last_row = options.rows == GradientRows::last_row;
     CAPTURE(last_row);
