@@ -14,8 +14,8 @@
 
 namespace qdylora::examples {
 
-/// f(layer, heads) for every layer with an adapter: heads is what save_peft_adapter and assign take as rope_heads, which is 0 but for q and k in
-/// GGUF's rotary layout, which only Llamas come in.
+/// f(layer, heads) for every layer with an adapter: heads is what save_peft_adapter and assign take as rope_heads, which is 0 but for q and k
+/// in GGUF's rotary layout, which only Llamas come in.
 template <class Model, class F>
 void for_each_adapter(Model& model, F&& f) {
   if (model.options().method != AdapterMethod::lora) return model.for_each_trained([&](auto& layer) { f(layer, Index{0}); });
