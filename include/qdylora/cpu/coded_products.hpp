@@ -13,6 +13,8 @@ namespace qdylora::detail {
 // float32.
 inline constexpr Index few_tokens_backward = 16, few_tokens_in_pairs = 4;
 
+constexpr Index div_up(Index a, Index b) noexcept { return (a + b - 1) / b; }
+
 /// Every scale of a weight, where kernels read them as a table.
 inline const float* all_scales(const CpuRun& run, const CodedWeight& w) {
   if (w.bits != 4 || !w.whole_blocks()) return nullptr;
@@ -83,19 +85,24 @@ void few_forward(const CpuRun& run, const FewKernels& few, MatrixView<const floa
 
 template <class Y>
 void few_backward(const CpuRun& run, MatrixView<const float> dy, const CodedWeight& w, MatrixView<Y> dx, Update update) {
-  // Tasks share the columns, and of few columns the rows too.
-  const Index strip = w.cols >= 4096 ? few_strip : w.cols >= 2048 ? few_strip / 2 : few_strip / 4;
-  const Index strips = (w.cols + strip - 1) / strip;
-  const Index parts = std::max<Index>(1, std::min(w.rows / 256, 16 / strips));
-  const Index part_rows = (w.rows + parts - 1) / parts;
   const float* scales = all_scales(run, w);
   for (Index token = 0; token < dy.rows;) {
     const int size = few_kernel(dy.rows - token);
     const Index tile = few_tile[size], tokens = std::min(tile, dy.rows - token);
+    // Tasks share the rows where a kernel has room for the sums of most of a row, else the columns first.
+    const Index columns = run.codes().few_columns[size];
+    const Index strip = columns > 512      ? rounded_up(div_up(w.cols, div_up(w.cols, columns)), 128)
+                        : w.cols >= 4096 ? 512
+                        : w.cols >= 2048 ? 256
+                                         : 128;
+    const Index strips = div_up(w.cols, strip);
+    const Index parts = std::max<Index>(1, std::min(w.rows / 256, 16 / strips)), part_rows = div_up(w.rows, parts);
     const float* by_row = dy.row(token);  // dy of each row of the weight, for every token
     if (tile > 1) {
       float* turned = scratch<float, 3>(w.rows * tile);
       run.parallel_ranges(w.rows, 1024, [&](Index begin, Index end) {
+        if (const auto turn = run.codes().few_float32.interleave[size])
+          return turn(dy.row(token) + begin, dy.stride, tokens, end - begin, turned + begin * tile);
         for (Index n = begin; n < end; ++n)
           for (Index m = 0; m < tile; ++m) turned[n * tile + m] = m < tokens ? dy(token + m, n) : 0.0f;
       });
@@ -105,19 +112,22 @@ void few_backward(const CpuRun& run, MatrixView<const float> dy, const CodedWeig
     run.parallel_for(strips * parts, [&](Index task) {
       const Index part = task % parts, col = task / parts * strip, width = std::min(strip, w.cols - col);
       const Index begin = part * part_rows, end = std::min(w.rows, begin + part_rows);
-      float* total = parts > 1 ? sums + (part * w.cols + col) * tile : scratch<float, 5>(tile * few_strip);
+      float* total = parts > 1 ? sums + (part * w.cols + col) * tile : scratch<float, 5>(tile * strip);
       run.codes().few_backward[size](w, scales, begin, end, col, width, by_row + begin * tile, total);
       if (parts > 1) return;
       for (Index t = 0; t < tokens; ++t)
         for (Index j = 0; j < width; ++j) store(dx(token + t, col + j), total[t * width + j], update);
     });
+    constexpr Index piece = 512;
     if (parts > 1)
-      run.parallel_for(strips, [&](Index task) {
-        const Index col = task * strip, width = std::min(strip, w.cols - col);
-        float* total = sums + col * tile;
-        for (Index part = 1; part < parts; ++part) run.kernels<float>().add(tile * width, sums + (part * w.cols + col) * tile, total);
-        for (Index t = 0; t < tokens; ++t)
-          for (Index j = 0; j < width; ++j) store(dx(token + t, col + j), total[t * width + j], update);
+      run.parallel_for(strips * div_up(strip, piece), [&](Index task) {
+        const Index col = task % strips * strip, width = std::min(strip, w.cols - col);
+        const Index first = task / strips * piece, count = std::min(piece, width - first);
+        for (Index t = 0; t < tokens && count > 0; ++t) {
+          float* total = sums + col * tile + t * width + first;
+          for (Index part = 1; part < parts; ++part) run.kernels<float>().add(count, total + part * w.cols * tile, total);
+          for (Index j = 0; j < count; ++j) store(dx(token + t, col + first + j), total[j], update);
+        }
       });
     token += tokens;
   }
@@ -141,7 +151,7 @@ void multiply_bytes(const CpuRun& run, const CodedWeight& w, MatrixView<const T>
   run.parallel_for((w.rows + task_rows - 1) / task_rows * groups, [&](Index task) {
     const Index first = task / groups * task_rows, width = std::min(task_rows, w.rows - first);
     const Index token = task % groups * token_group, tokens = std::min(token_group, x.rows - token);
-    constexpr Index part = 1024;  // of the sum: 32 KiB of bytes for 32 outputs
+    constexpr Index part = 512;  // of the sum: 16 KiB of bytes for 32 outputs
     float* scales = scratch<float, 6>(task_rows * blocks);
     kernels.scales(w, first * blocks, width * blocks, scales);
     std::uint32_t* panel = scratch<std::uint32_t, 0>(task_rows * part / 4);
@@ -149,14 +159,17 @@ void multiply_bytes(const CpuRun& run, const CodedWeight& w, MatrixView<const T>
     float* out = scratch<float, 1>(tokens * task_rows);
     for (Index k = 0; k < w.cols; k += part) {
       const Index depth = std::min(part, w.cols - k);
+      const bool more = k + depth < w.cols;  // what is decoded next, here or in the task that follows, is fetched meanwhile
       for (Index p = 0; p < width; p += panel_width)
         kernels.bytes.forward(w, scales + p * blocks, first + p, std::min(panel_width, width - p), k, depth, panel + p * part / 4,
                               panel_scales + p * part / 32);
       for (Index m = 0; m < tokens; m += token_block)
-        for (Index p = 0; p < width; p += panel_width)
+        for (Index p = 0; p < width; p += panel_width) {
+          if (m == 0) w.prefetch(first + p + (more ? 0 : width), panel_width, more ? k + depth : 0, part);
           kernels.bytes.gemm(std::min(token_block, tokens - m), depth / unit, unit / 4, cells + (token + m) * stride + k / 4, stride,
                              x_scales + (token + m) * units + k / unit, starts + (token + m) * units + k / unit, units,
                              panel + p * part / 4, panel_scales + p * part / 32, out + m * task_rows + p, task_rows, k > 0);
+        }
     }
     for (Index m = 0; m < tokens; ++m)
       for (Index j = 0; j < width; ++j) store(y(token + m, first + j), out[m * task_rows + j], update);

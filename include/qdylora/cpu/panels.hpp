@@ -79,6 +79,10 @@ struct CodedPanels {
       cells.backward(w, scales, begin, part, first, out);
     }
   }
+  /// Asks memory for what fill() of these outputs will read. Backward it reads one line of each row, which costs little.
+  [[gnu::always_inline]] void prefetch(Index first, Index count, Index begin, Index part) const {
+    if (direction == Direction::forward && w.whole_blocks()) w.prefetch(first, count, begin, part);
+  }
 
  private:
   const float* scales_from(Index row) const noexcept { return scales == nullptr ? nullptr : scales + row * w.row_blocks(); }
@@ -207,11 +211,15 @@ void multiply_panels(const CpuRun& run, const Cells& cells, const Panels& panels
       const Index here = cells.cells_of(part);
       for (Index p = 0; p < width; p += panel_width)
         panels.fill(first + p, std::min(panel_width, width - p), k, part, panel + p * panel_cells);
+      const bool more = k + part < end;  // what is decoded next, here or in the task that follows, is fetched meanwhile
       const bool add = k > begin || (direct && update == Update::accumulate);
       for (Index m = 0; m < tokens; m += token_block)
-        for (Index p = 0; p < width; p += panel_width)
+        for (Index p = 0; p < width; p += panel_width) {
+          if constexpr (requires { panels.prefetch(first, width, k, part); })
+            if (m == 0) panels.prefetch(first + p + (more ? 0 : task_outputs), panel_width, more ? k + part : begin, panel_depth);
           cells.gemm(std::min(token_block, tokens - m), width - p > panel_width / 2 ? panel_width : panel_width / 2, here,
                      input.row(token + m) + cells.cells_of(k), input.stride, panel + p * panel_cells, out.row(m) + p, out.stride, add);
+        }
     }
     if (!direct && parts == 1)
       for (Index m = 0; m < tokens; ++m)

@@ -61,8 +61,6 @@ struct FewKernels {
                      const std::int32_t* starts, float* workspace, float* total) = {};  // the last where a set has registers for it
   explicit operator bool() const noexcept { return steps > 0; }
 };
-/// Columns that the backward products of few tokens take at a time, at most: memory likes runs of some lines.
-inline constexpr Index few_strip = 512;
 
 /// Products of panels in 16 bits. `numbers` consecutive ones of a sum take `cells` cells, in a row of x and, [cells][panel_width] of them, in a
 /// panel; the last are filled up with zeros.
@@ -104,6 +102,7 @@ struct CodeKernels {
   void (*number_dots[2])(const CodedWeight&, Index row, Index rows, const float* x, Index x_row, float* out);  // of 1 and 4 tokens
   void (*few_backward[3])(const CodedWeight&, const float* all_scales, Index begin, Index end, Index col, Index width, const float* dy,
                           float* total);
+  Index few_columns[3];  // that few_backward takes at once, at most: memory likes long runs
   FewKernels few_float32, few_bits16, few_int8;
   CellKernels bits16;
   ByteKernels bytes;
@@ -171,7 +170,7 @@ QDYLORA_TARGET_END
 QDYLORA_TARGET_BEGIN(QDYLORA_AVX512_VNNI)
 namespace avx512_vnni {
 using avx512::bytes_in_order, avx512::chunk_dwords, avx512::code_columns, avx512::Codes, avx512::columns, avx512::first_lanes;
-using avx512::few_backward, avx512::Fma, avx512::gemm, avx512::has_columns, avx512::lane_sum, avx512::lanes, avx512::numbers_in_order, avx512::rounded_product;
+using avx512::few_backward, avx512::few_columns, avx512::Fma, avx512::gemm, avx512::has_columns, avx512::lane_sum, avx512::lanes, avx512::numbers_in_order, avx512::rounded_product;
 using avx512::transpose_rows, avx512::Vec;
 #include <qdylora/cpu/kernels/avx512_vnni.inc>
 #include <qdylora/cpu/kernels/codes.inc>
