@@ -11,7 +11,7 @@
 
 namespace qdylora::detail {
 
-inline constexpr Index panel_cells = 256;   // of a sum, decoded at a time: with 32 outputs 32 KiB
+inline constexpr Index panel_cells = 128;   // of a sum, decoded at a time: with 32 outputs 16 KiB
 inline constexpr Index token_block = 112;   // tokens that pass over the panels of a task together: a multiple of the tiles' rows
 inline constexpr Index token_group = 512;   // tokens of a task: a quantized weight is decoded once for so many
 inline constexpr Index dense_group = 128;   // the same of a dense weight, which costs little to look at twice
@@ -79,9 +79,11 @@ struct CodedPanels {
       cells.backward(w, scales, begin, part, first, out);
     }
   }
-  /// Asks memory for what fill() of these outputs will read. Backward it reads one line of each row, which costs little.
-  [[gnu::always_inline]] void prefetch(Index first, Index count, Index begin, Index part) const {
-    if (direction == Direction::forward && w.whole_blocks()) w.prefetch(first, count, begin, part);
+  /// Asks memory for share i of n of what fill() of these outputs will read, row by row.
+  [[gnu::always_inline]] void prefetch(Index first, Index outputs, Index begin, Index part, Index i, Index n) const {
+    if (!w.whole_blocks()) return;
+    if (direction == Direction::forward) w.prefetch(first + i * outputs / n, outputs / n, begin, part);
+    else w.prefetch(begin + i * part / n, (i + 1) * part / n - i * part / n, first, outputs);
   }
 
  private:
@@ -205,20 +207,23 @@ void multiply_panels(const CpuRun& run, const Cells& cells, const Panels& panels
       if (direct) out = {y.row(token) + first, tokens, width, y.stride};
     if (parts > 1) out = {sums + (task % parts * x.rows + token) * sum_stride + first, tokens, width, sum_stride};
     else if (!direct) out = {scratch<S, 1>(tokens * padded), tokens, padded};
-    Cell* panel = scratch<Cell, 0>(padded * panel_cells);
+    const Index apart = tokens > token_block ? panel_cells : 0;  // panels that serve once share their place, in a first-level cache
+    Cell* panel = scratch<Cell, 0>(apart > 0 ? padded * apart : panel_width * panel_cells);
     for (Index k = begin; k < std::max(end, begin + 1); k += panel_depth) {
       const Index part = std::clamp<Index>(end - k, 0, panel_depth);
       const Index here = cells.cells_of(part);
-      for (Index p = 0; p < width; p += panel_width)
-        panels.fill(first + p, std::min(panel_width, width - p), k, part, panel + p * panel_cells);
       const bool more = k + part < end;  // what is decoded next, here or in the task that follows, is fetched meanwhile
       const bool add = k > begin || (direct && update == Update::accumulate);
       for (Index m = 0; m < tokens; m += token_block)
         for (Index p = 0; p < width; p += panel_width) {
-          if constexpr (requires { panels.prefetch(first, width, k, part); })
-            if (m == 0) panels.prefetch(first + p + (more ? 0 : task_outputs), panel_width, more ? k + part : begin, panel_depth);
+          if (m == 0) {
+            panels.fill(first + p, std::min(panel_width, width - p), k, part, panel + p * apart);
+            if constexpr (requires { panels.prefetch(first, width, k, part, p, p); })
+              panels.prefetch(more ? first : first + task_outputs, task_outputs, more ? k + part : begin, panel_depth, p / panel_width,
+                              task_outputs / panel_width);
+          }
           cells.gemm(std::min(token_block, tokens - m), width - p > panel_width / 2 ? panel_width : panel_width / 2, here,
-                     input.row(token + m) + cells.cells_of(k), input.stride, panel + p * panel_cells, out.row(m) + p, out.stride, add);
+                     input.row(token + m) + cells.cells_of(k), input.stride, panel + p * apart, out.row(m) + p, out.stride, add);
         }
     }
     if (!direct && parts == 1)
