@@ -33,7 +33,7 @@ void few_forward(const CpuRun& run, const FewKernels& few, MatrixView<const floa
                  Update update) {
   constexpr Index scale_rows = 32;  // whose scales are decoded together
   // Kernels fetch the rows after theirs ahead of time, for themselves if the task goes on there.
-  const Index task_rows = w.rows >= 2048 ? 256 : 32;
+  const Index task_rows = w.rows >= 2048 ? 256 : w.rows >= 1024 ? 64 : 32;
   const Index dwords = w.cols / 8, blocks = w.row_blocks();
   for (Index token = 0; token < x.rows;) {
     const int size_index = few_kernel(x.rows - token, few.forward[2] != nullptr);

@@ -39,13 +39,15 @@ class LoopBody {
   void (*invoke_)(void*, Index);
 };
 
-/// A fork-join pool. The caller works too, so `threads` - 1 are started, at the first call that has use for them. Between calls workers
-/// spin for some microseconds (a layer is a chain of short parallel loops) and then sleep.
+/// A fork-join pool. The caller works too, so `threads` - 1 are started, at the first call that has use for them. Each thread has a share of
+/// a loop's tasks, in a row, and takes what others left when it is done: threads seldom wait for a counter that another one holds. Between
+/// calls workers spin for some microseconds (a layer is a chain of short parallel loops) and then sleep.
 class ThreadPool {
  public:
   /// threads = 0: as many as the hardware runs at once.
   explicit ThreadPool(int threads = 0)
-      : threads_(threads > 0 ? threads : static_cast<int>(std::max(1u, std::thread::hardware_concurrency()))) {}
+      : threads_(threads > 0 ? threads : static_cast<int>(std::max(1u, std::thread::hardware_concurrency()))),
+        shares_(static_cast<std::size_t>(threads_)) {}
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
   ~ThreadPool() {
@@ -70,12 +72,15 @@ class ThreadPool {
     }
     const std::lock_guard hold(busy_, std::adopt_lock);
     if (workers_.empty()) start();
+    if (++tag_ == 0) {  // after four billion loops tags come again: no share may keep one of before
+      for (Share& share : shares_) share.claimed.store(0, std::memory_order_relaxed);
+      tag_ = 1;
+    }
     body_ = &f;
     count_ = count;
-    next_.store(0, std::memory_order_relaxed);
     error_ = nullptr;
     error_task_ = count;
-    working_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
+    shares_[0].working.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
     round_.fetch_add(1, std::memory_order_seq_cst);
     if (sleepers_.load(std::memory_order_seq_cst) > 0) {
       {
@@ -83,8 +88,8 @@ class ThreadPool {
       }
       wake_.notify_all();
     }
-    work();
-    for (int spin = 0; working_.load(std::memory_order_acquire) > 0; ++spin)
+    work(0);
+    for (int spin = 0; shares_[0].working.load(std::memory_order_acquire) > 0; ++spin)
       if (spin > spins_before_yield) std::this_thread::yield();
       else pause();
     if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
@@ -108,26 +113,48 @@ class ThreadPool {
     workers_.reserve(static_cast<std::size_t>(threads_ - 1));
     const std::uint64_t round = round_.load();
     for (int i = 1; i < threads_; ++i)
-      workers_.emplace_back([this, round] { serve(round); });
+      workers_.emplace_back([this, i, round] { serve(i, round); });
   }
 
-  void work() noexcept {
+  void work(int self) noexcept {
     inside() = true;
-    for (Index i = next_.fetch_add(1); i < count_; i = next_.fetch_add(1)) {
-      try {
-        (*body_)(i);
-      } catch (...) {
-        const std::lock_guard lock(error_mutex_);
-        if (i < error_task_) {
-          error_task_ = i;
-          error_ = std::current_exception();
+    for (int t = 0; t < threads_; ++t) {
+      const Index owner = (self + t) % threads_, begin = count_ * owner / threads_, size = count_ * (owner + 1) / threads_ - begin;
+      Share& share = shares_[static_cast<std::size_t>(owner)];
+      for (Index i = claim(share, size); i < size; i = claim(share, size)) {
+        try {
+          (*body_)(begin + i);
+        } catch (...) {
+          const std::lock_guard lock(error_mutex_);
+          if (begin + i < error_task_) {
+            error_task_ = begin + i;
+            error_ = std::current_exception();
+          }
         }
       }
     }
     inside() = false;
   }
 
-  void serve(std::uint64_t seen) {
+  struct alignas(64) Share {                // of a loop's tasks
+    std::atomic<std::uint64_t> claimed{0};  // above, the tag of the loop of the last claim; below, how many tasks were claimed in it
+    std::atomic<int> working{0};            // in the first share: threads that have not ended. Who ends has looked at that share just before.
+  };
+
+  /// The next task of a share that nobody has claimed in this loop, or `size`. A loop's first claim sets the count anew: nobody writes into
+  /// another thread's share to begin.
+  Index claim(Share& share, Index size) const noexcept {
+    const std::uint64_t none = std::uint64_t{tag_} << 32;
+    std::uint64_t seen = share.claimed.load(std::memory_order_relaxed);
+    for (;;) {
+      const std::uint64_t now = seen >> 32 == tag_ ? seen : none;
+      const auto task = static_cast<Index>(now - none);
+      if (task >= size) return size;
+      if (share.claimed.compare_exchange_weak(seen, now + 1, std::memory_order_relaxed)) return task;
+    }
+  }
+
+  void serve(int self, std::uint64_t seen) {
     for (;;) {
       for (int spin = 0; round_.load(std::memory_order_acquire) == seen; ++spin) {
         if (spin < spins_before_sleep) {
@@ -141,8 +168,8 @@ class ThreadPool {
       }
       if (stop_.load()) return;
       ++seen;
-      work();
-      working_.fetch_sub(1, std::memory_order_release);
+      work(self);
+      shares_[0].working.fetch_sub(1, std::memory_order_release);
     }
   }
 
@@ -150,18 +177,18 @@ class ThreadPool {
   std::mutex busy_;  // held by the caller whose loop runs
   std::vector<std::thread> workers_;
 
-  // the loop at hand
+  // The loop at hand. What threads wait for together lies together, and apart from what others write meanwhile.
+  std::vector<Share> shares_;
+  alignas(64) std::atomic<std::uint64_t> round_{0};
+  std::atomic<bool> stop_{false};
+  std::uint32_t tag_ = 0;
   const LoopBody* body_ = nullptr;
   Index count_ = 0;
-  std::atomic<Index> next_{0};
-  std::atomic<int> working_{0};
-  std::mutex error_mutex_;
+  alignas(64) std::mutex error_mutex_;
   std::exception_ptr error_;
   Index error_task_ = 0;
 
-  std::atomic<std::uint64_t> round_{0};
-  std::atomic<bool> stop_{false};
-  std::atomic<int> sleepers_{0};
+  alignas(64) std::atomic<int> sleepers_{0};
   std::mutex sleep_mutex_;
   std::condition_variable wake_;
 };
