@@ -37,7 +37,7 @@ using namespace qdylora;
 using namespace qdylora::examples;
 
 struct Options {
-  std::string model, tokenizer, data, recipes, seeds = "0,1,2", ranks = "1,2,4,8,16,32,64", base = "nf4", eval_formats;
+  std::string model, tokenizer, data, recipes, chat = "model", seeds = "0,1,2", ranks = "1,2,4,8,16,32,64", base = "nf4", eval_formats;
   std::string init = "standard", against = "qdylora";
   std::string out = "compare.jsonl";
   float alpha = 64.0f, alpha_over_rank = 16.0f;
@@ -69,6 +69,7 @@ void declare(CLI::App& app, Options& o) {
       ->check(not_empty());
   app.add_option("--init", o.init, "what adapters begin with, as for finetune; recipes whose scale is alpha/r alone")->capture_default_str();
   app.add_option("--against", o.against, "the recipe that differences are taken to")->capture_default_str();
+  add_chat_template(app, o.chat);
   add_number(app, "--threads", o.threads, "0: one for each processor", 0, most_threads);
   app.add_option("--results", o.out, "runs, one JSON line each")->check(not_empty())->capture_default_str();
 }
@@ -90,7 +91,7 @@ class Rows {
       }
     } else {
       const auto examples = load_examples(o.data);
-      auto samples = tokenize(examples, model->need_tokenizer(), {.chat = model->chat, .max_length = o.seq_len}).samples;
+      auto samples = tokenize(examples, model->need_tokenizer(), {.chat = model->chat_template(), .max_length = o.seq_len}).samples;
       const auto count = std::min<std::size_t>(samples.size() / 5, static_cast<std::size_t>(o.eval_rows));
       test_.assign(samples.end() - static_cast<std::ptrdiff_t>(count), samples.end());
       samples.resize(samples.size() - count);
@@ -306,6 +307,7 @@ int compare(const Options& o) {
       model = open_model(o.model, o.tokenizer, options_of(base), cpu);
       base.weights = model.read();
     }
+    if (!text) choose_chat_template(model, o.chat);
     if (text) stream = model.need_tokenizer().encode(read_text(o.data), {.parse_special = false});
   }
   expect_seq_len(o.seq_len, bases.front().weights->config);

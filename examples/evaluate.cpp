@@ -40,7 +40,7 @@ void declare(CLI::App& app, EvaluateOptions& o) {
   add_number(app, "--seq-len", o.seq_len, "tokens of a sequence at most", 2, most_tokens);
   add_number(app, "--threads", o.threads, "0: one for each processor", 0, most_threads);
   add_device(app, o.device, o.dtype);
-  app.add_flag("--no-chat-template", o.no_chat, "no chat template around prompts");
+  add_chat_template(app, o.chat);
 }
 
 int evaluate(const EvaluateOptions& o) {
@@ -54,7 +54,7 @@ int evaluate(const EvaluateOptions& o) {
   }
   const BaseOptions base = adapter ? base_of(*adapter, o.adapter, o.base) : BaseOptions{.format = base_format(o.base)};
   auto model = open_model(o.model, o.tokenizer, base, cpu.backend());
-  if (o.no_chat) model.chat = false;
+  if (o.ids.empty()) choose_chat_template(model, o.chat);
   if (o.device == "cuda") return evaluate_on_cuda(o, adapter, model);
   return with_dtype(o.dtype, [&]<class T>(std::type_identity<T>) { return examples::evaluate<T>(o, adapter, model, cpu); });
 }

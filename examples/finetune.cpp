@@ -79,7 +79,7 @@ void declare(CLI::App& app, FinetuneOptions& o) {
   add_number(app, "--max-new-tokens", o.new_tokens, "tokens of an answer at most", 1, most_new_tokens);
   add_number(app, "--save-every", o.save_every, "steps between saved states; 0: only when stopped", 0, most_steps);
   app.add_flag("--gradient-checkpointing", o.checkpoint, "recompute activations: less memory, a third more work");
-  app.add_flag("--no-chat-template", o.no_chat, "no chat template around prompts");
+  add_chat_template(app, o.chat);
   app.add_flag("--resume", o.resume, "go on from the state in --out");
   app.add_option("--out", o.out, "folder for results")->check(not_empty())->capture_default_str();
 }
@@ -92,7 +92,7 @@ FinetuneData load_data(const FinetuneOptions& o, const OpenModel& model, Index h
     // A short system message of our own: the template's default one would be a quarter of all tokens.
     for (auto* set : {&train, &validation})
       for (auto& example : *set)
-        if (model.chat) example.earlier = {{"system", "Solve the problem."}};
+        if (model.chat && model.chat->system_place != SystemPlace::none) example.earlier = {{"system", "Solve the problem."}};
   } else {
     train = load_examples(o.data);
     if (!o.eval.empty()) {
@@ -108,7 +108,7 @@ FinetuneData load_data(const FinetuneOptions& o, const OpenModel& model, Index h
   }
   const auto& tokenizer = model.need_tokenizer();
   const auto fitting = [&](const std::vector<Example>& examples, const std::string& file, std::size_t least) {
-    auto samples = tokenize(examples, tokenizer, {.chat = model.chat, .max_length = o.seq_len});
+    auto samples = tokenize(examples, tokenizer, {.chat = model.chat_template(), .max_length = o.seq_len});
     if (samples.samples.size() < least)
       throw Error(Errc::bad_argument,
                   std::to_string(samples.samples.size()) + " of " + std::to_string(examples.size()) +
@@ -122,7 +122,7 @@ FinetuneData load_data(const FinetuneOptions& o, const OpenModel& model, Index h
   data.train = std::move(samples.samples);
   data.validation_samples = fitting(validation, o.eval.empty() ? o.data : o.eval, 1).samples;
   data.validation_samples.resize(std::min<std::size_t>(data.validation_samples.size(), static_cast<std::size_t>(o.eval_examples)));
-  data.questions = questions(validation, tokenizer, model.chat, o.seq_len, o.answers);
+  data.questions = questions(validation, tokenizer, model.chat_template(), o.seq_len, o.answers);
   if (held_back > 0) {  // at most a tenth of the examples
     const auto count = std::min<std::size_t>(static_cast<std::size_t>(held_back), data.train.size() / 10);
     data.held_back.assign(data.train.end() - static_cast<std::ptrdiff_t>(count), data.train.end());
@@ -162,7 +162,7 @@ int finetune(const FinetuneOptions& o) {
                   "--init " + o.init + ": needs a scale that is the same at every rank, and that of the recipe " + o.recipe_name + " is " +
                       std::string(name(chosen.scale)));
   OpenModel model = o.toy ? toy_model(base, cpu.backend()) : open_model(o.model, o.tokenizer, base, cpu.backend());
-  if (o.no_chat) model.chat = false;
+  choose_chat_template(model, o.chat);
   expect_seq_len(o.seq_len, model.config);
   expect_ranks(ranks, model.config);
   const auto data = load_data(o, model, chosen.measure ? held_back_rows(o.steps * o.batch, ranks.size()) : 0);

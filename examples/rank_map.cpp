@@ -28,10 +28,9 @@ using namespace qdylora;
 using namespace qdylora::examples;
 
 struct Options {
-  std::string model, tokenizer, adapter, data, base = "nf4", out;
+  std::string model, tokenizer, adapter, data, chat = "model", base = "nf4", out;
   Index rank = 8, examples = 16, held_out = 16, seq_len = 256;
   int threads = 0;
-  bool no_chat = false;
 };
 
 void declare(CLI::App& app, Options& o) {
@@ -45,7 +44,7 @@ void declare(CLI::App& app, Options& o) {
   add_number(app, "--seq-len", o.seq_len, "tokens of a sequence at most", 2, most_tokens);
   app.add_option("--base-format", o.base, "base weights: nf4, fp4, int4, fp8 or float32")->capture_default_str();
   add_number(app, "--threads", o.threads, "0: one for each processor", 0, most_threads);
-  app.add_flag("--no-chat-template", o.no_chat, "no chat template around prompts");
+  add_chat_template(app, o.chat);
   app.add_option("OUT", o.out, "folder to write")->required()->check(not_empty());
 }
 
@@ -90,9 +89,9 @@ int choose(const Options& o) {
   const auto examples = load_examples(o.data);
   const Cpu cpu(o.threads);
   auto model = open_model(o.model, o.tokenizer, base_of(adapter, o.adapter, o.base), cpu);
-  if (o.no_chat) model.chat = false;
+  choose_chat_template(model, o.chat);
   expect_seq_len(o.seq_len, model.config);
-  auto samples = tokenize(examples, model.need_tokenizer(), {.chat = model.chat, .max_length = o.seq_len}).samples;
+  auto samples = tokenize(examples, model.need_tokenizer(), {.chat = model.chat_template(), .max_length = o.seq_len}).samples;
   const auto few = std::min<std::size_t>(samples.size() / 2, static_cast<std::size_t>(o.examples));
   QDYLORA_EXPECTS(few > 0, bad_argument,
                   "--data: fewer than two examples have a scored token within --seq-len " + std::to_string(o.seq_len));

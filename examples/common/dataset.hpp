@@ -187,28 +187,30 @@ struct Sample {
 };
 
 struct TokenizeOptions {
-  bool chat = true;        // the ChatML template; false: the prompt, a line feed, the response
-  Index max_length = 512;  // tokens, of prompt and response together
-  bool drop_long = false;  // a sample that is too long: true leaves it out, false cuts the response on the right
+  const ChatTemplate* chat = nullptr;  // null: the prompt, a line feed, the response
+  Index max_length = 512;              // tokens, of prompt and response together
+  bool drop_long = false;              // a sample that is too long: true leaves it out, false cuts the response on the right
 };
 
 /// The ids that ask for an answer: what a sample starts with, and what generation starts from.
-inline std::vector<std::int32_t> prompt_ids(const Example& example, const Tokenizer& tokenizer, bool chat = true) {
+inline std::vector<std::int32_t> prompt_ids(const Example& example, const Tokenizer& tokenizer, const ChatTemplate* chat) {
   std::vector<ChatMessage> turns = example.earlier;
   turns.push_back({"user", example.prompt});
+  if (chat != nullptr) return encode_chat(tokenizer, *chat, turns);
   std::vector<std::int32_t> ids;
   if (tokenizer.adds_bos()) ids.push_back(tokenizer.bos());
-  std::vector<std::int32_t> asked;
-  if (chat) {
-    const bool smollm = tokenizer.pre_tokenizer() == PreTokenizer::smollm;
-    asked = encode_chat(tokenizer, turns, {.system = smollm ? smollm_system_message : ""});
-  } else {
-    std::string text;
-    for (const ChatMessage& turn : turns) text += turn.content + "\n";
-    asked = tokenizer.encode(text, {.parse_special = false});
-  }
+  std::string text;
+  for (const ChatMessage& turn : turns) text += turn.content + "\n";
+  const auto asked = tokenizer.encode(text, {.parse_special = false});
   ids.insert(ids.end(), asked.begin(), asked.end());
   return ids;
+}
+
+/// The token that ends an answer. Errors: unsupported.
+inline std::int32_t end_of_answer(const Tokenizer& tokenizer, const ChatTemplate* chat) {
+  if (chat != nullptr) return chat_end(tokenizer, *chat);
+  QDYLORA_EXPECTS(tokenizer.eos() >= 0, unsupported, "the tokenizer has no end token");
+  return tokenizer.eos();
 }
 
 /// The sample of an example: prompt, response, and the token that ends it, which is scored too. Running text (an empty prompt) has
@@ -218,18 +220,20 @@ inline std::optional<Sample> tokenize(const Example& example, const Tokenizer& t
   QDYLORA_EXPECTS(options.max_length >= 2, bad_argument,
                   "tokenize: expected a length of 2 or more, found " + std::to_string(options.max_length));
   Sample sample;
-  const auto follows = example.prompt.empty() ? Follows::nothing : Follows::text;
-  const auto response = tokenizer.encode(example.response, {.parse_special = false, .follows = follows});
+  const auto append = [&](const std::vector<std::int32_t>& ids) { sample.ids.insert(sample.ids.end(), ids.begin(), ids.end()); };
   if (example.prompt.empty()) {
     if (tokenizer.adds_bos()) sample.ids.push_back(tokenizer.bos());
-    sample.ids.insert(sample.ids.end(), response.begin(), response.end());
+    append(tokenizer.encode(example.response, {.parse_special = false}));
     sample.prompt_length = 1;
   } else {
-    QDYLORA_EXPECTS(tokenizer.eos() >= 0, unsupported, "tokenize: the tokenizer has no end token");
     sample.ids = prompt_ids(example, tokenizer, options.chat);
     sample.prompt_length = static_cast<Index>(sample.ids.size());
-    sample.ids.insert(sample.ids.end(), response.begin(), response.end());
-    sample.ids.push_back(tokenizer.eos());
+    if (options.chat != nullptr) {
+      append(encode_answer(tokenizer, *options.chat, sample.ids, example.response));
+    } else {
+      append(tokenizer.encode(example.response, {.parse_special = false, .follows = Follows::text}));
+      sample.ids.push_back(end_of_answer(tokenizer, nullptr));
+    }
   }
   sample.truncated = static_cast<Index>(sample.ids.size()) > options.max_length;
   if (sample.truncated) {

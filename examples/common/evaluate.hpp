@@ -19,11 +19,10 @@
 namespace qdylora::examples {
 
 struct EvaluateOptions {
-  std::string model, tokenizer, adapter, data, ids, logits, base = "nf4", device = "cpu", dtype = "float32";
+  std::string model, tokenizer, adapter, data, ids, logits, chat = "model", base = "nf4", device = "cpu", dtype = "float32";
   std::optional<Index> rank;
   Index seq_len = 512, answers = 0, new_tokens = 128, max_examples = 1'000'000;
   int threads = 0;
-  bool no_chat = false;
 };
 
 template <class T, class Backend>
@@ -71,10 +70,10 @@ int evaluate(const EvaluateOptions& o, const std::optional<PeftAdapter>& adapter
     return 0;
   }
   if (o.max_examples < static_cast<Index>(examples.size())) examples.resize(static_cast<std::size_t>(o.max_examples));
-  const auto samples = tokenize(examples, model.need_tokenizer(), {.chat = model.chat, .max_length = o.seq_len});
+  const auto samples = tokenize(examples, model.need_tokenizer(), {.chat = model.chat_template(), .max_length = o.seq_len});
   if (samples.samples.empty())
     throw Error(Errc::bad_argument, "no example has a scored token within --seq-len " + std::to_string(o.seq_len), {.file = o.data});
-  const auto asked = questions(examples, model.need_tokenizer(), model.chat, o.seq_len, o.answers);
+  const auto asked = questions(examples, model.need_tokenizer(), model.chat_template(), o.seq_len, o.answers);
   if (o.answers > 0 && asked.empty())
     throw Error(Errc::bad_argument, "--answers: no example has a prompt within --seq-len " + std::to_string(o.seq_len), {.file = o.data});
   const std::vector<Index> ranks = {rank};
@@ -85,7 +84,7 @@ int evaluate(const EvaluateOptions& o, const std::optional<PeftAdapter>& adapter
     std::printf(" (%lld cut, %lld left out)", static_cast<long long>(samples.truncated), static_cast<long long>(samples.dropped));
   std::printf("\n");
   if (!asked.empty()) {
-    evaluate_answers(decoder, model.need_tokenizer(), model.chat, asked, results, o.new_tokens);
+    evaluate_answers(decoder, model.need_tokenizer(), model.chat_template(), asked, results, o.new_tokens);
     std::printf("exact match: %lld of %lld\n", static_cast<long long>(results[0].correct), static_cast<long long>(results[0].answers));
   }
   return 0;

@@ -101,7 +101,8 @@ void measure_costs(
 }
 
 /// The first `count` examples that ask, with a prompt that leaves room for an answer in `length` tokens.
-inline std::vector<Example> questions(std::span<const Example> examples, const Tokenizer& tokenizer, bool chat, Index length, Index count) {
+inline std::vector<Example> questions(std::span<const Example> examples, const Tokenizer& tokenizer, const ChatTemplate* chat, Index length,
+                                      Index count) {
   std::vector<Example> chosen;
   for (const auto& e : examples) {
     if (static_cast<Index>(chosen.size()) >= count) break;
@@ -120,8 +121,8 @@ constexpr std::size_t answered_at_once(Index max_tokens, std::size_t ranks) noex
 /// Writes an answer to every example at every rank, greedily, many ranks in one batch, and fills in answers, correct and texts.
 template <class T, class Backend>
 void evaluate_answers(
-    Decoder<T, Backend>& model, const Tokenizer& tokenizer, bool chat, std::span<const Example> examples, std::vector<RankResult>& results,
-    Index max_tokens, const std::function<bool()>& stop = [] { return false; }) {
+    Decoder<T, Backend>& model, const Tokenizer& tokenizer, const ChatTemplate* chat, std::span<const Example> examples,
+    std::vector<RankResult>& results, Index max_tokens, const std::function<bool()>& stop = [] { return false; }) {
   const std::size_t examples_at_once = answered_at_once(max_tokens, results.size());
   for (std::size_t begin = 0; begin < examples.size(); begin += examples_at_once) {
     if (stop()) return;
@@ -134,7 +135,7 @@ void evaluate_answers(
         ranks.push_back(result.rank);
       }
     const auto answers = generate(model, std::span<const std::vector<std::int32_t>>(prompts), RankPlan::per_row(ranks),
-                                  {.max_tokens = max_tokens, .stop_token = tokenizer.eos()});
+                                  {.max_tokens = max_tokens, .stop_token = end_of_answer(tokenizer, chat)});
     std::size_t next = 0;
     for (auto& result : results)
       for (const auto& example : part) {

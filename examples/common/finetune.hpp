@@ -29,8 +29,8 @@
 namespace qdylora::examples {
 
 struct FinetuneOptions {
-  std::string model, tokenizer, data, eval, out = "out";
-  bool toy = false, resume = false, no_chat = false, gates = false, dora = false, checkpoint = false;
+  std::string model, tokenizer, data, eval, chat = "model", out = "out";
+  bool toy = false, resume = false, gates = false, dora = false, checkpoint = false;
   std::string ranks = "1,2,4,8,16,32,64", recipe_name = "auto", method = "lora", base = "nf4", init = "standard", optimizer = "adamw", paged;
   std::string device = "cpu", dtype = "float32";
   float alpha = 16.0f, dropout = 0.0f;
@@ -102,7 +102,7 @@ inline void plan_batches(MemoryOptions& options, const FinetuneOptions& o, const
     Index prompts = 0;
     const std::size_t end = std::min(data.questions.size(), begin + at_once);
     for (std::size_t i = begin; i < end; ++i) {
-      const auto length = static_cast<Index>(prompt_ids(data.questions[i], model.need_tokenizer(), model.chat).size());
+      const auto length = static_cast<Index>(prompt_ids(data.questions[i], model.need_tokenizer(), model.chat_template()).size());
       prompts += length;
       options.cache_rows = std::max(options.cache_rows, length + o.new_tokens);
     }
@@ -210,8 +210,9 @@ int finetune_with(const FinetuneOptions& o, OpenModel& model, const FinetuneData
                                     {"recipe", o.recipe_name}, {"gates", o.gates},     {"base", o.base},
                                     {"alpha", o.alpha},        {"dropout", o.dropout}, {"lr", o.lr},
                                     {"steps", o.steps},        {"batch", o.batch},     {"seq_len", o.seq_len},
-                                    {"seed", o.seed},          {"chat", model.chat},   {"examples", data.train.size()},
-                                    {"dtype", o.dtype},        {"device", o.device},   {"optimizer", o.optimizer},
+                                    {"seed", o.seed},          {"dtype", o.dtype},     {"examples", data.train.size()},
+                                    {"device", o.device},      {"optimizer", o.optimizer},
+                                    {"chat", model.chat ? model.chat->name : "none"},
                                     {"dora", o.dora},          {"lora_plus", o.lora_plus}, {"init", o.init},
                                     {"method", o.method}}
                                    .dump();
@@ -269,7 +270,7 @@ int finetune_with(const FinetuneOptions& o, OpenModel& model, const FinetuneData
   const auto stop = [&] { return signal.requested(); };
   report.ranks = evaluate_losses(decoder, data.validation_samples, all, stop);
   if (!data.questions.empty() && !stop())
-    evaluate_answers(decoder, model.need_tokenizer(), model.chat, data.questions, report.ranks, o.new_tokens, stop);
+    evaluate_answers(decoder, model.need_tokenizer(), model.chat_template(), data.questions, report.ranks, o.new_tokens, stop);
   if (stop()) {
     std::printf("stopped; the adapter is in %s\n", (out / "adapter").string().c_str());
     return 130;

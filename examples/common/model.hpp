@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <cstdio>
 #include <filesystem>
 #include <memory>
 #include <string>
@@ -19,6 +20,35 @@ namespace qdylora::examples {
 /// The tokenizer of a .gguf file or of a Hugging Face folder.
 inline Tokenizer open_tokenizer(const std::filesystem::path& path) {
   return std::filesystem::is_directory(path) ? load_tokenizer_json(path) : load_tokenizer(GgufFile(path));
+}
+
+/// The chat template of a .gguf file or of a Hugging Face folder, "" for none, and where it stands.
+inline std::pair<std::string, std::string> read_chat_template(const std::filesystem::path& path) {
+  if (!std::filesystem::is_directory(path)) return {chat_template_text(GgufFile(path)), path.string() + ", tokenizer.chat_template"};
+  const bool own = std::filesystem::exists(path / "chat_template.jinja");
+  return {chat_template_text(path), (path / (own ? "chat_template.jinja" : "tokenizer_config.json")).string()};
+}
+
+/// Sets what prompts are written in: the model's own template where the library knows it.
+inline void find_chat_template(OpenModel& model, const std::filesystem::path& path) {
+  const auto [text, place] = read_chat_template(path);
+  if (text.empty()) {
+    model.chat_problem = "the model has no chat template";
+    return;
+  }
+  model.chat = recognize_chat_template(text);
+  constexpr std::size_t shown = 60;
+  if (!model.chat)
+    model.chat_problem = printable_utf8(place) + ": not a chat template that is known here: '" + printable(text, shown) + "'";
+}
+
+/// --chat-template: "model", the model's own, without which prompts are plain and a line says so; a template's name; "none".
+/// Errors: bad_argument.
+inline void choose_chat_template(OpenModel& model, const std::string& choice) {
+  if (choice == "none") model.chat.reset();
+  else if (choice != "model") model.chat = chat_template(choice);
+  else if (!model.chat && !model.chat_problem.empty())
+    std::printf("chat       %s; prompts are plain text (--chat-template NAME for one)\n", model.chat_problem.c_str());
 }
 
 /// Opens a .gguf file or a Hugging Face folder; `tokenizer_file` is another one whose tokenizer is used instead, "" for none.
@@ -51,7 +81,7 @@ inline OpenModel open_model(const std::filesystem::path& path, const std::string
   }
   if (model.tokenizer) {
     expect_vocabulary(model.tokenizer->vocab_size(), model.config, tokenizer_file.empty() ? path.string() : tokenizer_file);
-    model.chat = model.tokenizer->id("<|im_start|>").has_value();
+    find_chat_template(model, tokenizer_file.empty() ? path : std::filesystem::path(tokenizer_file));
   }
   return model;
 }

@@ -7,6 +7,7 @@
 #include <string>
 #include <utility>
 
+#include <qdylora/model/chat.hpp>
 #include <qdylora/model/decoder.hpp>
 #include <qdylora/model/tokenizer.hpp>
 #include <qdylora/nn/ranks.hpp>
@@ -19,11 +20,14 @@ struct OpenModel {
   std::string name;
   DecoderConfig config;
   std::optional<Tokenizer> tokenizer;
-  std::string tokenizer_problem;  // why the model's own is not among them: ids need none
-  bool chat = false;              // whether prompts go through the chat template
-  bool coded_tables = false;      // the file has its embedding in 8 bits, and so will memory
-  Index biases = 0;               // numbers in a block's biases
+  std::string tokenizer_problem;     // why the model's own is not among them: ids need none
+  std::optional<ChatTemplate> chat;  // prompts go through it; none: plain prompts
+  std::string chat_problem;          // why the model's own is not there
+  bool coded_tables = false;         // the file has its embedding in 8 bits, and so will memory
+  Index biases = 0;                  // numbers in a block's biases
   std::function<HostWeights()> read;
+
+  const ChatTemplate* chat_template() const noexcept { return chat ? &*chat : nullptr; }
 
   /// Errc::unsupported where the model has no tokenizer.
   const Tokenizer& need_tokenizer() const {

@@ -14,6 +14,7 @@
 
 #include <qdylora/core/error.hpp>
 #include <qdylora/core/scalar.hpp>
+#include <qdylora/model/chat_templates.hpp>
 
 #include "text.hpp"
 
@@ -81,6 +82,19 @@ inline void add_device(CLI::App& app, std::string& device, std::string& dtype) {
   app.add_option("--dtype", dtype, "of activations: float32, or bfloat16 in half the memory")
       ->check(CLI::IsMember({"float32", "bfloat16"}))
       ->capture_default_str();
+}
+
+/// What prompts are written in: OpenModel::chat, by choose_chat_template.
+inline void add_chat_template(CLI::App& app, std::string& choice) {
+  std::string names;
+  for (const char* name : chat_template_names) names += (names.empty() ? "" : ", ") + std::string(name);
+  auto* named = app.add_option("--chat-template", choice,
+                               "how prompts are written: model, as its files say, or plain text where that is none of these; " + names +
+                                   "; none: plain text")
+                    ->capture_default_str();
+  app.add_flag_callback(
+         "--no-chat-template", [&choice] { choice = "none"; }, "the same as --chat-template none")
+      ->excludes(named);
 }
 
 /// A check against the empty text that a shell makes of a variable nobody set.

@@ -5,6 +5,7 @@
 #include <qdylora/cpu/cpu.hpp>
 #include <qdylora/model/batch.hpp>
 #include <qdylora/model/chat.hpp>
+#include <qdylora/model/chat_templates.hpp>
 #include <qdylora/model/decoder.hpp>
 #include <qdylora/model/drawn_base.hpp>
 #include <qdylora/model/generate.hpp>

@@ -10,6 +10,8 @@
 #include <utility>
 #include <vector>
 
+#include <qdylora/model/chat_templates.hpp>
+
 #include "../../examples/common/dataset.hpp"
 #include "support/catch.hpp"
 
@@ -221,22 +223,23 @@ TEST_CASE("answers match by their final number, or as texts where there is none"
 TEST_CASE("a sample is the prompt by the chat template, then the scored response and its end", "[dataset]") {
   const qd::Tokenizer tokenizer = byte_tokenizer();
   const ex::Example example{"How many?", "1 + 1 = 2.\n#### 2"};
-  const auto sample = ex::tokenize(example, tokenizer);
+  const auto smollm2 = qd::chat_template("smollm2");
+  const auto sample = ex::tokenize(example, tokenizer, {.chat = &smollm2});
   REQUIRE(sample);
-  CHECK(prompt_text(tokenizer, *sample) == qd::chat_text(std::vector<qd::ChatMessage>{{"user", "How many?"}}));
+  CHECK(prompt_text(tokenizer, *sample) == qd::chat_text(smollm2, std::vector<qd::ChatMessage>{{"user", "How many?"}}));
   CHECK(scored_text(tokenizer, *sample) == "1 + 1 = 2.\n#### 2<|im_end|>");
   CHECK(sample->ids.back() == tokenizer.eos());
   CHECK(!sample->truncated);
-  const auto prompt = ex::prompt_ids(example, tokenizer);
+  const auto prompt = ex::prompt_ids(example, tokenizer, &smollm2);
   CHECK(std::equal(prompt.begin(), prompt.end(), sample->ids.begin()));
 
-  const auto plain = ex::tokenize(example, tokenizer, {.chat = false});
+  const auto plain = ex::tokenize(example, tokenizer);
   REQUIRE(plain);
   CHECK(prompt_text(tokenizer, *plain) == "How many?\n");
   CHECK(scored_text(tokenizer, *plain) == "1 + 1 = 2.\n#### 2<|im_end|>");
 
   const ex::Example turns{"u2", "a2", {{"system", "s"}, {"user", "u1"}, {"assistant", "a1"}}};
-  const auto later = ex::tokenize(turns, tokenizer);
+  const auto later = ex::tokenize(turns, tokenizer, {.chat = &smollm2});
   REQUIRE(later);
   CHECK(tokenizer.decode(later->ids) ==
         "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nu1<|im_end|>\n<|im_start|>assistant\na1<|im_end|>\n"
@@ -260,21 +263,30 @@ TEST_CASE("sequences start with the begin token of a tokenizer that adds it", "[
   REQUIRE(sample);
   CHECK(sample->prompt_length == 1);
   CHECK(tokenizer.decode(sample->ids) == "<|im_start|>some text");
-  const auto answer = ex::tokenize({"Q", "A"}, tokenizer, {.chat = false});
+  const auto answer = ex::tokenize({"Q", "A"}, tokenizer);
   REQUIRE(answer);
   CHECK(prompt_text(tokenizer, *answer) == "<|im_start|>Q\n");
 }
 
-TEST_CASE("a model that is not SmolLM gets no system message of SmolLM's", "[dataset]") {
-  const qd::Tokenizer tokenizer = byte_tokenizer(257, "qwen2");
-  const auto sample = ex::tokenize({"Q", "A"}, tokenizer);
+TEST_CASE("an answer ends in the token that ends a turn of its template, whatever the tokenizer's end is", "[dataset]") {
+  const qd::Tokenizer tokenizer = byte_tokenizer(256);
+  const auto qwen2 = qd::chat_template("qwen2"), llama2 = qd::chat_template("llama2");
+  const auto sample = ex::tokenize({"Q", "A"}, tokenizer, {.chat = &qwen2});
   REQUIRE(sample);
-  CHECK(prompt_text(tokenizer, *sample) == "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n");
+  CHECK(scored_text(tokenizer, *sample) == "A<|im_end|>");
+  CHECK(ex::end_of_answer(tokenizer, &qwen2) == 257);
+  CHECK(ex::end_of_answer(tokenizer, nullptr) == 256);
+  // Where the template begins an answer with a space, and ends it so, both are the answer's. (This tokenizer's bos is its eos.)
+  const auto spaced = ex::tokenize({"Q", " A\n"}, tokenizer, {.chat = &llama2});
+  REQUIRE(spaced);
+  CHECK(prompt_text(tokenizer, *spaced) == "<|im_start|>[INST] Q [/INST]");
+  CHECK(scored_text(tokenizer, *spaced) == " A <|im_start|>");
 }
 
 TEST_CASE("marks inside of data are text", "[dataset]") {
   const qd::Tokenizer tokenizer = byte_tokenizer();
-  const auto sample = ex::tokenize({"a<|im_end|>b", "c<|im_end|>d"}, tokenizer);
+  const auto smollm2 = qd::chat_template("smollm2");
+  const auto sample = ex::tokenize({"a<|im_end|>b", "c<|im_end|>d"}, tokenizer, {.chat = &smollm2});
   REQUIRE(sample);
   CHECK(std::count(sample->ids.begin(), sample->ids.end(), tokenizer.eos()) == 3);  // of system, user and assistant
 }

@@ -10,7 +10,7 @@
 
 #include <qdylora/io/gguf.hpp>
 #include <qdylora/io/json.hpp>
-#include <qdylora/model/chat.hpp>
+#include <qdylora/model/chat_templates.hpp>
 #include <qdylora/model/tokenizer_gguf.hpp>
 #include <qdylora/model/tokenizer_json.hpp>
 
@@ -169,7 +169,10 @@ TEST_CASE("a conversation's ids are those of its text, whatever spaces go in fro
     data.tokens[1] = "<|im_start|>";
     data.tokens[2] = "<|im_end|>";
     const qd::Tokenizer tokenizer(data);
-    CHECK(qd::encode_chat(tokenizer, chat) == tokenizer.encode(qd::chat_text(chat)));
+    for (const char* name : {"chatml", "smollm2"}) {
+      const auto chatml = qd::chat_template(name);
+      CHECK(qd::encode_chat(tokenizer, chatml, chat) == tokenizer.encode(qd::chat_text(chatml, chat)));
+    }
   }
 }
 
