@@ -1,6 +1,6 @@
 // What a model says, with or without an adapter, at any rank: loss on data, or logits of given token ids.
 //
-//   evaluate --model FILE.gguf|DIR [--adapter DIR] [--rank b] (--data FILE | --ids 1,2,3 --logits OUT.safetensors)
+//   evaluate --model FILE.gguf|DIR [--adapter DIR] [--rank b] (--data FILE | --ids 1,2,3 --logits OUT.safetensors|OUT.npy)
 #include <optional>
 #include <string>
 #include <vector>
@@ -30,7 +30,7 @@ void declare(CLI::App& app, EvaluateOptions& o) {
   app.add_option("--rank", o.rank, "use this many rows of the adapter; default: all, 0: none")->check(in_range<Index>(0, most_rank));
   auto* data = app.add_option("--data", o.data, "JSON lines or plain text, as for finetune")->check(not_empty());
   auto* ids = app.add_option("--ids", o.ids, "token ids, separated by commas")->check(not_empty());
-  auto* logits = app.add_option("--logits", o.logits, "write the logits of --ids here: float32 [tokens, vocab]")->check(not_empty());
+  auto* logits = app.add_option("--logits", o.logits, "write the logits of --ids here, float32 [tokens, vocab]: safetensors, or NumPy's array if the name ends in .npy")->check(not_empty());
   data->excludes(ids);
   ids->needs(logits);
   logits->needs(ids);

@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include <qdylora/io/npy.hpp>
 #include <qdylora/io/safetensors.hpp>
 
 #include "adapters.hpp"
@@ -34,9 +35,13 @@ void write_logits(Decoder<T, Backend>& decoder, const std::vector<std::int32_t>&
   const auto there = decoder.logits(batch);
   Matrix<float> logits(there.rows(), there.cols());
   decoder.backend().download(there.view(), logits.view());
-  SafetensorsWriter writer;
-  writer.add("logits", logits.view());
-  writer.write(file);
+  if (file.ends_with(".npy")) {
+    write_npy<float>(file, logits.view());
+  } else {
+    SafetensorsWriter writer;
+    writer.add("logits", logits.view());
+    writer.write(file);
+  }
   std::printf("wrote %s: logits, float32 [%lld, %lld]\n", file.c_str(), static_cast<long long>(logits.rows()),
               static_cast<long long>(logits.cols()));
 }

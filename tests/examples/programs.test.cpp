@@ -182,6 +182,8 @@ TEST_CASE("programs: a wrong argument or file gives one line and status 2") {
       {"evaluate", tiny + " --data " + good + " --max-new-tokens -1", "--max-new-tokens"},
       {"evaluate", tiny + " --data " + good + " --seq-len 1", "--seq-len"},
       {"evaluate", tiny + " --data " + good, "context is 64"},
+      {"evaluate", tiny + " --data " + good + " --chat-template vicuna", "mistral-v3"},
+      {"finetune", "--toy --chat-template vicuna", "mistral-v3"},
       {"adapter", "gguf " + quoted(test::golden("peft_linear")) + " " + quoted(folder / "a.gguf"), "--model"},
       {"adapter", "gguf " + quoted(test::golden("peft_linear")) + " --model " + junk + " " + quoted(folder / "a.gguf"), "junk.gguf"},
       {"adapter", "gguf " + quoted(test::golden("peft_linear")) + " --rank 999 --model " + junk + " " + quoted(folder / "a"), "--rank"},
@@ -213,8 +215,10 @@ TEST_CASE("programs: a wrong argument or file gives one line and status 2") {
       {"finetune", "--toy --steps 1 --device cuda --out " + quoted(folder / "gpu"), "QDYLORA_CUDA=ON"},
       {"rank_map", tiny + " --adapter " + quoted(test::golden("llama_tiny_adapter")) + " --data " + good + " " + quoted(folder / "m"),
        "ranks up to 8"},
-      {"rank_map", tiny + " --adapter " + quoted(test::golden("llama_tiny_adapter")) + " --data " + good + " " +
-                       quoted(test::golden("llama_tiny_adapter")), "written over"},
+      {"rank_map",
+       tiny + " --adapter " + quoted(test::golden("llama_tiny_adapter")) + " --data " + good + " " +
+           quoted(test::golden("llama_tiny_adapter")),
+       "written over"},
       {"quantize", "in out --format int4", "int4"},
       {"quantize", quoted(folder / "junk.safetensors") + " out", "junk.safetensors"},
       {"quantize", quoted(test::golden("codes.safetensors")) + " out", "no matrix"},
@@ -404,7 +408,40 @@ TEST_CASE("programs: evaluate's logits are those of transformers and PEFT") {
     for (Index i = 0; i < logits.size(); ++i)
       worst = std::max(worst, std::fabs(static_cast<double>(logits.data()[i] - expected[static_cast<std::size_t>(i)])));
     CHECK(worst < 1e-4);
+    const auto array = folder / "logits.npy";
+    succeeds("evaluate",
+             "--model " + quoted(test::golden("llama_tiny_bnb4")) + " " + c.arguments + " --ids " + list + " --logits " + quoted(array));
+    CHECK(difference(qd::NpyFile(array).matrix(), logits) == 0.0);
   }
+}
+
+TEST_CASE("programs: a chat template that is not known is said, and prompts are plain") {
+  if (!built("evaluate")) SKIP("evaluate has not been built");
+  const test::TemporaryFolder folder;
+  write_letters_model(folder / "model");
+  test::write_file(folder / "data.jsonl", "{\"prompt\": \"What\", \"response\": \"in\"}\n");
+  const auto evaluate = [&](const std::string& more) {
+    return run("evaluate", "--model " + quoted(folder / "model") + " --seq-len 48 --data " + quoted(folder / "data.jsonl") + " " + more);
+  };
+  const auto holds = [](const std::string& text, const std::string& part) { return text.find(part) != std::string::npos; };
+  const auto silent = evaluate("--no-chat-template"), none = evaluate("");
+  CAPTURE(silent.err, none.err);
+  REQUIRE(silent.status == 0);
+  REQUIRE(none.status == 0);
+  CHECK(!holds(silent.out, "chat"));
+  CHECK(holds(none.out, "the model has no chat template; prompts are plain text"));
+  test::write_file(folder / "model" / "chat_template.jinja",
+                   "{% for message in messages %}<|strange|>{{ message['content'] }}{% endfor %}");
+  const auto unknown = evaluate("");
+  CHECK(holds(unknown.out, "chat_template.jinja"));
+  CHECK(holds(unknown.out, "prompts are plain text"));
+  const auto loss = [](const std::string& text) { return text.substr(std::min(text.find("rank 0"), text.size())); };
+  CHECK(loss(unknown.out) == loss(silent.out));
+  CHECK(holds(loss(silent.out), "loss"));
+  CHECK(evaluate("--chat-template none").out == silent.out);
+  const auto other = evaluate("--chat-template llama3");  // whose marks this vocabulary has not
+  CHECK(other.status == 2);
+  CHECK(holds(other.err, "bos"));
 }
 
 TEST_CASE("programs: an adapter that began on a base of its own is used with that base, by those programs alone that make it") {

@@ -13,6 +13,7 @@
 
 #include <qdylora/cpu/cpu.hpp>
 #include <qdylora/io/bitsandbytes.hpp>
+#include <qdylora/io/npy.hpp>
 #include <qdylora/io/peft.hpp>
 #include <qdylora/model/decoder.hpp>
 #include <qdylora/quant/quantize.hpp>
@@ -292,6 +293,41 @@ TEST_CASE("transformers and PEFT compute our logits from saved adapters, whichev
   }
   expected.write(folder / "expected.safetensors");
   CHECK(run_python("check_llama.py", folder.path()) == 0);
+}
+
+TEST_CASE("NumPy reads the arrays written here, and they are read as it writes them", "[python]") {
+  if (!has_python("numpy")) SKIP("no Python with numpy ($QDYLORA_PYTHON)");
+  test::TemporaryFolder folder;
+  std::vector<std::string> names;
+  const auto write = [&]<class T>(const std::string& type, qd::DType dtype, T, const std::vector<Index>& shape) {
+    std::string dims;
+    Index count = 1;
+    for (const Index n : shape) {
+      dims += (dims.empty() ? "" : "x") + std::to_string(n);
+      count *= n;
+    }
+    std::vector<T> values;
+    for (Index i = 0; i < count; ++i) values.push_back(static_cast<T>(static_cast<float>(qd::Scalar<T> ? i - 5 : 3 * i)));
+    names.push_back(type + "_" + dims);
+    qd::write_npy(folder / ("ours_" + names.back() + ".npy"), dtype, shape, std::as_bytes(std::span(values)));
+  };
+  for (const std::vector<Index>& shape : {std::vector<Index>{}, {7}, {3, 5}, {2, 0, 4}}) {
+    write("f2", qd::DType::F16, qd::half{}, shape);
+    write("f4", qd::DType::F32, float{}, shape);
+    write("f8", qd::DType::F64, double{}, shape);
+    write("i4", qd::DType::I32, std::int32_t{}, shape);
+    write("i8", qd::DType::I64, std::int64_t{}, shape);
+    write("u1", qd::DType::U8, std::uint8_t{}, shape);
+  }
+  REQUIRE(run_python("check_npy.py", folder.path()) == 0);
+  for (const std::string& name : names) {
+    INFO(name);
+    const qd::NpyFile ours(folder / ("ours_" + name + ".npy")), theirs(folder / ("theirs_" + name + ".npy"));
+    CHECK(theirs.dtype() == ours.dtype());
+    CHECK(theirs.shape() == ours.shape());
+    const auto expected = ours.bytes(), found = theirs.bytes();
+    CHECK(std::equal(expected.span().begin(), expected.span().end(), found.span().begin(), found.span().end()));
+  }
 }
 
 }  // namespace python_test

@@ -87,6 +87,17 @@ constexpr ElementFormat scalar_format() noexcept {
   return {1, static_cast<Index>(sizeof(T)), decode_scalars<T>};
 }
 
+/// Of a floating-point type. Errc::dtype.
+inline ElementFormat element_format(DType dtype, const ErrorPlace& place) {
+  switch (dtype) {
+    case DType::F32: return scalar_format<float>();
+    case DType::F16: return scalar_format<half>();
+    case DType::BF16: return scalar_format<bfloat16>();
+    case DType::F64: return scalar_format<double>();
+    default: throw Error(Errc::dtype, "expected F32, F16, BF16 or F64, found " + std::string(name(dtype)), place);
+  }
+}
+
 /// A stored matrix: rows of `cols` elements, a whole number of blocks each, row 0 at byte `begin` of the file.
 struct StoredMatrix {
   ElementFormat format;
@@ -99,6 +110,17 @@ inline std::string shape_text(std::span<const Index> shape) {
   std::string text = "[";
   for (const Index n : shape) text += (text.size() > 1 ? ", " : "") + std::to_string(n);
   return text + "]";
+}
+
+/// Bytes of a tensor. Errc::overflow, and Errc::shape when packed elements do not fill whole bytes.
+inline std::uint64_t tensor_bytes(DType dtype, std::span<const Index> shape, const ErrorPlace& place) {
+  std::uint64_t count = 1;
+  for (const Index n : shape) count = checked_mul(count, checked_narrow<std::uint64_t>(n, place), place);
+  const std::uint64_t total = checked_mul(count, bits(dtype), place);
+  if (total % 8 != 0) {
+    throw Error(Errc::shape, shape_text(shape) + " of " + std::string(name(dtype)) + " does not fill whole bytes", place);
+  }
+  return total / 8;
 }
 
 /// The shape of a tensor seen as a matrix: [n] is one row. Errc::shape for other ranks than 1 and 2.

@@ -45,17 +45,6 @@ struct TensorInfo {
 
 namespace detail {
 
-/// Bytes of a tensor. Errc::overflow, and Errc::shape when packed elements do not fill whole bytes.
-inline std::uint64_t tensor_bytes(DType dtype, std::span<const Index> shape, const ErrorPlace& place) {
-  std::uint64_t count = 1;
-  for (const Index n : shape) count = checked_mul(count, checked_narrow<std::uint64_t>(n, place), place);
-  const std::uint64_t total = checked_mul(count, bits(dtype), place);
-  if (total % 8 != 0) {
-    throw Error(Errc::shape, shape_text(shape) + " of " + std::string(name(dtype)) + " does not fill whole bytes", place);
-  }
-  return total / 8;
-}
-
 /// Receives the header's JSON event by event, so that no document is built of a text that may be 100 MB and nothing like a header.
 class SafetensorsHeader {
  public:
@@ -289,19 +278,7 @@ class SafetensorsFile {
 
   detail::StoredMatrix stored(const TensorInfo& tensor) const {
     const auto [rows, cols] = detail::matrix_shape(tensor.shape, place(tensor));
-    return {format(tensor), position(tensor), rows, cols};
-  }
-
-  detail::ElementFormat format(const TensorInfo& tensor) const {
-    switch (tensor.dtype) {
-      case DType::F32: return detail::scalar_format<float>();
-      case DType::F16: return detail::scalar_format<half>();
-      case DType::BF16: return detail::scalar_format<bfloat16>();
-      case DType::F64: return detail::scalar_format<double>();
-      default:
-        throw Error(Errc::dtype, "expected F32, F16, BF16 or F64, found " + std::string(qdylora::name(tensor.dtype)),
-                    place(tensor));
-    }
+    return {detail::element_format(tensor.dtype, place(tensor)), position(tensor), rows, cols};
   }
 
   void parse(const Limits& limits) {
