@@ -22,9 +22,10 @@ using namespace qdylora;
 using namespace qdylora::examples;
 
 int info(const std::string& folder) {
-  const auto adapter = load_peft_adapter(folder, {.force = true, .changed_base = true});
+  const auto adapter = load_peft_adapter(folder, {.force = true, .changed_base = true, .saved_modules = true});
   Index parameters = 0;
   for (const auto& m : adapter.modules) parameters += m.a.size() + m.b.size() + m.magnitude.size();
+  for (const auto& whole : adapter.saved.tensors) parameters += whole.value.size();
   std::printf("%s: %zu modules, rank %lld, %.2f M parameters%s\n", folder.c_str(), adapter.modules.size(),
               static_cast<long long>(adapter.max_rank()), static_cast<double>(parameters) / 1e6,
               adapter.config.use_dora ? ", DoRA: a magnitude for each output" : "");
@@ -56,6 +57,9 @@ int info(const std::string& folder) {
       std::printf(" %.2f", whole > 0.0 ? std::sqrt(std::max(0.0, gram.topLeftCorner(rank, rank).sum() / whole)) : 0.0);
     std::printf("\n");
   }
+  for (const auto& whole : adapter.saved.tensors)
+    std::printf("%-44s %6lld %6lld whole\n", printable(whole.name, 44).c_str(), static_cast<long long>(whole.value.cols()),
+                static_cast<long long>(whole.value.rows()));
   if (broken > 0) std::printf("%zu of %zu modules are not finite; no program can use this adapter\n", broken, adapter.modules.size());
   return 0;
 }
@@ -63,7 +67,7 @@ int info(const std::string& folder) {
 int cut(const std::string& folder, Index rank, const std::string& out, bool reordered) {
   expect_no_overwrite(folder, out);
   const bool bottleneck = !reordered && is_bottleneck_adapter(folder);
-  const auto source = bottleneck ? load_bottleneck_adapter(folder) : load_peft_adapter(folder, {.changed_base = true});
+  const auto source = bottleneck ? load_bottleneck_adapter(folder) : load_peft_adapter(folder, {.changed_base = true, .saved_modules = true});
   QDYLORA_EXPECTS(rank >= 1 && rank <= source.max_rank(), rank_range,
                   "--rank " + std::to_string(rank) + ": the adapter has ranks 1 ... " + std::to_string(source.max_rank()));
   std::vector<LoRAAdapter<float>> adapters;
@@ -85,7 +89,9 @@ int cut(const std::string& folder, Index rank, const std::string& out, bool reor
                             .task_type = source.config.task_type,
                             .ranks = source.ranks,
                             .init = source.init,
-                            .base_format = source.base_format};
+                            .base_format = source.base_format,
+                            .saved = &source.saved,
+                            .fan_in_fan_out = source.config.fan_in_fan_out};
   if (bottleneck) save_bottleneck_adapter(out, source.method, named, options);
   else save_peft_adapter(out, named, options);
   std::printf("wrote %s: %zu modules at rank %lld\n", out.c_str(), named.size(), static_cast<long long>(rank));

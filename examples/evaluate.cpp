@@ -50,7 +50,7 @@ int evaluate(const EvaluateOptions& o) {
   const CpuDevice cpu(o.threads);
   std::optional<PeftAdapter> adapter;
   if (!o.adapter.empty()) {
-    adapter = is_bottleneck_adapter(o.adapter) ? load_bottleneck_adapter(o.adapter) : load_peft_adapter(o.adapter, {.changed_base = true});
+    adapter = is_bottleneck_adapter(o.adapter) ? load_bottleneck_adapter(o.adapter) : load_peft_adapter(o.adapter, {.changed_base = true, .saved_modules = true});
   }
   const BaseOptions base = adapter ? base_of(*adapter, o.adapter, o.base) : BaseOptions{.format = base_format(o.base)};
   auto model = open_model(o.model, o.tokenizer, base, cpu.backend());

@@ -70,12 +70,13 @@ class Merger {
       const auto module =
           tensor.name.ends_with(".weight") ? adapter_.find(std::string_view(tensor.name).substr(0, tensor.name.size() - 7)) : nullptr;
       at_tensor(file.name(), tensor.name, [&] {
-        if (is_bnb_4bit(file, tensor.name)) merge_4bit(file, tensor.name, module, writer);
+        if (const PeftTensor* whole = adapter_.saved.find(tensor.name)) put_whole(writer, *whole, dtype_.value_or(tensor.dtype));
+        else if (is_bnb_4bit(file, tensor.name)) merge_4bit(file, tensor.name, module, writer);
         else if (module != nullptr && !adapter_.init.standard())
           throw Error(Errc::unsupported, "is in float, and the adapter began as " + name(adapter_.init) + " of a base in " +
                                              printable(adapter_.base_format, 32));
         else if (module != nullptr)
-          put(writer, tensor.name, sum(*module, std::make_shared<AnyWeight>(file.matrix(tensor.name))), dtype_.value_or(tensor.dtype));
+          put(writer, tensor.name, sum(*module, file.matrix(tensor.name)), dtype_.value_or(tensor.dtype));
         else if (dtype_ && (tensor.dtype == DType::F32 || tensor.dtype == DType::F16 || tensor.dtype == DType::BF16) &&
                  tensor.shape.size() == 2)
           put(writer, tensor.name, file.matrix(tensor.name), *dtype_);
@@ -91,6 +92,7 @@ class Merger {
   }
 
   std::size_t merged() const noexcept { return merged_; }
+  std::size_t replaced() const noexcept { return replaced_; }
   const Retained& retained() const noexcept { return retained_; }
 
  private:
@@ -99,6 +101,14 @@ class Merger {
     DynamicLoRALinear<float, Cpu, AnyFormat> layer(std::move(base), lora_options(module), cpu_);
     assign(module, layer.adapter());
     return layer.merged_weight(std::min(rank_, module.rank()));
+  }
+
+  /// The same of a weight as a file has it: of a Conv1D [in, out].
+  Matrix<float> sum(const PeftModule& module, Matrix<float> stored) const {
+    const bool turned = adapter_.config.fan_in_fan_out;
+    if (turned) stored = qdylora::detail::transposed(stored);
+    auto whole = sum(module, std::make_shared<AnyWeight>(std::move(stored)));
+    return turned ? qdylora::detail::transposed(whole) : std::move(whole);
   }
 
   Matrix<float> decoded(const AnyWeight& weight) const {
@@ -112,6 +122,7 @@ class Merger {
     auto weight = std::make_shared<const AnyWeight>(load_bnb_4bit(file, tensor));
     if (dtype_) return put(writer, tensor, module != nullptr ? sum(*module, weight) : decoded(*weight), *dtype_);
     if (module != nullptr) {
+      QDYLORA_EXPECTS(!adapter_.config.fan_in_fan_out, unsupported, "is in 4 bits, and the adapter belongs to a Conv1D (fan_in_fan_out)");
       const auto before = decoded(*weight), whole = sum(*module, weight);
       weight = make_base_weight(
           whole.rows(), whole.cols(), {.format = base_format(state.format), .double_quant = state.nested, .block_size = state.block_size},
@@ -126,7 +137,12 @@ class Merger {
     add_bnb_4bit(writer, states_, tensor, *weights_.emplace_back(std::move(weight)), state.dtype);
   }
 
-  void put(SafetensorsWriter& writer, const std::string& tensor, Matrix<float> matrix, DType dtype) {
+  void put_whole(SafetensorsWriter& writer, const PeftTensor& whole, DType dtype) {
+    put(writer, whole.name, clone(whole.value.view()), dtype, whole.vector);
+    ++replaced_;
+  }
+
+  void put(SafetensorsWriter& writer, const std::string& tensor, Matrix<float> matrix, DType dtype, bool vector = false) {
     const auto add = [&]<class S>(S) {
       Matrix<S> stored(matrix.rows(), matrix.cols());
       for (std::size_t i = 0; i < matrix.span().size(); ++i) {
@@ -134,7 +150,9 @@ class Merger {
         matrix.span()[i] = static_cast<float>(stored.span()[i]);
       }
       expect_finite(matrix.view());  // as it is stored: float16 ends at 65504
-      writer.add(tensor, std::as_const(std::get<Matrix<S>>(matrices_.emplace_back(std::move(stored)))).view());
+      const auto& kept = std::get<Matrix<S>>(matrices_.emplace_back(std::move(stored)));
+      if (vector) writer.add(tensor, dtype, {kept.cols()}, std::as_bytes(kept.span()));
+      else writer.add(tensor, kept.view());
     };
     if (dtype == DType::F16) add(half{});
     else if (dtype == DType::BF16) add(bfloat16{});
@@ -146,7 +164,7 @@ class Merger {
   Index rank_;
   std::optional<DType> dtype_;
   Cpu cpu_;
-  std::size_t merged_ = 0;
+  std::size_t merged_ = 0, replaced_ = 0;
   Retained retained_;
   // What the writer of a file borrows.
   BnbStates states_;
@@ -174,14 +192,34 @@ void copy_beside(const std::filesystem::path& from, const std::filesystem::path&
   }
 }
 
+/// Whole modules take the place of tensors of the same name and shape. Errc::missing_tensor, shape_mismatch; unsupported where the head is the
+/// embedding, which would change with it.
+void expect_place_for(const PeftAdapter& adapter, const SafetensorsFolder& source) {
+  for (const auto& whole : adapter.saved.tensors) {
+    const auto& file = source.file_of(whole.name);
+    const std::vector<Index> shape = whole.vector ? std::vector{whole.value.cols()} : std::vector{whole.value.rows(), whole.value.cols()};
+    const ErrorPlace place{.file = file.name(), .tensor = whole.name};
+    if (is_bnb_4bit(file, whole.name)) throw Error(Errc::unsupported, "is in 4 bits, and the adapter has the module whole", place);
+    if (file.info(whole.name).shape != shape)
+      throw Error(Errc::shape_mismatch,
+                  "expected " + qdylora::detail::shape_text(std::span<const Index>(file.info(whole.name).shape)) + ", found " +
+                      qdylora::detail::shape_text(std::span<const Index>(shape)) + " in the adapter",
+                  place);
+    const bool embedding = whole.module().ends_with("embed_tokens") || whole.module().ends_with("word_embeddings");
+    if (embedding && !source.contains("lm_head.weight") && !adapter.saved.ties_weights)
+      throw Error(Errc::unsupported, "is the model's head too, and the adapter changes the embedding alone", place);
+  }
+}
+
 int merge(const std::filesystem::path& model, const std::string& adapter_folder, const std::filesystem::path& out, Index rank,
           const std::string& dtype) {
-  const auto adapter = load_peft_adapter(adapter_folder);
+  const auto adapter = load_peft_adapter(adapter_folder, {.saved_modules = true});
   QDYLORA_EXPECTS(rank >= 0 && rank <= adapter.max_rank(), rank_range,
                   "--rank " + std::to_string(rank) + ": the adapter has ranks 1 ... " + std::to_string(adapter.max_rank()));
   if (!std::filesystem::is_directory(model)) throw Error(Errc::open, "no such folder", {.file = model.string()});
   const SafetensorsFolder source(model);
   for (const auto& module : adapter.modules) source.file_of(module.name + ".weight");  // all, before anything is written
+  expect_place_for(adapter, source);
   expect_no_overwrite(model, out);
   expect_no_overwrite(adapter_folder, out);
   std::error_code failed;
@@ -205,7 +243,9 @@ int merge(const std::filesystem::path& model, const std::string& adapter_folder,
                  Json({{"metadata", Json::object()}, {"weight_map", std::move(weight_map)}}).dump(1) + "\n");
   copy_beside(model, out, dtype);
   if (merger.retained().size > 0.0) merger.retained().print("all together");
-  std::printf("wrote %s: %zu weights merged at rank %lld\n", out.string().c_str(), merger.merged(), static_cast<long long>(at));
+  std::printf("wrote %s: %zu weights merged at rank %lld", out.string().c_str(), merger.merged(), static_cast<long long>(at));
+  if (merger.replaced() > 0) std::printf(", %zu tensors replaced", merger.replaced());
+  std::printf("\n");
   return 0;
 }
 

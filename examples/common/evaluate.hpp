@@ -10,6 +10,7 @@
 
 #include <qdylora/io/npy.hpp>
 #include <qdylora/io/safetensors.hpp>
+#include <qdylora/model/saved_modules.hpp>
 
 #include "adapters.hpp"
 #include "dataset.hpp"
@@ -65,7 +66,9 @@ int evaluate(const EvaluateOptions& o, const std::optional<PeftAdapter>& adapter
     expect_seq_len(o.seq_len, model.config);
     static_cast<void>(model.need_tokenizer());
   }
-  const auto weights = device.place(std::exchange(model.read, nullptr)());
+  auto read = std::exchange(model.read, nullptr)();
+  if (adapter) at_tensor(o.adapter, "", [&] { replace_modules(*read, adapter->saved); });
+  const auto weights = device.place(std::move(read));
   const auto method = adapter ? adapter->method : AdapterMethod::lora;
   Decoder<T, typename Device::Backend> decoder(weights, {.lora = lora, .method = method}, device.backend());
   if (adapter) assign_adapter(*adapter, o.adapter, decoder);

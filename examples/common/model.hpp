@@ -87,7 +87,7 @@ inline OpenModel open_model(const std::filesystem::path& path, const std::string
 }
 
 /// Random linear weights and embedding, norms of one.
-inline HostWeights toy_weights(const DecoderConfig& c, BaseOptions options, const Cpu& cpu, std::uint64_t seed) {
+inline std::shared_ptr<DecoderWeights<float>> toy_weights(const DecoderConfig& c, BaseOptions options, const Cpu& cpu, std::uint64_t seed) {
   auto weights = std::make_shared<DecoderWeights<float>>();
   weights->config = c;
   Rng rng(seed, Purpose::init);

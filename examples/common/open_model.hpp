@@ -25,7 +25,7 @@ struct OpenModel {
   std::string chat_problem;          // why the model's own is not there
   bool coded_tables = false;         // the file has its embedding in 8 bits, and so will memory
   Index biases = 0;                  // numbers in a block's biases
-  std::function<HostWeights()> read;
+  std::function<std::shared_ptr<DecoderWeights<float>>()> read;
 
   const ChatTemplate* chat_template() const noexcept { return chat ? &*chat : nullptr; }
 

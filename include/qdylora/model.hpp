@@ -16,6 +16,7 @@
 #include <qdylora/model/rank_map.hpp>
 #include <qdylora/model/rank_report.hpp>
 #include <qdylora/model/recipe.hpp>
+#include <qdylora/model/saved_modules.hpp>
 #include <qdylora/model/tokenizer.hpp>
 #include <qdylora/model/tokenizer_gguf.hpp>
 #include <qdylora/model/tokenizer_json.hpp>

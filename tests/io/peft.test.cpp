@@ -396,6 +396,79 @@ TEST_CASE("keys and tensor types that others write are taken") {
   CHECK(qd::load_peft_adapter(files.folder.path()).find("up")->b(1, 3) == 1.5f);
 }
 
+TEST_CASE("modules that were trained whole come with the adapter for those who use them, and are saved with it") {
+  Damaged files;
+  files.config["modules_to_save"] = {"lm_head", "norm"};
+  files.config["fan_in_fan_out"] = true;
+  files.tensors["base_model.model.lm_head.weight"] = {{2, 3}, {1, 2, 3, 4, 5, 6}};
+  files.tensors["base_model.model.x.down_norm.weight"] = {{3}, {7, 8, 9}};
+  files.tensors["base_model.model.x.down_norm.bias"] = {{3}, {0, 0, 1}};
+  files.write();
+  const auto load = [&](const std::filesystem::path& folder, bool force = false) {
+    return qd::load_peft_adapter(folder, {.force = force, .saved_modules = true});
+  };
+  const auto loaded = load(files.folder.path());
+  CHECK(loaded.config.fan_in_fan_out);
+  CHECK(loaded.modules.size() == 2);
+  CHECK(loaded.saved.names == std::vector<std::string>{"lm_head", "norm"});
+  CHECK_FALSE(loaded.saved.ties_weights);
+  REQUIRE(loaded.saved.tensors.size() == 3);
+  const auto* head = loaded.saved.find("lm_head.weight");
+  REQUIRE(head != nullptr);
+  CHECK(head->module() == "lm_head");
+  CHECK_FALSE(head->vector);
+  CHECK(head->value(1, 0) == 4.0f);
+  const auto* bias = loaded.saved.find("x.down_norm.bias");
+  REQUIRE(bias != nullptr);
+  CHECK(bias->vector);
+  CHECK(bias->value(0, 2) == 1.0f);
+
+  // Saved again, at another rank.
+  const test::TemporaryFolder folder;
+  const auto up = qd::to_adapter(*loaded.find("up")), down = qd::to_adapter(*loaded.find("x.down"));
+  qd::PeftSaved saved = {loaded.saved.names, {}, true};
+  for (const auto& tensor : loaded.saved.tensors) saved.tensors.push_back({tensor.name, qd::clone(tensor.value.view()), tensor.vector});
+  qd::save_peft_adapter(folder / "a", {{"up", &up}, {"x.down", &down}}, {.rank = 1, .saved = &saved, .fan_in_fan_out = true});
+  const auto again = load(folder / "a");
+  CHECK(again.max_rank() == 1);
+  CHECK(again.config.fan_in_fan_out);
+  CHECK(again.saved.ties_weights);
+  CHECK(again.saved.names == saved.names);
+  REQUIRE(again.saved.tensors.size() == 3);
+  for (const auto& tensor : again.saved.tensors) {
+    CHECK(same_bits(tensor.value, loaded.saved.find(tensor.name)->value));
+    CHECK(tensor.vector == loaded.saved.find(tensor.name)->vector);
+  }
+  saved.tensors.front().value(0, 0) = std::nanf("");
+  CHECK(code_of([&] { qd::save_peft_adapter(folder / "b", {{"up", &up}}, {.saved = &saved}); }) == Errc::non_finite);
+
+  // An adapter of whole modules alone is one, and so is one whose B is zero.
+  Damaged whole = {};
+  whole.config["modules_to_save"] = {"lm_head"};
+  whole.tensors["base_model.model.lm_head.weight"] = {{1, 1}, {1}};
+  whole.zero_b();
+  whole.write();
+  CHECK(load(whole.folder.path()).saved.tensors.size() == 1);
+  whole.tensors["base_model.model.lm_head.weight"].values[0] = std::nanf("");
+  whole.write();
+  CHECK(code_of([&] { (void)load(whole.folder.path()); }) == Errc::non_finite);
+  CHECK_FALSE(code_of([&] { (void)load(whole.folder.path(), true); }));
+  whole.config["modules_to_save"] = {"lm_head", "embed_tokens"};
+  whole.tensors["base_model.model.lm_head.weight"].values[0] = 1.0f;
+  whole.write();
+  const auto absent = error_of([&] { (void)load(whole.folder.path()); });
+  REQUIRE(absent);
+  CHECK(absent->code() == Errc::missing_tensor);
+  CHECK(std::string(absent->what()).find("embed_tokens") != std::string::npos);
+  whole.config["modules_to_save"] = {"embed_tokens"};  // then lm_head is nobody's
+  whole.tensors["base_model.model.embed_tokens.weight"] = {{1, 1}, {1}};
+  whole.write();
+  CHECK(code_of([&] { (void)load(whole.folder.path()); }) == Errc::unexpected_tensor);
+  whole.config["modules_to_save"] = {""};
+  whole.write();
+  CHECK(code_of([&] { (void)load(whole.folder.path()); }) == Errc::bad_config);
+}
+
 TEST_CASE("a damaged or foreign adapter is an error that says what is wrong") {
   struct Fixture {
     std::string what;
@@ -467,7 +540,7 @@ TEST_CASE("a damaged or foreign adapter is an error that says what is wrong") {
          f.tensors["base_model.model.z.lora_magnitude_vector"] = {{4}, {1, 1, 1, 1}};
        }},
       {"use_dora a text", Errc::bad_config, "use_dora", [](Damaged& f) { f.config["use_dora"] = "yes"; }},
-      {"transposed weights", Errc::unsupported, "fan_in_fan_out", [](Damaged& f) { f.config["fan_in_fan_out"] = true; }},
+      {"fan_in_fan_out a number", Errc::bad_config, "fan_in_fan_out", [](Damaged& f) { f.config["fan_in_fan_out"] = 1; }},
       {"other trained modules", Errc::unsupported, "modules_to_save",
        [](Damaged& f) { f.config["modules_to_save"] = {"lm_head"}; }},
       {"another base", Errc::unsupported, "pissa", [](Damaged& f) { f.config["init_lora_weights"] = "pissa_niter_4"; }},

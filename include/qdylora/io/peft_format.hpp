@@ -2,7 +2,8 @@
 //
 //   adapter_config.json         r, lora_alpha, target_modules, ...; rank_pattern and alpha_pattern for modules that differ
 //   adapter_model.safetensors   of each module M: base_model.model.M.lora_A.weight [r, in] and ...lora_B.weight [out, r]; with use_dora
-//                               ...lora_magnitude_vector [out] too
+//                               ...lora_magnitude_vector [out] too; of a module M that modules_to_save names, base_model.model.M.weight
+//                               (or .bias) whole, to be used instead of the model's
 //   qdylora_gates.safetensors   ours, only for a whole adapter with gates: M.gates, M.gated_ranks, M.lora_B.weight without gates
 //
 // A reader computes W x + (lora_alpha / r) B A x, and by DoRA makes each row of that weight as long as its magnitude. It finds the rows'
@@ -37,6 +38,7 @@ struct PeftConfig {
   double alpha = 0.0;
   bool use_rslora = false;  // scale alpha / sqrt(r)
   bool use_dora = false;
+  bool fan_in_fan_out = false;  // the base stores its weights [in, out] (Conv1D); A, B and magnitudes are the same
   double dropout = 0.0;
   std::string base_model;
   std::string task_type;
@@ -60,10 +62,32 @@ struct PeftModule {
   bool dora() const noexcept { return magnitude.size() > 0; }
 };
 
+/// A tensor of a module that was trained whole.
+struct PeftTensor {
+  std::string name;  // "lm_head.weight"
+  Matrix<float> value;
+  bool vector = false;  // of [n] numbers, which value has as [1, n]
+
+  std::string_view module() const noexcept { return std::string_view(name).substr(0, name.rfind('.')); }
+};
+
+/// The modules that were trained whole (modules_to_save).
+struct PeftSaved {
+  std::vector<std::string> names;  // modules whose names end so
+  std::vector<PeftTensor> tensors;
+  bool ties_weights = false;  // ensure_weight_tying: what is tied in the model stays so
+
+  const PeftTensor* find(std::string_view name) const noexcept {
+    const auto at = std::ranges::find(tensors, name, &PeftTensor::name);
+    return at == tensors.end() ? nullptr : &*at;
+  }
+};
+
 struct PeftAdapter {
   AdapterMethod method = AdapterMethod::lora;  // another one where load_bottleneck_adapter has read it
   PeftConfig config;
   std::vector<PeftModule> modules;  // sorted by name
+  PeftSaved saved;
   std::vector<Index> ranks;         // PeftOptions::ranks; empty if it is not ours
   AdapterInit init = {};            // PeftOptions::init; standard if it is not ours
   std::string base_format = "";     // PeftOptions::base_format

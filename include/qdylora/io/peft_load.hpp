@@ -7,7 +7,6 @@
 #include <filesystem>
 #include <limits>
 #include <map>
-#include <optional>
 #include <set>
 #include <span>
 #include <string>
@@ -17,8 +16,8 @@
 
 #include <qdylora/io/checked.hpp>
 #include <qdylora/io/json.hpp>
-#include <qdylora/io/pattern.hpp>
 #include <qdylora/io/peft_format.hpp>
+#include <qdylora/io/peft_patterns.hpp>
 #include <qdylora/io/safetensors.hpp>
 
 namespace qdylora {
@@ -26,79 +25,11 @@ namespace qdylora {
 struct PeftLoadOptions {
   bool force = false;  // accept an adapter that is empty, not finite, or changes nothing because B is zero
   bool changed_base = false;  // accept one of ours on a base that PeftAdapter::init made: the caller makes it again
+  bool saved_modules = false;  // accept one with modules that were trained whole: the caller uses PeftAdapter::saved
   Limits limits = {};
 };
 
 namespace detail {
-
-/// rank_pattern and alpha_pattern: module name -> value. PEFT takes a key for a regular expression that the name must end in, after a dot
-/// or from its start on: re.match(rf"(.*\.)?({key})$", name). Of several keys that match it takes the first, but JSON's objects have no
-/// order: such keys must agree. Most keys are names or ends of names, with or without '^' and escaped dots, and are looked up.
-class PeftPatterns {
- public:
-  PeftPatterns(const Json& config, std::string_view key, const ErrorPlace& place) : key_(key), place_(place) {
-    const auto at = config.find(key);
-    if (at == config.end() || at->is_null()) return;
-    for (const auto& [pattern, value] : get_object(config, key, place).items()) {
-      std::string plain;
-      bool is_name = true;
-      for (std::size_t i = 0; i < pattern.size(); ++i) {
-        const bool escaped_dot = pattern[i] == '\\' && i + 1 < pattern.size() && pattern[i + 1] == '.';
-        if (escaped_dot) ++i;
-        if (!escaped_dot && std::string_view("\\*+?()[]{}|$").find(pattern[i]) != std::string_view::npos) is_name = false;
-        plain += pattern[i];
-      }
-      const double number = json_number(value, key, place);
-      if (!is_name || plain.find('^', 1) != std::string::npos) {
-        try {
-          expressions_.emplace_back(Pattern("(.*\\.)?(" + pattern + ")$"), number);
-        } catch (const Error& error) {
-          throw Error(error.code(), key_ + ": " + error.what(), place);
-        }
-      } else if (!values_.emplace(plain, number).second) {
-        throw Error(Errc::duplicate, key_ + ": '" + printable(pattern) + "' stands there twice", place);
-      }
-    }
-  }
-
-  double value_or(const std::string& module, double fallback) const {
-    std::optional<double> found;
-    const auto take = [&](double value) {
-      if (found && *found != value) {
-        throw Error(Errc::unsupported, key_ + ": two entries with different values match '" + printable(module) + "'", place_);
-      }
-      found = value;
-    };
-    const auto look = [&](std::string_view pattern) {
-      if (const auto at = values_.find(pattern); at != values_.end()) take(at->second);
-    };
-    look("^" + module);
-    for_each_ending(module, [&](std::string_view ending) {
-      look(ending);
-      return false;
-    });
-    for (const auto& [expression, value] : expressions_)
-      if (expression.matches(module)) take(value);
-    return found.value_or(fallback);
-  }
-
-  /// f(the name, the name without its first component, ...) until it returns true; whether it did.
-  template <class F>
-  static bool for_each_ending(std::string_view module, F&& f) {
-    for (;;) {
-      if (f(module)) return true;
-      const auto dot = module.find('.');
-      if (dot == std::string_view::npos) return false;
-      module.remove_prefix(dot + 1);
-    }
-  }
-
- private:
-  std::string key_;
-  ErrorPlace place_;
-  std::map<std::string, double, std::less<>> values_;
-  std::vector<std::pair<Pattern, double>> expressions_;
-};
 
 /// What a plain LoRA reader would ignore although it changes the function.
 inline void expect_plain_lora(const Json& config, const ErrorPlace& place) {
@@ -106,13 +37,27 @@ inline void expect_plain_lora(const Json& config, const ErrorPlace& place) {
   if (type != "LORA") throw Error(Errc::unsupported, "expected peft_type LORA, found '" + printable(type, 32) + "'", place);
   const std::string bias = get_string_or(config, "bias", "none", place);
   if (bias != "none") throw Error(Errc::unsupported, "expected bias none, found '" + printable(bias, 32) + "'", place);
-  for (const std::string_view key : {"fan_in_fan_out", "lora_bias", "use_qalora", "use_bdlora", "modules_to_save",
-                                     "layer_replication", "trainable_token_indices", "target_parameters", "alora_invocation_tokens",
+  for (const std::string_view key : {"lora_bias", "use_qalora", "use_bdlora", "layer_replication", "trainable_token_indices", "target_parameters", "alora_invocation_tokens",
                                      "arrow_config", "kasa_config", "monteclora_config"}) {
     const Json* value = find_key(config, key, place);
     const bool off = value == nullptr || *value == Json(false) || (value->is_structured() && value->empty());
     if (!off) throw Error(Errc::unsupported, "key '" + std::string(key) + "' is set, which is more than LoRA", place);
   }
+}
+
+/// modules_to_save. Errc::unsupported where the caller has no use for them.
+inline PeftSaved saved_modules(const Json& config, const PeftLoadOptions& options, const ErrorPlace& place) {
+  PeftSaved saved;
+  if (find_key(config, "modules_to_save", place) != nullptr) saved.names = get_strings(config, "modules_to_save", place);
+  saved.ties_weights = get_bool_or(config, "ensure_weight_tying", false, place);
+  for (const std::string& name : saved.names)
+    if (name.empty()) throw Error(Errc::bad_config, "modules_to_save: a name is empty", place);
+  if (!saved.names.empty() && !options.saved_modules) {
+    std::string names;
+    for (const std::string& name : saved.names) names += (names.empty() ? "" : ", ") + printable(name, 40);
+    throw Error(Errc::unsupported, "modules_to_save: has whole modules (" + names + "), which cannot be used here", place);
+  }
+  return saved;
 }
 
 /// Some initial values come with another base weight.
@@ -207,7 +152,9 @@ inline PeftAdapter load_peft_adapter(const std::filesystem::path& folder, const 
   config.alpha = get_number(json, "lora_alpha", place);
   config.use_rslora = get_bool_or(json, "use_rslora", false, place);
   config.use_dora = get_bool_or(json, "use_dora", false, place);
+  config.fan_in_fan_out = get_bool_or(json, "fan_in_fan_out", false, place);
   config.dropout = get_number_or(json, "lora_dropout", 0.0, place);
+  adapter.saved = detail::saved_modules(json, options, place);
   config.base_model = get_string_or(json, "base_model_name_or_path", "", place);
   config.task_type = get_string_or(json, "task_type", "", place);
   const Json& targets = detail::expect_key(json, "target_modules", place);
@@ -251,6 +198,15 @@ inline PeftAdapter load_peft_adapter(const std::filesystem::path& folder, const 
     const bool is_a = key.ends_with(detail::peft_a), is_b = key.ends_with(detail::peft_b);
     const bool is_magnitude = config.use_dora && key.ends_with(detail::peft_magnitude);
     const std::size_t frame = detail::peft_prefix.size() + (is_magnitude ? detail::peft_magnitude : detail::peft_a).size();
+    if (!(is_a || is_b || is_magnitude) && key.starts_with(detail::peft_prefix) && (key.ends_with(".weight") || key.ends_with(".bias"))) {
+      PeftTensor whole{std::string(key.substr(detail::peft_prefix.size())), {}, tensor.shape.size() == 1};
+      if (std::ranges::any_of(adapter.saved.names, [&](const std::string& name) { return whole.module().ends_with(name); })) {
+        whole.value = file.matrix(key);
+        if (!options.force) detail::expect_finite(whole.value.view(), at);
+        adapter.saved.tensors.push_back(std::move(whole));
+        continue;
+      }
+    }
     if (!key.starts_with(detail::peft_prefix) || !(is_a || is_b || is_magnitude) || key.size() <= frame) {
       throw Error(Errc::unexpected_tensor,
                   "expected base_model.model.<module>.lora_A.weight or .lora_B.weight" +
@@ -307,6 +263,10 @@ inline PeftAdapter load_peft_adapter(const std::filesystem::path& folder, const 
     adapter.modules.push_back(std::move(part));
   }
   std::ranges::sort(adapter.modules, {}, &PeftModule::name);
+  for (const std::string& name : adapter.saved.names)
+    if (std::ranges::none_of(adapter.saved.tensors, [&](const PeftTensor& tensor) { return tensor.module().ends_with(name); }))
+      throw Error(Errc::missing_tensor, "modules_to_save: no tensor of a module '" + printable(name) + "' is in the file",
+                  {.file = file.name()});
 
   if (const auto* text = entry("qdylora.gates"); text != nullptr && *text == "true") {
     const SafetensorsFile gates(folder / detail::peft_gates_file, options.limits);
@@ -320,7 +280,7 @@ inline PeftAdapter load_peft_adapter(const std::filesystem::path& folder, const 
   }
   if (!options.force) {
     if (adapter.modules.empty()) throw Error(Errc::missing_tensor, "the adapter is empty", {.file = file.name()});
-    const bool zero = !config.use_dora && std::ranges::all_of(adapter.modules, [](const PeftModule& m) {
+    const bool zero = !config.use_dora && adapter.saved.tensors.empty() && std::ranges::all_of(adapter.modules, [](const PeftModule& m) {
       return std::ranges::all_of(m.b.span(), [](float x) { return x == 0.0f; });
     });
     if (zero) throw Error(Errc::bad_config, "the adapter changes nothing: every B is zero", {.file = file.name()});

@@ -88,6 +88,8 @@ struct PeftOptions {
   AdapterInit init = {};
   std::string base_format = "";
   std::map<std::string, std::string> metadata = {};  // of the tensor file, further entries
+  const PeftSaved* saved = nullptr;                  // modules to save whole, beside the adapters
+  bool fan_in_fan_out = false;                       // see PeftConfig
 };
 
 /// Saves adapters as a folder for PEFT, which is made if it is absent; each file in it is replaced as a whole. A config that
@@ -126,7 +128,7 @@ inline void save_peft_adapter(const std::filesystem::path& folder, std::span<con
   const auto keep = [&kept](Matrix<float> matrix) -> MatrixView<const float> {
     return kept.emplace_back(std::move(matrix)).view();
   };
-  Json config = {{"peft_type", "LORA"}, {"bias", "none"}, {"fan_in_fan_out", false}, {"inference_mode", true},
+  Json config = {{"peft_type", "LORA"}, {"bias", "none"}, {"fan_in_fan_out", options.fan_in_fan_out}, {"inference_mode", true},
                  {"init_lora_weights", true}, {"lora_bias", false}, {"modules_to_save", nullptr},
                  {"use_dora", adapters.front().adapter->dora()}, {"use_rslora", false}, {"rank_pattern", Json::object()}, {"alpha_pattern", Json::object()},
                  {"target_modules", Json::array()}};
@@ -134,6 +136,17 @@ inline void save_peft_adapter(const std::filesystem::path& folder, std::span<con
     const bool made_by_peft = options.init.kind == AdapterInit::Kind::pissa && whole && rank == options.init.rank;
     const std::string other = "of a changed base: " + name(options.init) + " at rank " + std::to_string(options.init.rank);
     config["init_lora_weights"] = made_by_peft ? "pissa" : other;
+  }
+  if (options.saved != nullptr) {
+    if (!options.saved->names.empty()) config["modules_to_save"] = options.saved->names;
+    if (options.saved->ties_weights) config["ensure_weight_tying"] = true;
+    for (const PeftTensor& tensor : options.saved->tensors) {
+      const auto key = std::string(detail::peft_prefix) + tensor.name;
+      const auto value = tensor.value.view();
+      detail::expect_finite(value, {.tensor = key});
+      if (tensor.vector) model.add(key, DType::F32, {value.cols}, std::as_bytes(tensor.value.span()));
+      else model.add(key, value);
+    }
   }
   config["task_type"] = options.task_type.empty() ? Json() : Json(options.task_type);
   config["base_model_name_or_path"] = options.base_model.empty() ? Json() : Json(options.base_model);

@@ -86,7 +86,7 @@ inline QuantizedTensor<INT8, Float32Scales> q8_0_table(const GgufFile& file, con
 /// Errors: those of gguf_config, missing_tensor, unexpected_tensor (a block beyond the count), shape_mismatch, unsupported tensor types,
 /// non_finite weights.
 template <class Backend = Cpu>
-std::shared_ptr<const DecoderWeights<float>> load_gguf(const GgufFile& file, BaseOptions options = {}, Backend backend = {}) {
+std::shared_ptr<DecoderWeights<float>> load_gguf(const GgufFile& file, BaseOptions options = {}, Backend backend = {}) {
   auto weights = std::make_shared<DecoderWeights<float>>();
   const auto config = weights->config = gguf_config(file);
   for (const auto& tensor : file.tensors()) expect_within_layers(file.name(), tensor.name, "blk.", config.layers, "llama.block_count");

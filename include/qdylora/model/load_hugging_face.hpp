@@ -83,8 +83,8 @@ inline HuggingFaceNames hugging_face_names(const DecoderConfig& config) {
 /// Errors: those of hugging_face_config and of the files, missing_tensor, unexpected_tensor (a layer beyond the count), shape_mismatch,
 /// non_finite weights.
 template <class Backend = Cpu>
-std::shared_ptr<const DecoderWeights<float>> load_hugging_face(const std::filesystem::path& folder, BaseOptions options = {},
-                                                               Backend backend = {}) {
+std::shared_ptr<DecoderWeights<float>> load_hugging_face(const std::filesystem::path& folder, BaseOptions options = {},
+                                                         Backend backend = {}) {
   auto weights = std::make_shared<DecoderWeights<float>>();
   const auto model = detail::read_hugging_face_config(folder / "config.json");
   const auto config = weights->config = model.config;
