@@ -1,13 +1,17 @@
 // Modules that an adapter brings whole: a model with them computes what one that was made of them does.
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <memory>
 #include <string>
 #include <vector>
 
+#include <qdylora/io/peft_load.hpp>
 #include <qdylora/model/saved_modules.hpp>
 
 #include "support/catch.hpp"
 #include "support/files.hpp"
+#include "support/golden.hpp"
 #include "support/random_data.hpp"
 #include "support/tiny_model.hpp"
 
@@ -78,6 +82,43 @@ TEST_CASE("an adapter's embedding, head and norms take the place of the model's"
   const auto found = logits(weights);
   CHECK(found == logits(expected));
   CHECK(found != before);
+}
+
+TEST_CASE("PEFT's adapters with whole modules have PEFT's logits", "[peft]") {
+  for (const std::string kind : {"tied", "untied"}) {
+    const auto folder = test::golden("saved_modules/" + kind);
+    const auto io = "saved_modules/" + kind + "/io.safetensors";
+    const auto ids = test::load<std::int32_t>(io, "input_ids");
+    for (const std::string name : {"head", "embedding", "both", "norms"}) {
+      CAPTURE(kind, name);
+      const auto adapter = qd::load_peft_adapter(folder / name, {.saved_modules = true});
+      auto weights = qd::load_hugging_face(folder, {.format = qd::BaseFormat::float32});
+      qd::replace_modules(*weights, adapter.saved);
+      qd::Decoder<float> model(weights, {.lora = {.max_rank = 2}});
+      std::size_t used = 0;
+      model.for_each_linear([&](auto& linear) {
+        const auto* module = adapter.find(linear.adapter().options().name);
+        if (module == nullptr) return;
+        qd::assign(*module, linear.adapter());
+        ++used;
+      });
+      CHECK(used == adapter.modules.size());
+      qd::Batch batch;
+      batch.ids = ids;
+      batch.targets.assign(ids.size(), -1);
+      batch.offsets.push_back(batch.tokens());
+      const auto found = model.logits(batch);
+      const auto expected = test::load<float>(io, name);
+      REQUIRE(static_cast<std::size_t>(found.size()) == expected.size());
+      float largest = 0.0f, difference = 0.0f;
+      for (std::size_t i = 0; i < expected.size(); ++i) {
+        largest = std::max(largest, std::fabs(expected[i]));
+        difference = std::max(difference, std::fabs(expected[i] - found.span()[i]));
+      }
+      CAPTURE(largest, difference);
+      CHECK(difference < 2e-5f * largest);
+    }
+  }
 }
 
 TEST_CASE("where embedding and head are one, what the adapter does not bring stays as it was, unless it ties them", "[peft]") {
