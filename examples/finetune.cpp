@@ -68,6 +68,9 @@ void declare(CLI::App& app, FinetuneOptions& o) {
   add_number(app, "--steps", o.steps, "optimizer steps", 1, most_steps);
   add_number(app, "--batch", o.batch, "sequences a step", 1, most_batch);
   add_number(app, "--seq-len", o.seq_len, "tokens of a sequence at most", 8, most_tokens);
+  auto* packed = app.add_flag("--pack", o.pack,
+                              "put short examples together to rows of --seq-len tokens, each seeing itself alone; --batch counts rows");
+  app.add_flag("--group-by-length", o.group_by_length, "examples of like length in a step, whose work is then even")->excludes(packed);
   add_number(app, "--threads", o.threads, "0: one for each processor", 0, most_threads);
   add_device(app, o.device, o.dtype);
   app.add_option("--seed", o.seed, "of adapters, data order and ranks")
@@ -129,18 +132,23 @@ FinetuneData load_data(const FinetuneOptions& o, const OpenModel& model, Index h
     data.train.resize(data.train.size() - count);
     if (count == 0) std::printf("data       too few examples to hold some back: auto spends on low ranks what order-then-nest does\n");
   }
-  Index scored = 0, tokens = 0;
-  for (const auto& s : data.train) {
-    tokens += static_cast<Index>(s.ids.size());
-    scored += static_cast<Index>(s.ids.size()) - s.prompt_length;
-  }
+  const TokenCounts counts = count_tokens(data.train);
   std::printf("data       %zu training and %zu held-out examples, %.0f tokens each, %.0f %% scored", data.train.size(),
-              data.validation_samples.size(), static_cast<double>(tokens) / static_cast<double>(data.train.size()),
-              100.0 * static_cast<double>(scored) / static_cast<double>(tokens));
+              data.validation_samples.size(), static_cast<double>(counts.tokens) / static_cast<double>(data.train.size()),
+              counts.percent_scored());
   if (samples.truncated + samples.dropped > 0)
     std::printf("; %lld cut, %lld left out (--seq-len %lld)", static_cast<long long>(samples.truncated),
                 static_cast<long long>(samples.dropped), static_cast<long long>(o.seq_len));
   std::printf("\n");
+  constexpr double little = 5.0;
+  if (counts.percent_scored() < little)
+    std::printf("warning    %.2g %% of the tokens are scored: long prompts, whose answers --seq-len may cut, teach little for their work\n",
+                counts.percent_scored());
+  if (o.pack) {
+    const Index rows = DataOrder(data.train, order_options(o)).rows();
+    std::printf("           packed into %lld rows of %lld tokens, %.0f %% full\n", static_cast<long long>(rows),
+                static_cast<long long>(o.seq_len), 100.0 * static_cast<double>(counts.tokens) / static_cast<double>(rows * o.seq_len));
+  }
   return data;
 }
 

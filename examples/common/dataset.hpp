@@ -244,6 +244,21 @@ inline std::optional<Sample> tokenize(const Example& example, const Tokenizer& t
   return sample;
 }
 
+struct TokenCounts {
+  Index tokens = 0, scored = 0;
+
+  double percent_scored() const noexcept { return tokens > 0 ? 100.0 * static_cast<double>(scored) / static_cast<double>(tokens) : 0.0; }
+};
+
+inline TokenCounts count_tokens(std::span<const Sample> samples) {
+  TokenCounts counts;
+  for (const auto& sample : samples) {
+    counts.tokens += static_cast<Index>(sample.ids.size());
+    counts.scored += static_cast<Index>(sample.ids.size()) - sample.prompt_length;
+  }
+  return counts;
+}
+
 struct Samples {
   std::vector<Sample> samples;
   Index truncated = 0;  // samples whose response was cut

@@ -17,6 +17,7 @@
 #include <qdylora/optim/lion.hpp>
 
 #include "adapters.hpp"
+#include "data_order.hpp"
 #include "dataset.hpp"
 #include "evaluation.hpp"
 #include "open_model.hpp"
@@ -30,7 +31,7 @@ namespace qdylora::examples {
 
 struct FinetuneOptions {
   std::string model, tokenizer, data, eval, chat = "model", out = "out";
-  bool toy = false, resume = false, gates = false, dora = false, checkpoint = false;
+  bool toy = false, resume = false, pack = false, group_by_length = false, gates = false, dora = false, checkpoint = false;
   std::string ranks = "1,2,4,8,16,32,64", recipe_name = "auto", method = "lora", base = "nf4", init = "standard", optimizer = "adamw", paged;
   std::string device = "cpu", dtype = "float32";
   float alpha = 16.0f, dropout = 0.0f;
@@ -46,35 +47,9 @@ struct FinetuneData {
   std::vector<Sample> train, held_back, validation_samples;
 };
 
-/// What trains at each step: every epoch is a permutation of its own, so the position in the data is a function of the step.
-class DataOrder {
- public:
-  DataOrder(const std::vector<Sample>& train, std::uint64_t seed) : train_(&train), seed_(seed) {}
-
-  std::vector<Sample> step(std::int64_t step, Index rows) {
-    std::vector<Sample> chosen;
-    for (std::int64_t n = step * rows; n < (step + 1) * rows; ++n) {
-      const auto size = static_cast<std::int64_t>(train_->size());
-      if (n / size != epoch_) shuffle(n / size);
-      chosen.push_back((*train_)[order_[static_cast<std::size_t>(n % size)]]);
-    }
-    return chosen;
-  }
-
- private:
-  void shuffle(std::int64_t epoch) {
-    epoch_ = epoch;
-    order_.resize(train_->size());
-    for (std::size_t i = 0; i < order_.size(); ++i) order_[i] = i;
-    Rng rng(seed_, Purpose::shuffle, 0, static_cast<std::uint32_t>(epoch));
-    rng.shuffle(std::span<std::size_t>(order_));
-  }
-
-  const std::vector<Sample>* train_;
-  std::uint64_t seed_;
-  std::vector<std::size_t> order_;
-  std::int64_t epoch_ = -1;
-};
+inline DataOrderOptions order_options(const FinetuneOptions& o) {
+  return {.rows = o.batch, .seed = o.seed, .pack_length = o.pack ? o.seq_len : 0, .group_by_length = o.group_by_length};
+}
 
 /// What the data makes of memory: the largest batches that this run will see.
 inline void plan_batches(MemoryOptions& options, const FinetuneOptions& o, const FinetuneData& data, const OpenModel& model,
@@ -88,12 +63,12 @@ inline void plan_batches(MemoryOptions& options, const FinetuneOptions& o, const
     }
   };
   constexpr std::int64_t looked_at = 4096;  // steps; of a longer run the worst is assumed
-  DataOrder order(data.train, o.seed);
-  for (std::int64_t step = 0; step < std::min(o.steps, looked_at); ++step) look(order.step(step, o.batch), options.tokens, options.scored);
+  DataOrder order(data.train, order_options(o));
+  for (std::int64_t step = 0; step < std::min(o.steps, looked_at); ++step) look(order.step(step), options.tokens, options.scored);
   if (o.steps > looked_at) {
     Index longest = 0;
     for (const auto& sample : data.train) longest = std::max(longest, static_cast<Index>(sample.ids.size()) - 1);
-    options.tokens = options.scored = std::max(longest, std::min(batch_tokens, o.batch * longest));
+    options.tokens = options.scored = std::max(longest, std::min(batch_tokens, o.batch * (o.pack ? o.seq_len : longest)));
     options.longest = std::max(options.longest, longest);
   }
   for (const auto* samples : {&data.held_back, &data.validation_samples}) look(*samples, options.forward_tokens, options.forward_scored);
@@ -213,6 +188,7 @@ int finetune_with(const FinetuneOptions& o, OpenModel& model, const FinetuneData
                                     {"seed", o.seed},          {"dtype", o.dtype},     {"examples", data.train.size()},
                                     {"device", o.device},      {"optimizer", o.optimizer},
                                     {"chat", model.chat ? model.chat->name : "none"},
+                                    {"pack", o.pack},          {"group_by_length", o.group_by_length},
                                     {"dora", o.dora},          {"lora_plus", o.lora_plus}, {"init", o.init},
                                     {"method", o.method}}
                                    .dump();
@@ -224,7 +200,7 @@ int finetune_with(const FinetuneOptions& o, OpenModel& model, const FinetuneData
   }
 
   StopSignal signal;
-  DataOrder order(data.train, o.seed);
+  DataOrder order(data.train, order_options(o));
   const auto training_start = Clock::now();
   const double seconds_before = history.seconds;
   const auto save = [&] {
@@ -234,7 +210,7 @@ int finetune_with(const FinetuneOptions& o, OpenModel& model, const FinetuneData
   {
     Progress progress(o.steps, trainer.step_count());
     while (!trainer.done() && !signal.requested()) {
-      const auto samples = order.step(trainer.step_count(), o.batch);
+      const auto samples = order.step(trainer.step_count());
       const auto result = trainer.step(to_batches(samples, batch_tokens));
       history.step_losses.push_back(result.loss);
       history.tokens += result.tokens;

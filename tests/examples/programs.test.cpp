@@ -184,6 +184,7 @@ TEST_CASE("programs: a wrong argument or file gives one line and status 2") {
       {"evaluate", tiny + " --data " + good, "context is 64"},
       {"evaluate", tiny + " --data " + good + " --chat-template vicuna", "mistral-v3"},
       {"finetune", "--toy --chat-template vicuna", "mistral-v3"},
+      {"finetune", "--toy --pack --group-by-length", "excludes"},
       {"adapter", "gguf " + quoted(test::golden("peft_linear")) + " " + quoted(folder / "a.gguf"), "--model"},
       {"adapter", "gguf " + quoted(test::golden("peft_linear")) + " --model " + junk + " " + quoted(folder / "a.gguf"), "junk.gguf"},
       {"adapter", "gguf " + quoted(test::golden("peft_linear")) + " --rank 999 --model " + junk + " " + quoted(folder / "a"), "--rank"},
@@ -413,6 +414,25 @@ TEST_CASE("programs: evaluate's logits are those of transformers and PEFT") {
              "--model " + quoted(test::golden("llama_tiny_bnb4")) + " " + c.arguments + " --ids " + list + " --logits " + quoted(array));
     CHECK(difference(qd::NpyFile(array).matrix(), logits) == 0.0);
   }
+}
+
+TEST_CASE("programs: a run on packed rows, or on examples of like length, takes its steps; a state of one is not of the other") {
+  if (!built("finetune")) SKIP("finetune has not been built");
+  const test::TemporaryFolder folder;
+  const auto packed = succeeds("finetune", toy(folder / "packed", "--pack --seq-len 200"));
+  const auto plain = succeeds("finetune", toy(folder / "plain", "--seq-len 200")),
+             grouped = succeeds("finetune", toy(folder / "grouped", "--seq-len 200 --group-by-length"));
+  CHECK(packed.find("packed into") != std::string::npos);
+  CHECK(plain.find("packed into") == std::string::npos);
+  const auto tokens = [](const std::string& out) {  // "trained    12 steps, 4321 tokens"
+    const auto at = out.find("12 steps, ");
+    REQUIRE(at != std::string::npos);
+    return std::stol(out.substr(at + 10));
+  };
+  CHECK(tokens(packed) > tokens(plain) * 5 / 4);  // four rows hold more than four examples
+  CHECK(tokens(grouped) != tokens(plain));
+  const auto other = run("finetune", toy(folder / "packed", "--resume --seq-len 200"));
+  CHECK(other.status == 2);
 }
 
 TEST_CASE("programs: a chat template that is not known is said, and prompts are plain") {
