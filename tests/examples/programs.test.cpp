@@ -435,6 +435,58 @@ TEST_CASE("programs: a run on packed rows, or on examples of like length, takes 
   CHECK(other.status == 2);
 }
 
+TEST_CASE("programs: whole modules of an adapter take the place of the model's, beside it, merged and after a cut") {
+  if (!built("evaluate") || !built("merge") || !built("adapter")) SKIP("evaluate, merge or adapter has not been built");
+  const test::TemporaryFolder folder;
+  const auto logits = [&](const std::filesystem::path& model, const std::string& more) {
+    const auto out = folder / "logits.npy";
+    succeeds("evaluate", "--model " + quoted(model) + " --base-format float32 --ids 3,1,4,1,5,9,2,6 --logits " + quoted(out) + " " + more);
+    return qd::NpyFile(out).matrix();
+  };
+  for (const std::string name : {"head", "both", "norms"}) {
+    CAPTURE(name);
+    const auto model = test::golden("saved_modules/untied");
+    const auto adapter = quoted(model / name);
+    const auto expected = qd::SafetensorsFile(model / "io.safetensors").matrix(name);
+    CHECK(difference(logits(model, "--adapter " + adapter), expected) < 1e-4);
+    succeeds("merge", quoted(model) + " " + adapter + " " + quoted(folder / name));
+    CHECK(difference(logits(folder / name, ""), expected) < 1e-4);
+    succeeds("adapter", "truncate " + adapter + " --rank 1 " + quoted(folder / ("cut " + name)));
+    CHECK(difference(logits(model, "--adapter " + quoted(folder / ("cut " + name))), logits(model, "--adapter " + adapter + " --rank 1")) ==
+          0.0);
+  }
+  const auto tied = test::golden("saved_modules/tied");
+  const auto refused = run("merge", quoted(tied) + " " + quoted(tied / "embedding") + " " + quoted(folder / "tied"));
+  CHECK(refused.status == 2);
+  CHECK(refused.err.find("embed_tokens") != std::string::npos);
+  CHECK(!std::filesystem::exists(folder / "tied"));
+}
+
+TEST_CASE("programs: an adapter of a Conv1D merges into weights that are stored [in, out]") {
+  if (!built("merge")) SKIP("merge has not been built");
+  const test::TemporaryFolder folder;
+  const auto weight = test::normal_matrix<float>(5, 7, 1), turned = qd::detail::transposed(weight);  // [out, in], [in, out]
+  const qd::LoRAAdapter<float> adapter = [&] {
+    qd::LoRAAdapter<float> made(7, 5, {.max_rank = 2});
+    qd::copy(test::normal_matrix<float>(2, 5, 2).view(), made.b().value.view());
+    return made;
+  }();
+  for (const bool conv : {false, true}) {
+    const std::string name = conv ? "conv" : "linear";
+    qd::SafetensorsWriter writer;
+    writer.add("h.weight", (conv ? turned : weight).view());
+    std::filesystem::create_directories(folder / name);
+    writer.write(folder / name / "model.safetensors");
+    qd::save_peft_adapter(folder / (name + " adapter"), {{"h", &adapter}}, {.fan_in_fan_out = conv});
+    succeeds("merge", quoted(folder / name) + " " + quoted(folder / (name + " adapter")) + " " + quoted(folder / (name + " merged")));
+  }
+  const auto merged = [&](const std::string& name) {
+    return qd::SafetensorsFile(folder / (name + " merged") / "model.safetensors").matrix("h.weight");
+  };
+  CHECK(difference(merged("conv"), qd::detail::transposed(merged("linear"))) == 0.0);
+  CHECK(difference(merged("linear"), weight) > 0.1);
+}
+
 TEST_CASE("programs: a chat template that is not known is said, and prompts are plain") {
   if (!built("evaluate")) SKIP("evaluate has not been built");
   const test::TemporaryFolder folder;
