@@ -68,18 +68,6 @@ inline std::string_view stripped(std::string_view text) {
   return end == 0 ? std::string_view() : text.substr(begin, end - begin);
 }
 
-inline std::string with_replaced(std::string_view text, std::string_view from, std::string_view to) {
-  std::string result;
-  for (std::size_t at = 0; at < text.size();) {
-    const std::size_t found = text.find(from, at);
-    result += text.substr(at, found - at);
-    if (found == text.npos) break;
-    result += to;
-    at = found + from.size();
-  }
-  return result;
-}
-
 /// Calls text(string) and mark(name) for the parts of one of a template's strings, in order.
 template <class Text, class Mark>
 void walk_pattern(std::string_view pattern, Text&& text, Mark&& mark) {
@@ -96,7 +84,7 @@ void walk_pattern(std::string_view pattern, Text&& text, Mark&& mark) {
 inline std::string chat_content(const ChatTemplate& chat, std::string_view content, bool trims) {
   if (trims) content = stripped(content);
   std::string result(content);
-  for (const auto& [from, to] : chat.replaces) result = with_replaced(result, from, to);
+  for (const auto& [from, to] : chat.replaces) result = replaced(result, from, to);
   return result;
 }
 

@@ -115,7 +115,7 @@ namespace detail {
 /// between the tags the text that would come out (trim_blocks and lstrip_blocks on, as transformers has them).
 inline std::string jinja_essence(std::string_view source) {
   constexpr std::string_view blank = " \t\n";
-  const std::string normalized = with_replaced(with_replaced(source, "\r\n", "\n"), "\r", "\n");  // as Jinja does
+  const std::string normalized = replaced(replaced(source, "\r\n", "\n"), "\r", "\n");  // as Jinja does
   std::string_view jinja = normalized;
   if (jinja.ends_with('\n')) jinja.remove_suffix(1);
   std::string result;
@@ -162,10 +162,10 @@ inline std::string jinja_essence(std::string_view source) {
     cuts = last == '-';
     if (cuts) tag.pop_back();
     if (kind != '#') {
-      tag = with_replaced(tag, "'+'", "");
+      tag = replaced(tag, "'+'", "");
       for (const std::string_view key : {"role", "content"})
         for (const std::string_view object : {"message", "messages[0]"})
-          tag = with_replaced(tag, std::string(object) + "." + std::string(key), std::string(object) + "['" + std::string(key) + "']");
+          tag = replaced(tag, std::string(object) + "." + std::string(key), std::string(object) + "['" + std::string(key) + "']");
       result += std::string("{") + kind + tag + closing + "}";
     }
     before = kind;
