@@ -1,9 +1,10 @@
-// The transformer, Llama and Falcon: shapes, blocks, decoder, generation, tokenizer, recipes, and the models that files hold. Needs Eigen and
-// nlohmann/json.
+// The transformer, Llama and Falcon: shapes, blocks, decoder, generation, scores, tokenizer, recipes, and the models that files hold. Needs
+// Eigen and nlohmann/json.
 #pragma once
 
 #include <qdylora/cpu/cpu.hpp>
 #include <qdylora/model/batch.hpp>
+#include <qdylora/model/bleu.hpp>
 #include <qdylora/model/chat.hpp>
 #include <qdylora/model/chat_templates.hpp>
 #include <qdylora/model/decoder.hpp>
@@ -17,6 +18,7 @@
 #include <qdylora/model/rank_report.hpp>
 #include <qdylora/model/recipe.hpp>
 #include <qdylora/model/saved_modules.hpp>
+#include <qdylora/model/score.hpp>
 #include <qdylora/model/tokenizer.hpp>
 #include <qdylora/model/tokenizer_gguf.hpp>
 #include <qdylora/model/tokenizer_json.hpp>

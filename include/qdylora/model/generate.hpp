@@ -42,10 +42,7 @@ std::vector<std::vector<std::int32_t>> generate(Decoder<T, Backend>& model, std:
   using Cache = typename Decoder<T, Backend>::Cache;
   std::vector<std::vector<std::int32_t>> results(prompts.size());
   if (prompts.empty() || options.max_tokens <= 0) return results;
-  std::vector<Index> rank_of(prompts.size());
-  ranks.for_each_run(static_cast<Index>(prompts.size()), [&](Index first, Index count, Index rank) {
-    std::fill_n(rank_of.begin() + first, count, rank);
-  });
+  const std::vector<Index> rank_of = ranks.of_rows(static_cast<Index>(prompts.size()));
   Batch batch;
   std::vector<Cache> caches;
   std::vector<std::size_t> running;

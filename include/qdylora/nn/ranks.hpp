@@ -123,6 +123,13 @@ class RankPlan {
     }
   }
 
+  /// The rank of each of `rows` rows. Throws as for_each_run.
+  std::vector<Index> of_rows(Index rows) const {
+    std::vector<Index> ranks(static_cast<std::size_t>(rows));
+    for_each_run(rows, [&](Index first, Index count, Index rank) { std::fill_n(ranks.begin() + first, count, rank); });
+    return ranks;
+  }
+
   /// From ranks of sequences to ranks of tokens: sequence s has offsets[s + 1] - offsets[s] tokens.
   RankPlan expand(std::span<const Index> offsets) const {
     if (is_uniform()) return *this;
