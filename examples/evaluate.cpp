@@ -1,6 +1,9 @@
-// What a model says, with or without an adapter, at any rank: loss on data, or logits of given token ids.
+// What a model says, with or without an adapter, at any rank: loss on data, exact match and BLEU of its answers, accuracy in multiple-choice
+// questions, or logits of given token ids.
 //
-//   evaluate --model FILE.gguf|DIR [--adapter DIR] [--rank b] (--data FILE | --ids 1,2,3 --logits OUT.safetensors|OUT.npy)
+//   evaluate --model FILE.gguf|DIR [--adapter DIR] [--rank b] --data FILE
+//   evaluate --model FILE.gguf|DIR [--adapter DIR] [--ranks 0,1,4] --choices FILE --shots 5        or     --data FILE --bleu
+//   evaluate --model FILE.gguf|DIR [--adapter DIR] [--rank b] --ids 1,2,3 --logits OUT.safetensors|OUT.npy
 #include <optional>
 #include <string>
 #include <vector>
@@ -27,15 +30,39 @@ void declare(CLI::App& app, EvaluateOptions& o) {
   app.add_option("--base-format", o.base, "base weights: nf4, fp4, int4, fp8 or float32; those already in 4 bits stay as they are")
       ->capture_default_str();
   app.add_option("--adapter", o.adapter, "an adapter folder: PEFT's, or the bottlenecks of finetune --method")->check(not_empty());
-  app.add_option("--rank", o.rank, "use this many rows of the adapter; default: all, 0: none")->check(in_range<Index>(0, most_rank));
+  auto* rank =
+      app.add_option("--rank", o.rank, "use this many rows of the adapter; default: all, 0: none")->check(in_range<Index>(0, most_rank));
+  app.add_option("--ranks", o.ranks, "measure at each of these; default with --choices or --bleu: 0 and all that the adapter is made for")
+      ->check(not_empty())
+      ->excludes(rank);
   auto* data = app.add_option("--data", o.data, "JSON lines or plain text, as for finetune")->check(not_empty());
   auto* ids = app.add_option("--ids", o.ids, "token ids, separated by commas")->check(not_empty());
-  auto* logits = app.add_option("--logits", o.logits, "write the logits of --ids here, float32 [tokens, vocab]: safetensors, or NumPy's array if the name ends in .npy")->check(not_empty());
+  auto* logits = app.add_option("--logits", o.logits, "write the logits of --ids here, float32 [tokens, vocab]: safetensors, or NumPy's array if the name ends in .npy")
+                    ->check(not_empty());
+  auto* choices = app.add_option("--choices", o.choices,
+                                 "multiple-choice questions, scored as MMLU is: JSON lines of question, choices, answer and maybe subject, "
+                                 "or MMLU's CSV; sample: 50 simple questions of our own");
+  choices->check(not_empty());
+  add_number(app, "--shots", o.shots, "answered questions of the same subject before each of --choices", 0, most_examples);
+  app.get_option("--shots")->needs(choices);
+  app.add_option("--shots-file", o.shots_file, "where those are from; default: the first of --choices, which are not asked then")
+      ->check(not_empty())
+      ->needs(choices);
+  app.add_option("--choice-score", o.choice_score,
+                 "what decides: letters, the likelihood of \" A\", \" B\" ... after the listed choices; or answers, that of each choice's text, "
+                 "not listed before, per character")
+      ->check(CLI::IsMember({"letters", "answers"}))
+      ->capture_default_str()
+      ->needs(choices);
+  app.add_flag("--bleu", o.bleu, "answer the data greedily and compare with its answers: BLEU as sacrebleu has it, and exact match")
+      ->needs(data);
+  app.add_option("--out", o.out, "folder for report.json and report.csv")->check(not_empty())->excludes(ids);
   data->excludes(ids);
+  choices->excludes(ids);
   ids->needs(logits);
   logits->needs(ids);
-  add_number(app, "--max-examples", o.max_examples, "use this many examples of the data at most", 1, most_examples);
-  add_number(app, "--answers", o.answers, "examples of the data to answer and compare", 0, most_examples);
+  add_number(app, "--max-examples", o.max_examples, "use this many examples of the data and questions of --choices at most", 1, most_examples);
+  add_number(app, "--answers", o.answers, "examples of the data to answer and compare; 0: none, with --bleu all", 0, most_examples);
   add_number(app, "--max-new-tokens", o.new_tokens, "tokens of an answer at most", 1, most_new_tokens);
   add_number(app, "--seq-len", o.seq_len, "tokens of a sequence at most", 2, most_tokens);
   add_number(app, "--threads", o.threads, "0: one for each processor", 0, most_threads);
@@ -44,7 +71,8 @@ void declare(CLI::App& app, EvaluateOptions& o) {
 }
 
 int evaluate(const EvaluateOptions& o) {
-  QDYLORA_EXPECTS(!o.data.empty() || !o.ids.empty(), bad_argument, "give --data, or --ids with --logits; see --help");
+  QDYLORA_EXPECTS(!o.data.empty() || !o.choices.empty() || !o.ids.empty(), bad_argument,
+                  "give --data, --choices, or --ids with --logits; see --help");
   if (!o.ids.empty()) static_cast<void>(parse_numbers<std::int32_t>("--ids", o.ids));
   for (const auto& in : {o.model, o.tokenizer, o.adapter}) expect_no_overwrite(in, o.logits);
   const CpuDevice cpu(o.threads);
@@ -62,7 +90,7 @@ int evaluate(const EvaluateOptions& o) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  CLI::App app{"Loss and logits of a model, with an adapter at any rank.", "evaluate"};
+  CLI::App app{"Loss, task scores and logits of a model, with an adapter at any rank.", "evaluate"};
   EvaluateOptions options;
   declare(app, options);
   return run_program(app, argc, argv, [&] { return evaluate(options); });

@@ -1,6 +1,7 @@
 // Data to fine-tune on: reads examples from a file and turns them into token ids.
 //   JSON lines (.jsonl, .ndjson, .json; a .json file may also be one array), each object with one of these sets of fields:
 //     prompt, response  |  question, answer (GSM8K)  |  instruction, output and optionally input (Alpaca)
+//       an answer may be a list of right ones (Natural Questions), of which the first is learned
 //     messages (or conversation): [{"role": ..., "content": ...}, ...], whose last assistant turn is the response
 //   anything else is plain text, read as chunks of running text.
 #pragma once
@@ -9,9 +10,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
-#include <fstream>
 #include <initializer_list>
-#include <iterator>
 #include <optional>
 #include <span>
 #include <string>
@@ -21,11 +20,11 @@
 
 #include <qdylora/core/error.hpp>
 #include <qdylora/core/scalar.hpp>
-#include <qdylora/io/json.hpp>
 #include <qdylora/model/chat.hpp>
 #include <qdylora/model/tokenizer.hpp>
 
 #include "example.hpp"
+#include "json_lines.hpp"
 
 namespace qdylora::examples {
 
@@ -33,25 +32,14 @@ struct LoadOptions {
   std::size_t chunk_bytes = 1024;  // of plain text: the largest chunk. A chunk has at most as many tokens as bytes.
 };
 
-/// f(), with file and line added to its Error.
-template <class F>
-auto at_line(const std::string& file, const std::string& where, F&& f) {
-  try {
-    return f();
-  } catch (const Error& error) {
-    throw Error(error.code(), where + ": " + error.what(), {.file = file});
-  }
-}
-
 namespace detail {
 
-/// Makes examples of JSON objects; `where` names the line in errors.
-class ExampleReader {
+/// Makes examples of JSON objects.
+class ExampleReader : public ObjectReader {
  public:
-  explicit ExampleReader(std::string file) : file_(std::move(file)) {}
+  using ObjectReader::ObjectReader;
 
   Example read(const Json& object, const std::string& where) const {
-    if (!object.is_object()) fail(where, "expected an object, found " + std::string(object.type_name()));
     if (has(object, {"prompt", "response"})) return pair(object, "prompt", "response", where);
     if (has(object, {"question", "answer"})) return pair(object, "question", "answer", where);
     if (has(object, {"instruction", "output"})) {
@@ -70,29 +58,21 @@ class ExampleReader {
                     (found.empty() ? "none" : printable(found, 400)));
   }
 
-  /// The library's parser, with the line in its errors; the text begins at byte `offset` of the file.
-  Json parse(std::string_view text, const std::string& where, std::uint64_t offset) const {
-    return at_line(file_, where, [&] { return parse_json(text, {.offset = offset}); });
-  }
-
-  [[noreturn]] void fail(const std::string& where, const std::string& message) const {
-    throw Error(Errc::json, where + ": " + message, {.file = file_});
-  }
-
  private:
   static bool has(const Json& object, std::initializer_list<const char*> keys) {
     return std::all_of(keys.begin(), keys.end(), [&](const char* key) { return object.contains(key); });
   }
 
-  const std::string& text(const Json& object, const char* key, const std::string& where) const {
-    const auto found = object.find(key);
-    if (found == object.end()) fail(where, "expected a field '" + std::string(key) + "', found none");
-    if (!found->is_string()) fail(where, "expected field '" + std::string(key) + "' to be a string, found " + found->type_name());
-    return found->get_ref<const std::string&>();
-  }
-
   Example pair(const Json& object, const char* prompt, const char* response, const std::string& where) const {
-    Example example{text(object, prompt, where), text(object, response, where)};
+    Example example{text(object, prompt, where), ""};
+    if (std::string_view(response) == "answer" && object[response].is_array()) {
+      example.alternatives = texts(object, response, where);
+      if (example.alternatives.empty()) fail(where, "expected answers in field 'answer', found an empty list");
+      example.response = std::move(example.alternatives.front());
+      example.alternatives.erase(example.alternatives.begin());
+    } else {
+      example.response = text(object, response, where);
+    }
     if (example.prompt.empty()) fail(where, "expected text in field '" + std::string(prompt) + "', found none");
     return example;
   }
@@ -118,8 +98,6 @@ class ExampleReader {
     example.earlier = std::move(turns);
     return example;
   }
-
-  std::string file_;
 };
 
 /// The end of the chunk that starts at `begin`: of the last paragraph, else line, else word, that ends in its second half, else of
@@ -145,29 +123,12 @@ inline std::vector<Example> load_examples(const std::filesystem::path& path, Loa
   QDYLORA_EXPECTS(options.chunk_bytes >= 16, bad_argument,
                   "load_examples: expected chunks of at least 16 bytes, found " + std::to_string(options.chunk_bytes));
   const detail::ExampleReader reader(path.string());
-  std::ifstream file(path, std::ios::binary);
-  if (!file || std::filesystem::is_directory(path)) throw Error(Errc::open, "cannot open the data", {.file = path.string()});
-  const std::string text{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
-  if (file.bad()) throw Error(Errc::read, "cannot read the data", {.file = path.string()});
-  const std::size_t first = text.find_first_not_of(" \t\r\n");
-
+  const std::string text = detail::read_data(path);
   std::vector<Example> examples;
   const std::string extension = path.extension().string();
-  if (extension == ".json" && first != text.npos && text[first] == '[') {
-    const Json list = reader.parse(text, "array", 0);
-    for (const auto& item : list) examples.push_back(reader.read(item, "element " + std::to_string(examples.size() + 1)));
-  } else if (extension == ".json" || extension == ".jsonl" || extension == ".ndjson") {
-    Index number = 0;
-    for (std::size_t begin = 0; begin < text.size();) {
-      const std::size_t end = std::min(text.find('\n', begin), text.size());
-      const std::string_view line = detail::trim(std::string_view(text).substr(begin, end - begin));
-      const std::string where = "line " + std::to_string(++number);
-      if (!line.empty()) {
-        const auto offset = static_cast<std::uint64_t>(line.data() - text.data());
-        examples.push_back(reader.read(reader.parse(line, where, offset), where));
-      }
-      begin = end + 1;
-    }
+  if (extension == ".json" || extension == ".jsonl" || extension == ".ndjson") {
+    detail::for_each_object(path.string(), text, extension == ".json",
+                            [&](const Json& object, const std::string& where) { examples.push_back(reader.read(object, where)); });
   } else {
     for (std::size_t begin = 0; begin < text.size();) {
       const std::size_t end = detail::chunk_end(text, begin, options.chunk_bytes);

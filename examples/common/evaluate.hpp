@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <cstddef>
 #include <cstdio>
 #include <optional>
 #include <string>
@@ -16,16 +17,101 @@
 #include "dataset.hpp"
 #include "evaluation.hpp"
 #include "open_model.hpp"
+#include "report.hpp"
 #include "text.hpp"
 
 namespace qdylora::examples {
 
 struct EvaluateOptions {
-  std::string model, tokenizer, adapter, data, ids, logits, chat = "model", base = "nf4", device = "cpu", dtype = "float32";
+  std::string model, tokenizer, adapter, data, ids, logits, choices, shots_file, ranks, out;
+  std::string chat = "model", base = "nf4", device = "cpu", dtype = "float32", choice_score = "letters";
   std::optional<Index> rank;
-  Index seq_len = 512, answers = 0, new_tokens = 128, max_examples = 1'000'000;
+  Index seq_len = 512, answers = 0, new_tokens = 128, max_examples = 1'000'000, shots = 0;
   int threads = 0;
+  bool bleu = false;
 };
+
+/// What is measured at every rank, read and in tokens.
+struct EvaluationTasks {
+  Samples samples;
+  std::vector<Example> questions;  // to answer
+  std::optional<ChoiceTask> choices;
+};
+
+/// Reads what the options name. Errors: those of the files, and bad_argument where nothing of one can be scored.
+inline EvaluationTasks read_tasks(const EvaluateOptions& o, const OpenModel& model) {
+  EvaluationTasks tasks;
+  if (!o.data.empty()) {
+    auto examples = load_examples(o.data);
+    expect_seq_len(o.seq_len, model.config);
+    if (o.max_examples < static_cast<Index>(examples.size())) examples.resize(static_cast<std::size_t>(o.max_examples));
+    tasks.samples = tokenize(examples, model.need_tokenizer(), {.chat = model.chat_template(), .max_length = o.seq_len});
+    if (tasks.samples.samples.empty())
+      throw Error(Errc::bad_argument, "no example has a scored token within --seq-len " + std::to_string(o.seq_len), {.file = o.data});
+    const Index answers = o.bleu && o.answers == 0 ? o.max_examples : o.answers;
+    tasks.questions = questions(examples, model.need_tokenizer(), model.chat_template(), o.seq_len, answers);
+    if (answers > 0 && tasks.questions.empty())
+      throw Error(Errc::bad_argument,
+                  (o.bleu ? "--bleu" : "--answers") + std::string(": no example has a prompt within --seq-len ") + std::to_string(o.seq_len),
+                  {.file = o.data});
+  }
+  if (!o.choices.empty()) {
+    tasks.choices = choice_task(o.choices, o.shots_file, o.shots, o.choice_score, model.need_tokenizer(), model.chat_template(), model.config.context);
+    if (o.max_examples < static_cast<Index>(tasks.choices->prompts.size())) tasks.choices->resize(static_cast<std::size_t>(o.max_examples));
+  }
+  return tasks;
+}
+
+/// The ranks that are measured: those of --ranks; else --rank; else, where tasks are scored, 0 and those that the adapter was made for; else
+/// all of the adapter. Errors: rank_range.
+inline std::vector<Index> ranks_to_measure(const EvaluateOptions& o, const std::optional<PeftAdapter>& adapter) {
+  const Index most = adapter ? adapter->max_rank() : 0;
+  std::vector<Index> ranks;
+  if (!o.ranks.empty()) {
+    ranks = parse_numbers<Index>("--ranks", o.ranks);
+  } else if (o.rank || (o.choices.empty() && !o.bleu)) {
+    ranks = {o.rank.value_or(most)};
+  } else {
+    ranks = {0};
+    for (const Index rank : adapter ? adapter->ranks : std::vector<Index>{})
+      if (rank < most) ranks.push_back(rank);
+    if (adapter && adapter->ranks.empty())  // no word of ours in the file
+      for (Index rank = 1; rank < most; rank *= 2) ranks.push_back(rank);
+    if (adapter) ranks.push_back(most);
+  }
+  for (const Index rank : ranks) {
+    QDYLORA_EXPECTS(adapter || rank == 0, rank_range, "rank " + std::to_string(rank) + " needs --adapter");
+    QDYLORA_EXPECTS(rank <= most, rank_range, "rank " + std::to_string(rank) + ": the adapter has ranks 0 ... " + std::to_string(most));
+  }
+  return ranks;
+}
+
+inline void print_tasks(const std::vector<RankResult>& results, const EvaluationTasks& tasks) {
+  const auto share = [](Index right, Index of) {
+    const auto interval = accuracy_interval(right, of);
+    char text[96];
+    std::snprintf(text, sizeof text, "%lld of %lld, %.1f %% [%.1f, %.1f]", static_cast<long long>(right), static_cast<long long>(of),
+                  100.0 * interval.value, 100.0 * interval.low, 100.0 * interval.high);
+    return std::string(text);
+  };
+  for (const auto& r : results) {
+    const auto rank = static_cast<long long>(r.rank);
+    if (!tasks.samples.samples.empty()) {
+      std::printf("rank %lld: loss %.4f nats a token, perplexity %.4f, on %zu examples", rank, r.loss, std::exp(r.loss),
+                  tasks.samples.samples.size());
+      if (tasks.samples.truncated + tasks.samples.dropped > 0)
+        std::printf(" (%lld cut, %lld left out)", static_cast<long long>(tasks.samples.truncated),
+                    static_cast<long long>(tasks.samples.dropped));
+      std::printf("\n");
+    }
+    if (r.answers > 0) std::printf("rank %lld: exact match %s\n", rank, share(r.correct, r.answers).c_str());
+    if (r.bleu)
+      std::printf("rank %lld: BLEU %.2f, brevity penalty %.3f, on %lld answers\n", rank, r.bleu->score, r.bleu->brevity_penalty,
+                  static_cast<long long>(r.answers));
+    if (!r.chosen.empty())
+      std::printf("rank %lld: accuracy %s\n", rank, share(r.chosen_right, static_cast<Index>(r.chosen.size())).c_str());
+  }
+}
 
 template <class T, class Backend>
 void write_logits(Decoder<T, Backend>& decoder, const std::vector<std::int32_t>& ids, const std::string& file) {
@@ -50,50 +136,45 @@ void write_logits(Decoder<T, Backend>& decoder, const std::vector<std::int32_t>&
 template <Scalar T, class Device>
 int evaluate(const EvaluateOptions& o, const std::optional<PeftAdapter>& adapter, OpenModel& model, const Device& device) {
   const auto ids = o.ids.empty() ? std::vector<std::int32_t>{} : parse_numbers<std::int32_t>("--ids", o.ids);
-  QDYLORA_EXPECTS(adapter || o.rank.value_or(0) == 0, rank_range, "--rank " + std::to_string(*o.rank) + " needs --adapter");
+  const auto ranks = ranks_to_measure(o, adapter);
+  QDYLORA_EXPECTS(ids.empty() || ranks.size() == 1, bad_argument, "--logits are of one rank; give --rank, not --ranks");
   const Index max_rank = adapter ? adapter->max_rank() : 1;
-  const Index rank = o.rank.value_or(adapter ? max_rank : 0);
-  QDYLORA_EXPECTS(rank >= 0 && rank <= (adapter ? max_rank : 0), rank_range,
-                  "--rank " + std::to_string(rank) + ": the adapter has ranks 0 ... " + std::to_string(adapter ? max_rank : 0));
   LoRAOptions lora{.max_rank = max_rank};
   if (adapter) {
     lora.gated_ranks = adapter->modules.front().gated_ranks;
     lora.dora = adapter->config.use_dora;
   }
-  std::vector<Example> examples;
-  if (ids.empty()) {  // before anything large is read
-    examples = load_examples(o.data);
-    expect_seq_len(o.seq_len, model.config);
-    static_cast<void>(model.need_tokenizer());
-  }
+  const auto tasks = ids.empty() ? read_tasks(o, model) : EvaluationTasks{};  // before anything large is read
+  if (!o.out.empty()) make_folder(o.out);
   auto read = std::exchange(model.read, nullptr)();
   if (adapter) at_tensor(o.adapter, "", [&] { replace_modules(*read, adapter->saved); });
   const auto weights = device.place(std::move(read));
   const auto method = adapter ? adapter->method : AdapterMethod::lora;
   Decoder<T, typename Device::Backend> decoder(weights, {.lora = lora, .method = method}, device.backend());
   if (adapter) assign_adapter(*adapter, o.adapter, decoder);
-  decoder.set_ranks(RankPlan::uniform(rank));
+  decoder.set_ranks(RankPlan::uniform(ranks.front()));
   if (!ids.empty()) {
     write_logits(decoder, ids, o.logits);
     return 0;
   }
-  if (o.max_examples < static_cast<Index>(examples.size())) examples.resize(static_cast<std::size_t>(o.max_examples));
-  const auto samples = tokenize(examples, model.need_tokenizer(), {.chat = model.chat_template(), .max_length = o.seq_len});
-  if (samples.samples.empty())
-    throw Error(Errc::bad_argument, "no example has a scored token within --seq-len " + std::to_string(o.seq_len), {.file = o.data});
-  const auto asked = questions(examples, model.need_tokenizer(), model.chat_template(), o.seq_len, o.answers);
-  if (o.answers > 0 && asked.empty())
-    throw Error(Errc::bad_argument, "--answers: no example has a prompt within --seq-len " + std::to_string(o.seq_len), {.file = o.data});
-  const std::vector<Index> ranks = {rank};
-  auto results = evaluate_losses(decoder, samples.samples, ranks);
-  std::printf("rank %lld: loss %.4f nats a token, perplexity %.4f, on %zu examples", static_cast<long long>(rank), results[0].loss,
-              std::exp(results[0].loss), samples.samples.size());
-  if (samples.truncated + samples.dropped > 0)
-    std::printf(" (%lld cut, %lld left out)", static_cast<long long>(samples.truncated), static_cast<long long>(samples.dropped));
-  std::printf("\n");
-  if (!asked.empty()) {
-    evaluate_answers(decoder, model.need_tokenizer(), model.chat_template(), asked, results, o.new_tokens);
-    std::printf("exact match: %lld of %lld\n", static_cast<long long>(results[0].correct), static_cast<long long>(results[0].answers));
+  std::vector<RankResult> results(ranks.size());
+  for (std::size_t i = 0; i < ranks.size(); ++i) results[i].rank = ranks[i];
+  if (!o.data.empty()) results = evaluate_losses(decoder, tasks.samples.samples, ranks);
+  if (!tasks.questions.empty())
+    evaluate_answers(decoder, model.need_tokenizer(), model.chat_template(), tasks.questions, results, o.new_tokens);
+  if (o.bleu) evaluate_bleu(tasks.questions, results);
+  if (tasks.choices) evaluate_choices(decoder, *tasks.choices, results);
+  print_tasks(results, tasks);
+  if (!o.out.empty()) {
+    Json settings{{"model", model.name}, {"adapter", printable_utf8(o.adapter)}, {"base", o.base}, {"dtype", o.dtype},
+                  {"device", o.device},  {"chat", model.chat ? model.chat->name : "none"}};
+    if (!o.data.empty()) settings.update(Json{{"data", printable_utf8(o.data)}, {"seq_len", o.seq_len}, {"max_new_tokens", o.new_tokens}});
+    if (tasks.choices) {
+      settings.update(Json{{"choices", printable_utf8(o.choices)}, {"shots", o.shots}, {"choice_score", o.choice_score}});
+      for (const auto& prompt : tasks.choices->prompts) settings["right_choices"].push_back(prompt.answer);
+    }
+    write_evaluation(o.out, settings, results);
+    std::printf("wrote %s: report.json, report.csv\n", o.out.c_str());
   }
   return 0;
 }

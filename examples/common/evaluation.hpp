@@ -1,4 +1,5 @@
-// What a model does at each rank: loss on held-out answers, and how many answers it gets right.
+// What a model does at each rank: loss on held-out answers, how many answers it gets right and their BLEU, and what it chooses of answers that
+// are given.
 #pragma once
 
 #include <algorithm>
@@ -6,12 +7,16 @@
 #include <cmath>
 #include <functional>
 #include <numeric>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
 
+#include <qdylora/model/bleu.hpp>
 #include <qdylora/model/generate.hpp>
+#include <qdylora/model/score.hpp>
 
+#include "choices.hpp"
 #include "dataset.hpp"
 
 namespace qdylora::examples {
@@ -37,7 +42,10 @@ struct RankResult {
   double token_seconds = 0.0;          // to write one token
   Index answers = 0;                   // asked
   Index correct = 0;                   // exact match of the final answer
-  std::vector<std::string> texts;      // the first answers written
+  std::vector<std::string> texts;      // the answers written
+  std::optional<Bleu> bleu;            // of the answers written
+  std::vector<std::size_t> chosen;     // of each multiple-choice question
+  Index chosen_right = 0;
 };
 
 /// Loss at each of `ranks`.
@@ -140,11 +148,87 @@ void evaluate_answers(
     for (auto& result : results)
       for (const auto& example : part) {
         auto text = tokenizer.decode(answers[next++], {.skip_special = true});
-        result.correct += exact_match(text, example.response) ? 1 : 0;
+        result.correct += exact_match(text, example) ? 1 : 0;
         ++result.answers;
         result.texts.push_back(std::move(text));
       }
   }
+}
+
+/// BLEU of the answers that evaluate_answers wrote to `examples`, against all right responses of each.
+inline void evaluate_bleu(std::span<const Example> examples, std::vector<RankResult>& results) {
+  std::vector<std::vector<std::string>> references;
+  for (const auto& example : examples) references.push_back(example.references());
+  for (auto& result : results) result.bleu = corpus_bleu(result.texts, references);
+}
+
+/// Multiple-choice questions, ready to be asked of a model.
+struct ChoiceTask {
+  ChoiceScore score = ChoiceScore::letters;  // what choose goes by
+  std::vector<ChoicePrompt> prompts;
+  std::vector<Continuations> ids;  // of each prompt
+
+  void resize(std::size_t count) {
+    prompts.resize(count);
+    ids.resize(count);
+  }
+
+  /// The choice of the highest score, the first of equals. log_likelihoods: of each choice of question i.
+  std::size_t choose(std::size_t i, std::span<const double> log_likelihoods) const {
+    std::vector<double> scores(log_likelihoods.begin(), log_likelihoods.end());
+    if (score == ChoiceScore::answers)
+      for (std::size_t c = 0; c < scores.size(); ++c) scores[c] /= static_cast<double>(code_points(prompts[i].choices[c]));
+    return static_cast<std::size_t>(std::max_element(scores.begin(), scores.end()) - scores.begin());
+  }
+
+ private:
+  static Index code_points(std::string_view text) {
+    Index count = 0;
+    for (std::size_t at = 0; at < text.size(); at += decode_utf8(text, at).length) ++count;
+    return count;
+  }
+};
+
+/// Of "letters" or "answers". Errors: bad_argument.
+inline ChoiceScore choice_score(const std::string& name) {
+  if (name == "letters") return ChoiceScore::letters;
+  QDYLORA_EXPECTS(name == "answers", bad_argument, "--choice-score: expected letters or answers, found '" + printable(name) + "'");
+  return ChoiceScore::answers;
+}
+
+/// The questions of a file, or "sample", in the tokens of a model of such a context. shots_file: where the answered ones before each are
+/// from; "": the sample's own, else the file of the questions. Errors: those of load_choices, choice_prompts and choice_ids.
+inline ChoiceTask choice_task(const std::string& file, const std::string& shots_file, Index shots, const std::string& score,
+                              const Tokenizer& tokenizer, const ChatTemplate* chat, Index context) {
+  const bool sample = file == "sample";
+  const auto asked = sample ? read_choices(file, sample_questions, ".jsonl") : load_choices(file);
+  std::optional<ChoiceFile> dev;
+  if (!shots_file.empty()) dev = load_choices(shots_file);
+  else if (sample) dev = read_choices("sample", sample_shots, ".jsonl");
+  ChoiceTask task{choice_score(score), choice_prompts(asked, dev ? &*dev : nullptr, shots, choice_score(score)), {}};
+  for (const auto& prompt : task.prompts) task.ids.push_back(choice_ids(prompt, tokenizer, chat, context, asked.file));
+  return task;
+}
+
+/// Fills in what the model chooses at the ranks of `results`, a pass over each prompt.
+template <class T, class Backend>
+void evaluate_choices(
+    Decoder<T, Backend>& model, const ChoiceTask& task, std::vector<RankResult>& results,
+    const std::function<bool()>& stop = [] { return false; }) {
+  for (auto& result : results)
+    for (std::size_t begin = 0, end; begin < task.ids.size(); begin = end) {
+      if (stop()) return;
+      std::size_t tokens = task.ids[begin].prompt.size();  // a longer prompt stands alone
+      for (end = begin + 1; end < task.ids.size(); ++end) {
+        tokens += task.ids[end].prompt.size();
+        if (tokens > static_cast<std::size_t>(batch_tokens)) break;
+      }
+      const auto found = log_likelihoods(model, std::span(task.ids).subspan(begin, end - begin), RankPlan::uniform(result.rank));
+      for (std::size_t i = begin; i < end; ++i) {
+        result.chosen.push_back(task.choose(i, found[i - begin]));
+        result.chosen_right += result.chosen.back() == task.prompts[i].answer ? 1 : 0;
+      }
+    }
 }
 
 }  // namespace qdylora::examples

@@ -1,6 +1,7 @@
 // An example to learn from, and the comparison of answers by their final number, as GSM8K is scored.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <string>
 #include <string_view>
@@ -11,9 +12,17 @@
 namespace qdylora::examples {
 
 struct Example {
-  std::string prompt;    // empty: `response` is running text, not an answer
-  std::string response;  // what the model learns to write
-  std::vector<ChatMessage> earlier = {};  // turns of the conversation before the prompt
+  std::string prompt;                          // empty: `response` is running text, not an answer
+  std::string response;                        // what the model learns to write
+  std::vector<ChatMessage> earlier = {};       // turns of the conversation before the prompt
+  std::vector<std::string> alternatives = {};  // other responses that are as right
+
+  /// All right responses, the one that is learned first.
+  std::vector<std::string> references() const {
+    std::vector<std::string> all{response};
+    all.insert(all.end(), alternatives.begin(), alternatives.end());
+    return all;
+  }
 };
 
 namespace detail {
@@ -69,6 +78,12 @@ inline std::string final_answer(std::string_view text) {
 inline bool exact_match(std::string_view predicted, std::string_view expected) {
   const std::string answer = final_answer(expected);
   return answer.empty() ? detail::trim(predicted) == detail::trim(expected) : final_answer(predicted) == answer;
+}
+
+/// Whether a text matches one of the right responses.
+inline bool exact_match(std::string_view predicted, const Example& example) {
+  const auto references = example.references();
+  return std::any_of(references.begin(), references.end(), [&](const auto& expected) { return exact_match(predicted, expected); });
 }
 
 }  // namespace qdylora::examples

@@ -7,7 +7,6 @@
 #include <filesystem>
 #include <set>
 #include <string>
-#include <system_error>
 #include <utility>
 #include <vector>
 
@@ -176,9 +175,7 @@ int finetune_with(const FinetuneOptions& o, OpenModel& model, const FinetuneData
                 init.changes_base() ? "not the model, but what they leave of it" : "the plain quantized model");
   std::fflush(stdout);
 
-  std::error_code failure;
-  std::filesystem::create_directories(out, failure);
-  if (failure) throw Error(Errc::open, "cannot make the folder: " + failure.message(), {.file = o.out});
+  make_folder(o.out);
   // What a resumed run must share with the one that was stopped.
   const std::string data_name = printable_utf8(o.data);
   const std::string settings = Json{{"model", model.name},     {"data", data_name},    {"ranks", o.ranks},

@@ -1,4 +1,5 @@
-// The report of a fine-tuning run: a table for people, JSON and CSV for programs, an SVG picture of quality over rank.
+// The report of a fine-tuning run: a table for people, JSON and CSV for programs, an SVG picture of quality over rank. That of an evaluation:
+// JSON and CSV.
 #pragma once
 
 #include <algorithm>
@@ -7,6 +8,8 @@
 #include <filesystem>
 #include <fstream>
 #include <string>
+#include <system_error>
+#include <utility>
 #include <vector>
 
 #include <qdylora/io/file.hpp>
@@ -55,6 +58,13 @@ struct RankSummary {
     enough = smallest_rank_keeping(share, results.front().loss, ranks, losses);
   }
 };
+
+/// A folder for results, made where there is none. Errors: open.
+inline void make_folder(const std::string& folder) {
+  std::error_code failure;
+  std::filesystem::create_directories(folder, failure);
+  if (failure) throw Error(Errc::open, "cannot make the folder: " + failure.message(), {.file = folder});
+}
 
 inline double accuracy(const RankResult& r) {
   return r.answers > 0 ? static_cast<double>(r.correct) / static_cast<double>(r.answers) : 0.0;
@@ -132,6 +142,55 @@ inline void write_report(const std::filesystem::path& folder, const RunReport& r
                       .base = base_match,
                       .percent = true});
   write_svg(folder / "ranks.svg", charts);
+}
+
+/// report.json and report.csv of what evaluate measured at each rank; numbers of what it did not measure are absent, fields empty.
+inline void write_evaluation(const std::filesystem::path& folder, const Json& settings, const std::vector<RankResult>& ranks) {
+  Json json = settings;
+  json["ranks"] = Json::array();
+  std::string csv =
+      "rank,loss,perplexity,answers,correct,exact_match,exact_match_low,exact_match_high,bleu,brevity_penalty,questions,right,accuracy,"
+      "accuracy_low,accuracy_high\n";
+  const auto fields = [](const std::vector<double>& numbers, std::size_t count) {
+    std::string text;
+    for (std::size_t i = 0; i < count; ++i) {
+      char number[64] = "";
+      if (!numbers.empty()) std::snprintf(number, sizeof number, "%.9g", numbers[i]);
+      text += std::string(",") + number;
+    }
+    return text;
+  };
+  const auto share = [](Index right, Index of, std::vector<double>& numbers) {
+    const auto interval = accuracy_interval(right, of);
+    numbers = {static_cast<double>(of), static_cast<double>(right), interval.value, interval.low, interval.high};
+    return Json{{"value", interval.value}, {"low", interval.low}, {"high", interval.high}};
+  };
+  for (const auto& r : ranks) {
+    Json line{{"rank", r.rank}};
+    std::vector<double> loss, match, bleu, accuracy;
+    if (!r.example_losses.empty()) {
+      loss = {r.loss, std::exp(r.loss)};
+      line.update(Json{{"loss", r.loss}, {"perplexity", std::exp(r.loss)}, {"example_losses", r.example_losses},
+                       {"example_tokens", r.example_tokens}});
+    }
+    if (r.answers > 0)
+      line.update(Json{{"answers", r.answers}, {"correct", r.correct}, {"exact_match", share(r.correct, r.answers, match)},
+                       {"texts", r.texts}});
+    if (r.bleu) {
+      bleu = {r.bleu->score, r.bleu->brevity_penalty};
+      line["bleu"] = {{"score", r.bleu->score}, {"precisions", r.bleu->precisions}, {"brevity_penalty", r.bleu->brevity_penalty},
+                      {"hypothesis_words", r.bleu->hypothesis_words}, {"reference_words", r.bleu->reference_words}};
+    }
+    if (!r.chosen.empty()) {
+      const auto questions = static_cast<Index>(r.chosen.size());
+      line.update(Json{{"questions", questions}, {"right", r.chosen_right}, {"accuracy", share(r.chosen_right, questions, accuracy)},
+                       {"chosen", r.chosen}});
+    }
+    json["ranks"].push_back(std::move(line));
+    csv += std::to_string(r.rank) + fields(loss, 2) + fields(match, 5) + fields(bleu, 2) + fields(accuracy, 5) + "\n";
+  }
+  replace_file(folder / "report.json", json.dump(1, ' ', false, Json::error_handler_t::replace) + "\n");  // an answer may end inside of a letter
+  replace_file(folder / "report.csv", csv);
 }
 
 }  // namespace qdylora::examples

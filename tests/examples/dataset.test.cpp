@@ -109,6 +109,19 @@ TEST_CASE("JSON lines of all known shapes become examples", "[dataset]") {
   CHECK(examples[5].earlier[2].content == "a1");
 }
 
+TEST_CASE("of several right answers the first is learned, and each of them matches", "[dataset]") {
+  const auto examples = load("several.jsonl", "{\"question\": \"q\", \"answer\": [\"five\", \"5 seasons\", \"Five\"]}\n"
+                                              "{\"question\": \"q\", \"answer\": [\"one\"]}");
+  REQUIRE(examples.size() == 2);
+  CHECK(examples[0].response == "five");
+  CHECK(examples[0].alternatives == std::vector<std::string>{"5 seasons", "Five"});
+  CHECK(examples[0].references() == std::vector<std::string>{"five", "5 seasons", "Five"});
+  CHECK(examples[1].references() == std::vector<std::string>{"one"});
+  for (const char* right : {"five", " Five\n", "it has 5"}) CHECK(ex::exact_match(right, examples[0]));
+  for (const char* wrong : {"six", "FIVE", "it has 6"}) CHECK_FALSE(ex::exact_match(wrong, examples[0]));
+  CHECK_FALSE(ex::exact_match("five", examples[1]));
+}
+
 TEST_CASE("a .json file may be one array", "[dataset]") {
   const auto examples = load("array.json", " [{\"prompt\": \"p\",\n\"response\": \"r\"}, {\"question\": \"q\", \"answer\": \"a\"}]");
   REQUIRE(examples.size() == 2);
@@ -129,10 +142,13 @@ TEST_CASE("a bad line is an error with its number, what is expected and what is 
     CHECK(holds(text, "found completion, prompt"));
   }
   {
-    const auto [code, text] = bad("{\"question\": \"q\", \"answer\": [\"a\", \"b\"]}");
+    const auto [code, text] = bad("{\"prompt\": \"q\", \"response\": [\"a\", \"b\"]}");
     CHECK(code == qd::Errc::json);
-    CHECK(holds(text, "'answer' to be a string, found array"));
+    CHECK(holds(text, "'response' to be a string, found array"));
   }
+  CHECK(holds(bad("{\"question\": \"q\", \"answer\": 7}").second, "'answer' to be a string, found number"));
+  CHECK(holds(bad("{\"question\": \"q\", \"answer\": []}").second, "answers in field 'answer', found an empty list"));
+  CHECK(holds(bad("{\"question\": \"q\", \"answer\": [\"a\", 7]}").second, "'answer' to be a list of strings, found number"));
   CHECK(holds(bad("{\"prompt\": \"p\", ").second, "line 3"));
   CHECK(bad("{\"prompt\": \"p\", ").first == qd::Errc::json);
   {  // no line and column of the parser's, which saw one line; the byte is of the file

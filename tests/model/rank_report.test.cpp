@@ -78,6 +78,23 @@ TEST_CASE("the smallest rank keeps a share of the best rank's gain", "[rank_repo
   CHECK(qd::smallest_rank_keeping(1.0, 2.0, ranks, uneven) == 2);
 }
 
+TEST_CASE("the interval of an accuracy is Wilson's", "[rank_report]") {
+  // statsmodels.stats.proportion.proportion_confint(right, of, method="wilson") of statsmodels 0.15.0.
+  const struct {
+    qd::Index right, of;
+    double low, high;
+  } cases[] = {{0, 1, 0.000000000000, 0.793450685623}, {1, 1, 0.206549314377, 1.000000000000}, {0, 50, 0.000000000000, 0.071347599133}, {50, 50, 0.928652400867, 1.000000000000}, {23, 50, 0.329696521922, 0.596011286008}, {1, 7, 0.025679624345, 0.513127829274}, {350, 1000, 0.321062710052, 0.380085317493}};
+  for (const auto& c : cases) {
+    const auto found = qd::accuracy_interval(c.right, c.of);
+    CAPTURE(c.right, c.of);
+    CHECK(found.value == Approx(static_cast<double>(c.right) / static_cast<double>(c.of)));
+    CHECK(found.low == Approx(c.low).epsilon(1e-9).margin(1e-12));
+    CHECK(found.high == Approx(c.high).epsilon(1e-9));
+  }
+  for (const auto& [right, of] : {std::pair<qd::Index, qd::Index>{0, 0}, {-1, 3}, {4, 3}})
+    CHECK(test::code_of([&] { (void)qd::accuracy_interval(right, of); }) == qd::Errc::bad_argument);
+}
+
 TEST_CASE("statistics of nothing, or of lists that do not fit, are refused", "[rank_report]") {
   const std::vector<double> one{1.0}, two{1.0, 2.0}, none, zero{0.0};
   const std::vector<qd::Index> ranks{1, 2}, descending{2, 1};

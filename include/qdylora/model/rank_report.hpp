@@ -74,6 +74,19 @@ inline Interval paired_difference(std::span<const double> a, std::span<const dou
   return {mean([](std::size_t k) { return k; }), percentile(tail), percentile(1.0 - tail)};
 }
 
+/// The share of examples that were right, and its interval of 95 % confidence by Wilson's score (1927), which stays within [0, 1] and has a
+/// width at shares of 0 and 1 too. Errors: bad_argument (no examples, or more right ones than examples).
+inline Interval accuracy_interval(Index right, Index examples) {
+  QDYLORA_EXPECTS(examples > 0 && right >= 0 && right <= examples, bad_argument,
+                  "accuracy_interval: expected right ones of some examples, found " + std::to_string(right) + " of " +
+                      std::to_string(examples));
+  constexpr double z = 1.959963984540054;  // the normal distribution has 95 % within -z ... z
+  const auto n = static_cast<double>(examples), share = static_cast<double>(right) / n;
+  const double center = (share + z * z / (2.0 * n)) / (1.0 + z * z / n);
+  const double half = z / (1.0 + z * z / n) * std::sqrt(share * (1.0 - share) / n + z * z / (4.0 * n * n));
+  return {share, right == 0 ? 0.0 : center - half, right == examples ? 1.0 : center + half};
+}
+
 enum class RankScale { linear, log2 };
 
 /// The mean of a quality over ranks, as the trapezoids under the curve have it, over rank or over its logarithm. ranks: ascending, >= 1; one
