@@ -7,6 +7,8 @@
 // lines are examples, as for finetune. Every run is a line of --results (JSON): runs that stand there already are not done again, so a long
 // comparison can be stopped and go on. The tables are printed in Markdown: means over seeds, then paired differences to a rival.
 //
+// --answers 24 lets every rank answer held-out examples, a table each for exact match and BLEU; --choices FILE asks multiple-choice questions.
+//
 // --base-format nf4,fp8,int4 trains on one of three bases at each step, drawn as ranks are (DyQDyLoRA); --eval-formats are those that
 // losses are measured on, a table each.
 #include <algorithm>
@@ -17,7 +19,10 @@
 #include <fstream>
 #include <limits>
 #include <map>
+#include <optional>
+#include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include <qdylora/io.hpp>
@@ -29,6 +34,7 @@
 #include "common/model.hpp"
 #include "common/program.hpp"
 #include "common/progress.hpp"
+#include "common/report.hpp"
 #include "common/signals.hpp"
 
 namespace {
@@ -39,11 +45,11 @@ using namespace qdylora::examples;
 struct Options {
   std::string model, tokenizer, data, recipes, chat = "model", seeds = "0,1,2", ranks = "1,2,4,8,16,32,64", base = "nf4", eval_formats;
   std::string init = "standard", against = "qdylora";
-  std::string out = "compare.jsonl";
+  std::string out = "compare.jsonl", choices, shots_file, choice_score = "letters";
   float alpha = 64.0f, alpha_over_rank = 16.0f;
   double lr = 3e-3;
   std::int64_t steps = 300;
-  Index batch = 16, seq_len = 128, eval_rows = 64;
+  Index batch = 16, seq_len = 128, eval_rows = 64, answers = 0, new_tokens = 128, shots = 0;
   int threads = 0;
 };
 
@@ -63,6 +69,9 @@ void declare(CLI::App& app, Options& o) {
   add_number(app, "--batch", o.batch, "rows a step", 1, most_batch);
   add_number(app, "--seq-len", o.seq_len, "tokens a row; of examples at most", 8, most_tokens);
   add_number(app, "--eval-rows", o.eval_rows, "held-out rows", 1, most_examples);
+  add_number(app, "--answers", o.answers, "held-out examples to answer at every rank, for exact match and BLEU", 0, most_examples);
+  add_number(app, "--max-new-tokens", o.new_tokens, "tokens of an answer at most", 1, most_new_tokens);
+  add_choices(app, o.choices, o.shots, o.shots_file, o.choice_score);
   app.add_option("--base-format", o.base, "base weights; of several, such as nf4,fp8,int4, one is drawn for each step")
       ->capture_default_str();
   app.add_option("--eval-formats", o.eval_formats, "base weights that losses are measured on; default: those of --base-format")
@@ -90,17 +99,26 @@ class Rows {
             {{stream.begin() + static_cast<std::ptrdiff_t>(begin), stream.begin() + static_cast<std::ptrdiff_t>(begin + window)}, 1});
       }
     } else {
-      const auto examples = load_examples(o.data);
-      auto samples = tokenize(examples, model->need_tokenizer(), {.chat = model->chat_template(), .max_length = o.seq_len}).samples;
+      const auto& tokenizer = model->need_tokenizer();
+      std::vector<Sample> samples;
+      std::vector<Example> examples;  // of each
+      for (auto& example : load_examples(o.data))
+        if (auto sample = tokenize(example, tokenizer, {.chat = model->chat_template(), .max_length = o.seq_len})) {
+          samples.push_back(*std::move(sample));
+          examples.push_back(std::move(example));
+        }
       const auto count = std::min<std::size_t>(samples.size() / 5, static_cast<std::size_t>(o.eval_rows));
       test_.assign(samples.end() - static_cast<std::ptrdiff_t>(count), samples.end());
       samples.resize(samples.size() - count);
       train_ = std::move(samples);
+      questions_ = questions(std::span(examples).last(count), tokenizer, model->chat_template(), o.seq_len, o.answers);
     }
     QDYLORA_EXPECTS(!test_.empty(), bad_argument, "--data: nothing is left to hold out");
+    QDYLORA_EXPECTS(o.answers == 0 || !questions_.empty(), bad_argument, "--answers: no held-out example asks something");
   }
 
   const std::vector<Sample>& test() const noexcept { return test_; }
+  const std::vector<Example>& to_answer() const noexcept { return questions_; }  // held out too
 
   /// Row n of a seed's training data; rows below 0 are held back from it.
   Sample row(std::uint64_t seed, std::int64_t n) const {
@@ -120,6 +138,7 @@ class Rows {
   const Options& options_;
   std::vector<std::int32_t> stream_;
   std::vector<Sample> train_, test_;
+  std::vector<Example> questions_;
 };
 
 struct Result {
@@ -128,7 +147,16 @@ struct Result {
   std::string on;              // the format of the base
   std::vector<double> losses;  // at every rank, then the base
   double share = 0.0;
+  std::map<std::string, std::vector<double>> scores = {};  // of tasks, the same, in percent
 };
+
+// What a run is scored by beside its losses.
+std::vector<std::string> scores(const Options& o) {
+  std::vector<std::string> names;
+  if (o.answers > 0) names = {"exact match", "BLEU"};
+  if (!o.choices.empty()) names.push_back("accuracy");
+  return names;
+}
 
 // A model in one of the formats that it trains on, or that losses are measured on.
 struct Base {
@@ -151,6 +179,12 @@ Json key(const Options& o) {
           {"seq_len", o.seq_len},
           {"eval_rows", o.eval_rows}};
   if (o.init != "standard") key["init"] = o.init;  // lines from before there were others have none
+  if (o.answers > 0) key.update(Json{{"answers", o.answers}, {"max_new_tokens", o.new_tokens}});
+  if (!o.choices.empty())
+    key.update(Json{{"choices", printable_utf8(std::filesystem::path(o.choices).filename().string())},
+                    {"shots", o.shots},
+                    {"shots_file", printable_utf8(std::filesystem::path(o.shots_file).filename().string())},
+                    {"choice_score", o.choice_score}});
   return key;
 }
 
@@ -166,20 +200,28 @@ std::vector<Result> read_results(const Options& o, const RankSet& ranks) {
       QDYLORA_EXPECTS(!file.eof(), truncated, "has no end; remove it");
       const Json json = parse_json(line, {});
       if (get_object(json, "key") != key(o)) return;
+      const auto numbers = [](const Json& from, const std::string& field) {
+        std::vector<double> all;
+        for (const auto& x : from.value(field, Json::array()))  // null: NaN, of a run that went astray
+          all.push_back(x.is_number() ? x.get<double>() : std::numeric_limits<double>::quiet_NaN());
+        return all;
+      };
+      const auto whole = [&](const std::vector<double>& all) { return all.size() == static_cast<std::size_t>(ranks.size()) + 1; };
       // A line is of the base that was trained on, unless it says which other.
       Result result{get_string(json, "recipe"), 0, json.contains("on") ? get_string(json, "on") : o.base, {}, get_number(json, "share")};
       result.seed = static_cast<std::uint64_t>(get_integer(json, "seed", 0, std::numeric_limits<std::int64_t>::max()));
-      for (const auto& loss : json.value("losses", Json::array()))  // null: NaN, of a run that went astray
-        result.losses.push_back(loss.is_number() ? loss.get<double>() : std::numeric_limits<double>::quiet_NaN());
-      if (result.losses.size() == static_cast<std::size_t>(ranks.size()) + 1) results.push_back(std::move(result));
+      result.losses = numbers(json, "losses");
+      bool complete = whole(result.losses);
+      for (const auto& name : scores(o)) complete = complete && whole(result.scores[name] = numbers(get_object(json, "scores"), name));
+      if (complete) results.push_back(std::move(result));
     });
   }
   return results;
 }
 
 std::vector<Result> train(const Options& o, const std::vector<Base>& bases, const std::vector<std::string>& eval_formats,
-                          const Rows& rows, const RankSet& ranks, const std::string& name, std::uint64_t seed, const Cpu& cpu,
-                          const StopSignal& signal) {
+                          const Rows& rows, const OpenModel& model, const std::optional<ChoiceTask>& choices, const RankSet& ranks,
+                          const std::string& name, std::uint64_t seed, const Cpu& cpu, const StopSignal& signal) {
   const Recipe chosen = recipe(name);
   const float alpha = chosen.scale == ScalePolicy::over_rank ? o.alpha_over_rank : o.alpha;
   std::vector<const DecoderWeights<float>*> trained;
@@ -211,13 +253,30 @@ std::vector<Result> train(const Options& o, const std::vector<Base>& bases, cons
     const auto base = std::find_if(bases.begin(), bases.end(), [&](const Base& b) { return b.format == format; });
     set_base(decoder, *base->weights);
     results.push_back({name, seed, format, {}, trainer.nested().share});
-    for (const auto& r : evaluate_losses(decoder, rows.test(), all)) results.back().losses.push_back(r.loss);
+    auto& result = results.back();
+    const auto stop = [&] { return signal.requested(); };
+    auto measured = evaluate_losses(decoder, rows.test(), all, stop);
+    if (!rows.to_answer().empty())
+      evaluate_answers(decoder, model.need_tokenizer(), model.chat_template(), rows.to_answer(), measured, o.new_tokens, stop);
+    if (choices) evaluate_choices(decoder, *choices, measured, stop);
+    if (stop()) return {};
+    if (!rows.to_answer().empty()) evaluate_bleu(rows.to_answer(), measured);
+    for (const auto& r : measured) {
+      result.losses.push_back(r.loss);
+      if (r.bleu) {
+        result.scores["exact match"].push_back(100.0 * accuracy(r.correct, r.answers));
+        result.scores["BLEU"].push_back(r.bleu->score);
+      }
+      if (choices) result.scores["accuracy"].push_back(100.0 * accuracy(r.chosen_right, static_cast<Index>(r.chosen.size())));
+    }
   }
   return results;
 }
 
+// Of losses, or of a task's score.
 void print_tables(const Options& o, const std::vector<std::string>& recipes, const std::vector<std::uint64_t>& seeds,
-                  const std::vector<Result>& results, const std::string& on, const RankSet& ranks) {
+                  const std::vector<Result>& results, const std::string& on, const RankSet& ranks, const std::string& score) {
+  const bool losses = score.empty();  // else of a task
   const auto columns = static_cast<std::size_t>(ranks.size());
   const auto head = [&](const char* first) {
     std::printf("\n| %s |", first);
@@ -240,13 +299,13 @@ void print_tables(const Options& o, const std::vector<std::string>& recipes, con
   };
   std::map<std::string, std::map<std::uint64_t, std::vector<double>>> table;
   for (const auto& r : results)
-    if (r.on == on) table[r.recipe][r.seed] = r.losses;
-  head("held-out loss, mean over seeds");
+    if (r.on == on) table[r.recipe][r.seed] = losses ? r.losses : r.scores.at(score);
+  head(((losses ? "held-out loss" : score) + ", mean over seeds").c_str());
   for (const auto& name : recipes) {
     std::vector<std::vector<double>> runs;
     for (const auto seed : seeds)
       if (table[name].contains(seed)) runs.push_back(table[name][seed]);
-    if (!runs.empty()) row(name + " (" + std::to_string(runs.size()) + ")", runs, " %.3f |");
+    if (!runs.empty()) row(name + " (" + std::to_string(runs.size()) + ")", runs, losses ? " %.3f |" : " %.1f |");
   }
   head(("difference to " + o.against + ", by seed").c_str());
   for (const auto& name : recipes) {
@@ -255,7 +314,7 @@ void print_tables(const Options& o, const std::vector<std::string>& recipes, con
       if (!table[name].contains(seed) || !table[o.against].contains(seed)) continue;
       auto difference = table[name][seed];
       for (std::size_t i = 0; i < columns; ++i) difference[i] -= table[o.against][seed][i];
-      row(name + ", seed " + std::to_string(seed), {difference}, " %+.3f |");
+      row(name + ", seed " + std::to_string(seed), {difference}, losses ? " %+.3f |" : " %+.1f |");
     }
   }
 }
@@ -288,6 +347,8 @@ int compare(const Options& o) {
   OpenModel model;
   std::vector<std::int32_t> stream;
   const bool text = o.data.ends_with(".txt");
+  QDYLORA_EXPECTS(o.answers == 0 || !text, bad_argument, "--answers: plain text asks nothing; give JSON lines");
+  QDYLORA_EXPECTS(o.choices.empty() || !o.model.ends_with(".bin"), unsupported, "--choices: a llama2.c model is compared on plain text alone");
   if (o.model.ends_with(".bin")) {
     QDYLORA_EXPECTS(text, bad_argument, "--data: a llama2.c model is compared on plain text (.txt)");
     QDYLORA_EXPECTS(!o.tokenizer.empty(), bad_argument, "--tokenizer: a llama2.c model needs its tokenizer file");
@@ -313,6 +374,9 @@ int compare(const Options& o) {
   expect_seq_len(o.seq_len, bases.front().weights->config);
   expect_ranks(ranks, bases.front().weights->config);
   const Rows rows(o, text ? nullptr : &model, stream);
+  std::optional<ChoiceTask> choices;
+  if (!o.choices.empty())
+    choices = choice_task(o.choices, o.shots_file, o.shots, o.choice_score, model.need_tokenizer(), model.chat_template(), model.config.context);
   auto results = read_results(o, ranks);
   std::ofstream file(o.out, std::ios::app);  // before hours of training
   if (!file) throw Error(Errc::open, "cannot be written", {.file = o.out});
@@ -325,7 +389,7 @@ int compare(const Options& o) {
       };
       if (std::none_of(eval_formats.begin(), eval_formats.end(), missing)) continue;
       std::fprintf(stderr, "%s, seed %llu\n", name.c_str(), static_cast<unsigned long long>(seed));
-      const auto run = train(o, bases, eval_formats, rows, ranks, name, seed, cpu, signal);
+      const auto run = train(o, bases, eval_formats, rows, model, choices, ranks, name, seed, cpu, signal);
       if (run.empty()) {
         std::printf("stopped; the finished runs are in %s\n", o.out.c_str());
         return 130;
@@ -334,6 +398,7 @@ int compare(const Options& o) {
         if (!missing(r.on)) continue;
         Json line{{"key", key(o)}, {"recipe", r.recipe}, {"seed", r.seed}, {"losses", r.losses}, {"share", r.share}};
         if (r.on != o.base) line["on"] = r.on;
+        if (!r.scores.empty()) line["scores"] = r.scores;
         file << line.dump() << std::endl;
         if (!file) throw Error(Errc::write, "cannot be written", {.file = o.out});
         results.push_back(r);
@@ -341,7 +406,8 @@ int compare(const Options& o) {
     }
   for (const auto& format : eval_formats) {
     if (eval_formats.size() > 1) std::printf("\nOn %s:\n", format.c_str());
-    print_tables(o, recipes, seeds, results, format, ranks);
+    print_tables(o, recipes, seeds, results, format, ranks, "");
+    for (const auto& score : scores(o)) print_tables(o, recipes, seeds, results, format, ranks, score);
   }
   return 0;
 }

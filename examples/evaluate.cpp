@@ -37,23 +37,10 @@ void declare(CLI::App& app, EvaluateOptions& o) {
       ->excludes(rank);
   auto* data = app.add_option("--data", o.data, "JSON lines or plain text, as for finetune")->check(not_empty());
   auto* ids = app.add_option("--ids", o.ids, "token ids, separated by commas")->check(not_empty());
-  auto* logits = app.add_option("--logits", o.logits, "write the logits of --ids here, float32 [tokens, vocab]: safetensors, or NumPy's array if the name ends in .npy")
-                    ->check(not_empty());
-  auto* choices = app.add_option("--choices", o.choices,
-                                 "multiple-choice questions, scored as MMLU is: JSON lines of question, choices, answer and maybe subject, "
-                                 "or MMLU's CSV; sample: 50 simple questions of our own");
-  choices->check(not_empty());
-  add_number(app, "--shots", o.shots, "answered questions of the same subject before each of --choices", 0, most_examples);
-  app.get_option("--shots")->needs(choices);
-  app.add_option("--shots-file", o.shots_file, "where those are from; default: the first of --choices, which are not asked then")
-      ->check(not_empty())
-      ->needs(choices);
-  app.add_option("--choice-score", o.choice_score,
-                 "what decides: letters, the likelihood of \" A\", \" B\" ... after the listed choices; or answers, that of each choice's text, "
-                 "not listed before, per character")
-      ->check(CLI::IsMember({"letters", "answers"}))
-      ->capture_default_str()
-      ->needs(choices);
+  auto* logits = app.add_option("--logits", o.logits,
+                                "write the logits of --ids here, float32 [tokens, vocab]: safetensors, or NumPy's array if the name ends in .npy")
+                     ->check(not_empty());
+  auto* choices = add_choices(app, o.choices, o.shots, o.shots_file, o.choice_score);
   app.add_flag("--bleu", o.bleu, "answer the data greedily and compare with its answers: BLEU as sacrebleu has it, and exact match")
       ->needs(data);
   app.add_option("--out", o.out, "folder for report.json and report.csv")->check(not_empty())->excludes(ids);

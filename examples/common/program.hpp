@@ -69,9 +69,9 @@ CLI::Validator in_range(T least, T most) {
 
 /// An option whose value is a number in [least, most]; --help shows its default.
 template <class T, class Bound = std::conditional_t<std::is_floating_point_v<T>, double, T>>
-void add_number(CLI::App& app, const std::string& name, T& value, const std::string& text, std::type_identity_t<Bound> least,
-                std::type_identity_t<Bound> most) {
-  app.add_option(name, value, text)->check(in_range<Bound>(least, most))->capture_default_str();
+CLI::Option* add_number(CLI::App& app, const std::string& name, T& value, const std::string& text, std::type_identity_t<Bound> least,
+                        std::type_identity_t<Bound> most) {
+  return app.add_option(name, value, text)->check(in_range<Bound>(least, most))->capture_default_str();
 }
 
 /// Where the arithmetic is done, and in what type activations are.
@@ -100,6 +100,25 @@ inline void add_chat_template(CLI::App& app, std::string& choice) {
 /// A check against the empty text that a shell makes of a variable nobody set.
 inline CLI::Validator not_empty() {
   return {[](std::string& text) { return text.empty() ? std::string("expected a name, found ''") : std::string(); }, ""};
+}
+
+/// Multiple-choice questions, and how they are asked; returns the first of the options.
+inline CLI::Option* add_choices(CLI::App& app, std::string& choices, Index& shots, std::string& shots_file, std::string& score) {
+  auto* option = app.add_option("--choices", choices,
+                                "multiple-choice questions, asked as MMLU's are: JSON lines of question, choices, answer and maybe subject, "
+                                "or MMLU's CSV; sample: 50 simple ones of our own");
+  option->check(not_empty());
+  add_number(app, "--shots", shots, "answered questions of the same subject before each of --choices", 0, most_examples)->needs(option);
+  app.add_option("--shots-file", shots_file, "where those are from; default: the first of --choices, which are not asked then")
+      ->check(not_empty())
+      ->needs(option);
+  app.add_option("--choice-score", score,
+                 "what decides: letters, the likelihood of \" A\", \" B\" ... behind the listed choices; answers, that of each choice's text, "
+                 "which is not listed, per character")
+      ->check(CLI::IsMember({"letters", "answers"}))
+      ->capture_default_str()
+      ->needs(option);
+  return option;
 }
 
 /// Throws Errc::bad_argument where writing `out` would replace `in`, or a file in the folder `in`, by whatever path they are named.

@@ -66,9 +66,7 @@ inline void make_folder(const std::string& folder) {
   if (failure) throw Error(Errc::open, "cannot make the folder: " + failure.message(), {.file = folder});
 }
 
-inline double accuracy(const RankResult& r) {
-  return r.answers > 0 ? static_cast<double>(r.correct) / static_cast<double>(r.answers) : 0.0;
-}
+inline double accuracy(Index right, Index of) { return of > 0 ? static_cast<double>(right) / static_cast<double>(of) : 0.0; }
 
 inline void print_table(const std::vector<RankResult>& ranks, const RankSummary& summary) {
   const bool answers = ranks.front().answers > 0;
@@ -116,10 +114,10 @@ inline void write_report(const std::filesystem::path& folder, const RunReport& r
     answers |= r.answers > 0;
     if (r.rank == 0) {
       base_loss = r.loss;
-      base_match = accuracy(r);
+      base_match = accuracy(r.correct, r.answers);
     } else {
       loss.points.emplace_back(static_cast<double>(r.rank), r.loss);
-      match.points.emplace_back(static_cast<double>(r.rank), accuracy(r));
+      match.points.emplace_back(static_cast<double>(r.rank), accuracy(r.correct, r.answers));
     }
   }
   json["mean_loss_over_rank"] = summary.area_linear;
