@@ -1,6 +1,7 @@
 // What evaluate does once its model is open, for any type of activations and any device.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdio>
@@ -80,6 +81,7 @@ inline std::vector<Index> ranks_to_measure(const EvaluateOptions& o, const std::
     if (adapter) ranks.push_back(most);
   }
   for (const Index rank : ranks) {
+    QDYLORA_EXPECTS(std::count(ranks.begin(), ranks.end(), rank) == 1, bad_argument, "--ranks: rank " + std::to_string(rank) + " twice");
     QDYLORA_EXPECTS(adapter || rank == 0, rank_range, "rank " + std::to_string(rank) + " needs --adapter");
     QDYLORA_EXPECTS(rank <= most, rank_range, "rank " + std::to_string(rank) + ": the adapter has ranks 0 ... " + std::to_string(most));
   }

@@ -9,12 +9,14 @@
 #include <filesystem>
 #include <limits>
 #include <string>
+#include <string_view>
 #include <tuple>
 #include <utility>
 #include <vector>
 
 #include <qdylora/cpu/cpu.hpp>
 #include <qdylora/io.hpp>
+#include <qdylora/model/bleu.hpp>
 
 #include "support/catch.hpp"
 #include "support/distortion.hpp"
@@ -76,6 +78,27 @@ void write_letters_model(const std::filesystem::path& folder) {
       folder / "tokenizer.json",
       R"({"model":{"type":"BPE","vocab":{)" + vocab + R"(,"in":61,"Ċ":62},"merges":["i n"]},)" +
           R"("pre_tokenizer":{"type":"ByteLevel","add_prefix_space":false},"added_tokens":[{"id":63,"content":"</s>","special":true}]})");
+  test::write_file(folder / "tokenizer_config.json", R"({"eos_token":"</s>"})");
+}
+
+// The same with a tokenizer that can write MMLU's prompts: what they begin with is one token, for the model's context is 64.
+void write_words_model(const std::filesystem::path& folder) {
+  std::filesystem::copy(test::golden("llama_tiny_bnb4"), folder);
+  qd::Json vocab = qd::Json::object(), added = qd::Json::array();
+  const std::string letters = "ABCDTabcdefghijklmnopqrstuvwxyz().:?0123456789";
+  for (const char c : letters) vocab[std::string(1, c)] = vocab.size();
+  for (const char* token : {"\u0120", "\u010a"}) vocab[token] = vocab.size();
+  const auto add = [&](const std::string& content, bool special) {
+    added.push_back({{"id", vocab.size() + added.size()}, {"content", content}, {"special", special}});
+  };
+  add("The following are multiple choice questions (with answers).\n\n", false);
+  add("The following are questions (with answers).\n\n", false);
+  add("Answer:", false);
+  add("</s>", true);
+  const qd::Json json{{"model", {{"type", "BPE"}, {"vocab", vocab}, {"merges", qd::Json::array()}}},
+                      {"pre_tokenizer", {{"type", "ByteLevel"}, {"add_prefix_space", false}}},
+                      {"added_tokens", added}};
+  test::write_file(folder / "tokenizer.json", json.dump());
   test::write_file(folder / "tokenizer_config.json", R"({"eos_token":"</s>"})");
 }
 
@@ -185,6 +208,17 @@ TEST_CASE("programs: a wrong argument or file gives one line and status 2") {
       {"evaluate", tiny + " --data " + good + " --chat-template vicuna", "mistral-v3"},
       {"finetune", "--toy --chat-template vicuna", "mistral-v3"},
       {"finetune", "--toy --pack --group-by-length", "excludes"},
+      {"evaluate", tiny + " --choices " + quoted(folder / "bad.jsonl"), "bad.jsonl: line 1: expected a field 'question'"},
+      {"evaluate", tiny + " --choices /no/such/file.csv", "/no/such/file.csv"},
+      {"evaluate", tiny + " --choices sample --shots -1", "--shots"},
+      {"evaluate", tiny + " --choices sample --choice-score sum", "letters"},
+      {"evaluate", tiny + " --choices sample --ids 1 --logits " + quoted(folder / "l"), "--ids"},
+      {"evaluate", tiny + " --shots 5 --data " + good, "--choices"},
+      {"evaluate", tiny + " --shots-file " + good + " --data " + good, "--choices"},
+      {"evaluate", tiny + " --bleu --choices sample", "--data"},
+      {"evaluate", tiny + " --ranks 0,2 --ids 1 --logits " + quoted(folder / "l"), "rank 2"},
+      {"evaluate", tiny + " --ranks 0,0 --ids 1 --logits " + quoted(folder / "l"), "--ranks"},
+      {"evaluate", tiny + " --ranks 0 --rank 0 --ids 1 --logits " + quoted(folder / "l"), "--rank"},
       {"adapter", "gguf " + quoted(test::golden("peft_linear")) + " " + quoted(folder / "a.gguf"), "--model"},
       {"adapter", "gguf " + quoted(test::golden("peft_linear")) + " --model " + junk + " " + quoted(folder / "a.gguf"), "junk.gguf"},
       {"adapter", "gguf " + quoted(test::golden("peft_linear")) + " --rank 999 --model " + junk + " " + quoted(folder / "a"), "--rank"},
@@ -201,6 +235,9 @@ TEST_CASE("programs: a wrong argument or file gives one line and status 2") {
       {"compare", "--model " + junk + " --data " + good + " --batch 99999999999", "--batch"},
       {"compare", "--model " + junk + " --data " + good + " --eval-rows 0", "--eval-rows"},
       {"compare", "--model " + junk + " --data " + good + " --alpha nan", "--alpha"},
+      {"compare", "--model " + junk + " --data x.txt --answers 3", "--answers"},
+      {"compare", "--model " + quoted(folder / "m.bin") + " --data x.txt --choices sample", "--choices"},
+      {"compare", "--model " + junk + " --data " + good + " --shots 3", "--choices"},
       {"compare", "--model " + quoted(folder / "m.bin") + " --data x.txt", "--tokenizer"},
       {"compare", "--model " + quoted(folder / "m.bin") + " --data " + good, ".txt"},
       {"finetune", "--toy --dora --dropout 0.1", "--dropout"},
@@ -975,6 +1012,74 @@ TEST_CASE("programs: a Hugging Face folder is evaluated on text by its own token
   CAPTURE(result.out, result.err);
   CHECK(result.status == 0);
   CHECK(result.out.find(", on 1 examples") != std::string::npos);
+}
+
+TEST_CASE("programs: evaluate scores questions and answers at every rank, and compare does so for each recipe") {
+  if (!built("evaluate") || !built("compare")) SKIP("evaluate or compare has not been built");
+  const test::TemporaryFolder folder;
+  write_words_model(folder / "model");
+  const auto model = "--model " + quoted(folder / "model"), adapter = " --adapter " + quoted(test::golden("llama_tiny_adapter"));
+  std::string questions, data;
+  for (int i = 0; i < 12; ++i) {
+    const std::string q(2, static_cast<char>('a' + i));
+    questions += R"({"question": ")" + q + R"(?", "choices": ["x", "y", "z"], "answer": )" + std::to_string(i % 3) + "}\n";
+    data += R"({"question": ")" + q + R"(?", "answer": ["ab cd ef gh", "x"]})" + "\n";
+  }
+  test::write_file(folder / "q.jsonl", questions);
+  test::write_file(folder / "d.jsonl", data);
+  const auto out = succeeds("evaluate", model + adapter + " --choices " + quoted(folder / "q.jsonl") + " --shots 2 --ranks 0,2,8 --data " +
+                                            quoted(folder / "d.jsonl") + " --bleu --max-new-tokens 6 --seq-len 60 --out " +
+                                            quoted(folder / "out"));
+  const auto report = qd::read_json(folder / "out" / "report.json");
+  REQUIRE(report.at("ranks").size() == 3);
+  REQUIRE(report.at("right_choices").size() == 10);  // two are shown
+  CHECK(report.at("right_choices")[0] == 2);
+  std::vector<std::string> first;
+  for (std::size_t i = 0; i < 3; ++i) {
+    const auto& r = report.at("ranks")[i];
+    const auto rank = r.at("rank").get<Index>();
+    CHECK(rank == std::vector<Index>{0, 2, 8}[i]);
+    Index right = 0;
+    for (std::size_t q = 0; q < 10; ++q) right += r.at("chosen").at(q) == report.at("right_choices")[q] ? 1 : 0;
+    CHECK(r.at("right") == right);
+    CHECK(r.at("accuracy").at("value").get<double>() == Approx(static_cast<double>(right) / 10.0));
+    const auto texts = r.at("texts").get<std::vector<std::string>>();
+    REQUIRE(texts.size() == 12);
+    CHECK(r.at("answers") == 12);
+    const auto bleu = qd::corpus_bleu(texts, std::vector<std::vector<std::string>>(12, {"ab cd ef gh", "x"}));
+    CHECK(r.at("bleu").at("score").get<double>() == Approx(bleu.score));
+    CHECK(out.find("rank " + std::to_string(rank) + ": accuracy " + std::to_string(right) + " of 10") != std::string::npos);
+    CHECK(out.find("rank " + std::to_string(rank) + ": BLEU ") != std::string::npos);
+    CHECK(out.find("rank " + std::to_string(rank) + ": exact match ") != std::string::npos);
+  }
+  CHECK(report.at("ranks")[0].at("loss") != report.at("ranks")[2].at("loss"));
+  const auto csv = test::read_file(folder / "out" / "report.csv");
+  CHECK(std::count(csv.begin(), csv.end(), '\n') == 4);
+  for (const auto& line : {std::string("rank,loss"), std::string("\n0,"), std::string("\n2,"), std::string("\n8,")})
+    CHECK(csv.find(line) != std::string::npos);
+
+  // An adapter that does not say which ranks it is for is measured at powers of two; one question alone is refused where it is too long.
+  const auto every = succeeds("evaluate", model + adapter + " --choices " + quoted(folder / "q.jsonl") + " --choice-score answers");
+  for (const std::string rank : {"0", "1", "2", "4", "8"}) CHECK(every.find("rank " + rank + ": accuracy ") != std::string::npos);
+  const auto longer = run("evaluate", model + " --choices " + quoted(folder / "q.jsonl") + " --shots 11");
+  CHECK(longer.status == 2);
+  CHECK(longer.err.find("q.jsonl: line 12: the prompt and its longest choice have") != std::string::npos);
+  CHECK(longer.err.find("context is 64") != std::string::npos);
+
+  const auto compared =
+      succeeds("compare", model + " --data " + quoted(folder / "d.jsonl") + " --recipes qlora,qdylora --seeds 0 --ranks 1,4 --steps 2 " +
+                              "--batch 2 --seq-len 60 --eval-rows 2 --answers 2 --max-new-tokens 4 --choices " + quoted(folder / "q.jsonl") +
+                              " --results " + quoted(folder / "runs.jsonl"));
+  for (const std::string table : {"held-out loss", "exact match", "BLEU", "accuracy"})
+    CHECK(compared.find("| " + table + ", mean over seeds |") != std::string::npos);
+  const auto runs = test::read_file(folder / "runs.jsonl");
+  const auto line = qd::parse_json(std::string_view(runs).substr(0, runs.find('\n')), {});
+  for (const std::string score : {"exact match", "BLEU", "accuracy"}) CHECK(line.at("scores").at(score).size() == 3);
+  // Runs that stand there are not done again.
+  CHECK(succeeds("compare", model + " --data " + quoted(folder / "d.jsonl") + " --recipes qlora,qdylora --seeds 0 --ranks 1,4 --steps 2 " +
+                                "--batch 2 --seq-len 60 --eval-rows 2 --answers 2 --max-new-tokens 4 --choices " +
+                                quoted(folder / "q.jsonl") + " --results " + quoted(folder / "runs.jsonl")) == compared);
+  CHECK(test::read_file(folder / "runs.jsonl") == runs);
 }
 
 TEST_CASE("programs: an adapter and a tokenizer of another model are named") {
