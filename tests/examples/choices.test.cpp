@@ -301,8 +301,8 @@ TEST_CASE("a model that was taught the letters chooses them at the ranks that le
     s.ids.push_back(ids.texts[task.prompts[i].answer].front());
     samples.push_back(std::move(s));
   }
-  const Index steps = 160;
-  qd::Trainer<float> trainer(model, {.recipe = qd::recipe("per-row"), .ranks = qd::RankSet{4, 8}, .steps = steps, .lr = 1e-2});
+  const Index steps = 80;
+  qd::Trainer<float> trainer(model, {.recipe = qd::recipe("qdylora"), .ranks = qd::RankSet{4, 8}, .steps = steps, .lr = 3e-3});
   while (!trainer.done()) trainer.step(ex::to_batches(samples, 1024));
 
   std::vector<ex::RankResult> results(3);
