@@ -376,7 +376,7 @@ int compare(const Options& o) {
   const Rows rows(o, text ? nullptr : &model, stream);
   std::optional<ChoiceTask> choices;
   if (!o.choices.empty())
-    choices = choice_task(o.choices, o.shots_file, o.shots, o.choice_score, model.need_tokenizer(), model.chat_template(), model.config.context);
+    choices = choice_task(o.choices, o.shots_file, o.shots, o.choice_score, model);
   auto results = read_results(o, ranks);
   std::ofstream file(o.out, std::ios::app);  // before hours of training
   if (!file) throw Error(Errc::open, "cannot be written", {.file = o.out});

@@ -57,7 +57,7 @@ inline EvaluationTasks read_tasks(const EvaluateOptions& o, const OpenModel& mod
                   {.file = o.data});
   }
   if (!o.choices.empty()) {
-    tasks.choices = choice_task(o.choices, o.shots_file, o.shots, o.choice_score, model.need_tokenizer(), model.chat_template(), model.config.context);
+    tasks.choices = choice_task(o.choices, o.shots_file, o.shots, o.choice_score, model);
     if (o.max_examples < static_cast<Index>(tasks.choices->prompts.size())) tasks.choices->resize(static_cast<std::size_t>(o.max_examples));
   }
   return tasks;

@@ -18,6 +18,7 @@
 
 #include "choices.hpp"
 #include "dataset.hpp"
+#include "open_model.hpp"
 
 namespace qdylora::examples {
 
@@ -196,17 +197,18 @@ inline ChoiceScore choice_score(const std::string& name) {
   return ChoiceScore::answers;
 }
 
-/// The questions of a file, or "sample", in the tokens of a model of such a context. shots_file: where the answered ones before each are
+/// The questions of a file, or "sample", in the tokens of a model. shots_file: where the answered ones before each are
 /// from; "": the sample's own, else the file of the questions. Errors: those of load_choices, choice_prompts and choice_ids.
 inline ChoiceTask choice_task(const std::string& file, const std::string& shots_file, Index shots, const std::string& score,
-                              const Tokenizer& tokenizer, const ChatTemplate* chat, Index context) {
+                              const OpenModel& model) {
   const bool sample = file == "sample";
   const auto asked = sample ? read_choices(file, sample_questions, ".jsonl") : load_choices(file);
   std::optional<ChoiceFile> dev;
   if (!shots_file.empty()) dev = load_choices(shots_file);
   else if (sample) dev = read_choices("sample", sample_shots, ".jsonl");
   ChoiceTask task{choice_score(score), choice_prompts(asked, dev ? &*dev : nullptr, shots, choice_score(score)), {}};
-  for (const auto& prompt : task.prompts) task.ids.push_back(choice_ids(prompt, tokenizer, chat, context, asked.file));
+  for (const auto& prompt : task.prompts)
+    task.ids.push_back(choice_ids(prompt, model.need_tokenizer(), model.chat_template(), model.config.context, asked.file));
   return task;
 }
 

@@ -284,11 +284,11 @@ TEST_CASE("a model that was taught the letters chooses them at the ranks that le
             "?\", \"choices\": [\"k\", \"l\", \"m\", \"n\"], \"answer\": " + std::to_string(i * 7 % 4) + "}\n";
   const test::TemporaryFolder folder;
   test::write_file(folder / "q.jsonl", text);
-  const auto task = ex::choice_task((folder / "q.jsonl").string(), "", 0, "letters", *open.tokenizer, false, open.config.context);
+  const auto task = ex::choice_task((folder / "q.jsonl").string(), "", 0, "letters", open);
   REQUIRE(task.prompts.size() == 8);
 
   // The untaught model on the sample: nothing it could know.
-  const auto sample = ex::choice_task("sample", "", 0, "letters", *open.tokenizer, false, open.config.context);
+  const auto sample = ex::choice_task("sample", "", 0, "letters", open);
   std::vector<ex::RankResult> chance(1);
   ex::evaluate_choices(model, sample, chance);
   REQUIRE(chance[0].chosen.size() == 50);
