@@ -30,7 +30,6 @@
 
 #include "common/dataset.hpp"
 #include "common/evaluation.hpp"
-#include "common/llama2c.hpp"
 #include "common/model.hpp"
 #include "common/program.hpp"
 #include "common/progress.hpp"
@@ -76,7 +75,8 @@ void declare(CLI::App& app, Options& o) {
       ->capture_default_str();
   app.add_option("--eval-formats", o.eval_formats, "base weights that losses are measured on; default: those of --base-format")
       ->check(not_empty());
-  app.add_option("--init", o.init, "what adapters begin with, as for finetune; recipes whose scale is alpha/r alone")->capture_default_str();
+  app.add_option("--init", o.init, "what adapters begin with, as for finetune; recipes whose scale is alpha/r alone")
+      ->capture_default_str();
   app.add_option("--against", o.against, "the recipe that differences are taken to")->capture_default_str();
   add_chat_template(app, o.chat);
   add_number(app, "--threads", o.threads, "0: one for each processor", 0, most_threads);
@@ -168,16 +168,16 @@ struct Base {
 // What tells runs apart; a line of --results with another key is of another comparison.
 Json key(const Options& o) {
   Json key = {{"model", printable_utf8(std::filesystem::path(o.model).filename().string())},
-          {"data", printable_utf8(std::filesystem::path(o.data).filename().string())},
-          {"base", o.base},
-          {"ranks", o.ranks},
-          {"alpha", o.alpha},
-          {"alpha_over_rank", o.alpha_over_rank},
-          {"lr", o.lr},
-          {"steps", o.steps},
-          {"batch", o.batch},
-          {"seq_len", o.seq_len},
-          {"eval_rows", o.eval_rows}};
+              {"data", printable_utf8(std::filesystem::path(o.data).filename().string())},
+              {"base", o.base},
+              {"ranks", o.ranks},
+              {"alpha", o.alpha},
+              {"alpha_over_rank", o.alpha_over_rank},
+              {"lr", o.lr},
+              {"steps", o.steps},
+              {"batch", o.batch},
+              {"seq_len", o.seq_len},
+              {"eval_rows", o.eval_rows}};
   if (o.init != "standard") key["init"] = o.init;  // lines from before there were others have none
   if (o.answers > 0) key.update(Json{{"answers", o.answers}, {"max_new_tokens", o.new_tokens}});
   if (!o.choices.empty())
@@ -348,28 +348,24 @@ int compare(const Options& o) {
   std::vector<std::int32_t> stream;
   const bool text = o.data.ends_with(".txt");
   QDYLORA_EXPECTS(o.answers == 0 || !text, bad_argument, "--answers: plain text asks nothing; give JSON lines");
-  QDYLORA_EXPECTS(o.choices.empty() || !o.model.ends_with(".bin"), unsupported, "--choices: a llama2.c model is compared on plain text alone");
-  if (o.model.ends_with(".bin")) {
-    QDYLORA_EXPECTS(text, bad_argument, "--data: a llama2.c model is compared on plain text (.txt)");
-    QDYLORA_EXPECTS(!o.tokenizer.empty(), bad_argument, "--tokenizer: a llama2.c model needs its tokenizer file");
-    const Tokenizer tokenizer = load_llama2c_tokenizer(o.tokenizer);
-    for (auto& base : bases) base.weights = load_llama2c(o.model, options_of(base), cpu);
-    expect_vocabulary(tokenizer.vocab_size(), bases.front().weights->config, o.tokenizer);
-    // Word by word, for the tokenizer puts a space before each.
+  const bool llama2c = o.model.ends_with(".bin");
+  QDYLORA_EXPECTS(o.choices.empty() || !llama2c, unsupported, "--choices: a llama2.c model is compared on plain text alone");
+  QDYLORA_EXPECTS(text || !llama2c, bad_argument, "--data: a llama2.c model is compared on plain text (.txt)");
+  for (auto& base : bases) {
+    model = open_model(o.model, o.tokenizer, options_of(base), cpu);
+    base.weights = model.read();
+  }
+  if (!text) choose_chat_template(model, o.chat);
+  if (llama2c) {  // word by word, for the tokenizer puts a space before each
     const auto content = read_text(o.data);
     for (std::size_t begin = 0; begin < content.size();) {
       const auto end = std::min(content.find(' ', begin), content.size());
-      const auto ids = tokenizer.encode(content.substr(begin, end - begin), {.parse_special = false});
+      const auto ids = model.need_tokenizer().encode(content.substr(begin, end - begin), {.parse_special = false});
       stream.insert(stream.end(), ids.begin(), ids.end());
       begin = end + 1;
     }
-  } else {
-    for (auto& base : bases) {
-      model = open_model(o.model, o.tokenizer, options_of(base), cpu);
-      base.weights = model.read();
-    }
-    if (!text) choose_chat_template(model, o.chat);
-    if (text) stream = model.need_tokenizer().encode(read_text(o.data), {.parse_special = false});
+  } else if (text) {
+    stream = model.need_tokenizer().encode(read_text(o.data), {.parse_special = false});
   }
   expect_seq_len(o.seq_len, bases.front().weights->config);
   expect_ranks(ranks, bases.front().weights->config);

@@ -23,10 +23,13 @@ using namespace qdylora;
 using namespace qdylora::examples;
 
 void declare(CLI::App& app, EvaluateOptions& o) {
-  app.add_option("--model", o.model, "a .gguf file (Llama shapes), or a Hugging Face folder (Llama, Mistral, Qwen2, Falcon)")
+  app.add_option("--model", o.model,
+                 "a .gguf file (Llama shapes), a Hugging Face folder (Llama, Mistral, Qwen2, Falcon), or a llama2.c .bin file")
       ->required()
       ->check(not_empty());
-  app.add_option("--tokenizer", o.tokenizer, "a .gguf file, or a folder with tokenizer.json, whose tokenizer to use")->check(not_empty());
+  app.add_option("--tokenizer", o.tokenizer,
+                 "a .gguf file, or a folder with tokenizer.json, whose tokenizer to use; of a .bin model llama2.c's")
+      ->check(not_empty());
   app.add_option("--base-format", o.base, "base weights: nf4, fp4, int4, fp8 or float32; those already in 4 bits stay as they are")
       ->capture_default_str();
   app.add_option("--adapter", o.adapter, "an adapter folder: PEFT's, or the bottlenecks of finetune --method")->check(not_empty());

@@ -28,10 +28,13 @@ using namespace qdylora;
 using namespace qdylora::examples;
 
 void declare(CLI::App& app, FinetuneOptions& o) {
-  auto* model = app.add_option("--model", o.model, "a .gguf file (Llama shapes), or a Hugging Face folder (Llama, Mistral, Qwen2, Falcon)")
-                    ->check(not_empty());
+  auto* model =
+      app.add_option("--model", o.model,
+                     "a .gguf file (Llama shapes), a Hugging Face folder (Llama, Mistral, Qwen2, Falcon), or a llama2.c .bin file")
+          ->check(not_empty());
   app.add_flag("--toy", o.toy, "a small random transformer instead of a model");
-  app.add_option("--tokenizer", o.tokenizer, "a .gguf file, or a folder with tokenizer.json, whose tokenizer to use")
+  app.add_option("--tokenizer", o.tokenizer,
+                 "a .gguf file, or a folder with tokenizer.json, whose tokenizer to use; of a .bin model llama2.c's")
       ->check(not_empty())
       ->needs(model);
   auto* data = app.add_option("--data", o.data,

@@ -101,6 +101,9 @@ class Llama2cFile {
 
 }  // namespace detail
 
+/// The shape of a checkpoint's model. Errors: open, read, truncated, trailing, bad_config.
+inline DecoderConfig llama2c_config(const std::filesystem::path& path) { return detail::Llama2cFile(path).config(); }
+
 /// Reads a checkpoint; linear weights are stored as `options` says while they are read.
 /// Errors: open, read, truncated, trailing, bad_config, non_finite; they name the file and, from the weights on, the tensor.
 template <class Backend = Cpu>

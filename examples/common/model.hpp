@@ -1,4 +1,4 @@
-// The models the programs work on: a GGUF file, a Hugging Face folder, or a toy made on the spot.
+// The models the programs work on: a GGUF file, a Hugging Face folder, a llama2.c checkpoint, or a toy made on the spot.
 #pragma once
 
 #include <cmath>
@@ -12,6 +12,7 @@
 
 #include <qdylora/model.hpp>
 
+#include "llama2c.hpp"
 #include "open_model.hpp"
 #include "text.hpp"
 
@@ -51,12 +52,15 @@ inline void choose_chat_template(OpenModel& model, const std::string& choice) {
     std::printf("chat       %s; prompts are plain text (--chat-template NAME for one)\n", model.chat_problem.c_str());
 }
 
-/// Opens a .gguf file or a Hugging Face folder; `tokenizer_file` is another one whose tokenizer is used instead, "" for none.
+/// Opens a .gguf file or a Hugging Face folder; `tokenizer_file` is another one whose tokenizer is used instead, "" for none. A .bin file is
+/// llama2.c's, and so is its tokenizer file, which it needs: Errc::bad_argument.
 inline OpenModel open_model(const std::filesystem::path& path, const std::string& tokenizer_file, BaseOptions options, const Cpu& cpu) {
   OpenModel model;
   model.name = printable_utf8((path.has_filename() ? path : path.parent_path()).filename().string());
+  const bool llama2c = path.extension() == ".bin" && !std::filesystem::is_directory(path);
+  QDYLORA_EXPECTS(!llama2c || !tokenizer_file.empty(), bad_argument, "--tokenizer: a llama2.c model needs its tokenizer file");
   if (!std::filesystem::exists(path)) throw Error(Errc::open, "no such file or folder", {.file = path.string()});
-  if (!tokenizer_file.empty()) model.tokenizer = open_tokenizer(tokenizer_file);
+  if (!tokenizer_file.empty()) model.tokenizer = llama2c ? load_llama2c_tokenizer(tokenizer_file) : open_tokenizer(tokenizer_file);
   const auto own_tokenizer = [&](auto&& load) {
     try {
       model.tokenizer = load();
@@ -69,6 +73,9 @@ inline OpenModel open_model(const std::filesystem::path& path, const std::string
     model.config = hugging_face_config(path / "config.json");
     if (tokenizer_file.empty() && std::filesystem::exists(path / "tokenizer.json")) own_tokenizer([&] { return open_tokenizer(path); });
     model.read = [=] { return load_hugging_face(path, options, cpu); };
+  } else if (llama2c) {
+    model.config = llama2c_config(path);
+    model.read = [=] { return load_llama2c(path, options, cpu); };
   } else {
     const auto file = std::make_shared<const GgufFile>(path);
     model.config = gguf_config(*file);
@@ -81,7 +88,7 @@ inline OpenModel open_model(const std::filesystem::path& path, const std::string
   }
   if (model.tokenizer) {
     expect_vocabulary(model.tokenizer->vocab_size(), model.config, tokenizer_file.empty() ? path.string() : tokenizer_file);
-    find_chat_template(model, tokenizer_file.empty() ? path : std::filesystem::path(tokenizer_file));
+    if (!llama2c) find_chat_template(model, tokenizer_file.empty() ? path : std::filesystem::path(tokenizer_file));
   }
   return model;
 }
