@@ -14,6 +14,7 @@
 #include <qdylora/model/load_gguf.hpp>
 #include <qdylora/model/load_hugging_face.hpp>
 #include <qdylora/model/memory_plan.hpp>
+#include <qdylora/model/published_shapes.hpp>
 #include <qdylora/model/rank_map.hpp>
 #include <qdylora/model/rank_report.hpp>
 #include <qdylora/model/recipe.hpp>

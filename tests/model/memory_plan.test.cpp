@@ -3,6 +3,7 @@
 
 #include <qdylora/model/generate.hpp>
 #include <qdylora/model/memory_plan.hpp>
+#include <qdylora/model/published_shapes.hpp>
 #include <qdylora/model/trainer.hpp>
 #include <qdylora/model/upload.hpp>
 #include <qdylora/optim/lion.hpp>
@@ -263,15 +264,7 @@ TEST_CASE("Moments in a file are the disk's, but for one parameter's", "[memory_
 // layer norms a block, adapters of rank 64 on all four linear layers. The reference is arithmetic on the published shapes, which counts no
 // stream after the last block.
 TEST_CASE("A training step of Falcon-40b by its shapes", "[memory_plan]") {
-  DecoderConfig config;
-  config.architecture = Architecture::falcon;
-  config.vocab = 65024;
-  config.width = 8192;
-  config.mlp_width = 4 * config.width;
-  config.layers = 60;
-  config.heads = {.heads = 128, .kv_heads = 8, .head_dim = 64};
-  config.context = 2048;
-  const auto falcon = model_shape(config);
+  const auto falcon = model_shape(published_shape("falcon-40b"));
   CHECK(falcon.linear_weights() == 40'768'634'880);
   CHECK(falcon.adapter_numbers(64) == 444'334'080);
 
