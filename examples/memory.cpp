@@ -63,7 +63,7 @@ using namespace qdylora;
 using namespace qdylora::examples;
 
 struct Options {
-  std::string model, shapes, base = "nf4", optimizer = "adamw", dtype = "float32";
+  std::string model, tokenizer, shapes, base = "nf4", optimizer = "adamw", dtype = "float32";
   Index block_size = 64, rank = 64, batch = 1, seq_len = 512;
   bool plain_scales = false, coded_tables = false, checkpoint = false, paged = false;
   int threads = 0;
@@ -72,6 +72,7 @@ struct Options {
 void declare(CLI::App& app, Options& o) {
   auto* model = app.add_option("--model", o.model, "a .gguf file, a Hugging Face folder, or a llama2.c .bin file: plan and measure it")
                     ->check(not_empty());
+  app.add_option("--tokenizer", o.tokenizer, "of a .bin model, which is opened with it: llama2.c's")->check(not_empty())->needs(model);
   app.add_option("--shapes", o.shapes, "plan for these, separated by commas; default: all that are known")
       ->check(not_empty())
       ->excludes(model);
@@ -224,7 +225,7 @@ int measure(const Options& o, OpenModel& model, const CpuDevice& cpu) {
 
   const double own = parameters(shape);
   const auto row = [&](const char* part, std::size_t planned, std::size_t measured) {
-    std::printf("| %s | %.2f | %.2f | %.4f |\n", part, static_cast<double>(planned) / 1e6, static_cast<double>(measured) / 1e6,
+    std::printf("| %s | %.3f | %.3f | %.4f |\n", part, static_cast<double>(planned) / 1e6, static_cast<double>(measured) / 1e6,
                 static_cast<double>(measured) / own);
   };
   std::printf("%s: %.1f M parameters; linear weights in %s, blocks of %lld; adapters of rank %lld; %lld x %lld tokens, %s, %s%s\n\n",
@@ -241,7 +242,7 @@ int measure(const Options& o, OpenModel& model, const CpuDevice& cpu) {
       plan.checkpoints + plan.activations + plan.workspace + plan.logits + plan.backend, passes);
   row("all that is asked for, with norms and biases", plan.total() - plan.process, peak_bytes - at_first);
   row("resident, with the process before the model", plan.total(), cpu.peak());
-  std::printf("\nPlanned of a step: checkpoints %.2f MB, activations %.2f, workspace %.2f, logits %.2f, threads' scratch %.2f.\n",
+  std::printf("\nPlanned of a step: checkpoints %.3f MB, activations %.3f, workspace %.3f, logits %.3f, threads' scratch %.3f.\n",
               static_cast<double>(plan.checkpoints) / 1e6, static_cast<double>(plan.activations) / 1e6,
               static_cast<double>(plan.workspace) / 1e6, static_cast<double>(plan.logits) / 1e6, static_cast<double>(plan.backend) / 1e6);
   return 0;
@@ -251,7 +252,7 @@ template <class T>
 int run(const Options& o) {
   if (o.model.empty()) return plan_shapes<T>(o);
   const CpuDevice cpu(o.threads);
-  auto model = open_model(o.model, "", memory_options(o).base, cpu.backend());
+  auto model = open_model(o.model, o.tokenizer, memory_options(o).base, cpu.backend());
   expect_seq_len(o.seq_len, model.config);
   QDYLORA_EXPECTS(o.rank <= model.config.width, rank_range,
                   "--rank: " + std::to_string(o.rank) + " is above the model's width of " + std::to_string(model.config.width));

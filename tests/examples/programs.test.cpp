@@ -22,7 +22,9 @@
 #include "support/distortion.hpp"
 #include "support/files.hpp"
 #include "support/golden.hpp"
+#include "support/llama2c_files.hpp"
 #include "support/random_data.hpp"
+#include "support/tiny_model.hpp"
 
 namespace programs_test {
 
@@ -110,10 +112,42 @@ std::string toy(const std::filesystem::path& out, const std::string& more = "") 
          quoted(out) + " " + more;
 }
 
+// Cells of the row of a Markdown table whose first ones are these, after `from` where that is given; REQUIREs that there is one.
+std::vector<std::string> table_row(const std::string& text, const std::string& first, const std::string& from = "") {
+  const auto start = text.find(from);
+  CAPTURE(text, first, from);
+  REQUIRE(start != std::string::npos);
+  const auto at = text.find("\n| " + first + " |", start);
+  REQUIRE(at != std::string::npos);
+  std::vector<std::string> cells;
+  const auto end = text.find('\n', at + 1);
+  for (auto begin = at + 3; begin < end;) {
+    const auto stop = text.find(" |", begin);
+    cells.push_back(text.substr(begin, stop - begin));
+    begin = stop + 3;
+  }
+  return cells;
+}
+
+// A random model of llama2.c and a tokenizer of bytes, as the arguments that name them.
+std::string llama2c_model(const test::TemporaryFolder& folder) {
+  qd::DecoderConfig config;
+  config.vocab = 259;
+  config.width = 64;
+  config.mlp_width = 172;
+  config.layers = 2;
+  config.heads = {.heads = 2, .kv_heads = 1, .head_dim = 32};
+  config.context = 128;
+  config.rope_layout = qd::RopeLayout::interleaved;
+  test::write_file(folder / "model.bin", test::llama2c_checkpoint(*test::tiny_weights<float>(config)));
+  test::write_file(folder / "tokenizer.bin", test::llama2c_tokenizer({}));
+  return "--model " + quoted(folder / "model.bin");
+}
+
 }  // namespace
 
 TEST_CASE("programs: --help tells the options and succeeds") {
-  for (const std::string program : {"finetune", "evaluate", "quantize", "adapter", "merge", "compare", "rank_map"}) {
+  for (const std::string program : {"finetune", "evaluate", "quantize", "adapter", "merge", "compare", "rank_map", "formats", "memory"}) {
     if (!built(program)) SKIP(program << " has not been built");
     const auto result = run(program, "--help");
     CAPTURE(program);
@@ -261,6 +295,21 @@ TEST_CASE("programs: a wrong argument or file gives one line and status 2") {
       {"quantize", quoted(folder / "junk.safetensors") + " out", "junk.safetensors"},
       {"quantize", quoted(test::golden("codes.safetensors")) + " out", "no matrix"},
       {"quantize", quoted(test::golden("linear4bit_io.safetensors")) + " " + quoted(folder / "q") + " --block-size 48", "48"},
+      {"formats", "--formats nf4,nf5", "no format 'nf5'; there are nf4, fp4, e2m1"},
+      {"formats", "--formats nf4,", "--formats"},
+      {"formats", "--block-sizes 64,48", "48"},
+      {"formats", "--data " + good, "--model"},
+      {"formats", "--model " + junk, "junk.gguf"},
+      {"formats", "--model m.bin --data " + good, "--tokenizer"},
+      {"formats", tiny + " --data " + good, "context is 64"},
+      {"formats", tiny + " --own-text -1", "--own-text"},
+      {"memory", "--shapes llama-7b,llama-8b", "no shape 'llama-8b'; there are smollm2-135m"},
+      {"memory", "--model " + junk + " --shapes llama-7b", "--shapes"},
+      {"memory", "--model " + junk, "junk.gguf"},
+      {"memory", "--shapes llama-7b --seq-len 4096", "context is 2048"},
+      {"memory", "--shapes smollm2-135m --rank 577", "width of smollm2-135m"},
+      {"memory", "--block-size 48", "48"},
+      {"memory", "--optimizer lion", "adamw8bit"},
       {"adapter", "", "subcommand"},
       {"adapter", "info /no/such/folder", "/no/such/folder"},
       {"adapter", "truncate " + quoted(test::golden("llama_tiny_adapter")) + " --rank 9 " + quoted(folder / "a"), "1 ... 8"},
@@ -1100,6 +1149,85 @@ TEST_CASE("programs: an adapter and a tokenizer of another model are named") {
   CAPTURE(tokenizer.err);
   CHECK(tokenizer.status == 2);
   CHECK(tokenizer.err.find("tokenizer.gguf: a tokenizer of 65 tokens") != std::string::npos);
+}
+
+TEST_CASE("programs: formats has the losses that evaluate has on a base in each format") {
+  if (!built("formats") || !built("evaluate")) SKIP("formats or evaluate has not been built");
+  const test::TemporaryFolder folder;
+  const auto model = llama2c_model(folder) + " --tokenizer " + quoted(folder / "tokenizer.bin");
+  std::string text;
+  for (int i = 0; i < 60; ++i) text += "line " + std::to_string(i * i) + " of a text\n";
+  test::write_file(folder / "text.txt", text);
+  const auto data = " --seq-len 129 --data " + quoted(folder / "text.txt");
+  const auto table = succeeds("formats", model + data + " --formats nf4,fp4,int4,fp8_e4m3,e3m0 --block-sizes 64 --own-text 5");
+  const struct {
+    std::string evaluate, formats;
+    std::size_t column;
+  } cases[] = {
+      {"float32", "float32 | –", 3}, {"nf4", "nf4 | 64", 6}, {"fp4", "fp4 | 64", 6}, {"int4", "int4 | 64", 6}, {"fp8", "fp8_e4m3 | 64", 6}};
+  for (const auto& c : cases) {
+    CAPTURE(c.formats, table);
+    const auto said = succeeds("evaluate", model + data + " --base-format " + c.evaluate);
+    const std::string before = "loss ";
+    const auto expected = std::stod(said.substr(said.find(before) + before.size()));
+    CHECK(std::stod(table_row(table, c.formats, "| text.txt |").at(c.column)) == Approx(expected).margin(1.5e-4));
+  }
+  // Blocks of 64 with float32 scales, and with those in 8 bits: 1/16 of a byte and its share of 21 other numbers more.
+  CHECK(table_row(table, "nf4 | 64", "| model.bin |").at(2) == "4.500");
+  CHECK(std::stod(table_row(table, "nf4 | 64", "| model.bin |").at(5)) == Approx(4.127).margin(0.02));
+  CHECK(std::stod(table_row(table, "fp8_e4m3 | 64", "| model.bin |").at(2)) == 8.5);
+  // On its own text no format's loss is below the model's, but by chance; far from it where rounding is coarse.
+  const auto own = [&](const std::string& first, std::size_t column) {
+    return std::stod(table_row(table, first, "the model's own text").at(column));
+  };
+  CHECK(own("e3m0 | 64", 6) > own("float32 | –", 3));
+  CHECK(std::fabs(own("fp8_e4m3 | 64", 6) - own("float32 | –", 3)) < own("e3m0 | 64", 6) - own("float32 | –", 3));
+  // A difference is that of the losses beside it, within its interval.
+  const auto row = table_row(table, "int4 | 64", "| text.txt |");
+  double value = 0.0, low = 0.0, high = 0.0;
+  REQUIRE(std::sscanf(row.at(9).c_str(), "%lf [%lf, %lf]", &value, &low, &high) == 3);
+  CHECK(value == Approx(std::stod(row.at(6)) - std::stod(table_row(table, "nf4 | 64", "| text.txt |").at(6))).margin(1.5e-4));
+  CHECK((low <= value && value <= high && low < high));
+}
+
+TEST_CASE("programs: memory measures what it plans, and plans what QLoRA and QDyLoRA say") {
+  if (!built("memory")) SKIP("memory has not been built");
+  const auto megabytes = [](const std::string& table, const std::string& part) {
+    const auto row = table_row(table, part);
+    return std::pair(std::stod(row.at(1)), std::stod(row.at(2)));
+  };
+  const test::TemporaryFolder folder;
+  for (const std::string more :
+       {"", " --gradient-checkpointing --optimizer adamw8bit --no-double-quant", " --dtype bfloat16 --base-format fp8"}) {
+    const auto table = succeeds("memory", llama2c_model(folder) + " --tokenizer " + quoted(folder / "tokenizer.bin") +
+                                              " --rank 64 --batch 4 --seq-len 120 --threads 2" + more);
+    CAPTURE(more, table);
+    for (const std::string part :
+         {"linear weights: codes, scales, scales of scales", "embedding, head", "adapters", "their gradients", "moments"}) {
+      const auto [planned, measured] = megabytes(table, part);
+      CAPTURE(part);
+      CHECK(measured > 0.0);
+      CHECK(measured == Approx(planned).margin(0.0011));  // the last digit
+    }
+    for (const std::string part :
+         {"a step: checkpoints, activations, workspace, logits, threads' scratch", "all that is asked for, with norms and biases"}) {
+      const auto [planned, measured] = megabytes(table, part);
+      CAPTURE(part);
+      CHECK(measured == Approx(planned).epsilon(0.06));
+    }
+  }
+  const auto gigabytes = [](const std::string& cell) { return std::stod(cell); };
+  const auto plan = succeeds("memory", "--shapes llama-65b,falcon-40b --dtype bfloat16 --gradient-checkpointing --paged");
+  CHECK(gigabytes(table_row(plan, "parameters, 10^9").at(1)) == Approx(65.3).epsilon(0.001));
+  const auto full = table_row(plan, "full fine-tuning: weights and gradients in 16 bits, moments in 32");
+  CHECK(gigabytes(full.at(1)) > 780.0);  // QLoRA's "more than 780 GB"
+  const auto total = table_row(plan, "**the device's in all**");
+  CHECK(gigabytes(total.at(1)) < 48.0);  // and one card of 48 GB
+  CHECK(gigabytes(total.at(2)) < 32.0);  // QDyLoRA's card of 32 GB
+  // 65.0e9 linear weights at 0.373 bits
+  CHECK(gigabytes(table_row(plan, "without double quantization").at(1)) - gigabytes(total.at(1)) == Approx(3.02).margin(0.02));
+  CHECK(gigabytes(table_row(plan, "without paging").at(1)) - gigabytes(total.at(1)) ==
+        Approx(gigabytes(table_row(plan, "moments, on the host").at(1))).margin(0.011));
 }
 
 }  // namespace programs_test

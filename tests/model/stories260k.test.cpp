@@ -12,6 +12,7 @@
 #include "support/distortion.hpp"
 #include "support/files.hpp"
 #include "support/golden.hpp"
+#include "support/llama2c_files.hpp"
 #include "support/tiny_model.hpp"
 
 namespace stories260k_test {
@@ -47,45 +48,6 @@ qd::DecoderConfig fixture_config(bool tied) {
   config.rope_layout = qd::RopeLayout::interleaved;
   config.tied_head = tied;
   return config;
-}
-
-Bytes checkpoint(const qd::DecoderWeights<float>& w) {
-  const auto& c = w.config;
-  Bytes bytes;
-  for (const Index field :
-       {c.width, c.mlp_width, c.layers, c.heads.heads, c.heads.kv_heads, c.tied_head ? c.vocab : -c.vocab, c.context})
-    bytes.number(static_cast<std::int32_t>(field));
-  const auto matrix = [&](const qd::Matrix<float>& m) {
-    for (const float x : m.span()) bytes.number(x);
-  };
-  const auto linears = [&](std::size_t p) {
-    for (const auto& block : w.blocks) matrix(std::get<qd::Matrix<float>>(block->linear[p]->storage()));
-  };
-  matrix(w.embedding.get<qd::Matrix<float>>());
-  for (const auto& block : w.blocks) matrix(block->attention_norm.weight);
-  for (std::size_t p = 0; p < 4; ++p) linears(p);
-  for (const auto& block : w.blocks) matrix(block->mlp_norm.weight);
-  for (const auto p : {qd::Projection::gate, qd::Projection::down, qd::Projection::up}) linears(static_cast<std::size_t>(p));
-  matrix(w.final_norm.weight);
-  for (Index i = 0; i < c.context * c.heads.head_dim; ++i) bytes.number(7.0f);  // never used
-  matrix(w.head.get<qd::Matrix<float>>());
-  return bytes;
-}
-
-Bytes tokenizer_file(const std::vector<std::pair<std::string, float>>& more, std::int32_t longest = 6) {
-  Bytes bytes;
-  bytes.number(longest);
-  const auto token = [&](std::string_view text, float score) {
-    bytes.number(score).number(static_cast<std::int32_t>(text.size())).raw(text);
-  };
-  for (const char* special : {"<unk>", "<s>", "</s>"}) token(special, 0.0f);
-  for (int byte = 0; byte < 256; ++byte) {
-    char text[8];
-    std::snprintf(text, sizeof(text), "<0x%02X>", byte);
-    token(text, 0.0f);
-  }
-  for (const auto& [text, score] : more) token(text, score);
-  return bytes;
 }
 
 }  // namespace
@@ -162,7 +124,7 @@ TEST_CASE("a llama2.c checkpoint is read tensor by tensor, with its own head or 
   const test::TemporaryFolder folder;
   for (const bool tied : {true, false}) {
     const auto weights = test::tiny_weights<float>(fixture_config(tied));
-    test::write_file(folder / "model.bin", checkpoint(*weights));
+    test::write_file(folder / "model.bin", test::llama2c_checkpoint(*weights));
     const auto read = load_llama2c(folder / "model.bin", float32);
     CHECK(read->config.tied_head == tied);
     CHECK(read->config.context == 32);
@@ -176,7 +138,7 @@ TEST_CASE("llama2.c checkpoints that lie are refused") {
   const test::TemporaryFolder folder;
   const auto path = folder / "model.bin";
   const auto weights = test::tiny_weights<float>(fixture_config(true));
-  const Bytes good = checkpoint(*weights);
+  const Bytes good = test::llama2c_checkpoint(*weights);
   const auto refused = [&](const std::string& bytes, Errc code, const std::string& tensor = "") {
     test::write_file(path, bytes);
     const auto error = error_of([&] { load_llama2c(path, float32); });
@@ -225,16 +187,15 @@ TEST_CASE("the best-scored union is merged first, the leftmost on ties") {
   const test::TemporaryFolder folder;
   const auto path = folder / "tokenizer.bin";
   // 259 " ", 260 "a", 261 "b", 262 "c", then unions.
-  test::write_file(
-      path,
-      tokenizer_file({{" ", -1}, {"a", -1}, {"b", -1}, {"c", -1}, {"ab", -5}, {"bc", -4}, {"abc", -9}, {"aa", -6}, {"é", -1}}));
+  test::write_file(path, test::llama2c_tokenizer(
+                             {{" ", -1}, {"a", -1}, {"b", -1}, {"c", -1}, {"ab", -5}, {"bc", -4}, {"abc", -9}, {"aa", -6}, {"é", -1}}));
   const auto tokenizer = load_llama2c_tokenizer(path);
   CHECK(tokenizer.vocab_size() == 268);
   CHECK(tokenizer.encode("") == Ids{});
   CHECK(tokenizer.encode("ab") == Ids{259, 263});
-  CHECK(tokenizer.encode("abc") == Ids{259, 265});                // bc before ab, then a + bc
-  CHECK(tokenizer.encode("aaa") == Ids{259, 266, 260});           // the left pair first
-  CHECK(tokenizer.encode("aaaab") == Ids{259, 266, 260, 263});    // ab before aa
+  CHECK(tokenizer.encode("abc") == Ids{259, 265});              // bc before ab, then a + bc
+  CHECK(tokenizer.encode("aaa") == Ids{259, 266, 260});         // the left pair first
+  CHECK(tokenizer.encode("aaaab") == Ids{259, 266, 260, 263});  // ab before aa
   CHECK(tokenizer.encode("é") == Ids{259, 267});
   CHECK(tokenizer.encode("ü\xFF") == Ids{259, 3 + 0xC3, 3 + 0xBC, 3 + 0xFF});
   CHECK(tokenizer.decode(Ids{259, 265}) == "abc");
@@ -250,7 +211,7 @@ TEST_CASE("llama2.c tokenizers that lie are refused") {
     if (error) CHECK(error->file() == path.native());
     return error ? std::optional(error->code()) : std::nullopt;
   };
-  const std::string good = tokenizer_file({{"a", 0}});
+  const std::string good = test::llama2c_tokenizer({{"a", 0}});
   CHECK_FALSE(code(good));
   CHECK(code("") == Errc::truncated);
   CHECK(code(good.substr(0, 3)) == Errc::truncated);
@@ -259,9 +220,9 @@ TEST_CASE("llama2.c tokenizers that lie are refused") {
   CHECK(code(good.substr(0, good.size() - 5)) == Errc::truncated);
   CHECK(code(good.substr(0, good.size() - 9 - 14)) == Errc::bad_config);  // without the byte 255
   CHECK(code(good + "x") == Errc::truncated);
-  CHECK(code(tokenizer_file({{"a", 0}}, 5)) == Errc::limit);
-  CHECK(code(tokenizer_file({{"a", 0}}, -1)) == Errc::limit);
-  CHECK(code(tokenizer_file({{"a", std::numeric_limits<float>::infinity()}})) == Errc::non_finite);
+  CHECK(code(test::llama2c_tokenizer({{"a", 0}}, 5)) == Errc::limit);
+  CHECK(code(test::llama2c_tokenizer({{"a", 0}}, -1)) == Errc::limit);
+  CHECK(code(test::llama2c_tokenizer({{"a", std::numeric_limits<float>::infinity()}})) == Errc::non_finite);
   CHECK(code(good, {.vocabulary = 100}) == Errc::limit);
   std::string negative = good;
   negative[good.size() - 2] = '\x80';  // the last length
