@@ -40,6 +40,13 @@ struct DropoutKey {
 /// them. half_split: (i, i + head_dim / 2), as Hugging Face's checkpoints have them.
 enum class RopeLayout { interleaved, half_split };
 
+/// What an adapter adds to a product: scale * u . b, u [tokens, rank], b [rank, out], rank-major as LoRAAdapter has it. Empty: nothing.
+template <class S>
+struct AdapterTerm {
+  MatrixView<const S> u = {}, b = {};
+  S scale = 1;
+};
+
 /// Heads of an attention layer. Query head h reads key-value head h / (heads / kv_heads).
 struct HeadShape {
   Index heads = 1;
@@ -215,6 +222,14 @@ concept HasGemm = requires(const B b, MatrixView<const T> x, MatrixView<T> y, Ma
   b.matmul(x, w, h, update);             // h [tokens, r] (+)= x [tokens, in] . w[r, in]^T
   b.matmul_transposed(w, w, y, update);  // y [tokens, out] (+)= h [tokens, r] . w[r, out]
   b.weight_gradient(w, x, h, update);    // h [r, features] (+)= w [tokens, r]^T . x [tokens, features]
+};
+
+/// A linear layer's product that takes its adapter's along, for backends where a pass over y of its own would cost more. W is a weight's view.
+template <class B, class T, class W>
+concept HasAdapterTerm = requires(const B b, MatrixView<const T> x, const W w, MatrixView<T> y, Update update,
+                                  AdapterTerm<Accumulator<T>> adapter) {
+  { b.takes_adapter(x, w) } -> std::same_as<bool>;  // whether there is what follows for such an x
+  b.matmul(x, w, y, update, adapter);               // y [tokens, out] (+)= x [tokens, in] . w^T + adapter, in one pass
 };
 
 template <class B, class T>

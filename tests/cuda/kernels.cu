@@ -81,7 +81,7 @@ void every_operation(const qd::Cuda& cuda, qd::MatrixView<T> x, qd::MatrixView<q
 
 template <class T>
 void every_product(const qd::Cuda& cuda, qd::MatrixView<T> x, qd::MatrixView<qd::Accumulator<T>> a, qd::MatrixView<qd::bfloat16> bf16,
-                   qd::MatrixView<qd::half> fp16, qd::MatrixView<float> a32) {
+                   qd::MatrixView<qd::half> fp16) {
   const auto both_ways = [&](const auto& w) {
     cuda.matmul(x, w, x);
     cuda.matmul_transposed(x, w, x);
@@ -91,7 +91,7 @@ void every_product(const qd::Cuda& cuda, qd::MatrixView<T> x, qd::MatrixView<qd:
   both_ways(cuda.quantize<qd::FP4, qd::DoubleQuant<>>(x).view());
   both_ways(cuda.quantize<qd::FP8E4M3, qd::DoubleQuant<>>(x).view());
   cuda.matmul(x, cuda.quantize<qd::NF4, qd::DoubleQuant<>>(x).view(), a);
-  cuda.matmul(x, cuda.quantize<qd::NF4, qd::DoubleQuant<>>(x).view(), x, qd::Update::accumulate, {a32, a32});
+  if constexpr (sizeof(T) == 2) cuda.matmul(x, cuda.quantize<qd::NF4, qd::DoubleQuant<>>(x).view(), x, qd::Update::accumulate, {a, a});
   both_ways(bf16);
   both_ways(fp16);
   cuda.matmul(x, a, a);
@@ -100,13 +100,13 @@ void every_product(const qd::Cuda& cuda, qd::MatrixView<T> x, qd::MatrixView<qd:
 }
 
 template void every_product(const qd::Cuda&, qd::MatrixView<float>, qd::MatrixView<float>, qd::MatrixView<qd::bfloat16>,
-                            qd::MatrixView<qd::half>, qd::MatrixView<float>);
+                            qd::MatrixView<qd::half>);
 template void every_product(const qd::Cuda&, qd::MatrixView<double>, qd::MatrixView<double>, qd::MatrixView<qd::bfloat16>,
-                            qd::MatrixView<qd::half>, qd::MatrixView<float>);
+                            qd::MatrixView<qd::half>);
 template void every_product(const qd::Cuda&, qd::MatrixView<qd::bfloat16>, qd::MatrixView<float>, qd::MatrixView<qd::bfloat16>,
-                            qd::MatrixView<qd::half>, qd::MatrixView<float>);
+                            qd::MatrixView<qd::half>);
 template void every_product(const qd::Cuda&, qd::MatrixView<qd::half>, qd::MatrixView<float>, qd::MatrixView<qd::bfloat16>,
-                            qd::MatrixView<qd::half>, qd::MatrixView<float>);
+                            qd::MatrixView<qd::half>);
 template void every_operation(const qd::Cuda&, qd::MatrixView<float>, qd::MatrixView<float>, std::span<const std::int32_t>,
                               std::span<const qd::Index>);
 template void every_operation(const qd::Cuda&, qd::MatrixView<qd::half>, qd::MatrixView<float>, std::span<const std::int32_t>,

@@ -79,6 +79,15 @@ class Trained {
   double norm_ = 0.0;
 };
 
+/// Kernels that were launched, ever; -1 where nobody counts.
+long launches() {
+#ifdef QDYLORA_CUDA_EMULATOR
+  return test::emulator::machine().launches;
+#else
+  return -1;
+#endif
+}
+
 /// Root mean square of the difference, relative to that of `expected`.
 template <class S>
 double distance(const Matrix<S>& found, const Matrix<S>& expected) {
@@ -116,6 +125,73 @@ TEMPLATE_TEST_CASE("a layer trained on the device is the one that the CPU trains
       }
       CHECK(distance(found.merged(5), expected.merged(5)) <= limit);
     }
+}
+
+TEMPLATE_TEST_CASE("a layer's few tokens have their adapter's term in the same launch", "[cuda]", qd::bfloat16, qd::half) {
+  using T = TestType;
+  // Rows of whole chunks go to the fused kernel; where that is switched off, through slabs.
+  const qd::CudaContext fusing({.workspace_bytes = std::size_t{4} << 20});
+  const qd::CudaContext apart({.workspace_bytes = std::size_t{4} << 20, .product_limits = {.small_batch = 0, .tiles = 0}});
+  const auto weight = test::normal_matrix<float>(out, in, 1, 0.3), b = test::normal_matrix<float>(16, out, 2, 0.1);
+  const auto bias = test::normal_matrix<float>(1, out, 3);
+  for (const Index count : {1, 6, 20}) {
+    const auto x = test::normal_matrix<T>(count, in, 4);
+    std::vector<qd::RankPlan> plans{qd::RankPlan::uniform(0), qd::RankPlan::uniform(16), qd::RankPlan::uniform(5)};
+    if (count > 2) plans.push_back(qd::RankPlan::of_runs({{1, 3}, {count - 3, 0}, {2, 16}}));
+    if (count > 16) plans.push_back(qd::RankPlan::of_runs({{16, 2}, {count - 16, 0}}));  // long enough for products of its own
+    Matrix<T> base;
+    for (const auto& plan : plans) {
+      CAPTURE(count, plan.max_rank(), plan.is_uniform());
+      const auto forward = [&](const Cuda& cuda, Matrix<double>& expected, Matrix<float>& z) {
+        const auto upload = [&](const auto& host) {
+          qd::Matrix<typename std::remove_cvref_t<decltype(host)>::value_type, qd::DeviceMemory> there(host.rows(), host.cols());
+          cuda.upload(host.view(), there.view());
+          cuda.synchronize();
+          return there;
+        };
+        qd::DynamicLoRALinear<T, Cuda> layer(upload(weight).view(), {.max_rank = 16, .alpha = 24, .seed = 5}, {}, cuda);
+        layer.set_bias(upload(bias).view());
+        cuda.upload(b.view(), layer.adapter().b().value.view());
+        layer.set_ranks(plan);
+        typename qd::DynamicLoRALinear<T, Cuda>::Context context;
+        const auto device_x = upload(x);
+        qd::Matrix<T, qd::DeviceMemory> y(count, out);
+        const long before = launches();
+        layer.forward(device_x.view(), y.view(), context);
+        if (&cuda.context() == &fusing && plan.is_uniform() && count <= 8 && before >= 0)
+          CHECK(launches() - before == (plan.max_rank() > 0 ? 3 : 2));  // (x A^T,) the layer's product, the bias
+        z = on_host<float>(cuda, std::as_const(context.z).view());
+        const auto a = on_host<float>(cuda, std::as_const(layer.adapter().a().value).view());
+        expected = Matrix<double>(count, out);
+        const auto host_weight = qd::quantize(weight.view());
+        qd::reference::matmul(x.view(), host_weight.view(), expected.view(), qd::Update::overwrite);
+        plan.for_each_run(count, [&](Index first, Index rows, Index rank) {
+          for (Index i = first; i < first + rows; ++i)
+            for (Index j = 0; j < out; ++j) {
+              expected(i, j) += static_cast<double>(bias(0, j));
+              for (Index r = 0; r < rank; ++r) {
+                double h = 0.0;
+                for (Index k = 0; k < in; ++k) h += static_cast<double>(x(i, k)) * static_cast<double>(a(r, k));
+                expected(i, j) += 1.5 * h * static_cast<double>(b(r, j));
+              }
+            }
+        });
+        return on_host<T>(cuda, std::as_const(y).view());
+      };
+      Matrix<double> expected, same;
+      Matrix<float> z, other_z;
+      const auto together = forward(Cuda(fusing), expected, z), separate = forward(Cuda(apart), same, other_z);
+      CHECK(test::normalised_squared_error(together.view(), expected.view()) <= test::bound<T>());
+      CHECK(test::normalised_squared_error(separate.view(), expected.view()) <= 2 * test::bound<T>());  // y is rounded once more
+      CHECK(test::same_bits(z.view(), other_z.view()));                                                 // what backward needs
+      // A row of rank 0 is the base's, to the bit.
+      if (plan.max_rank() == 0) base = qd::clone(together.view());
+      else
+        plan.for_each_run(count, [&](Index first, Index rows, Index rank) {
+          if (rank == 0) CHECK(test::same_bits(together.view().middle_rows(first, rows), base.view().middle_rows(first, rows)));
+        });
+    }
+  }
 }
 
 TEST_CASE("an adapter with gates is refused on the device", "[cuda]") {

@@ -75,9 +75,16 @@ class Cuda {
   void matmul(MatrixView<X> x, const W& w, MatrixView<Y> y, Update update = Update::overwrite) const {
     detail::matmul(*context_, MatrixView<const std::remove_const_t<X>>(x), w, y, update);
   }
-  /// y (+)= x . w^T + u . b in one pass over y: a linear layer and its adapter.
+  /// Whether the product of x and w may be given an adapter's term: few tokens in 16 bits with a weight in 4 bits.
+  template <class X, class W>
+    requires detail::FusedTypes<W, std::remove_const_t<X>, std::remove_const_t<X>>
+  bool takes_adapter(MatrixView<X> x, const W& w) const noexcept {
+    return detail::fused_kernel(*context_, MatrixView<const std::remove_const_t<X>>(x), w) == ProductKernel::small_batch;
+  }
+  /// y (+)= x . w^T + scale * u . b in one launch: a linear layer and its adapter. Errc::unsupported unless takes_adapter.
   template <class X, class W, class Y>
-  void matmul(MatrixView<X> x, const W& w, MatrixView<Y> y, Update update, const AdapterTerm& adapter) const {
+    requires detail::FusedTypes<W, std::remove_const_t<X>, Y>
+  void matmul(MatrixView<X> x, const W& w, MatrixView<Y> y, Update update, const AdapterTerm<float>& adapter) const {
     detail::matmul(*context_, MatrixView<const std::remove_const_t<X>>(x), w, y, update, adapter);
   }
   template <class X, class W, class Y>

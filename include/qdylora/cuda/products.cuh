@@ -15,24 +15,25 @@ template <class X, class S, class Y>
 constexpr bool is_converted = !std::same_as<X, ProductType<X, S, Y>> || !std::same_as<S, ProductType<X, S, Y>>;
 
 template <class X, class W, class Y>
-void matmul_transposed(const CudaContext& context, MatrixView<const X> x, const W& w, MatrixView<Y> y, Update update);
-
-/// y [tokens, out] (+)= x [tokens, in] . w [out, in]^T, and what an adapter adds
-template <class X, class W, class Y>
-void matmul(const CudaContext& context, MatrixView<const X> x, const W& w, MatrixView<Y> y, Update update,
-            const AdapterTerm& adapter = {}) {
-  QDYLORA_EXPECTS(x.cols == w.cols, shape_mismatch,
-                  "matmul: x " + shape_text(x) + " does not fit weight " + shape_text(w.rows, w.cols));
+void expect_matmul(MatrixView<const X> x, const W& w, MatrixView<Y> y) {
+  QDYLORA_EXPECTS(x.cols == w.cols, shape_mismatch, "matmul: x " + shape_text(x) + " does not fit weight " + shape_text(w.rows, w.cols));
   expect_shape("matmul: y", y, x.rows, w.rows);
-  const Index rank = adapter.u.cols;
-  if (rank > 0) {
-    expect_shape("matmul: the adapter's u", adapter.u, x.rows, rank);
-    expect_shape("matmul: the adapter's b", adapter.b, rank, w.rows);
-  }
+}
+
+/// The kernel for x . w^T of types that are fused.
+template <class X, class W>
+ProductKernel fused_kernel(const CudaContext& context, MatrixView<const X> x, const W& w) noexcept {
+  return context.choose_product(ProductProblem{x.rows, w.rows, w.cols, true, has_whole_chunks(w)});
+}
+
+/// y [tokens, out] (+)= x [tokens, in] . w [out, in]^T
+template <class X, class W, class Y>
+void matmul(const CudaContext& context, MatrixView<const X> x, const W& w, MatrixView<Y> y, Update update) {
+  expect_matmul(x, w, y);
   if (y.empty()) return;
   if constexpr (FusedTypes<W, X, Y>) {
-    switch (context.choose_product(ProductProblem{x.rows, w.rows, w.cols, true, has_whole_chunks(w)})) {
-      case ProductKernel::small_batch: return multiply_small_batch(context, x, w, y, update, adapter);
+    switch (fused_kernel(context, x, w)) {
+      case ProductKernel::small_batch: multiply_small_batch(context, x, w, y, update); break;
       case ProductKernel::tiles: multiply_tiles(context, x, w, y, update); break;
       case ProductKernel::slabs: multiply_by_slabs(context, x, w, y, update); break;
     }
@@ -43,7 +44,21 @@ void matmul(const CudaContext& context, MatrixView<const X> x, const W& w, Matri
     if (is_converted<X, Element<W>, Y> && x.rows <= few_mixed_tokens) multiply_few(context, x, dense, y, update);
     else multiply_by_slabs(context, x, dense, y, update);
   }
-  if (rank > 0) matmul_transposed(context, adapter.u, adapter.b, y, Update::accumulate);
+}
+
+/// The same and what an adapter adds, of an x whose kernel is small_batch; else Errc::unsupported.
+template <class X, class W, class Y>
+  requires FusedTypes<W, X, Y>
+void matmul(const CudaContext& context, MatrixView<const X> x, const W& w, MatrixView<Y> y, Update update,
+            const AdapterTerm<float>& adapter) {
+  expect_matmul(x, w, y);
+  expect_shape("matmul: the adapter's u", adapter.u, x.rows, adapter.u.cols);
+  expect_shape("matmul: the adapter's b", adapter.b, adapter.u.cols, w.rows);
+  if (y.empty()) return;
+  QDYLORA_EXPECTS(
+      fused_kernel(context, x, w) == ProductKernel::small_batch, unsupported,
+      "matmul: a product of " + shape_text(x) + " and " + shape_text(w.rows, w.cols) + " takes no adapter along; ask takes_adapter first");
+  multiply_small_batch(context, x, w, y, update, adapter);
 }
 
 /// y [tokens, in] (+)= x [tokens, out] . w [out, in]

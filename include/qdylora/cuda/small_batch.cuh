@@ -16,12 +16,6 @@
 #include <qdylora/cuda/slabs.cuh>
 
 namespace qdylora {
-
-/// What an adapter adds to a product: u . b, u [tokens, rank], b [rank, out], rank-major as LoRAAdapter has it. Empty: nothing.
-struct AdapterTerm {
-  MatrixView<const float> u = {}, b = {};
-};
-
 namespace device {
 
 /// y [tokens, out] (+)= x [tokens, in] . w [out, in]^T + the adapter's term, tokens <= 8 token_tiles. Rows of w are whole chunks, aligned
@@ -39,7 +33,7 @@ struct SmallBatch {
   QuantizedView<Format, Scales> w;
   MatrixView<const T> x;
   MatrixView<Y> y;
-  AdapterTerm adapter;
+  AdapterTerm<float> adapter;
   Update update;
   int block_shift;  // log2(chunks in a block)
 
@@ -138,7 +132,7 @@ struct SmallBatch {
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
           const Index token = 8 * i + 2 * t + c;
-          const float u = token < x.rows ? load(adapter.u.row(token) + rank) : 0.0f;
+          const float u = token < x.rows ? adapter.scale * load(adapter.u.row(token) + rank) : 0.0f;
           sums[i][c] += b[0] * u;
           sums[i][2 + c] += b[1] * u;
         }
@@ -195,7 +189,7 @@ MatrixView<const T> aligned_rows(const CudaContext& context, Scratch& scratch, M
 template <CodeFormat Format, class Scales, class T, class Y>
   requires FusedTypes<QuantizedView<Format, Scales>, T, Y>
 void multiply_small_batch(const CudaContext& context, MatrixView<const T> x, const QuantizedView<Format, Scales>& w, MatrixView<Y> y,
-                          Update update, const AdapterTerm& adapter = {}) {
+                          Update update, const AdapterTerm<float>& adapter = {}) {
   QDYLORA_EXPECTS(x.rows <= 32, bad_argument, "small batch: " + std::to_string(x.rows) + " tokens are more than 32");
   Scratch scratch(context);
   x = aligned_rows(context, scratch, x);

@@ -98,9 +98,9 @@ class DynamicLoRALinear : public AdapterLayer<T, Backend> {
     const bool dora = adapter_.dora() && rank > 0;
     if (dora) context.magnitude.product.resize(x.rows, out());
     const MatrixView<T> product = dora ? context.magnitude.product.view() : y;
-    base_->visit([&](const auto& w) { backend_.matmul(x, w, product, Update::overwrite); });
+    const bool adapted = base_->visit([&](const auto& w) { return multiply(w, product, context, rank); });
     if (bias_.size() > 0 && !dora) backend_.add_row(bias_.view(), y);
-    if (rank > 0) add_adapter(product, context, rank);
+    if (rank > 0 && !adapted) add_adapter(product, context, rank);
     if constexpr (HasMagnitude<Backend, T>)
       if (dora) {
         context.magnitude.norms = norms_->of(plan_, x.rows, adapter_, *base_, backend_, !training_);
@@ -193,6 +193,29 @@ class DynamicLoRALinear : public AdapterLayer<T, Backend> {
  private:
   DynamicLoRALinear(std::shared_ptr<const WeightType> base, Adapter adapter, Backend backend)
       : Base(std::move(adapter), backend), base_(std::move(base)) {}
+
+  // product = x W^T. Where the backend takes the adapter along, u B is added, as by add_adapter; returns whether it was.
+  template <class W>
+  bool multiply(const W& w, MatrixView<T> product, Context& context, Index rank) const {
+    const auto x = context.x;
+    if constexpr (HasAdapterTerm<Backend, T, W>)
+      if (rank > 0 && !adapter_.dora() && backend_.takes_adapter(x, w)) {
+        project_down(context);
+        AdapterTerm<Acc> term{context.z.view(), rows_of(adapter_.b(), rank)};
+        Matrix<Acc, Memory> u;
+        if (plan_.is_uniform() && !adapter_.gated()) {
+          term.scale = adapter_.scale(rank);
+        } else {
+          u.resize(x.rows, rank);
+          scale_rows(context.z.view(), context.plan, u.view(), false);
+          term.u = u.view();
+        }
+        backend_.matmul(x, w, product, Update::overwrite, term);
+        return true;
+      }
+    backend_.matmul(x, w, product, Update::overwrite);
+    return false;
+  }
 
   // y += u B, and what backward needs of it.
   void add_adapter(MatrixView<T> y, Context& context, Index rank) const {

@@ -55,6 +55,7 @@ struct Machine {
   cudaError_t last_error = cudaSuccess;
   int streams = 0;  // that live
   int handles = 0;  // of cuBLASLt
+  long launches = 0;  // of kernels, ever
 };
 inline Machine& machine() {
   static Machine machine;

@@ -332,6 +332,7 @@ void launch(const Launch& how, const K& kernel) {
   constexpr unsigned most = 65535;  // a GPU takes 2^31 - 1 along x
   if (n.y > most || n.z > most || n.x > 0x7FFFFFFFu || how.shared_bytes > 227 * 1024)
     QDYLORA_CUDA_TRY(test::emulator::result(cudaErrorInvalidValue));
+  ++test::emulator::machine().launches;
   const std::unique_ptr<char, void (*)(void*)> name(abi::__cxa_demangle(typeid(K).name(), nullptr, nullptr, nullptr), std::free);
   for (unsigned z = 0; z < n.z; ++z)
     for (unsigned y = 0; y < n.y; ++y)
