@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <functional>
-#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
@@ -13,24 +12,6 @@
 #include <qdylora/cuda.hpp>
 
 namespace bench {
-
-struct DestroyGraph {
-  void operator()(cudaGraph_t graph) const noexcept { cudaGraphDestroy(graph); }
-  void operator()(cudaGraphExec_t graph) const noexcept { cudaGraphExecDestroy(graph); }
-};
-using Executable = std::unique_ptr<std::remove_pointer_t<cudaGraphExec_t>, DestroyGraph>;
-
-/// The work that f queues on the context's stream, once, as a graph. f has run before: nothing is allocated or chosen within.
-inline Executable captured(const qdylora::CudaContext& context, const std::function<void()>& f) {
-  cudaGraph_t graph = nullptr;
-  QDYLORA_CUDA_TRY(cudaStreamBeginCapture(context.stream(), cudaStreamCaptureModeThreadLocal));
-  f();
-  QDYLORA_CUDA_TRY(cudaStreamEndCapture(context.stream(), &graph));
-  const std::unique_ptr<std::remove_pointer_t<cudaGraph_t>, DestroyGraph> owner(graph);
-  cudaGraphExec_t executable = nullptr;
-  QDYLORA_CUDA_TRY(cudaGraphInstantiate(&executable, graph, 0));
-  return Executable(executable);
-}
 
 struct Competitor {
   std::string name;
@@ -66,17 +47,17 @@ class Stopwatch {
   };
   /// Each competitor's, by graphs if `graphs` is set. They take turns: what a device's clocks do happens to all.
   std::vector<Spread> compare(const std::vector<Competitor>& competitors, int repetitions, int rounds, bool graphs = true) const {
-    std::vector<Executable> executables;
+    std::vector<qdylora::CudaGraph> recorded;
     std::vector<std::vector<double>> times(competitors.size());
     for (const auto& competitor : competitors) {
       competitor.run();
       context_->synchronize();
-      executables.push_back(graphs ? captured(*context_, competitor.run) : Executable());
+      if (graphs) recorded.emplace_back(*context_, competitor.run);
     }
     for (int round = 0; round < rounds + 1; ++round)  // the first warms up
       for (std::size_t i = 0; i < competitors.size(); ++i) {
         const double time = measure([&] {
-          if (graphs) QDYLORA_CUDA_TRY(cudaGraphLaunch(executables[i].get(), context_->stream()));
+          if (graphs) recorded[i].launch();
           else competitors[i].run();
         });
         if (round > 0) times[i].push_back(time / repetitions);

@@ -187,6 +187,17 @@ void expect_cross_entropy(MatrixView<S> logits, std::span<const std::int32_t> ta
 
 }  // namespace detail
 
+/// A matrix that a caller of a backend's operations makes and lets go between them: uninitialized, and where the backend has memory in the
+/// order of its work, of that.
+template <class S, class B>
+Matrix<S, typename B::Memory> temporary(const B& backend, Index rows, Index cols) {
+  typename B::Memory memory{};
+  if constexpr (requires { backend.memory(); }) memory = backend.memory();
+  Matrix<S, typename B::Memory> matrix(0, 0, memory);
+  matrix.resize(rows, cols);
+  return matrix;
+}
+
 // ---- the parts -----------------------------------------------------------------------------------------------------------------
 
 /// Memory that the operations reach, and its traffic with the host.

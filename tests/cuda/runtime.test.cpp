@@ -2,8 +2,10 @@
 #include <qdylora/cuda/context.cuh>
 
 #include <optional>
+#include <vector>
 
 #include "support/catch.hpp"
+#include "support/cuda_emulator/device_array.hpp"
 #include "support/files.hpp"
 #include "support/random_data.hpp"
 
@@ -98,6 +100,83 @@ TEST_CASE("scratch memory starts over with each operation and has an end") {
   CHECK(reinterpret_cast<std::uintptr_t>(b) - reinterpret_cast<std::uintptr_t>(a) == 256);
   CHECK(second.take<double>(128) == a);
   CHECK(says(test::error_of([&] { first.take<float>(200); }), Errc::memory, "workspace of 1536 bytes"));
+}
+
+TEST_CASE("a stream that is put off shows a wait that is missing") {
+  const RestoredMachine restored;
+  const qd::CudaContext context({.workspace_bytes = 1 << 20});
+  const qd::detail::Stream side = qd::detail::make_side_stream();
+  const qd::detail::Event event = qd::detail::make_event();
+  test::DeviceArray<int> source(1), middle(1), target(1);
+  for (const auto late : {test::emulator::Late::none, test::emulator::Late::first, test::emulator::Late::others})
+    for (const bool waits : {true, false}) {
+      machine().late = late;
+      source.set(std::vector{7});
+      middle.set(std::vector{0});
+      const auto copy = [](test::DeviceArray<int>& from, test::DeviceArray<int>& to, cudaStream_t stream) {
+        cudaMemcpyAsync(to.data(), from.data(), sizeof(int), cudaMemcpyDeviceToDevice, stream);
+      };
+      copy(source, middle, side.get());
+      if (waits) qd::detail::order(side.get(), context.stream(), event);
+      copy(middle, target, context.stream());
+      context.synchronize();
+      CHECK(target.host()[0] == (waits || late != test::emulator::Late::others ? 7 : 0));
+      cudaStreamSynchronize(side.get());
+    }
+}
+
+TEST_CASE("what the runtime refuses to record") {
+  const RestoredMachine restored;
+  const qd::CudaContext context({.workspace_bytes = 1 << 20});
+  const qd::detail::Stream side = qd::detail::make_side_stream();
+  const qd::detail::Event event = qd::detail::make_event(), before = qd::detail::make_event();
+  test::DeviceArray<int> array(1);
+  const auto work = [&](cudaStream_t stream) { return cudaMemsetAsync(array.data(), 1, sizeof(int), stream); };
+  cudaEventRecord(before.get(), side.get());
+  cudaGraph_t graph = nullptr;
+  const auto end = [&] { return cudaStreamEndCapture(context.stream(), &graph); };
+  const auto begin = [&] { REQUIRE(cudaStreamBeginCapture(context.stream(), cudaStreamCaptureModeThreadLocal) == cudaSuccess); };
+
+  begin();  // a second stream that nobody waits for
+  qd::detail::order(context.stream(), side.get(), event);
+  CHECK(work(side.get()) == cudaSuccess);
+  CHECK(end() == cudaErrorStreamCaptureUnjoined);
+  begin();  // one that is waited for, but goes on
+  qd::detail::order(context.stream(), side.get(), event);
+  qd::detail::order(side.get(), context.stream(), event);
+  CHECK(work(side.get()) == cudaSuccess);
+  CHECK(end() == cudaErrorStreamCaptureUnjoined);
+  begin();  // an event of before
+  CHECK(cudaStreamWaitEvent(context.stream(), before.get(), 0) == cudaErrorStreamCaptureIsolation);
+  CHECK(end() == cudaErrorStreamCaptureInvalidated);
+  begin();  // the default stream
+  CHECK(work(nullptr) == cudaErrorStreamCaptureImplicit);
+  CHECK(work(context.stream()) == cudaErrorStreamCaptureInvalidated);
+  CHECK(end() == cudaErrorStreamCaptureInvalidated);
+  begin();  // memory of before
+  void* memory = array.data();
+  CHECK(cudaFreeAsync(memory, context.stream()) == cudaErrorInvalidValue);
+  CHECK(end() == cudaErrorStreamCaptureInvalidated);
+  CHECK(end() == cudaErrorStreamCaptureUnmatched);
+  begin();  // memory of the host that may be gone
+  int host = 0;
+  CHECK(cudaMemcpyAsync(&host, array.data(), sizeof(int), cudaMemcpyDeviceToHost, context.stream()) == cudaErrorStreamCaptureUnsupported);
+  CHECK(end() == cudaErrorStreamCaptureInvalidated);
+
+  begin();
+  qd::detail::order(context.stream(), side.get(), event);
+  CHECK(work(side.get()) == cudaSuccess);
+  qd::detail::order(side.get(), context.stream(), event);
+  REQUIRE(end() == cudaSuccess);
+  CHECK(array.host()[0] != 0x01010101);  // recorded, not done
+  cudaGraphExec_t executable = nullptr;
+  REQUIRE(cudaGraphInstantiateWithFlags(&executable, graph, 0) == cudaSuccess);
+  CHECK(cudaGraphLaunch(executable, context.stream()) == cudaSuccess);
+  context.synchronize();
+  CHECK(array.host()[0] == 0x01010101);
+  cudaGraphExecDestroy(executable);
+  cudaGraphDestroy(graph);
+  cudaGetLastError();
 }
 
 }  // namespace runtime_test

@@ -32,10 +32,33 @@ struct Destroy {
   void operator()(cudaStream_t stream) const noexcept { cudaStreamDestroy(stream); }
   void operator()(cudaEvent_t event) const noexcept { cudaEventDestroy(event); }
   void operator()(cublasLtHandle_t handle) const noexcept { cublasLtDestroy(handle); }
+  void operator()(cudaGraph_t graph) const noexcept { cudaGraphDestroy(graph); }
+  void operator()(cudaGraphExec_t graph) const noexcept { cudaGraphExecDestroy(graph); }
 };
-/// A stream, an event or a handle of cuBLASLt's, destroyed with its owner.
+/// A stream, an event, a handle of cuBLASLt's or a graph, destroyed with its owner.
 template <class Handle>
 using Owned = std::unique_ptr<std::remove_pointer_t<Handle>, Destroy>;
+
+using Event = Owned<cudaEvent_t>;
+inline Event make_event() {
+  cudaEvent_t event = nullptr;
+  QDYLORA_CUDA_TRY(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
+  return Event(event);
+}
+
+/// A stream that waits for no other unless told to.
+using Stream = Owned<cudaStream_t>;
+inline Stream make_side_stream() {
+  cudaStream_t stream = nullptr;
+  QDYLORA_CUDA_TRY(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  return Stream(stream);
+}
+
+/// What lies in `later` from now on waits for all that lies in `earlier` so far.
+inline void order(cudaStream_t earlier, cudaStream_t later, const Event& event) {
+  QDYLORA_CUDA_TRY(cudaEventRecord(event.get(), earlier));
+  QDYLORA_CUDA_TRY(cudaStreamWaitEvent(later, event.get(), 0));
+}
 
 /// What cuBLASLt chooses an algorithm by.
 struct GemmProblem {
@@ -90,11 +113,17 @@ class CudaContext {
   /// Streams for state in the host's memory, made when they are first asked for.
   const Pager& pager() const;
   void synchronize() const { QDYLORA_CUDA_TRY(cudaStreamSynchronize(stream())); }
+  /// Whether what is queued now is recorded as a graph instead of done.
+  bool recording() const {
+    cudaStreamCaptureStatus status{};
+    QDYLORA_CUDA_TRY(cudaStreamIsCapturing(stream(), &status));
+    return status != cudaStreamCaptureStatusNone;
+  }
 
  private:
   friend class Scratch;
 
-  using Stream = detail::Owned<cudaStream_t>;
+  using Stream = detail::Stream;
   using Blas = detail::Owned<cublasLtHandle_t>;
 
   static cudaDeviceProp select(int device) {

@@ -9,6 +9,7 @@
 #include <qdylora/cuda/cross_entropy.cuh>
 #include <qdylora/cuda/dequantize.cuh>
 #include <qdylora/cuda/elementwise.cuh>
+#include <qdylora/cuda/graph.cuh>
 #include <qdylora/cuda/host_loop.cuh>
 #include <qdylora/cuda/layer_norm.cuh>
 #include <qdylora/cuda/paged_adamw.cuh>
@@ -30,6 +31,8 @@ class Cuda {
   const CudaContext& context() const noexcept { return *context_; }
 
   // memory
+  /// In the order of the context's stream.
+  DeviceMemory memory() const noexcept { return context_->memory(); }
   template <class T>
   void fill(MatrixView<T> y, std::type_identity_t<T> value) const {
     detail::fill(*context_, y, value);

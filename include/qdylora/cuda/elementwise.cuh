@@ -157,6 +157,8 @@ void dropout(const CudaContext& context, MatrixView<const T> x, float probabilit
   using S = Accumulator<T>;
   expect_shape("dropout: y", y, x.rows, x.cols);
   expect_dropout(probability);
+  QDYLORA_EXPECTS(probability == 0.0f || !context.recording(), unsupported,
+                  "dropout: a graph would have the masks of the step it was recorded in, whenever it is launched");
   const S keep_scale = S{1} / (S{1} - static_cast<S>(probability));
   for_each(context, y.rows, y.cols, device::Dropout<T>{x, y, key, dropout_threshold(probability), keep_scale, update});
 }

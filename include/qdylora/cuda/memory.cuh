@@ -33,10 +33,17 @@ struct DeviceMemory {
     void* pointer = nullptr;
     const cudaError_t error = cudaMallocAsync(&pointer, bytes, stream);
     if (error == cudaErrorMemoryAllocation) detail::raise_out_of_memory("DeviceMemory", bytes);
+    if (error == cudaErrorStreamCaptureImplicit) {
+      cudaGetLastError();
+      detail::raise(Errc::state_order, "DeviceMemory: " + detail::mebibytes(bytes) +
+                                           " asked for while work is recorded as a graph; do the work once before, so that what it keeps exists");
+    }
     QDYLORA_CUDA_TRY(error);
     return pointer;
   }
-  void deallocate(void* pointer, std::size_t) const noexcept { cudaFreeAsync(pointer, stream); }
+  void deallocate(void* pointer, std::size_t) const noexcept {
+    if (cudaFreeAsync(pointer, stream) != cudaSuccess) cudaGetLastError();  // else the next launch would report it as its own
+  }
 };
 
 /// The host's memory, page-locked: copies to and from the device run beside everything else.

@@ -10,26 +10,6 @@
 namespace qdylora {
 namespace detail {
 
-using Event = Owned<cudaEvent_t>;
-inline Event make_event() {
-  cudaEvent_t event = nullptr;
-  QDYLORA_CUDA_TRY(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
-  return Event(event);
-}
-
-using Stream = Owned<cudaStream_t>;
-inline Stream make_copy_stream() {
-  cudaStream_t stream = nullptr;
-  QDYLORA_CUDA_TRY(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
-  return Stream(stream);
-}
-
-/// What lies in `later` from now on waits for all that lies in `earlier` so far.
-inline void order(cudaStream_t earlier, cudaStream_t later, const Event& event) {
-  QDYLORA_CUDA_TRY(cudaEventRecord(event.get(), earlier));
-  QDYLORA_CUDA_TRY(cudaStreamWaitEvent(later, event.get(), 0));
-}
-
 /// Rows of equal size, one after another.
 struct PagedRows {
   void* data;
@@ -41,7 +21,7 @@ struct PagedRows {
 /// Copies to the device and back, on a stream each, beside the work of a context's stream.
 class Pager {
  public:
-  explicit Pager(const CudaContext& context) : context_(&context), in_(detail::make_copy_stream()), out_(detail::make_copy_stream()) {
+  explicit Pager(const CudaContext& context) : context_(&context), in_(detail::make_side_stream()), out_(detail::make_side_stream()) {
     for (Slot& slot : slots_) slot = {detail::make_event(), detail::make_event(), detail::make_event()};
   }
 

@@ -134,16 +134,23 @@ class Decoder {
   /// Cross-entropy in nats of each scored position, in order; nothing is kept for a backward pass.
   std::vector<double> losses(const Batch& batch) {
     const auto x = run(batch, false);
-    return head_losses(batch, x, 0.0, {});
+    head_losses(batch, x, 0.0, {});
+    return scored_losses();
   }
 
   /// Sum over the scored positions, and gradients of `scale` times it added to the parameters': scale = 1 / scored gives the mean, and
   /// micro-batches with one scale for all add up to one big batch.
   double loss_and_gradient(const Batch& batch, double scale) {
+    queue_loss_and_gradient(batch, scale);
+    double sum = 0.0;
+    for (const double loss : scored_losses()) sum += loss;
+    return sum;
+  }
+  /// The same without waiting for a device: the losses stay there, for scored_losses.
+  void queue_loss_and_gradient(const Batch& batch, double scale) {
     const auto x = run(batch, true);
     d_.resize(batch.tokens(), config().width);
-    double sum = 0.0;
-    for (const double loss : head_losses(batch, x, scale, d_.view())) sum += loss;
+    head_losses(batch, x, scale, d_.view());
     const auto tokens = tokens_of(batch);
     for (std::size_t i = blocks_.size(); i-- > 0;) {
       auto& context = contexts_[options_.checkpoint ? 0 : i];
@@ -156,7 +163,12 @@ class Decoder {
           },
           blocks_[i]);
     }
-    return sum;
+  }
+  /// Cross-entropy in nats of each position that the last pass scored, in order. Waits.
+  std::vector<double> scored_losses() const {
+    Matrix<Acc> host(row_losses_.rows(), 1);
+    backend_.download(row_losses_.view(), host.view());
+    return {host.span().begin(), host.span().end()};
   }
 
   /// Logits [tokens, vocab] of every position.
@@ -321,8 +333,9 @@ class Decoder {
     return result;
   }
 
-  // Losses of the scored rows; with dx, the gradient of scale * their sum with respect to x as well. Logits exist chunk by chunk only.
-  std::vector<double> head_losses(const Batch& batch, MatrixView<const T> x, double scale, MatrixView<T> dx) {
+  // row_losses_ = losses of the scored rows; with dx, the gradient of scale * their sum with respect to x as well. Logits exist chunk by
+  // chunk only.
+  void head_losses(const Batch& batch, MatrixView<const T> x, double scale, MatrixView<T> dx) {
     std::vector<Index> rows;
     std::vector<std::int32_t> targets;
     for (Index t = 0; t < batch.tokens(); ++t)
@@ -331,11 +344,10 @@ class Decoder {
         targets.push_back(batch.targets[static_cast<std::size_t>(t)]);
       }
     const auto scored = static_cast<Index>(rows.size());
-    std::vector<double> result;
-    result.reserve(rows.size());
+    row_losses_.resize(scored, 1);
     if (scored == 0) {
       if (dx.data != nullptr) backend_.fill(dx, T{});
-      return result;
+      return;
     }
     const Index width = config().width;
     selected_.resize(scored, width);
@@ -348,26 +360,20 @@ class Decoder {
       // Rows a multiple of 4 KiB apart would crowd into few sets of a cache.
       logits_.resize(count, config().vocab + 16);
       const auto logits = logits_.view().left_cols(config().vocab);
-      row_losses_.resize(count, 1);
       const auto normed = normed_.view().middle_rows(first, count);
       head().visit([&](const auto& w) { backend_.matmul(normed, w, logits, Update::overwrite); });
-      backend_.cross_entropy(logits, std::span<const std::int32_t>(targets).subspan(static_cast<std::size_t>(first),
-                                                                                            static_cast<std::size_t>(count)),
-                             scale, row_losses_.view());
-      Matrix<Acc> host(count, 1);
-      backend_.download(row_losses_.view(), host.view());
-      for (const Acc loss : host.span()) result.push_back(static_cast<double>(loss));
+      backend_.cross_entropy(
+          logits, std::span<const std::int32_t>(targets).subspan(static_cast<std::size_t>(first), static_cast<std::size_t>(count)), scale,
+          row_losses_.view().middle_rows(first, count));
       if (dx.data == nullptr) continue;
       head().visit([&](const auto& w) { backend_.matmul_transposed(MatrixView<const Acc>(logits), w, normed, Update::overwrite); });
     }
     if (dx.data != nullptr) {
-      Matrix<T, Memory> d_selected;
-      d_selected.resize(scored, width);
+      auto d_selected = temporary<T>(backend_, scored, width);
       normalize_backward(backend_, std::as_const(normed_).view(), std::as_const(selected_).view(), weights_->final_norm, statistics_,
                          d_selected.view(), Update::overwrite);
       backend_.scatter_rows(std::as_const(d_selected).view(), std::span<const Index>(rows), dx);
     }
-    return result;
   }
 
   std::shared_ptr<const Weights> weights_;

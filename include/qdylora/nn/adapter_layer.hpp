@@ -116,8 +116,7 @@ class AdapterLayer {
       detail::add_from_ranks(backend_, dz, a, pass.plan, dx);
       return;
     }
-    Matrix<T, Memory> through_adapter;
-    through_adapter.resize(pass.x.rows, in());
+    auto through_adapter = temporary<T>(backend_, pass.x.rows, in());
     backend_.matmul_transposed(dz, a, through_adapter.view(), Update::overwrite);
     backend_.dropout(as_const(through_adapter), adapter_.options().dropout, pass.dropout, dx, Update::accumulate);
   }

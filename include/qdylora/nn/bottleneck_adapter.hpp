@@ -43,9 +43,7 @@ class BottleneckAdapter : public AdapterLayer<T, Backend> {
     QDYLORA_EXPECTS(x.rows == 0 || x.data != y.data, bad_argument, this->name() + ": y is x, which the backward pass needs");
     if (placement_ == BottleneckPlacement::sequential) backend_.copy(x, y);
     if (const Index rank = plan_.max_rank(); rank > 0) {
-      Matrix<Acc, Memory> active, h;
-      active.resize(x.rows, rank);
-      h.resize(x.rows, rank);
+      auto active = temporary<Acc>(backend_, x.rows, rank), h = temporary<Acc>(backend_, x.rows, rank);
       project_down(context);
       backend_.gelu(as_const(context.z), active.view());
       scale_rows(as_const(active), context.plan, h.view(), false);
@@ -64,9 +62,7 @@ class BottleneckAdapter : public AdapterLayer<T, Backend> {
     if (want_dx && placement_ == BottleneckPlacement::sequential) backend_.copy(dy, dx);
     const Index rank = context.plan.max_rank();
     if (rank == 0 || (!want_dx && mode == GradientMode::ignore)) return;
-    Matrix<Acc, Memory> t, work;
-    t.resize(x.rows, rank);
-    work.resize(x.rows, rank);
+    auto t = temporary<Acc>(backend_, x.rows, rank), work = temporary<Acc>(backend_, x.rows, rank);
     if (mode == GradientMode::accumulate) {
       backend_.gelu(as_const(context.z), work.view());
       scale_rows(as_const(work), context.plan, t.view(), true);

@@ -123,15 +123,13 @@ class DynamicLoRALinear : public AdapterLayer<T, Backend> {
           magnitude_gradient(dy, context.plan, context.magnitude, adapter_, backend_);
           forget_norms();
         }
-        scaled_dy.resize(x.rows, out());
+        scaled_dy = temporary<T>(backend_, x.rows, out());
         scale_outputs(dy, context.plan, context.magnitude, adapter_, scaled_dy.view(), backend_);
         dy = scaled_dy.view();
       }
     if (want_dx) base_->visit([&](const auto& w) { backend_.matmul_transposed(dy, w, dx, Update::overwrite); });
     if (rank == 0 || (!want_dx && mode == GradientMode::ignore)) return;
-    Matrix<Acc, Memory> t, work;
-    t.resize(x.rows, rank);
-    work.resize(x.rows, rank);
+    auto t = temporary<Acc>(backend_, x.rows, rank), work = temporary<Acc>(backend_, x.rows, rank);
     detail::through_ranks(backend_, dy, rows_of(adapter_.b(), rank), context.plan, t.view());
     if (mode == GradientMode::accumulate) {
       scale_rows(context.z.view(), context.plan, work.view(), true);
@@ -206,7 +204,7 @@ class DynamicLoRALinear : public AdapterLayer<T, Backend> {
         if (plan_.is_uniform() && !adapter_.gated()) {
           term.scale = adapter_.scale(rank);
         } else {
-          u.resize(x.rows, rank);
+          u = temporary<Acc>(backend_, x.rows, rank);
           scale_rows(context.z.view(), context.plan, u.view(), false);
           term.u = u.view();
         }
@@ -220,8 +218,7 @@ class DynamicLoRALinear : public AdapterLayer<T, Backend> {
   // y += u B, and what backward needs of it.
   void add_adapter(MatrixView<T> y, Context& context, Index rank) const {
     project_down(context);
-    Matrix<Acc, Memory> u;
-    u.resize(y.rows, rank);
+    auto u = temporary<Acc>(backend_, y.rows, rank);
     scale_rows(context.z.view(), context.plan, u.view(), false);
     detail::add_from_ranks(backend_, as_const(u), rows_of(adapter_.b(), rank), context.plan, y);
   }

@@ -37,6 +37,9 @@ class GlobalMemory {
     return true;
   }
 
+  /// Whether an allocation begins here.
+  bool begins(void* p) const { return allocations_.contains(static_cast<std::byte*>(p)); }
+
   /// What is wrong with an access, if anything is.
   std::optional<std::string> complaint(const void* p, std::size_t bytes, std::size_t aligned) const {
     const auto* at = static_cast<const std::byte*>(p);

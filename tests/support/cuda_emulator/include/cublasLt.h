@@ -19,6 +19,7 @@ enum cublasStatus_t {
   CUBLAS_STATUS_SUCCESS = 0,
   CUBLAS_STATUS_NOT_INITIALIZED = 1,
   CUBLAS_STATUS_INVALID_VALUE = 7,
+  CUBLAS_STATUS_EXECUTION_FAILED = 13,
   CUBLAS_STATUS_NOT_SUPPORTED = 15
 };
 struct cublasLtContext {};
@@ -202,8 +203,8 @@ inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t handle, cu
 [[gnu::noinline]] inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t op, const void* alpha, const void* a,
                                                        cublasLtMatrixLayout_t a_layout, const void* b, cublasLtMatrixLayout_t b_layout,
                                                        const void* beta, const void* c, cublasLtMatrixLayout_t c_layout, void* d,
-                                                       cublasLtMatrixLayout_t d_layout, const cublasLtMatmulAlgo_t* algorithm, void* workspace,
-                                                       std::size_t workspace_bytes, cudaStream_t) {
+                                                       cublasLtMatrixLayout_t d_layout, const cublasLtMatmulAlgo_t* algorithm,
+                                                       void* workspace, std::size_t workspace_bytes, cudaStream_t stream) {
   using namespace test::emulator;
   if (handle == nullptr || !fit(*op, *a_layout, *b_layout, *c_layout, *d_layout)) return CUBLAS_STATUS_INVALID_VALUE;
   if (!go_together(*op, *a_layout, *b_layout, *c_layout, *d_layout)) return CUBLAS_STATUS_NOT_SUPPORTED;
@@ -215,29 +216,32 @@ inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t handle, cu
       !same(chosen.layout[0], *a_layout) || !same(chosen.layout[1], *b_layout) || !same(chosen.layout[2], *c_layout) ||
       !same(chosen.layout[3], *d_layout) || workspace_bytes < chosen.workspace)
     return CUBLAS_STATUS_INVALID_VALUE;
-  if (workspace_bytes > 0) {
-    if (const auto complaint = global_memory().complaint(workspace, workspace_bytes, 256))
-      throw Fault({"cublasLtMatmul"}, "the workspace " + *complaint);
-    std::memset(workspace, 0xFF, workspace_bytes);  // an algorithm may write all of it
-  }
-
   const bool wide = op->scale == CUDA_R_64F;
   const auto number = [wide](const void* p) { return wide ? *static_cast<const double*>(p) : *static_cast<const float*>(p); };
   const double al = number(alpha), be = number(beta);
-  const BlasMatrix left("A", a, *a_layout, chosen.alignment[0]), right("B", b, *b_layout, chosen.alignment[1]),
-      in("C", c, *c_layout, chosen.alignment[2]), out("D", d, *d_layout, chosen.alignment[3]);
-  const bool ta = op->operation[0] == CUBLAS_OP_T, tb = op->operation[1] == CUBLAS_OP_T;
-  const std::uint64_t depth = ta ? a_layout->rows : a_layout->cols;
-  std::vector<double> columns(depth * d_layout->rows), column(depth);
-  for (std::uint64_t i = 0; i < d_layout->rows; ++i)
-    for (std::uint64_t k = 0; k < depth; ++k) columns[i * depth + k] = ta ? left.load(k, i) : left.load(i, k);
-  for (std::uint64_t j = 0; j < d_layout->cols; ++j) {
-    for (std::uint64_t k = 0; k < depth; ++k) column[k] = tb ? right.load(j, k) : right.load(k, j);
-    for (std::uint64_t i = 0; i < d_layout->rows; ++i) {
-      double sum = 0.0;
-      for (std::uint64_t k = 0; k < depth; ++k) sum += columns[i * depth + k] * column[k];
-      out.store(i, j, al * sum + (be == 0.0 ? 0.0 : be * in.load(i, j)));  // with beta = 0, C is not read
+  const auto multiply = [=, operation = *op, chosen = *algorithm, a_shape = *a_layout, b_shape = *b_layout, c_shape = *c_layout,
+                         d_shape = *d_layout] {
+    if (workspace_bytes > 0) {
+      if (const auto complaint = global_memory().complaint(workspace, workspace_bytes, 256))
+        throw Fault({"cublasLtMatmul"}, "the workspace " + *complaint);
+      std::memset(workspace, 0xFF, workspace_bytes);  // an algorithm may write all of it
     }
-  }
-  return CUBLAS_STATUS_SUCCESS;
+
+    const BlasMatrix left("A", a, a_shape, chosen.alignment[0]), right("B", b, b_shape, chosen.alignment[1]),
+        in("C", c, c_shape, chosen.alignment[2]), out("D", d, d_shape, chosen.alignment[3]);
+    const bool ta = operation.operation[0] == CUBLAS_OP_T, tb = operation.operation[1] == CUBLAS_OP_T;
+    const std::uint64_t depth = ta ? a_shape.rows : a_shape.cols;
+    std::vector<double> columns(depth * d_shape.rows), column(depth);
+    for (std::uint64_t i = 0; i < d_shape.rows; ++i)
+      for (std::uint64_t k = 0; k < depth; ++k) columns[i * depth + k] = ta ? left.load(k, i) : left.load(i, k);
+    for (std::uint64_t j = 0; j < d_shape.cols; ++j) {
+      for (std::uint64_t k = 0; k < depth; ++k) column[k] = tb ? right.load(j, k) : right.load(k, j);
+      for (std::uint64_t i = 0; i < d_shape.rows; ++i) {
+        double sum = 0.0;
+        for (std::uint64_t k = 0; k < depth; ++k) sum += columns[i * depth + k] * column[k];
+        out.store(i, j, al * sum + (be == 0.0 ? 0.0 : be * in.load(i, j)));  // with beta = 0, C is not read
+      }
+    }
+  };
+  return result(issue(stream, multiply)) == cudaSuccess ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_EXECUTION_FAILED;
 }

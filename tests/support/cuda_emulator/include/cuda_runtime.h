@@ -1,5 +1,5 @@
-// The part of the CUDA runtime that qdylora calls, for a device that is emulated. Work is done when a call returns, whatever its stream.
-// What a machine may lack (a device, a driver, memory) is set in test::emulator::machine().
+// The part of the CUDA runtime that qdylora calls, for a device that is emulated. When work is done: streams.hpp. What a machine may lack (a
+// device, a driver, memory) is set in test::emulator::machine().
 #pragma once
 
 #include <cstddef>
@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "support/cuda_emulator/global_memory.hpp"
+#include "support/cuda_emulator/streams.hpp"
 
 #define __host__
 #define __device__
@@ -23,14 +24,6 @@ struct dim3 {
   constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
 
-enum cudaError_t {
-  cudaSuccess = 0,
-  cudaErrorInvalidValue = 1,
-  cudaErrorMemoryAllocation = 2,
-  cudaErrorInsufficientDriver = 35,
-  cudaErrorNoDevice = 100,
-  cudaErrorInvalidDevice = 101,
-};
 enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2, cudaMemcpyDeviceToDevice = 3, cudaMemcpyDefault = 4 };
 inline constexpr unsigned cudaMemAttachGlobal = 1;
 
@@ -43,31 +36,7 @@ struct cudaDeviceProp {
   int l2CacheSize;
 };
 
-struct CUstream_st {};
 using cudaStream_t = CUstream_st*;
-
-namespace test::emulator {
-
-struct Machine {
-  int devices = 1;
-  int compute_capability = 90;
-  cudaError_t driver = cudaSuccess;  // what every call finds
-  cudaError_t last_error = cudaSuccess;
-  int streams = 0;  // that live
-  int handles = 0;  // of cuBLASLt
-  long launches = 0;  // of kernels, ever
-};
-inline Machine& machine() {
-  static Machine machine;
-  return machine;
-}
-inline cudaError_t result(cudaError_t error) {
-  if (error == cudaSuccess) error = machine().driver;
-  if (error != cudaSuccess) machine().last_error = error;
-  return error;
-}
-
-}  // namespace test::emulator
 
 inline const char* cudaGetErrorName(cudaError_t error) {
   switch (error) {
@@ -77,6 +46,13 @@ inline const char* cudaGetErrorName(cudaError_t error) {
     case cudaErrorInsufficientDriver: return "cudaErrorInsufficientDriver";
     case cudaErrorNoDevice: return "cudaErrorNoDevice";
     case cudaErrorInvalidDevice: return "cudaErrorInvalidDevice";
+    case cudaErrorStreamCaptureUnsupported: return "cudaErrorStreamCaptureUnsupported";
+    case cudaErrorStreamCaptureInvalidated: return "cudaErrorStreamCaptureInvalidated";
+    case cudaErrorStreamCaptureMerge: return "cudaErrorStreamCaptureMerge";
+    case cudaErrorStreamCaptureUnmatched: return "cudaErrorStreamCaptureUnmatched";
+    case cudaErrorStreamCaptureUnjoined: return "cudaErrorStreamCaptureUnjoined";
+    case cudaErrorStreamCaptureIsolation: return "cudaErrorStreamCaptureIsolation";
+    case cudaErrorStreamCaptureImplicit: return "cudaErrorStreamCaptureImplicit";
   }
   return "cudaErrorUnknown";
 }
@@ -122,18 +98,24 @@ inline cudaError_t cudaMemPoolGetAttribute(cudaMemPool_t, cudaMemPoolAttr attrib
 
 inline cudaError_t cudaStreamCreate(cudaStream_t* stream) {
   *stream = new CUstream_st;
-  ++test::emulator::machine().streams;
+  (*stream)->first = test::emulator::machine().streams++ == 0;
+  test::emulator::streams().push_back(*stream);
   return test::emulator::result(cudaSuccess);
 }
 inline cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+  stream->line->run_all();
+  std::erase(test::emulator::streams(), stream);
   delete stream;
   --test::emulator::machine().streams;
   return test::emulator::result(cudaSuccess);
 }
 inline constexpr unsigned cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2;
-inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) { return cudaStreamCreate(stream); }
+inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags) {
+  const cudaError_t error = cudaStreamCreate(stream);
+  (*stream)->blocking = (flags & cudaStreamNonBlocking) == 0;
+  return error;
+}
 
-struct CUevent_st {};
 using cudaEvent_t = CUevent_st*;
 inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
   *event = new CUevent_st;
@@ -143,41 +125,137 @@ inline cudaError_t cudaEventDestroy(cudaEvent_t event) {
   delete event;
   return test::emulator::result(cudaSuccess);
 }
-inline cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return test::emulator::result(cudaSuccess); }
-inline cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return test::emulator::result(cudaSuccess); }
-inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return test::emulator::result(cudaSuccess); }
+inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+  return test::emulator::result(test::emulator::record(event, stream));
+}
+inline cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
+  return test::emulator::result(test::emulator::wait(stream, event));
+}
+inline cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  if (const auto refused = test::emulator::unless_captured(); refused != cudaSuccess) return test::emulator::result(refused);
+  if (stream == nullptr) test::emulator::run_blocking_streams();
+  else stream->line->run_all();
+  return test::emulator::result(cudaSuccess);
+}
 
-inline cudaError_t cudaMallocAsync(void** pointer, std::size_t bytes, cudaStream_t) {
-  *pointer = test::emulator::global_memory().allocate(bytes);
+// ---- graphs ----------------------------------------------------------------------------------------------------------------------
+
+enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal = 0, cudaStreamCaptureModeThreadLocal = 1, cudaStreamCaptureModeRelaxed = 2 };
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone = 0, cudaStreamCaptureStatusActive = 1, cudaStreamCaptureStatusInvalidated = 2 };
+enum cudaGraphNodeType { cudaGraphNodeTypeKernel = 0, cudaGraphNodeTypeMemAlloc = 10, cudaGraphNodeTypeMemFree = 11 };
+using cudaGraph_t = CUgraph_st*;
+using cudaGraphExec_t = CUgraphExec_st*;
+using cudaGraphNode_t = const test::emulator::Recording::Node*;
+
+inline cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
+  return test::emulator::result(test::emulator::begin_capture(stream));
+}
+inline cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
+  return test::emulator::result(test::emulator::end_capture(stream, graph));
+}
+inline cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
+  *status = stream == nullptr || !stream->capture ? cudaStreamCaptureStatusNone
+            : stream->capture->valid              ? cudaStreamCaptureStatusActive
+                                                  : cudaStreamCaptureStatusInvalidated;
+  return test::emulator::result(cudaSuccess);
+}
+/// Fills `nodes`, or counts them where that is null.
+inline cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t* nodes, std::size_t* count) {
+  const auto& all = graph->recording->nodes;
+  if (nodes == nullptr) *count = all.size();
+  for (std::size_t i = 0; nodes != nullptr && i < std::min(*count, all.size()); ++i) nodes[i] = &all[i];
+  return test::emulator::result(cudaSuccess);
+}
+inline cudaError_t cudaGraphNodeGetType(cudaGraphNode_t node, cudaGraphNodeType* type) {
+  using test::emulator::NodeKind;
+  *type = node->kind == NodeKind::allocation ? cudaGraphNodeTypeMemAlloc
+          : node->kind == NodeKind::release  ? cudaGraphNodeTypeMemFree
+                                             : cudaGraphNodeTypeKernel;
+  return test::emulator::result(cudaSuccess);
+}
+inline cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t* exec, cudaGraph_t graph, unsigned long long) {
+  *exec = new CUgraphExec_st{graph->recording};
+  return test::emulator::result(cudaSuccess);
+}
+inline cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream) {
+  auto& recording = *exec->recording;
+  if (recording.leaves_memory() && std::exchange(recording.begun, true)) return test::emulator::result(cudaErrorInvalidValue);
+  return test::emulator::result(test::emulator::issue(stream, [recorded = exec->recording] { recorded->run(); }));
+}
+inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) {
+  delete exec;  // a launch that is put off holds what it runs
+  return test::emulator::result(cudaSuccess);
+}
+inline cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
+  delete graph;
+  return test::emulator::result(cudaSuccess);
+}
+
+// ---- memory ----------------------------------------------------------------------------------------------------------------------
+
+inline cudaError_t cudaMallocAsync(void** pointer, std::size_t bytes, cudaStream_t stream) {
+  *pointer = nullptr;
+  if (stream != nullptr && stream->capture) {
+    if (!stream->capture->valid) return test::emulator::result(cudaErrorStreamCaptureInvalidated);
+    *pointer = stream->capture->recording->allocate(stream->captured_line, bytes);
+  } else {
+    const auto refused = test::emulator::issue(stream, [] {});
+    if (refused != cudaSuccess) return test::emulator::result(refused);
+    *pointer = test::emulator::global_memory().allocate(bytes);
+  }
   return test::emulator::result(*pointer != nullptr ? cudaSuccess : cudaErrorMemoryAllocation);
 }
-inline cudaError_t cudaFreeAsync(void* pointer, cudaStream_t) {
-  return test::emulator::result(test::emulator::global_memory().release(pointer) ? cudaSuccess : cudaErrorInvalidValue);
+inline cudaError_t cudaFreeAsync(void* pointer, cudaStream_t stream) {
+  if (stream != nullptr && stream->capture) {
+    if (stream->capture->recording->release(stream->captured_line, pointer)) return test::emulator::result(cudaSuccess);
+    test::emulator::spoil_captures();
+    return test::emulator::result(cudaErrorInvalidValue);
+  }
+  if (!test::emulator::global_memory().begins(pointer)) return test::emulator::result(cudaErrorInvalidValue);
+  return test::emulator::result(test::emulator::issue(stream, [pointer] { test::emulator::global_memory().release(pointer); }));
 }
-// Kernels reach pinned and managed memory as well.
-inline cudaError_t cudaMallocHost(void** pointer, std::size_t bytes) { return cudaMallocAsync(pointer, bytes, nullptr); }
-inline cudaError_t cudaFreeHost(void* pointer) { return cudaFreeAsync(pointer, nullptr); }
-inline cudaError_t cudaMallocManaged(void** pointer, std::size_t bytes, unsigned) { return cudaMallocAsync(pointer, bytes, nullptr); }
-inline cudaError_t cudaFree(void* pointer) { return cudaFreeAsync(pointer, nullptr); }
+// Kernels reach pinned and managed memory as well. To take it, or to give it back, waits for the device.
+inline cudaError_t cudaMallocHost(void** pointer, std::size_t bytes) {
+  if (const auto refused = test::emulator::unless_captured(); refused != cudaSuccess) return test::emulator::result(refused);
+  return cudaMallocAsync(pointer, bytes, nullptr);
+}
+inline cudaError_t cudaFreeHost(void* pointer) {
+  if (const auto refused = test::emulator::unless_captured(); refused != cudaSuccess) return test::emulator::result(refused);
+  return cudaFreeAsync(pointer, nullptr);
+}
+inline cudaError_t cudaMallocManaged(void** pointer, std::size_t bytes, unsigned) { return cudaMallocHost(pointer, bytes); }
+inline cudaError_t cudaFree(void* pointer) { return cudaFreeHost(pointer); }
 
 inline cudaError_t cudaMemcpy2DAsync(void* to, std::size_t to_pitch, const void* from, std::size_t from_pitch, std::size_t width,
-                                     std::size_t height, cudaMemcpyKind kind, cudaStream_t) {
+                                     std::size_t height, cudaMemcpyKind kind, cudaStream_t stream) {
   if (width > to_pitch || width > from_pitch) return test::emulator::result(cudaErrorInvalidValue);
+  if (width == 0 || height == 0) return test::emulator::result(cudaSuccess);
   const auto outside = [&](const void* begin, std::size_t pitch) {
     return test::emulator::global_memory().complaint(begin, (height - 1) * pitch + width, 1).has_value();
   };
-  if (width == 0 || height == 0) return test::emulator::result(cudaSuccess);
-  if ((kind != cudaMemcpyHostToDevice && outside(from, from_pitch)) || (kind != cudaMemcpyDeviceToHost && outside(to, to_pitch)))
+  const bool from_outside = outside(from, from_pitch), to_outside = outside(to, to_pitch);
+  if ((kind != cudaMemcpyHostToDevice && from_outside) || (kind != cudaMemcpyDeviceToHost && to_outside))
     return test::emulator::result(cudaErrorInvalidValue);
-  for (std::size_t i = 0; i < height; ++i)
-    std::memmove(static_cast<std::byte*>(to) + i * to_pitch, static_cast<const std::byte*>(from) + i * from_pitch, width);
-  return test::emulator::result(cudaSuccess);
+  const auto copy = [=](const std::byte* source, std::size_t pitch) {
+    for (std::size_t i = 0; i < height; ++i) std::memmove(static_cast<std::byte*>(to) + i * to_pitch, source + i * pitch, width);
+  };
+  const auto* const source = static_cast<const std::byte*>(from);
+  // Recorded, it would name memory of the host that is not there any more.
+  if ((from_outside || to_outside) && stream != nullptr && stream->capture)
+    return test::emulator::result(test::emulator::unless_captured());
+  if (from_outside) {  // pageable: it is staged before the call returns
+    std::vector<std::byte> staged(source, source + (height - 1) * from_pitch + width);
+    return test::emulator::result(
+        test::emulator::issue(stream, [copy, staged = std::move(staged), from_pitch] { copy(staged.data(), from_pitch); }));
+  }
+  const auto done = test::emulator::issue(stream, [=] { copy(source, from_pitch); });
+  if (to_outside && done == cudaSuccess && stream != nullptr) stream->line->run_all();  // the host waits
+  return test::emulator::result(done);
 }
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {
   return cudaMemcpy2DAsync(to, bytes, from, bytes, bytes, 1, kind, stream);
 }
-inline cudaError_t cudaMemsetAsync(void* to, int value, std::size_t bytes, cudaStream_t) {
+inline cudaError_t cudaMemsetAsync(void* to, int value, std::size_t bytes, cudaStream_t stream) {
   if (test::emulator::global_memory().complaint(to, bytes, 1)) return test::emulator::result(cudaErrorInvalidValue);
-  std::memset(to, value, bytes);
-  return test::emulator::result(cudaSuccess);
+  return test::emulator::result(test::emulator::issue(stream, [=] { std::memset(to, value, bytes); }));
 }

@@ -327,17 +327,19 @@ struct Launch {
 /// Runs the blocks one after another.
 template <Kernel K>
 void launch(const Launch& how, const K& kernel) {
-  const auto& n = how.blocks;
+  const dim3 n = how.blocks;
   if (n.x == 0 || n.y == 0 || n.z == 0) return;
   constexpr unsigned most = 65535;  // a GPU takes 2^31 - 1 along x
   if (n.y > most || n.z > most || n.x > 0x7FFFFFFFu || how.shared_bytes > 227 * 1024)
     QDYLORA_CUDA_TRY(test::emulator::result(cudaErrorInvalidValue));
   ++test::emulator::machine().launches;
-  const std::unique_ptr<char, void (*)(void*)> name(abi::__cxa_demangle(typeid(K).name(), nullptr, nullptr, nullptr), std::free);
-  for (unsigned z = 0; z < n.z; ++z)
-    for (unsigned y = 0; y < n.y; ++y)
-      for (unsigned x = 0; x < n.x; ++x)
-        Running(name.get(), {n.x, n.y, n.z}, {x, y, z}, K::threads, how.shared_bytes).run([&] { kernel(SharedMemory()); });
+  QDYLORA_CUDA_TRY(test::emulator::result(test::emulator::issue(how.stream, [n, kernel, shared_bytes = how.shared_bytes] {
+    const std::unique_ptr<char, void (*)(void*)> name(abi::__cxa_demangle(typeid(K).name(), nullptr, nullptr, nullptr), std::free);
+    for (unsigned z = 0; z < n.z; ++z)
+      for (unsigned y = 0; y < n.y; ++y)
+        for (unsigned x = 0; x < n.x; ++x)
+          Running(name.get(), {n.x, n.y, n.z}, {x, y, z}, K::threads, shared_bytes).run([&] { kernel(SharedMemory()); });
+  })));
   QDYLORA_CUDA_TRY(cudaPeekAtLastError());
 }
 

@@ -1,0 +1,48 @@
+// The emulated machine: what it has, and what a test makes it lack. First the runtime's names that this takes.
+#pragma once
+
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorMemoryAllocation = 2,
+  cudaErrorInsufficientDriver = 35,
+  cudaErrorNoDevice = 100,
+  cudaErrorInvalidDevice = 101,
+  cudaErrorStreamCaptureUnsupported = 900,
+  cudaErrorStreamCaptureInvalidated = 901,
+  cudaErrorStreamCaptureMerge = 902,
+  cudaErrorStreamCaptureUnmatched = 903,
+  cudaErrorStreamCaptureUnjoined = 904,
+  cudaErrorStreamCaptureIsolation = 905,
+  cudaErrorStreamCaptureImplicit = 906,
+};
+
+struct CUstream_st;
+
+namespace test::emulator {
+
+/// Whose work is put off until something waits for it: that of the oldest stream, a context's, or that of all others.
+enum class Late { none, first, others };
+
+struct Machine {
+  int devices = 1;
+  int compute_capability = 90;
+  cudaError_t driver = cudaSuccess;  // what every call finds
+  cudaError_t last_error = cudaSuccess;
+  Late late = Late::none;
+  int streams = 0;  // that live
+  int handles = 0;  // of cuBLASLt
+  long launches = 0;  // of kernels, ever
+};
+inline Machine& machine() {
+  static Machine machine;
+  return machine;
+}
+inline cudaError_t result(cudaError_t error) {
+  if (error == cudaSuccess) error = machine().driver;
+  if (error != cudaSuccess) machine().last_error = error;
+  return error;
+}
+inline bool is_late(bool first) { return machine().late == (first ? Late::first : Late::others); }
+
+}  // namespace test::emulator
