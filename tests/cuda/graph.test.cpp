@@ -14,6 +14,7 @@
 #include "support/catch.hpp"
 #include "support/files.hpp"
 #include "support/random_data.hpp"
+#include "support/stream_orders.hpp"
 #include "support/tiny_model.hpp"
 
 namespace graph_test {
@@ -44,22 +45,6 @@ void put(const Cuda& cuda, const qd::Matrix<T>& host, Matrix<T>& there) {
   there.resize(host.rows(), host.cols());
   cuda.upload(host.view(), there.view());
   cuda.synchronize();
-}
-
-/// Whose work the emulator puts off.
-template <class F>
-void in_every_order(F&& f) {
-#ifdef QDYLORA_CUDA_EMULATOR
-  using test::emulator::Late;
-  for (const Late late : {Late::none, Late::first, Late::others}) {
-    CAPTURE(static_cast<int>(late));
-    test::emulator::machine().late = late;
-    f();
-  }
-  test::emulator::machine().late = Late::none;
-#else
-  f();
-#endif
 }
 
 constexpr Index in = 128, out = 72, tokens = 40;
@@ -125,7 +110,7 @@ TEMPLATE_TEST_CASE("a recorded pass through a layer has the bits of one that is 
   const Cuda cuda(context);
   Matrix<float> weight;
   put(cuda, test::normal_matrix<float>(out, in, 1, 0.3), weight);
-  in_every_order([&] {
+  test::in_every_order([&] {
     qd::DynamicLoRALinear<T, Cuda> linear(weight.view(), {.max_rank = 8, .alpha = 4, .seed = 3}, {}, cuda);
     qd::BottleneckAdapter<T, Cuda> bottleneck(in, {.max_rank = 8, .alpha = 4, .seed = 3}, qd::BottleneckPlacement::sequential, cuda);
     for (const Index rows : {Index{3}, tokens})
@@ -189,7 +174,7 @@ TEST_CASE("an optimizer's arithmetic is recorded, with moments on the device and
   const qd::AdamWUpdate update{.lr = 0.01, .weight_decay = 0.1};
   std::vector<std::byte> expected;
   for (const bool recorded : {false, true})
-    in_every_order([&] {
+    test::in_every_order([&] {
       Matrix<float> p, paged_p, m(rows, cols), v(rows, cols);
       qd::Matrix<float, qd::PinnedMemory> host_m(rows, cols), host_v(rows, cols);
       put(cuda, test::normal_matrix<float>(rows, cols, 1), p);

@@ -2,6 +2,7 @@
 #include <qdylora/cuda.hpp>
 
 #include "backend/products.inc"
+#include "support/stream_orders.hpp"
 
 namespace products_test {
 
@@ -41,12 +42,15 @@ ON_THE_DEVICE("products on the device refuse other shapes", test::products_refus
 
 TEMPLATE_TEST_CASE("products go slab by slab through little memory", "[cuda]", float, double, qd::bfloat16, qd::half) {
   using T = TestType;
-  const Gpu gpu({.workspace_bytes = 60000, .slab_bytes = 20000});
   const test::ProductShape shapes[] = {{33, 49, 65}, {20, 130, 259}, {40, 31, 640}};
-  test::quantized_products_of<qd::NF4, qd::DoubleQuant<>, Cuda, T>(gpu, shapes, 64);
-  test::quantized_products_of<qd::FP8E4M3, qd::Float32Scales, Cuda, T>(gpu, shapes, 32);
-  test::dense_products_of<Cuda, T, qd::half, T, T>(gpu, shapes);
-  test::dense_products_of<Cuda, T, float, T, T>(gpu, shapes);
+  const auto products = [&](const Gpu& gpu) {
+    test::quantized_products_of<qd::NF4, qd::DoubleQuant<>, Cuda, T>(gpu, shapes, 64);
+    test::quantized_products_of<qd::FP8E4M3, qd::Float32Scales, Cuda, T>(gpu, shapes, 32);
+    test::dense_products_of<Cuda, T, qd::half, T, T>(gpu, shapes);
+    test::dense_products_of<Cuda, T, float, T, T>(gpu, shapes);
+  };
+  test::in_every_order([&] { products(Gpu({.workspace_bytes = 60000, .slab_bytes = 20000})); });
+  products(Gpu({.workspace_bytes = 60000, .slab_bytes = 20000, .overlap_slabs = false}));
 }
 
 TEMPLATE_TEST_CASE("an adapter rides on the product of its layer", "[cuda]", qd::bfloat16, qd::half) {

@@ -41,10 +41,10 @@ std::optional<qd::Error> error_of_context(qd::CudaOptions options = {}) {
 TEST_CASE("a context gives back all it took") {
   const std::size_t used = global_memory().used();
   {
-    qd::CudaContext context({.workspace_bytes = 1 << 20});
-    CHECK(global_memory().used() == used + (1 << 20));
-    CHECK(machine().streams == 1);
-    CHECK(machine().handles == 1);
+    qd::CudaContext context({.workspace_bytes = 1 << 20}), simple({.workspace_bytes = 1 << 10, .overlap_slabs = false});
+    CHECK(global_memory().used() == used + (1 << 20) + (1 << 10));
+    CHECK(machine().streams == 3);
+    CHECK(machine().handles == 2);
   }
   CHECK(global_memory().used() == used);
   CHECK(machine().streams == 0);

@@ -23,6 +23,7 @@ struct CudaOptions {
   int device = 0;
   std::size_t workspace_bytes = std::size_t{64} << 20;  // scratch memory of all operations; they allocate no other
   std::size_t slab_bytes = 0;  // decoded weights at once in products of many tokens; 0: what the L2 cache holds beside the activations
+  bool overlap_slabs = true;  // a slab is decoded, on a stream of its own, while the one before is multiplied
   ProductLimits product_limits = {};  // which kernel makes a product, by its tokens
 };
 
@@ -60,6 +61,14 @@ inline void order(cudaStream_t earlier, cudaStream_t later, const Event& event) 
   QDYLORA_CUDA_TRY(cudaStreamWaitEvent(later, event.get(), 0));
 }
 
+/// A stream on which one of two slabs is decoded while the other is multiplied on the context's.
+struct DecodingStream {
+  Stream stream = make_side_stream();
+  Event begun = make_event();
+  Event decoded[2] = {make_event(), make_event()};
+  Event multiplied[2] = {make_event(), make_event()};
+};
+
 /// What cuBLASLt chooses an algorithm by.
 struct GemmProblem {
   int type, output_type;
@@ -85,6 +94,7 @@ class CudaContext {
         blas_(make_blas()),
         product_limits_(options.product_limits) {
     const auto half_cache = static_cast<std::size_t>(properties_.l2CacheSize) / 2;
+    if (options.overlap_slabs) decoding_ = std::make_unique<const detail::DecodingStream>();
     slab_bytes_ = static_cast<Index>(options.slab_bytes > 0 ? options.slab_bytes : std::min(half_cache, options.workspace_bytes / 2));
     // Memory that is given back stays in the pool, else every synchronization would return it to the driver.
     cudaMemPool_t pool = nullptr;
@@ -104,6 +114,8 @@ class CudaContext {
   DeviceMemory memory() const noexcept { return {stream()}; }
   /// Bytes of a weight that products decode at once.
   Index slab_bytes() const noexcept { return slab_bytes_; }
+  /// Null where slabs are not to overlap.
+  const detail::DecodingStream* decoding_stream() const noexcept { return decoding_.get(); }
   /// The kernel for a product.
   ProductKernel choose_product(const ProductProblem& problem) const noexcept {
     return qdylora::choose_product(problem, {10 * properties_.major + properties_.minor, properties_.multiProcessorCount}, product_limits_);
@@ -161,6 +173,7 @@ class CudaContext {
   cudaDeviceProp properties_;
   Stream stream_;
   Blas blas_;
+  std::unique_ptr<const detail::DecodingStream> decoding_;
   ProductLimits product_limits_;
   Index slab_bytes_ = 0;
   mutable std::map<detail::GemmProblem, cublasLtMatmulAlgo_t> gemm_algorithms_;

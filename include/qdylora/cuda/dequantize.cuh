@@ -94,10 +94,10 @@ struct DequantizeWords {
 
 namespace qdylora::detail {
 
-/// y = the rows and columns of decoded w that begin at (first_row, first_col).
+/// y = the rows and columns of decoded w that begin at (first_row, first_col), on a stream of choice.
 template <CodeFormat Format, class Scales, Scalar T>
-void dequantize(const CudaContext& context, const QuantizedView<Format, Scales>& w, MatrixView<T> y, Index first_row = 0,
-                Index first_col = 0) {
+void dequantize_on(cudaStream_t stream, const CudaContext& context, const QuantizedView<Format, Scales>& w, MatrixView<T> y,
+                   Index first_row, Index first_col) {
   expect_inside(w, y, first_row, first_col);
   const int block_shift = std::countr_zero(static_cast<std::size_t>(w.block_size));
   if constexpr (Format::bits == 4 && sizeof(T) <= 4) {
@@ -107,10 +107,16 @@ void dequantize(const CudaContext& context, const QuantizedView<Format, Scales>&
       using Kernel = device::DequantizeWords<Format, Scales, T>;
       constexpr Index columns = 8 * Kernel::threads * Kernel::words_per_thread;
       const dim3 blocks = row_grid(context, (y.cols + columns - 1) / columns, y.rows);
-      return device::launch({context.stream(), blocks, Kernel::shared_bytes}, Kernel{w, y, first_row, first_col, block_shift});
+      return device::launch({stream, blocks, Kernel::shared_bytes}, Kernel{w, y, first_row, first_col, block_shift});
     }
   }
-  for_each(context, y.rows, y.cols, device::DequantizeElement<Format, Scales, T>{w, y, first_row, first_col, block_shift});
+  for_each_on(stream, context, y.rows, y.cols, device::DequantizeElement<Format, Scales, T>{w, y, first_row, first_col, block_shift});
+}
+/// The same on the context's stream.
+template <CodeFormat Format, class Scales, Scalar T>
+void dequantize(const CudaContext& context, const QuantizedView<Format, Scales>& w, MatrixView<T> y, Index first_row = 0,
+                Index first_col = 0) {
+  dequantize_on(context.stream(), context, w, y, first_row, first_col);
 }
 
 }  // namespace qdylora::detail

@@ -57,14 +57,19 @@ inline dim3 row_grid(const CudaContext& context, Index across, Index rows) {
   return {static_cast<unsigned>(across), static_cast<unsigned>(std::min({rows, down, Index{65535}}))};
 }
 
-/// f(i, j) on the device for every element of [rows, cols]. F is a class of views and numbers.
+/// f(i, j) on the device for every element of [rows, cols], on a stream of choice. F is a class of views and numbers.
 template <class F>
-void for_each(const CudaContext& context, Index rows, Index cols, const F& f) {
+void for_each_on(cudaStream_t stream, const CudaContext& context, Index rows, Index cols, const F& f) {
   using Kernel = device::ForEach<F>;
   const int width_shift = std::countr_zero(std::bit_ceil(static_cast<unsigned>(std::clamp<Index>(cols, 1, Kernel::threads))));
   const Index width = Index{1} << width_shift, rows_at_once = Kernel::threads >> width_shift;
   const dim3 blocks = row_grid(context, (cols + width - 1) / width, (rows + rows_at_once - 1) / rows_at_once);
-  device::launch({context.stream(), blocks}, Kernel{f, rows, cols, width_shift});
+  device::launch({stream, blocks}, Kernel{f, rows, cols, width_shift});
+}
+/// The same on the context's stream.
+template <class F>
+void for_each(const CudaContext& context, Index rows, Index cols, const F& f) {
+  for_each_on(context.stream(), context, rows, cols, f);
 }
 
 }  // namespace detail

@@ -1,5 +1,10 @@
 // Products whose operands are not what cuBLASLt multiplies: codes, or elements of another type. A slab of the weight at a time is decoded
-// into the workspace, where the L2 cache holds it, and multiplied there. Right for many tokens; the path of everything that has no other.
+// into the workspace, where the L2 cache holds it, and multiplied there, while the next one is decoded on a stream of its own:
+//
+//   decoding             slab 0   slab 1            slab 2 (into the memory of slab 0, once that is multiplied)
+//   the context's        ....... 0 decoded: product 0   1 decoded: product 1   2 decoded: product 2
+//
+// Right for many tokens; the path of everything that has no other.
 #pragma once
 
 #include <algorithm>
@@ -44,12 +49,15 @@ using ProductType = typename decltype(product_type<X, S, Y>())::type;
 
 /// `slab` = the part of w that begins at (first_row, first_col).
 template <CodeFormat Format, class Scales, class C>
-void decode(const CudaContext& context, const QuantizedView<Format, Scales>& w, MatrixView<C> slab, Index first_row, Index first_col) {
-  dequantize(context, w, slab, first_row, first_col);
+void decode(cudaStream_t stream, const CudaContext& context, const QuantizedView<Format, Scales>& w, MatrixView<C> slab, Index first_row,
+            Index first_col) {
+  dequantize_on(stream, context, w, slab, first_row, first_col);
 }
 template <class S, class C>
-void decode(const CudaContext& context, MatrixView<S> w, MatrixView<C> slab, Index first_row, Index first_col) {
-  convert(context, MatrixView<const std::remove_const_t<S>>(w.middle_rows(first_row, slab.rows).middle_cols(first_col, slab.cols)), slab);
+void decode(cudaStream_t stream, const CudaContext& context, MatrixView<S> w, MatrixView<C> slab, Index first_row, Index first_col) {
+  using X = std::remove_const_t<S>;
+  const MatrixView<const X> part = w.middle_rows(first_row, slab.rows).middle_cols(first_col, slab.cols);
+  for_each_on(stream, context, slab.rows, slab.cols, device::Convert<X, C>{part, slab});
 }
 
 /// `extent` cut into pieces of nearly one size, each `most` at most: multiples of 128 where that leaves something, else of 8.
@@ -102,6 +110,39 @@ class ConvertedRows {
 /// no slab.
 inline Index converted_bytes(const CudaContext& context) { return context.slab_bytes() / 2; }
 
+/// make(stream, memory, first, count) makes the slab of an extent's lines [first, first + count) in `memory`, and use(memory, first, count)
+/// multiplies it, for all slabs in order. room(count): elements of C that a slab takes; line_bytes: what one of its lines does.
+template <class C, class Room, class Make, class Use>
+void for_each_slab(const CudaContext& context, Scratch& scratch, Index extent, Index line_bytes, Room room, Make make, Use use) {
+  const DecodingStream* side = context.decoding_stream();
+  Index at_once = piece_of(extent, context.slab_bytes() / std::max<Index>(line_bytes, 1));
+  if (side != nullptr) {
+    const Index halves = piece_of(extent, context.slab_bytes() / 2 / std::max<Index>(line_bytes, 1));
+    const bool fit = 2 * (room(halves) * static_cast<Index>(sizeof(C)) + 256) <= scratch.room();
+    if (halves < extent && fit) at_once = halves;
+    else side = nullptr;  // one slab is all, or all there is room for
+  }
+  C* const memory[] = {scratch.take<C>(room(at_once)), side != nullptr ? scratch.take<C>(room(at_once)) : nullptr};
+  if (side == nullptr) {
+    for_each_piece(extent, at_once, [&](Index first, Index count) {
+      make(context.stream(), memory[0], first, count);
+      use(memory[0], first, count);
+    });
+    return;
+  }
+  order(context.stream(), side->stream.get(), side->begun);  // the workspace is free, the weight is there
+  Index number = 0;
+  for_each_piece(extent, at_once, [&](Index first, Index count) {
+    const auto half = static_cast<std::size_t>(number % 2);
+    if (number >= 2) QDYLORA_CUDA_TRY(cudaStreamWaitEvent(side->stream.get(), side->multiplied[half].get(), 0));
+    make(side->stream.get(), memory[half], first, count);
+    order(side->stream.get(), context.stream(), side->decoded[half]);
+    use(memory[half], first, count);
+    QDYLORA_CUDA_TRY(cudaEventRecord(side->multiplied[half].get(), context.stream()));
+    ++number;
+  });
+}
+
 /// Columns [first, first + slab.cols()) of y (+)= input . slab, a piece of the tokens at a time.
 template <class C, class X, class Y>
 void multiply_slab(const CudaContext& context, const Scratch& scratch, const ConvertedRows<C, X>& input, const Factor<C>& slab, Index first,
@@ -124,14 +165,13 @@ void multiply_by_slabs(const CudaContext& context, MatrixView<const X> x, const 
   if constexpr (std::same_as<Element<W>, C>) {
     multiply(w, 0);
   } else {
-    const Index stride = (w.cols + 7) / 8 * 8, row_bytes = stride * static_cast<Index>(sizeof(C));
-    const Index at_once = piece_of(w.rows, context.slab_bytes() / std::max<Index>(row_bytes, 1));
-    C* const memory = scratch.take<C>(at_once * stride);
-    for_each_piece(w.rows, at_once, [&](Index first, Index rows) {
-      const MatrixView<C> slab(memory, rows, w.cols, stride);
-      decode(context, w, slab, first, 0);
-      multiply(slab, first);
-    });
+    const Index stride = (w.cols + 7) / 8 * 8;
+    for_each_slab<C>(
+        context, scratch, w.rows, stride * static_cast<Index>(sizeof(C)), [&](Index rows) { return rows * stride; },
+        [&](cudaStream_t stream, C* memory, Index first, Index rows) {
+          decode(stream, context, w, MatrixView<C>(memory, rows, w.cols, stride), first, 0);
+        },
+        [&](C* memory, Index first, Index rows) { multiply(MatrixView<C>(memory, rows, w.cols, stride), first); });
   }
 }
 
@@ -147,15 +187,13 @@ void multiply_transposed_by_slabs(const CudaContext& context, MatrixView<const X
   if constexpr (std::same_as<Element<W>, C>) {
     multiply(w, 0);
   } else {
-    const Index column_bytes = w.rows * static_cast<Index>(sizeof(C));
-    const Index at_once = piece_of(w.cols, context.slab_bytes() / std::max<Index>(column_bytes, 1));
-    const Index stride = (at_once + 7) / 8 * 8;
-    C* const memory = scratch.take<C>(w.rows * stride);
-    for_each_piece(w.cols, at_once, [&](Index first, Index cols) {
-      const MatrixView<C> slab(memory, w.rows, cols, stride);
-      decode(context, w, slab, 0, first);
-      multiply(slab, first);
-    });
+    const auto stride = [](Index cols) { return (cols + 7) / 8 * 8; };
+    for_each_slab<C>(
+        context, scratch, w.cols, w.rows * static_cast<Index>(sizeof(C)), [&](Index cols) { return w.rows * stride(cols); },
+        [&](cudaStream_t stream, C* memory, Index first, Index cols) {
+          decode(stream, context, w, MatrixView<C>(memory, w.rows, cols, stride(cols)), 0, first);
+        },
+        [&](C* memory, Index first, Index cols) { multiply(MatrixView<C>(memory, w.rows, cols, stride(cols)), first); });
   }
 }
 
