@@ -12,6 +12,11 @@
 #define QDYLORA_HD
 #endif
 
+// NVRTC compiles for the device alone: nothing is launched from what it reads, and nothing thrown.
+#if defined(__CUDACC_RTC__)
+#define QDYLORA_DEVICE_ONLY
+#endif
+
 // Pointers that do not alias, so that loops over them vectorize.
 #if defined(__GNUC__) || defined(__clang__) || defined(_MSC_VER)
 #define QDYLORA_RESTRICT __restrict

@@ -122,7 +122,11 @@ class Error : public std::runtime_error {
 namespace detail {
 
 // Out of line of the check, so that a hot caller carries only a compare and a jump.
+#if defined(QDYLORA_DEVICE_ONLY)
+[[noreturn]] inline void raise(Errc, const std::string&) { __trap(); }
+#else
 [[noreturn]] inline void raise(Errc code, const std::string& message) { throw Error(code, message); }
+#endif
 
 inline std::string shape_text(std::int64_t rows, std::int64_t cols) {
   return "[" + std::to_string(rows) + ", " + std::to_string(cols) + "]";

@@ -70,6 +70,7 @@ struct AdamW8Rows {
 
 }  // namespace device
 
+#if !defined(QDYLORA_DEVICE_ONLY)
 namespace detail {
 
 inline void adamw(const CudaContext& context, MatrixView<float> p, MatrixView<const float> g, const Moments8View& moments,
@@ -84,4 +85,5 @@ inline void adamw(const CudaContext& context, MatrixView<float> p, MatrixView<co
 }
 
 }  // namespace detail
+#endif
 }  // namespace qdylora

@@ -2,6 +2,10 @@
 // float, double, and what a device's tensor cores or shared memory cannot do, by multiply-adds.
 #pragma once
 
+#include <qdylora/config.hpp>
+#include <qdylora/cuda/attention_kernels.cuh>
+#if !defined(QDYLORA_DEVICE_ONLY)
+
 #include <algorithm>
 #include <cmath>
 #include <concepts>
@@ -12,7 +16,6 @@
 #include <vector>
 
 #include <qdylora/backend.hpp>
-#include <qdylora/cuda/attention_kernels.cuh>
 #include <qdylora/cuda/lists.cuh>
 
 namespace qdylora::detail {
@@ -119,3 +122,4 @@ void attention_backward(const CudaContext& context, MatrixView<const T> dy, Matr
 }
 
 }  // namespace qdylora::detail
+#endif

@@ -95,6 +95,7 @@ struct JoinParts {
 
 }  // namespace device
 
+#if !defined(QDYLORA_DEVICE_ONLY)
 namespace detail {
 
 /// y[s] = softmax(q[s] k^T / sqrt(head_dim)) v over all rows of k = keys[s], v = values[s], head by head
@@ -141,4 +142,5 @@ void attention_decode(const CudaContext& context, MatrixView<const T> q, std::sp
 }
 
 }  // namespace detail
+#endif
 }  // namespace qdylora

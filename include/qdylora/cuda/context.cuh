@@ -1,6 +1,9 @@
 // CudaContext: what the operations of one device share. The user makes it, owns it, and hands it to Cuda.
 #pragma once
 
+#include <qdylora/config.hpp>
+#if !defined(QDYLORA_DEVICE_ONLY)
+
 #include <algorithm>
 #include <compare>
 #include <cstdint>
@@ -227,3 +230,4 @@ void copy_to_host(const CudaContext& context, const T* source, T* target, Index 
 
 }  // namespace detail
 }  // namespace qdylora
+#endif

@@ -74,6 +74,7 @@ struct CrossEntropy {
 
 }  // namespace device
 
+#if !defined(QDYLORA_DEVICE_ONLY)
 namespace detail {
 
 /// losses[i] = log sum_j e^z[i, j] - z[i, target_i];  z[i, j] becomes scale * (e^z[i, j] / sum_k e^z[i, k] - [j == target_i]).
@@ -90,4 +91,5 @@ void cross_entropy(const CudaContext& context, MatrixView<S> logits, std::span<c
 }
 
 }  // namespace detail
+#endif
 }  // namespace qdylora

@@ -92,6 +92,7 @@ struct DequantizeWords {
 
 }  // namespace qdylora::device
 
+#if !defined(QDYLORA_DEVICE_ONLY)
 namespace qdylora::detail {
 
 /// y = the rows and columns of decoded w that begin at (first_row, first_col), on a stream of choice.
@@ -120,3 +121,4 @@ void dequantize(const CudaContext& context, const QuantizedView<Format, Scales>&
 }
 
 }  // namespace qdylora::detail
+#endif

@@ -8,8 +8,6 @@
 #include <cstdint>
 #include <type_traits>
 
-#include <cuda_runtime.h>
-
 #include <qdylora/core/scalar.hpp>
 #include <qdylora/cuda/error.cuh>
 
@@ -379,6 +377,7 @@ __global__ void __launch_bounds__(K::threads, least_blocks<K>) run(const __grid_
   kernel(SharedMemory(bytes));
 }
 
+#if !defined(QDYLORA_DEVICE_ONLY)
 struct Launch {
   cudaStream_t stream = nullptr;
   dim3 blocks;
@@ -395,5 +394,5 @@ void launch(const Launch& how, const K& kernel) {
   run<<<how.blocks, K::threads, static_cast<std::size_t>(how.shared_bytes), how.stream>>>(kernel);
   QDYLORA_CUDA_TRY(cudaPeekAtLastError());
 }
-
+#endif
 }  // namespace qdylora::device

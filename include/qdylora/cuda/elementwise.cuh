@@ -118,6 +118,7 @@ struct LionRows {
 
 }  // namespace device
 
+#if !defined(QDYLORA_DEVICE_ONLY)
 namespace detail {
 
 template <class T>
@@ -202,4 +203,5 @@ void lion(const CudaContext& context, MatrixView<S> p, MatrixView<const S> g, Ma
 }
 
 }  // namespace detail
+#endif
 }  // namespace qdylora

@@ -1,6 +1,9 @@
 // Errors of the CUDA runtime and of cuBLASLt as qdylora::Error.
 #pragma once
 
+#include <qdylora/config.hpp>
+#if !defined(QDYLORA_DEVICE_ONLY)
+
 #include <string>
 
 #include <cublasLt.h>
@@ -30,3 +33,5 @@ inline void check_cuda(cublasStatus_t status, const char* call, const char* file
 
 // Throws Errc::device, or Errc::memory, with the call, what the runtime says of it, file and line.
 #define QDYLORA_CUDA_TRY(call) ::qdylora::detail::check_cuda((call), #call, __FILE__, __LINE__)
+
+#endif

@@ -102,6 +102,7 @@ struct TokenSums {
 
 }  // namespace device
 
+#if !defined(QDYLORA_DEVICE_ONLY)
 namespace detail {
 
 inline constexpr Index few_mixed_tokens = 8;
@@ -128,4 +129,5 @@ void weight_gradient_few(const CudaContext& context, MatrixView<const U> u, Matr
 }
 
 }  // namespace detail
+#endif
 }  // namespace qdylora

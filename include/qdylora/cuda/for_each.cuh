@@ -48,6 +48,7 @@ __device__ inline void assign(const MatrixView<const X>& x, Index i, const Matri
 
 }  // namespace device
 
+#if !defined(QDYLORA_DEVICE_ONLY)
 namespace detail {
 
 /// A grid of `across` blocks along a row, and rows enough at once to fill the device.
@@ -73,4 +74,5 @@ void for_each(const CudaContext& context, Index rows, Index cols, const F& f) {
 }
 
 }  // namespace detail
+#endif
 }  // namespace qdylora

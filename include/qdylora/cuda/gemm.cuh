@@ -1,6 +1,9 @@
 // Dense products by cuBLASLt, of operands whose types it multiplies.
 #pragma once
 
+#include <qdylora/config.hpp>
+#if !defined(QDYLORA_DEVICE_ONLY)
+
 #include <bit>
 #include <concepts>
 #include <cstdint>
@@ -129,3 +132,4 @@ void gemm(const CudaContext& context, const Scratch& scratch, const Factor<C>& a
 }
 
 }  // namespace qdylora::detail
+#endif

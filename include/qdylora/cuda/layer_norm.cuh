@@ -74,6 +74,7 @@ struct LayerNormBackward {
 
 }  // namespace device
 
+#if !defined(QDYLORA_DEVICE_ONLY)
 namespace detail {
 
 template <class T, class S>
@@ -94,4 +95,5 @@ void layer_norm_backward(const CudaContext& context, MatrixView<const T> dy, Mat
 }
 
 }  // namespace detail
+#endif
 }  // namespace qdylora

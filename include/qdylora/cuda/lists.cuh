@@ -29,6 +29,7 @@ struct WriteList {
 
 }  // namespace device
 
+#if !defined(QDYLORA_DEVICE_ONLY)
 namespace detail {
 
 /// The list in scratch memory.
@@ -49,4 +50,5 @@ const E* listed(const CudaContext& context, Scratch& scratch, std::span<const E>
 }
 
 }  // namespace detail
+#endif
 }  // namespace qdylora

@@ -1,6 +1,9 @@
 // Memory resources of the CUDA backend.
 #pragma once
 
+#include <qdylora/config.hpp>
+#if !defined(QDYLORA_DEVICE_ONLY)
+
 #include <cstddef>
 #include <string>
 
@@ -75,3 +78,4 @@ struct ManagedMemory {
 static_assert(MemoryResource<DeviceMemory> && MemoryResource<PinnedMemory> && MemoryResource<ManagedMemory>);
 
 }  // namespace qdylora
+#endif

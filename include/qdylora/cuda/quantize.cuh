@@ -71,6 +71,7 @@ struct QuantizeBlocks {
 
 }  // namespace device
 
+#if !defined(QDYLORA_DEVICE_ONLY)
 namespace detail {
 
 template <class T>
@@ -119,4 +120,5 @@ QuantizedTensor<Format, Scales, DeviceMemory> quantize(const CudaContext& contex
 }
 
 }  // namespace detail
+#endif
 }  // namespace qdylora

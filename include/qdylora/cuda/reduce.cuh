@@ -104,6 +104,7 @@ struct SumPartial {
 
 }  // namespace device
 
+#if !defined(QDYLORA_DEVICE_ONLY)
 namespace detail {
 
 template <class S>
@@ -143,4 +144,5 @@ double sum_squares(const CudaContext& context, MatrixView<const S> x) {
 }
 
 }  // namespace detail
+#endif
 }  // namespace qdylora

@@ -7,6 +7,9 @@
 // Right for many tokens; the path of everything that has no other.
 #pragma once
 
+#include <qdylora/config.hpp>
+#if !defined(QDYLORA_DEVICE_ONLY)
+
 #include <algorithm>
 #include <concepts>
 #include <type_traits>
@@ -212,3 +215,4 @@ void weight_gradient_by_slabs(const CudaContext& context, MatrixView<const U> u,
 }
 
 }  // namespace qdylora::detail
+#endif

@@ -163,6 +163,7 @@ struct SmallBatch {
 
 }  // namespace device
 
+#if !defined(QDYLORA_DEVICE_ONLY)
 namespace detail {
 
 template <class W, class X, class Y>
@@ -205,4 +206,5 @@ void multiply_small_batch(const CudaContext& context, MatrixView<const T> x, con
 }
 
 }  // namespace detail
+#endif
 }  // namespace qdylora

@@ -159,6 +159,7 @@ struct SumParts {
 
 }  // namespace device
 
+#if !defined(QDYLORA_DEVICE_ONLY)
 namespace detail {
 
 /// y (+)= x . w^T of a w that has_whole_chunks, and whole groups of four.
@@ -191,4 +192,5 @@ void multiply_tiles(const CudaContext& context, MatrixView<const T> x, const Qua
 }
 
 }  // namespace detail
+#endif
 }  // namespace qdylora

@@ -171,6 +171,7 @@ struct ScatterRows {
 
 }  // namespace device
 
+#if !defined(QDYLORA_DEVICE_ONLY)
 namespace detail {
 
 template <class T, class S>
@@ -270,4 +271,5 @@ void scatter_rows(const CudaContext& context, MatrixView<const T> x, std::span<c
 }
 
 }  // namespace detail
+#endif
 }  // namespace qdylora
