@@ -235,7 +235,8 @@ concept HasGemm = requires(const B b, MatrixView<const T> x, MatrixView<T> y, Ma
   b.weight_gradient(w, x, h, update);    // h [r, features] (+)= w [tokens, r]^T . x [tokens, features]
 };
 
-/// A linear layer's product that takes its adapter's along, for backends where a pass over y of its own would cost more. W is a weight's view.
+/// A linear layer's product that takes its adapter's along, for backends where a pass over y of its own would cost more. W is the view of a
+/// weight. Optional.
 template <class B, class T, class W>
 concept HasAdapterTerm = requires(const B b, MatrixView<const T> x, const W w, MatrixView<T> y, Update update,
                                   AdapterTerm<Accumulator<T>> adapter) {

@@ -128,7 +128,8 @@ TEST_CASE("a model's recorded losses and gradients have the bits of those that a
   for (const bool checkpoint : {false, true}) {
     const auto config = test::tiny_config();
     const auto weights = test::tiny_weights<float>(config, true, {.format = qd::BaseFormat::float32});
-    qd::Decoder<T, Cuda> model(qd::upload(*weights, cuda), {.lora = {.max_rank = 8, .alpha = 4, .seed = 2}, .checkpoint = checkpoint}, cuda);
+    const qd::DecoderOptions options{.lora = {.max_rank = 8, .alpha = 4, .seed = 2}, .checkpoint = checkpoint};
+    qd::Decoder<T, Cuda> model(qd::upload(*weights, cuda), options, cuda);
     const auto batch = test::random_batch(config.vocab, {5, 2, 9}, 5, 1);
     const auto set_adapters = [&](std::uint64_t seed) {
       for (const auto& p : model.parameters())

@@ -38,8 +38,9 @@ struct DeviceMemory {
     if (error == cudaErrorMemoryAllocation) detail::raise_out_of_memory("DeviceMemory", bytes);
     if (error == cudaErrorStreamCaptureImplicit) {
       cudaGetLastError();
-      detail::raise(Errc::state_order, "DeviceMemory: " + detail::mebibytes(bytes) +
-                                           " asked for while work is recorded as a graph; do the work once before, so that what it keeps exists");
+      detail::raise(Errc::state_order,
+                    "DeviceMemory: " + detail::mebibytes(bytes) +
+                        " asked for while work is recorded as a graph; do the work once before, so that what it keeps exists");
     }
     QDYLORA_CUDA_TRY(error);
     return pointer;

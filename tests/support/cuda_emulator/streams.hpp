@@ -1,9 +1,9 @@
 // Streams, events and graphs of the emulated device.
 //
-// As a rule work is done when a call returns. Machine::late puts off the work of some streams until something waits for it, as late as a GPU
-// may do it: a wait that is missing between two streams then shows in the results. A stream that is recorded (cudaStreamBeginCapture) takes
-// down its work instead of doing it; what a GPU refuses meanwhile is refused, and spoils the recording. The default stream's work comes
-// behind that of all streams.
+// As a rule work is done when a call returns. Machine::late puts off the work of some streams until something waits for it, as late as a
+// GPU may do it: a wait that is missing between two streams then shows in the results. A stream that is recorded (cudaStreamBeginCapture)
+// takes down its work instead of doing it; what a GPU refuses meanwhile is refused, and spoils the recording. The default stream's work
+// comes behind that of all streams that block.
 #pragma once
 
 #include <algorithm>

@@ -1,5 +1,5 @@
-// The part of the CUDA runtime that qdylora calls, for a device that is emulated. When work is done: streams.hpp. What a machine may lack (a
-// device, a driver, memory) is set in test::emulator::machine().
+// The part of the CUDA runtime that qdylora calls, for a device that is emulated. When work is done: streams.hpp. What a machine may lack
+// (a device, a driver, memory) is set in test::emulator::machine().
 #pragma once
 
 #include <cstddef>
