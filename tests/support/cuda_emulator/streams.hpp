@@ -94,7 +94,8 @@ class Recording {
   bool release(std::size_t line, void* pointer) {
     const auto found = live_.find(static_cast<std::byte*>(pointer));
     if (found == live_.end()) return false;
-    const auto [begin, bytes] = *found;
+    std::byte* const begin = found->first;
+    const std::size_t bytes = found->second;
     live_.erase(found);
     nodes.push_back({Node::Step::work, line, 0, NodeKind::release, [begin, bytes] { std::memset(begin, 0xFF, bytes); }});
     return true;
