@@ -32,12 +32,11 @@ using Linear = WeightFor<AnyFormat>;
 using Linears = std::vector<std::shared_ptr<const Linear>>;
 
 struct Options {
-  std::string model, tokenizer, formats = "nf4,fp4,e2m1,e3m0,int4,fp8_e4m3,fp8_e5m2,int8", block_sizes = "64,128";
+  std::string model, tokenizer, chat = "model", formats = "nf4,fp4,e2m1,e3m0,int4,fp8_e4m3,fp8_e5m2,int8", block_sizes = "64,128";
   std::vector<std::string> data;
   Index examples = 32, seq_len = 256, own = 0;
   int threads = 0;
   std::uint64_t seed = 0;
-  bool no_chat = false;
 };
 
 void declare(CLI::App& app, Options& o) {
@@ -55,7 +54,7 @@ void declare(CLI::App& app, Options& o) {
   add_number(app, "--seq-len", o.seq_len, "tokens of an example at most", 2, most_tokens);
   add_number(app, "--threads", o.threads, "0: one for each processor", 0, most_threads);
   add_number(app, "--seed", o.seed, "of the normal weights, and of --own-text", 0, std::uint64_t{1} << 62);
-  app.add_flag("--no-chat-template", o.no_chat, "no chat template around prompts");
+  add_chat_template(app, o.chat);
 }
 
 /// f(Format{}) of the format of a name. Errc::bad_argument lists them if there is none such.
@@ -170,7 +169,7 @@ std::vector<Sample> samples_of(const std::string& file, const Options& o, const 
   const auto size = examples.size(), count = std::min(size, static_cast<std::size_t>(o.examples));
   std::vector<Example> chosen;
   for (std::size_t i = 0; i < count; ++i) chosen.push_back(examples[i * size / count]);
-  auto samples = tokenize(chosen, model.need_tokenizer(), {.chat = model.chat, .max_length = o.seq_len}).samples;
+  auto samples = tokenize(chosen, model.need_tokenizer(), {.chat = model.chat_template(), .max_length = o.seq_len}).samples;
   if (samples.empty())
     throw Error(Errc::bad_argument, "no example has a scored token within --seq-len " + std::to_string(o.seq_len), {.file = file});
   return samples;
@@ -272,7 +271,7 @@ int formats(const Options& o) {
     return 0;
   }
   auto model = open_model(o.model, o.tokenizer, {.format = BaseFormat::float32}, cpu);
-  if (o.no_chat) model.chat = false;
+  choose_chat_template(model, o.chat);
   expect_seq_len(o.seq_len, model.config);
   measure_model(std::move(rows), o, model, cpu);
   return 0;

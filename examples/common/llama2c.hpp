@@ -107,7 +107,7 @@ inline DecoderConfig llama2c_config(const std::filesystem::path& path) { return 
 /// Reads a checkpoint; linear weights are stored as `options` says while they are read.
 /// Errors: open, read, truncated, trailing, bad_config, non_finite; they name the file and, from the weights on, the tensor.
 template <class Backend = Cpu>
-std::shared_ptr<const DecoderWeights<float>> load_llama2c(const std::filesystem::path& path, BaseOptions options = {},
+std::shared_ptr<DecoderWeights<float>> load_llama2c(const std::filesystem::path& path, BaseOptions options = {},
                                                           Backend backend = {}) {
   detail::Llama2cFile file(path);
   const DecoderConfig& c = file.config();
