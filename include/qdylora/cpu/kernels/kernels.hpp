@@ -169,7 +169,7 @@ QDYLORA_TARGET_END
 
 QDYLORA_TARGET_BEGIN(QDYLORA_AVX512_VNNI)
 namespace avx512_vnni {
-using avx512::bytes_in_order, avx512::chunk_dwords, avx512::code_columns, avx512::Codes, avx512::columns, avx512::first_lanes;
+using avx512::bytes_in_order, avx512::chunk_dwords, avx512::code_columns, avx512::code_octets, avx512::Codes, avx512::columns, avx512::first_lanes;
 using avx512::few_backward, avx512::few_columns, avx512::Fma, avx512::gemm, avx512::has_columns, avx512::lane_sum, avx512::lanes, avx512::numbers_in_order, avx512::rounded_product;
 using avx512::transpose_rows, avx512::Vec;
 #include <qdylora/cpu/kernels/avx512_vnni.inc>
@@ -190,7 +190,7 @@ QDYLORA_TARGET_END
 QDYLORA_TARGET_BEGIN(QDYLORA_AVX512_BF16)
 namespace avx512_bf16 {
 #include <qdylora/cpu/kernels/body.inc>
-using avx512::chunk_dwords, avx512::code_columns, avx512::Codes, avx512::lanes, avx512::transpose_rows;
+using avx512::chunk_dwords, avx512::code_columns, avx512::code_octets, avx512::Codes, avx512::lanes, avx512::transpose_rows;
 using avx512_vnni::in_order, avx512_vnni::load, avx512_vnni::store, avx512_vnni::V, avx512_vnni::Values;
 #include <qdylora/cpu/kernels/avx512_bf16.inc>
 #include <qdylora/cpu/kernels/few.inc>
