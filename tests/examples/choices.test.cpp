@@ -8,6 +8,7 @@
 #include <vector>
 
 #include <qdylora/cpu/cpu.hpp>
+#include <qdylora/model/chat_templates.hpp>
 #include <qdylora/model/trainer.hpp>
 
 #include "common/choices.hpp"
@@ -207,34 +208,35 @@ TEST_CASE("a subject with fewer questions than shots is an error with file and l
 TEST_CASE("what is scored are the tokens behind what all choices share", "[choices]") {
   const auto prompt = ex::choice_prompts(lines(four), nullptr, 0, ex::ChoiceScore::letters).at(0);
   const auto text = [&](const qd::Tokenizer& t, const std::vector<std::int32_t>& ids) { return t.decode(ids); };
-  const auto plain = ex::choice_ids(prompt, tokenizer(), false, 512, "q.jsonl");
+  const auto plain = ex::choice_ids(prompt, tokenizer(), nullptr, 512, "q.jsonl");
   CHECK(text(tokenizer(), plain.prompt) == prompt.text);
   REQUIRE(plain.texts.size() == 4);
   for (std::size_t i = 0; i < 4; ++i) CHECK(plain.texts[i] == std::vector<std::int32_t>{static_cast<std::int32_t>(258 + i)});  // " A" ...
 
-  const auto with_bos = ex::choice_ids(prompt, tokenizer(true), false, 512, "q.jsonl");
+  const auto with_bos = ex::choice_ids(prompt, tokenizer(true), nullptr, 512, "q.jsonl");
   CHECK(with_bos.prompt.front() == 256);
   CHECK(with_bos.prompt.size() == plain.prompt.size() + 1);
 
   const auto bytes = *ex::toy_model({}, qd::Cpu{}).tokenizer;  // the space is a token, which all share
-  const auto alone = ex::choice_ids(prompt, bytes, false, 512, "q.jsonl");
+  const auto alone = ex::choice_ids(prompt, bytes, nullptr, 512, "q.jsonl");
   CHECK(text(bytes, alone.prompt) == prompt.text + " ");
   CHECK(text(bytes, alone.texts[3]) == "D");
 
-  const auto chat = ex::choice_ids(prompt, tokenizer(), true, 512, "q.jsonl");
+  const auto chatml = qd::chat_template("chatml");
+  const auto chat = ex::choice_ids(prompt, tokenizer(), &chatml, 512, "q.jsonl");
   CHECK(text(tokenizer(), chat.prompt) == "<|im_start|>user\n" + prompt.text + "<|im_end|>\n<|im_start|>assistant\n");
   CHECK(text(tokenizer(), chat.texts[1]) == "B");
 
   // One choice may begin another, or be the same.
   const ex::ChoicePrompt alike{"q\nAnswer:", {"one", "one two", "one"}, 0, "", "line 7"};
-  const auto shared = ex::choice_ids(alike, bytes, false, 512, "q.jsonl");
+  const auto shared = ex::choice_ids(alike, bytes, nullptr, 512, "q.jsonl");
   CHECK(text(bytes, shared.prompt) == "q\nAnswer: on");
   CHECK(text(bytes, shared.texts[0]) == "e");
   CHECK(text(bytes, shared.texts[1]) == "e two");
 
   const auto needed = static_cast<Index>(shared.prompt.size() + 5 - 1);
-  CHECK_NOTHROW(ex::choice_ids(alike, bytes, false, needed, "q.jsonl"));
-  const auto error = test::error_of([&] { ex::choice_ids(alike, bytes, false, needed - 1, "q.jsonl"); });
+  CHECK_NOTHROW(ex::choice_ids(alike, bytes, nullptr, needed, "q.jsonl"));
+  const auto error = test::error_of([&] { ex::choice_ids(alike, bytes, nullptr, needed - 1, "q.jsonl"); });
   REQUIRE(error);
   CHECK(error->code() == Errc::bad_argument);
   CHECK(std::string(error->what()) == "q.jsonl: line 7: the prompt and its longest choice have " + std::to_string(needed) +
