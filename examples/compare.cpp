@@ -179,6 +179,7 @@ Json key(const Options& o) {
               {"seq_len", o.seq_len},
               {"eval_rows", o.eval_rows}};
   if (o.init != "standard") key["init"] = o.init;  // lines from before there were others have none
+  if (o.chat != "model") key["chat"] = o.chat;
   if (o.answers > 0) key.update(Json{{"answers", o.answers}, {"max_new_tokens", o.new_tokens}});
   if (!o.choices.empty())
     key.update(Json{{"choices", printable_utf8(std::filesystem::path(o.choices).filename().string())},
@@ -355,7 +356,7 @@ int compare(const Options& o) {
     model = open_model(o.model, o.tokenizer, options_of(base), cpu);
     base.weights = model.read();
   }
-  if (!text) choose_chat_template(model, o.chat);
+  if (!text || !o.choices.empty()) choose_chat_template(model, o.chat);
   if (llama2c) {  // word by word, for the tokenizer puts a space before each
     const auto content = read_text(o.data);
     for (std::size_t begin = 0; begin < content.size();) {
@@ -371,8 +372,7 @@ int compare(const Options& o) {
   expect_ranks(ranks, bases.front().weights->config);
   const Rows rows(o, text ? nullptr : &model, stream);
   std::optional<ChoiceTask> choices;
-  if (!o.choices.empty())
-    choices = choice_task(o.choices, o.shots_file, o.shots, o.choice_score, model);
+  if (!o.choices.empty()) choices = choice_task(o.choices, o.shots_file, o.shots, o.choice_score, model);
   auto results = read_results(o, ranks);
   std::ofstream file(o.out, std::ios::app);  // before hours of training
   if (!file) throw Error(Errc::open, "cannot be written", {.file = o.out});

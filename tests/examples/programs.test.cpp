@@ -248,8 +248,10 @@ TEST_CASE("programs: a wrong argument or file gives one line and status 2") {
       {"evaluate", tiny + " --choices sample --choice-score sum", "letters"},
       {"evaluate", tiny + " --choices sample --ids 1 --logits " + quoted(folder / "l"), "--ids"},
       {"evaluate", tiny + " --shots 5 --data " + good, "--choices"},
-      {"evaluate", tiny + " --shots-file " + good + " --data " + good, "--choices"},
+      {"evaluate", tiny + " --shots-file " + good + " --data " + good, "--shots"},
       {"evaluate", tiny + " --bleu --choices sample", "--data"},
+      {"evaluate", tiny + " --answers 2 --choices sample", "--data"},
+      {"evaluate", tiny + " --choices sample --shots-file " + good, "--shots"},
       {"evaluate", tiny + " --ranks 0,2 --ids 1 --logits " + quoted(folder / "l"), "rank 2"},
       {"evaluate", tiny + " --ranks 0,0 --ids 1 --logits " + quoted(folder / "l"), "--ranks"},
       {"evaluate", tiny + " --ranks 0 --rank 0 --ids 1 --logits " + quoted(folder / "l"), "--rank"},
@@ -1128,6 +1130,31 @@ TEST_CASE("programs: evaluate scores questions and answers at every rank, and co
                                 "--batch 2 --seq-len 60 --eval-rows 2 --answers 2 --max-new-tokens 4 --choices " +
                                 quoted(folder / "q.jsonl") + " --results " + quoted(folder / "runs.jsonl")) == compared);
   CHECK(test::read_file(folder / "runs.jsonl") == runs);
+}
+
+TEST_CASE("programs: compare writes prompts as --chat-template says, beside a plain text too, and does not mix such runs with others") {
+  if (!built("compare")) SKIP("compare has not been built");
+  const test::TemporaryFolder folder;
+  write_words_model(folder / "model");
+  test::write_file(folder / "q.jsonl", R"({"question": "a", "choices": ["x", "y"], "answer": 0})");
+  std::string text;
+  for (int i = 0; i < 600; ++i) text += static_cast<char>('a' + i * i % 26);
+  test::write_file(folder / "t.txt", text);
+  const auto arguments = "--model " + quoted(folder / "model") + " --data " + quoted(folder / "t.txt") +
+                         " --recipes qlora --against qlora --seeds 0 --ranks 1 --steps 1 --batch 1 --seq-len 8 --eval-rows 1 --choices " +
+                         quoted(folder / "q.jsonl") + " --results " + quoted(folder / "runs.jsonl") + " ";
+  const auto plain = succeeds("compare", arguments);
+  CHECK(plain.find("the model has no chat template") != std::string::npos);
+  const auto unknown = run("compare", arguments + "--chat-template llama3");  // whose marks this vocabulary has not
+  CHECK(unknown.status == 2);
+  CHECK(unknown.err.find("bos") != std::string::npos);
+  const auto runs = [&] {
+    const auto lines = test::read_file(folder / "runs.jsonl");
+    return std::count(lines.begin(), lines.end(), '\n');
+  };
+  CHECK(runs() == 1);
+  CHECK(succeeds("compare", arguments + "--no-chat-template").find("chat") == std::string::npos);
+  CHECK(runs() == 2);
 }
 
 TEST_CASE("programs: an adapter and a tokenizer of another model are named") {
