@@ -52,7 +52,8 @@ void declare(CLI::App& app, EvaluateOptions& o) {
   ids->needs(logits);
   logits->needs(ids);
   add_number(app, "--max-examples", o.max_examples, "use this many examples of the data and questions of --choices at most", 1, most_examples);
-  add_number(app, "--answers", o.answers, "examples of the data to answer and compare; 0: none, with --bleu all", 0, most_examples);
+  add_number(app, "--answers", o.answers, "examples of the data to answer and compare; 0: none, with --bleu all", 0, most_examples)
+      ->needs(data);
   add_number(app, "--max-new-tokens", o.new_tokens, "tokens of an answer at most", 1, most_new_tokens);
   add_number(app, "--seq-len", o.seq_len, "tokens of a sequence at most", 2, most_tokens);
   add_number(app, "--threads", o.threads, "0: one for each processor", 0, most_threads);

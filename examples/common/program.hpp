@@ -108,10 +108,11 @@ inline CLI::Option* add_choices(CLI::App& app, std::string& choices, Index& shot
                                 "multiple-choice questions, asked as MMLU's are: JSON lines of question, choices, answer and maybe subject, "
                                 "or MMLU's CSV; sample: 50 simple ones of our own");
   option->check(not_empty());
-  add_number(app, "--shots", shots, "answered questions of the same subject before each of --choices", 0, most_examples)->needs(option);
+  auto* shown = add_number(app, "--shots", shots, "answered questions of the same subject before each of --choices", 0, most_examples);
+  shown->needs(option);
   app.add_option("--shots-file", shots_file, "where those are from; default: the first of --choices, which are not asked then")
       ->check(not_empty())
-      ->needs(option);
+      ->needs(shown);
   app.add_option("--choice-score", score,
                  "what decides: letters, the likelihood of \" A\", \" B\" ... behind the listed choices; answers, that of each choice's text, "
                  "which is not listed, per character")
