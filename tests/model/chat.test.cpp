@@ -241,6 +241,15 @@ TEST_CASE("bos comes once: from the template, or where it has none from a tokeni
   }
 }
 
+TEST_CASE("a template of one's own whose brace has no end is refused", "[chat]") {
+  qd::ChatTemplate chat;
+  chat.name = "mine";
+  chat.user = {"{bos", ""};
+  CHECK(error_of([&] { (void)qd::chat_text(chat, Chat{{"user", "Q"}}); }) == qd::Errc::bad_argument);
+  chat.user.before = "{bos}";
+  CHECK(qd::chat_text(chat, Chat{{"user", "Q"}}) == "<s>Q");
+}
+
 TEST_CASE("a name that is no template's is an error that lists them", "[chat]") {
   try {
     (void)qd::chat_template("vicuna");

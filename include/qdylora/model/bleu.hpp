@@ -10,10 +10,12 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include <qdylora/core/error.hpp>
 #include <qdylora/core/scalar.hpp>
+#include <qdylora/model/sentencepiece.hpp>
 #include <qdylora/model/unicode.hpp>
 
 namespace qdylora {
@@ -31,13 +33,6 @@ struct Bleu {
 
 namespace detail {
 
-/// Whether Python's str.split and str.rstrip take it for white space: \s, and four separators of ASCII.
-inline bool is_python_space(char32_t c) noexcept { return classify(c) == CodePointClass::space || (c >= 0x1C && c <= 0x1F); }
-
-inline void replace_all(std::string& text, std::string_view from, std::string_view to) {
-  for (std::size_t at = 0; (at = text.find(from, at)) != text.npos; at += to.size()) text.replace(at, from.size(), to);
-}
-
 /// f(begin, end) for each word, in bytes.
 template <class F>
 void for_each_word(std::string_view text, F&& f) {
@@ -53,7 +48,8 @@ void for_each_word(std::string_view text, F&& f) {
   if (text.size() > begin) f(begin, text.size());
 }
 
-/// Walks a text from left to right. Where two(a, b) holds of neighbouring bytes, write(a, b) is put for both and the walk goes on behind them.
+/// Walks a text from left to right. Where two(a, b) holds of neighbouring bytes, write(a, b) is put for both and the walk goes on behind
+/// them.
 template <class Two, class Write>
 std::string rewrite_pairs(std::string_view text, Two&& two, Write&& write) {
   std::string result;
@@ -83,7 +79,7 @@ inline std::vector<std::string> tokenize_13a(std::string_view input) {
                                  {"&amp;", "&"},
                                  {"&lt;", "<"},
                                  {"&gt;", ">"}})
-    detail::replace_all(text, from, to);
+    text = detail::replaced(text, from, to);
   const auto digit = [](char c) { return c >= '0' && c <= '9'; };
   const auto point = [](char c) { return c == '.' || c == ','; };
   std::string separate = " ";

@@ -55,11 +55,10 @@ namespace detail {
 
 /// Python's str.strip, which templates call by that name or as trim.
 inline std::string_view stripped(std::string_view text) {
-  const auto is_space = [](char32_t c) { return classify(c) == CodePointClass::space || (c >= 0x1C && c <= 0x1F); };
   std::size_t begin = text.size(), end = 0;
   for (std::size_t at = 0; at < text.size();) {
     const auto [value, length] = decode_utf8(text, at);
-    if (!is_space(value)) {
+    if (!is_python_space(value)) {
       if (end == 0) begin = at;
       end = at + length;
     }
@@ -68,7 +67,7 @@ inline std::string_view stripped(std::string_view text) {
   return end == 0 ? std::string_view() : text.substr(begin, end - begin);
 }
 
-/// Calls text(string) and mark(name) for the parts of one of a template's strings, in order.
+/// Calls text(string) and mark(name) for the parts of one of a template's strings, in order. Errors: bad_argument (a brace without an end).
 template <class Text, class Mark>
 void walk_pattern(std::string_view pattern, Text&& text, Mark&& mark) {
   while (!pattern.empty()) {
@@ -76,6 +75,8 @@ void walk_pattern(std::string_view pattern, Text&& text, Mark&& mark) {
     if (open > 0) text(pattern.substr(0, open));
     if (open == pattern.npos) return;
     const std::size_t close = pattern.find('}', open);
+    QDYLORA_EXPECTS(close != pattern.npos, bad_argument,
+                    "chat template: expected '}' after '" + printable(pattern.substr(open), 40) + "', found none");
     mark(pattern.substr(open + 1, close - open - 1));
     pattern.remove_prefix(close + 1);
   }

@@ -79,7 +79,7 @@ std::vector<std::vector<double>> log_likelihoods(Decoder<T, Backend>& model, std
       QDYLORA_EXPECTS(!text.empty(), bad_argument, who() + " has an empty text after it");
       const auto length = static_cast<Index>(prompt.size() + text.size()) - 1;
       QDYLORA_EXPECTS(length <= model.config().context, bad_argument,
-                      who() + " and its longest text take " + std::to_string(length) + " tokens, the model's context is " +
+                      who() + " and a text after it take " + std::to_string(length) + " tokens, the model's context is " +
                           std::to_string(model.config().context));
       for (const auto token : text)
         QDYLORA_EXPECTS(token >= 0 && token < model.config().vocab, bad_argument,

@@ -266,6 +266,11 @@ constexpr CodePointClass classify(char32_t code_point) noexcept {
   return detail::contains(detail::space_ranges, value) ? CodePointClass::space : CodePointClass::other;
 }
 
+/// Whether Python's str.split and str.strip take it for white space: \s, and four separators of ASCII.
+constexpr bool is_python_space(char32_t code_point) noexcept {
+  return classify(code_point) == CodePointClass::space || (code_point >= 0x1C && code_point <= 0x1F);
+}
+
 /// Whether a code point is punctuation: \p{P}, or one of ASCII's $+<=>^`|~.
 constexpr bool is_punctuation(char32_t code_point) noexcept {
   return detail::contains(detail::punctuation_ranges, static_cast<std::uint32_t>(code_point));
