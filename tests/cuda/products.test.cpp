@@ -74,6 +74,10 @@ TEMPLATE_TEST_CASE("an adapter rides on the product of its layer", "[cuda]", qd:
       test::reference::matmul_transposed(MatrixView<const float>(scaled.view()), b.view().top_rows(rank), y.expected(),
                                          qd::Update::accumulate);
       y.check(test::bound<T>());
+      test::Output<Cuda, T> alone(cuda, tokens, 50, qd::Update::overwrite);
+      cuda.matmul(remote_x.in(), w.view(), alone.view(), qd::Update::overwrite, qd::AdapterTerm<float>{});  // empty: nothing
+      test::reference::matmul(x.view(), host.view(), alone.expected(), qd::Update::overwrite);
+      alone.check(test::bound<T>());
       CHECK(test::code_of([&] {
               const auto narrow = remote_b.in().left_cols(49).top_rows(rank);
               cuda.matmul(remote_x.in(), w.view(), y.view(), qd::Update::overwrite, {remote_u.in(), narrow});

@@ -52,8 +52,10 @@ template <class X, class W, class Y>
 void matmul(const CudaContext& context, MatrixView<const X> x, const W& w, MatrixView<Y> y, Update update,
             const AdapterTerm<float>& adapter) {
   expect_matmul(x, w, y);
-  expect_shape("matmul: the adapter's u", adapter.u, x.rows, adapter.u.cols);
-  expect_shape("matmul: the adapter's b", adapter.b, adapter.u.cols, w.rows);
+  if (const Index rank = adapter.u.cols; rank > 0) {
+    expect_shape("matmul: the adapter's u", adapter.u, x.rows, rank);
+    expect_shape("matmul: the adapter's b", adapter.b, rank, w.rows);
+  }
   if (y.empty()) return;
   QDYLORA_EXPECTS(
       fused_kernel(context, x, w) == ProductKernel::small_batch, unsupported,
