@@ -67,7 +67,8 @@ int info(const std::string& folder) {
 int cut(const std::string& folder, Index rank, const std::string& out, bool reordered) {
   expect_no_overwrite(folder, out);
   const bool bottleneck = !reordered && is_bottleneck_adapter(folder);
-  const auto source = bottleneck ? load_bottleneck_adapter(folder) : load_peft_adapter(folder, {.changed_base = true, .saved_modules = true});
+  const auto source =
+      bottleneck ? load_bottleneck_adapter(folder) : load_peft_adapter(folder, {.changed_base = true, .saved_modules = true});
   QDYLORA_EXPECTS(rank >= 1 && rank <= source.max_rank(), rank_range,
                   "--rank " + std::to_string(rank) + ": the adapter has ranks 1 ... " + std::to_string(source.max_rank()));
   std::vector<LoRAAdapter<float>> adapters;

@@ -40,9 +40,10 @@ void declare(CLI::App& app, EvaluateOptions& o) {
       ->excludes(rank);
   auto* data = app.add_option("--data", o.data, "JSON lines or plain text, as for finetune")->check(not_empty());
   auto* ids = app.add_option("--ids", o.ids, "token ids, separated by commas")->check(not_empty());
-  auto* logits = app.add_option("--logits", o.logits,
-                                "write the logits of --ids here, float32 [tokens, vocab]: safetensors, or NumPy's array if the name ends in .npy")
-                     ->check(not_empty());
+  auto* logits =
+      app.add_option("--logits", o.logits,
+                     "write the logits of --ids here, float32 [tokens, vocab]: safetensors, or NumPy's array if the name ends in .npy")
+          ->check(not_empty());
   auto* choices = add_choices(app, o.choices, o.shots, o.shots_file, o.choice_score);
   app.add_flag("--bleu", o.bleu, "answer the data greedily and compare with its answers: BLEU as sacrebleu has it, and exact match")
       ->needs(data);
@@ -51,7 +52,8 @@ void declare(CLI::App& app, EvaluateOptions& o) {
   choices->excludes(ids);
   ids->needs(logits);
   logits->needs(ids);
-  add_number(app, "--max-examples", o.max_examples, "use this many examples of the data and questions of --choices at most", 1, most_examples);
+  add_number(app, "--max-examples", o.max_examples, "use this many examples of the data and questions of --choices at most", 1,
+             most_examples);
   add_number(app, "--answers", o.answers, "examples of the data to answer and compare; 0: none, with --bleu all", 0, most_examples)
       ->needs(data);
   add_number(app, "--max-new-tokens", o.new_tokens, "tokens of an answer at most", 1, most_new_tokens);
@@ -69,7 +71,8 @@ int evaluate(const EvaluateOptions& o) {
   const CpuDevice cpu(o.threads);
   std::optional<PeftAdapter> adapter;
   if (!o.adapter.empty()) {
-    adapter = is_bottleneck_adapter(o.adapter) ? load_bottleneck_adapter(o.adapter) : load_peft_adapter(o.adapter, {.changed_base = true, .saved_modules = true});
+    adapter = is_bottleneck_adapter(o.adapter) ? load_bottleneck_adapter(o.adapter)
+                                               : load_peft_adapter(o.adapter, {.changed_base = true, .saved_modules = true});
   }
   const BaseOptions base = adapter ? base_of(*adapter, o.adapter, o.base) : BaseOptions{.format = base_format(o.base)};
   auto model = open_model(o.model, o.tokenizer, base, cpu.backend());

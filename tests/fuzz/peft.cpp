@@ -47,7 +47,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   folder.gates.set(bytes(rest.substr(std::min(model_end + separator.size(), rest.size()))));
   for (const bool force : {false, true}) {
     try {
-      const auto adapter = qd::load_peft_adapter(folder.path, {.force = force});
+      const auto adapter = qd::load_peft_adapter(folder.path, {.force = force, .saved_modules = true});
       for (const auto& module : adapter.modules) {
         const auto copy = qd::to_adapter(module);
         if (copy.max_rank() != module.rank()) std::abort();

@@ -37,8 +37,8 @@ inline void expect_plain_lora(const Json& config, const ErrorPlace& place) {
   if (type != "LORA") throw Error(Errc::unsupported, "expected peft_type LORA, found '" + printable(type, 32) + "'", place);
   const std::string bias = get_string_or(config, "bias", "none", place);
   if (bias != "none") throw Error(Errc::unsupported, "expected bias none, found '" + printable(bias, 32) + "'", place);
-  for (const std::string_view key : {"lora_bias", "use_qalora", "use_bdlora", "layer_replication", "trainable_token_indices", "target_parameters", "alora_invocation_tokens",
-                                     "arrow_config", "kasa_config", "monteclora_config"}) {
+  for (const std::string_view key : {"lora_bias", "use_qalora", "use_bdlora", "layer_replication", "trainable_token_indices",
+                                     "target_parameters", "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config"}) {
     const Json* value = find_key(config, key, place);
     const bool off = value == nullptr || *value == Json(false) || (value->is_structured() && value->empty());
     if (!off) throw Error(Errc::unsupported, "key '" + std::string(key) + "' is set, which is more than LoRA", place);
