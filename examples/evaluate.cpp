@@ -33,8 +33,8 @@ void declare(CLI::App& app, EvaluateOptions& o) {
   app.add_option("--base-format", o.base, "base weights: nf4, fp4, int4, fp8 or float32; those already in 4 bits stay as they are")
       ->capture_default_str();
   app.add_option("--adapter", o.adapter, "an adapter folder: PEFT's, or the bottlenecks of finetune --method")->check(not_empty());
-  auto* rank =
-      app.add_option("--rank", o.rank, "use this many rows of the adapter; default: all, 0: none")->check(in_range<Index>(0, most_rank));
+  auto* rank = app.add_option("--rank", o.rank, "use this many rows of the adapter; default: all, 0: none, but its whole modules")
+                   ->check(in_range<Index>(0, most_rank));
   app.add_option("--ranks", o.ranks, "measure at each of these; default with --choices or --bleu: 0 and all that the adapter is made for")
       ->check(not_empty())
       ->excludes(rank);

@@ -227,15 +227,14 @@ inline std::vector<ChoicePrompt> choice_prompts(const ChoiceFile& asked, const C
 }
 
 /// Token ids of a prompt and its choices. Plain: those of the prompt, a space and the choice, encoded together; what all choices share counts
-/// as prompt. With the chat template: the prompt is the user's, and the assistant's turn begins with the choice, without a space. Errors:
+/// as prompt. With the chat template: the prompt is the user's, and the assistant's turn begins with the choice. Errors:
 /// bad_argument, with file and line, where they do not fit a context of so many tokens; unsupported as encode.
 inline Continuations choice_ids(const ChoicePrompt& prompt, const Tokenizer& tokenizer, const ChatTemplate* chat, Index context,
                                 const std::string& file) {
   Continuations result;
   if (chat != nullptr) {
     result.prompt = prompt_ids({prompt.text, ""}, tokenizer, chat);
-    for (const auto& choice : prompt.choices)
-      result.texts.push_back(tokenizer.encode(choice, {.parse_special = false, .follows = Follows::text}));
+    for (const auto& choice : prompt.choices) result.texts.push_back(encode_answer_start(tokenizer, *chat, result.prompt, choice));
   } else {
     for (const auto& choice : prompt.choices) {
       result.texts.emplace_back();

@@ -226,6 +226,10 @@ TEST_CASE("what is scored are the tokens behind what all choices share", "[choic
   const auto chat = ex::choice_ids(prompt, tokenizer(), &chatml, 512, "q.jsonl");
   CHECK(text(tokenizer(), chat.prompt) == "<|im_start|>user\n" + prompt.text + "<|im_end|>\n<|im_start|>assistant\n");
   CHECK(text(tokenizer(), chat.texts[1]) == "B");
+  const auto falcon = qd::chat_template("falcon");  // begins an answer with a space
+  const auto spaced = ex::choice_ids(prompt, tokenizer(), &falcon, 512, "q.jsonl");
+  CHECK(text(tokenizer(), spaced.prompt).ends_with("Answer:\n\nAssistant:"));
+  CHECK(spaced.texts[1] == std::vector<std::int32_t>{259});  // " B"
 
   // One choice may begin another, or be the same.
   const ex::ChoicePrompt alike{"q\nAnswer:", {"one", "one two", "one"}, 0, "", "line 7"};

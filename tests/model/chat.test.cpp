@@ -215,6 +215,9 @@ TEST_CASE("an answer is what the conversation has after its prompt, to the token
     const Ids prompt = qd::encode_chat(tokenizer, known, chat);
     const Ids answer = qd::encode_answer(tokenizer, known, prompt, "A</s>\n\nB");
     CHECK(answer.back() == qd::chat_end(tokenizer, known));
+    const auto start = tokenizer.decode(qd::encode_answer_start(tokenizer, known, prompt, "A"));
+    CHECK(start == known.lead + "A");
+    CHECK(tokenizer.decode(answer).starts_with(start));
     CHECK(std::count_if(answer.begin(), answer.end(), [&](std::int32_t id) { return tokenizer.is_control(id); }) == 1);
     chat.push_back({"assistant", "A</s>\n\nB"});
     Ids whole = prompt;

@@ -233,18 +233,35 @@ inline std::int32_t chat_end(const Tokenizer& tokenizer, const ChatTemplate& cha
   return end >= 0 ? end : detail::mark_id(tokenizer, "eos");
 }
 
+namespace detail {
+
+/// What an answer is from the template's `lead` to its last letter.
+inline ChatIds open_answer(const Tokenizer& tokenizer, const ChatTemplate& chat, std::span<const std::int32_t> prompt,
+                           std::string_view content) {
+  const Follows follows = prompt.empty() ? Follows::nothing : tokenizer.is_control(prompt.back()) ? Follows::special : Follows::text;
+  ChatIds ids(tokenizer, follows);
+  walk_pattern(
+      chat.lead, [&](std::string_view part) { ids.text(part); }, [&](std::string_view mark) { ids.mark(mark); });
+  ids.text(chat_content(chat, content, chat.trims));
+  return ids;
+}
+
+}  // namespace detail
+
 /// The ids of an answer to a conversation whose ids, with the generation prompt, are `prompt`; with the token that ends it.
 /// Errors: unsupported.
 inline std::vector<std::int32_t> encode_answer(const Tokenizer& tokenizer, const ChatTemplate& chat, std::span<const std::int32_t> prompt,
                                                std::string_view content) {
-  const Follows follows = prompt.empty() ? Follows::nothing : tokenizer.is_control(prompt.back()) ? Follows::special : Follows::text;
-  detail::ChatIds ids(tokenizer, follows);
-  const auto text = [&](std::string_view part) { ids.text(part); };
-  detail::walk_pattern(chat.lead, text, [&](std::string_view mark) { ids.mark(mark); });
-  ids.text(detail::chat_content(chat, content, chat.trims));
-  text(std::string_view(chat.after).substr(0, chat.after.find('{')));
+  auto ids = detail::open_answer(tokenizer, chat, prompt, content);
+  ids.text(std::string_view(chat.after).substr(0, chat.after.find('{')));
   ids.special(chat_end(tokenizer, chat));
   return ids.finish();
+}
+
+/// The same of an answer that may go on: without what ends it.
+inline std::vector<std::int32_t> encode_answer_start(const Tokenizer& tokenizer, const ChatTemplate& chat,
+                                                     std::span<const std::int32_t> prompt, std::string_view content) {
+  return detail::open_answer(tokenizer, chat, prompt, content).finish();
 }
 
 }  // namespace qdylora
