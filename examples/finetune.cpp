@@ -49,7 +49,7 @@ void declare(CLI::App& app, FinetuneOptions& o) {
       ->capture_default_str();
   app.add_option("--recipe", o.recipe_name, "auto, order-then-nest, qdylora, qdylora-frozen, per-row, qlora or qlora-svd")
       ->capture_default_str();
-  auto* dora = app.add_flag("--dora", o.dora, "train each output's magnitude apart from its direction (DoRA); on the CPU");
+  auto* dora = app.add_flag("--dora", o.dora, "train each output's magnitude apart from its direction (DoRA)");
   app.add_flag("--gates", o.gates, "train a factor for every row at every rank (order-then-nest)");
   app.add_option("--base-format", o.base, "base weights: nf4, fp4, int4, fp8 or float32")->capture_default_str();
   app.add_option("--init", o.init,
@@ -65,7 +65,7 @@ void declare(CLI::App& app, FinetuneOptions& o) {
       ->check(not_empty());
   add_number(app, "--alpha", o.alpha, "LoRA's alpha", 1e-6, 1e6);
   add_number(app, "--dropout", o.dropout, "on the adapters' inputs", 0.0, 0.99);
-  dora->excludes("--dropout")->excludes("--init");
+  dora->excludes("--init");
   add_number(app, "--lr", o.lr, "peak learning rate", 1e-9, 10.0);
   add_number(app, "--lora-plus", o.lora_plus, "B's learning rate relative to A's (LoRA+: 16 or so, at a lower --lr)", 1e-3, 1e3);
   add_number(app, "--steps", o.steps, "optimizer steps", 1, most_steps);
@@ -165,7 +165,6 @@ int finetune(const FinetuneOptions& o) {
   QDYLORA_EXPECTS(!o.gates || chosen.order_at < 1.0, bad_argument,
                   "--gates: the recipe " + o.recipe_name + " has no second phase to train them in; auto and order-then-nest have");
   QDYLORA_EXPECTS(o.paged.empty() || o.device == "cpu", bad_argument, "--paged: moments on a GPU are not paged to disk");
-  QDYLORA_EXPECTS(!o.dora || o.device == "cpu", unsupported, "--dora: magnitudes train on the CPU, not with --device " + o.device);
   const RankSet ranks = parse_ranks(o.ranks);
   const CpuDevice cpu(o.threads);
   const BaseOptions base{.format = base_format(o.base), .init = adapter_init(o.init, ranks.max())};

@@ -2,8 +2,9 @@
 //
 //   rank_map --model FILE.gguf|DIR --adapter DIR --data FILE --rank b OUT
 //
-// The budget is what rank b takes on all layers. OUT gets the adapter cut to the map (PEFT, with rank_pattern), rank_map.json and
-// rank_map.svg. The map is chosen on part of the data and compared with rank b everywhere on the rest, which had no part in the choice.
+// The budget is what rank b takes on all layers, magnitudes (DoRA) not counted. OUT gets the adapter cut to the map (PEFT, with
+// rank_pattern), rank_map.json and rank_map.svg. The map is chosen on part of the data and compared with rank b everywhere on the rest,
+// which had no part in the choice.
 #include <algorithm>
 #include <cstdio>
 #include <filesystem>
@@ -38,7 +39,10 @@ void declare(CLI::App& app, Options& o) {
   app.add_option("--tokenizer", o.tokenizer, "a .gguf file, or a folder with tokenizer.json, whose tokenizer to use")->check(not_empty());
   app.add_option("--adapter", o.adapter, "a PEFT adapter folder")->required()->check(not_empty());
   app.add_option("--data", o.data, "JSON lines or plain text, as for finetune")->required()->check(not_empty());
-  add_number(app, "--rank", o.rank, "the budget: as many parameters as this rank takes on all layers", 1, most_rank);
+  add_number(
+      app, "--rank", o.rank,
+      "the budget: as many parameters as this rank takes on all layers; magnitudes (DoRA), which are the same at every rank, not counted",
+      1, most_rank);
   add_number(app, "--examples", o.examples, "examples of the data to choose on; each costs two forward passes a layer", 1, most_examples);
   add_number(app, "--held-out", o.held_out, "examples after those to compare on", 1, most_examples);
   add_number(app, "--seq-len", o.seq_len, "tokens of a sequence at most", 2, most_tokens);
@@ -99,7 +103,9 @@ int choose(const Options& o) {
   samples.erase(samples.begin(), samples.begin() + static_cast<std::ptrdiff_t>(few));
   samples.resize(std::min<std::size_t>(samples.size(), static_cast<std::size_t>(o.held_out)));
 
-  Decoder<float> decoder(model.read(), {.lora = {.max_rank = max_rank, .gated_ranks = adapter.modules.front().gated_ranks}}, cpu);
+  Decoder<float> decoder(
+      model.read(), {.lora = {.max_rank = max_rank, .gated_ranks = adapter.modules.front().gated_ranks, .dora = adapter.config.use_dora}},
+      cpu);
   assign_adapter(adapter, o.adapter, decoder);
   auto ranks = adapter.ranks.empty() ? std::vector<Index>{} : adapter.ranks;
   if (ranks.empty() || ranks.back() != max_rank) {

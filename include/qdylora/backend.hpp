@@ -273,6 +273,23 @@ concept HasLion = requires(const B b, MatrixView<S> p, MatrixView<const S> g, Li
   b.lion(p, g, p, update);  // (value, gradient, moment), all [rows, cols]
 };
 
+/// What magnitudes (DoRA, nn/magnitude.hpp) take on top of Backend. r, h, m, norms, squares, sums, f and g are rows [1, out]. Where
+/// they lie in the host's memory, the layer works on them itself.
+template <class B, class T>
+concept HasMagnitude = HasQuantizedMatmul<B, Accumulator<T>> && HasGemm<B, Accumulator<T>> &&
+    requires(const B b, MatrixView<const T> x, MatrixView<Accumulator<T>> h) {
+  b.column_products(x, x, h);  // h[0, j] += sum_i first[i, j] * second[i, j]
+} && ((B::Memory::host && requires(const B b, MatrixView<const T> x, MatrixView<T> y, std::span<const Accumulator<T>> factors) {
+  b.scale_columns(x, factors, y);  // y[i, j] = x[i, j] * factors[j], which are the host's
+}) || requires(const B b, MatrixView<const T> x, MatrixView<T> y, MatrixView<const Accumulator<T>> r, MatrixView<Accumulator<T>> h,
+               const QuantizedView<NF4, DoubleQuant<>> w, Accumulator<T> number) {
+  b.scale_columns(x, r, y);               // y[i, j] = x[i, j] * r[0, j]
+  b.row_squares(w, h);                    // h[0, o] = sum_k w[o, k]^2, summed in double
+  b.row_norms(r, r, number, h);           // (squares, sums, scale, norms): norms = sqrt(max(squares + scale * sums, 0))
+  b.magnitude_factors(r, r, number, h);   // (m, norms, less, f): f = m / norms - less, 1 - less where norms is 0
+  b.add_over_norms(r, r, h);              // (sums, norms, g): g += sums / norms where norms is not 0
+});
+
 /// RMS normalization (Zhang & Sennrich 2019): y[i, j] = x[i, j] * r_i * w[0, j],  r_i = 1 / sqrt(mean_j x[i, j]^2 + epsilon).
 template <class B, class T>
 concept HasNorm = requires(const B b, MatrixView<const T> x, MatrixView<T> y, MatrixView<const Accumulator<T>> w,

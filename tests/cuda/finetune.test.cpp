@@ -62,6 +62,9 @@ TEST_CASE("finetune and evaluate on the device do what they do on the CPU", "[cu
   options.batch = 2;
   options.lr = 1e-2;
   options.save_every = 2;
+  options.dora = GENERATE(false, true);
+  options.dropout = options.dora ? 0.1f : 0.0f;
+  CAPTURE(options.dora);
 
   const examples::CpuDevice cpu(1);
   auto model = open();

@@ -70,7 +70,9 @@ struct Pass {
     layer.backward(std::as_const(dy).view(), dx.view(), context);
   }
   std::vector<std::byte> results() {
-    return bits(cuda, y, dx, layer.adapter().a().gradient, layer.adapter().b().gradient);
+    const auto& adapter = std::as_const(layer).adapter();
+    if (adapter.dora()) return bits(cuda, y, dx, adapter.a().gradient, adapter.b().gradient, adapter.magnitude().gradient);
+    return bits(cuda, y, dx, adapter.a().gradient, adapter.b().gradient);
   }
   void spoil() {
     cuda.fill(y.view(), T{1});
@@ -112,10 +114,12 @@ TEMPLATE_TEST_CASE("a recorded pass through a layer has the bits of one that is 
   put(cuda, test::normal_matrix<float>(out, in, 1, 0.3), weight);
   test::in_every_order([&] {
     qd::DynamicLoRALinear<T, Cuda> linear(weight.view(), {.max_rank = 8, .alpha = 4, .seed = 3}, {}, cuda);
+    qd::DynamicLoRALinear<T, Cuda> dora(linear.base(), {.max_rank = 8, .alpha = 4, .seed = 3, .dora = true}, cuda);
     qd::BottleneckAdapter<T, Cuda> bottleneck(in, {.max_rank = 8, .alpha = 4, .seed = 3}, qd::BottleneckPlacement::sequential, cuda);
     for (const Index rows : {Index{3}, tokens})
       for (const auto& plan : {qd::RankPlan::uniform(8), qd::RankPlan::of_runs({{1, 2}, {rows - 1, 5}})}) {
         check_layer<T>(cuda, linear, rows, plan);
+        check_layer<T>(cuda, dora, rows, plan);
         check_layer<T>(cuda, bottleneck, rows, plan);
       }
   });

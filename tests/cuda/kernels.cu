@@ -50,6 +50,14 @@ void every_operation(const qd::Cuda& cuda, qd::MatrixView<T> x, qd::MatrixView<q
   cuda.add_row(a, x);
   cuda.scale_columns(a, std::span<const qd::Accumulator<T>>(), a);
   cuda.column_products(a, a, a);
+  cuda.column_products(x, x, a);
+  cuda.scale_columns(x, a, x);
+  cuda.row_squares(cuda.quantize<qd::NF4, qd::DoubleQuant<>>(x).view(), a);
+  cuda.row_squares(cuda.quantize<qd::FP8E4M3, qd::DoubleQuant<>>(x).view(), a);
+  cuda.row_squares(x, a);
+  cuda.row_norms(a, a, 2, a);
+  cuda.magnitude_factors(a, a, 1, a);
+  cuda.add_over_norms(a, a, a);
   cuda.dropout(x, 0.5f, {}, x);
   cuda.adamw(a, a, a, a, {});
   if constexpr (std::is_same_v<decltype(a), qd::MatrixView<float>>) cuda.adamw_paged(a, a, qd::Moments8View{}, {});

@@ -100,31 +100,38 @@ TEMPLATE_TEST_CASE("a layer trained on the device is the one that the CPU trains
   using T = TestType;
   const double limit = std::is_same_v<T, double> ? 1e-12 : std::is_same_v<T, float> ? 2e-5 : std::is_same_v<T, qd::half> ? 4e-3 : 3e-2;
   const qd::CudaContext context({.workspace_bytes = std::size_t{4} << 20});
-  for (const float dropout : {0.0f, 0.25f})
-    for (const auto policy : {qd::GradientRows::prefix, qd::GradientRows::last_row}) {
-      const qd::LoRAOptions options{.max_rank = 16, .alpha = 8, .gradient_rows = policy, .dropout = dropout, .seed = 3, .layer = 1};
-      Trained<T, Cpu> expected(Cpu(1), options);
-      Trained<T, Cuda> found(Cuda(context), options);
-      CHECK(test::same_bits(found.numbers()[0].view(), expected.numbers()[0].view()));
-      std::uint32_t number = 0;
-      for (const auto& plan : {qd::RankPlan::uniform(16), qd::RankPlan::uniform(5), qd::RankPlan::uniform(0),
-                               qd::RankPlan::of_runs({{20, 16}, {20, 3}}), qd::RankPlan::of_runs({{7, 2}, {3, 0}, {30, 16}})}) {
-        CAPTURE(dropout, number);
-        const auto [y, dx] = expected.step(plan, number);
-        const auto [device_y, device_dx] = found.step(plan, number);
-        CHECK(distance(device_y, y) <= limit);
-        CHECK(distance(device_dx, dx) <= limit);
-        CHECK(std::fabs(found.gradient_norm() - expected.gradient_norm()) <= limit * (1e-6 + expected.gradient_norm()));
-        ++number;
-      }
-      const auto a = found.numbers(), b = expected.numbers();
-      REQUIRE(a.size() == b.size());
-      for (std::size_t i = 0; i < a.size(); ++i) {
-        CAPTURE(i);
-        CHECK(distance(a[i], b[i]) <= 5 * limit);
-      }
-      CHECK(distance(found.merged(5), expected.merged(5)) <= limit);
+  struct Case {
+    float dropout;
+    qd::GradientRows policy;
+    bool dora;
+  };
+  for (const auto& [dropout, policy, dora] : {Case{0.0f, qd::GradientRows::prefix, false}, Case{0.25f, qd::GradientRows::prefix, false},
+                                              Case{0.0f, qd::GradientRows::last_row, false}, Case{0.25f, qd::GradientRows::last_row, false},
+                                              Case{0.0f, qd::GradientRows::prefix, true}, Case{0.25f, qd::GradientRows::prefix, true}}) {
+    const qd::LoRAOptions options{
+        .max_rank = 16, .alpha = 8, .gradient_rows = policy, .dropout = dropout, .seed = 3, .layer = 1, .dora = dora};
+    Trained<T, Cpu> expected(Cpu(1), options);
+    Trained<T, Cuda> found(Cuda(context), options);
+    CHECK(test::same_bits(found.numbers()[0].view(), expected.numbers()[0].view()));
+    std::uint32_t number = 0;
+    for (const auto& plan : {qd::RankPlan::uniform(16), qd::RankPlan::uniform(5), qd::RankPlan::uniform(0),
+                             qd::RankPlan::of_runs({{20, 16}, {20, 3}}), qd::RankPlan::of_runs({{7, 2}, {3, 0}, {30, 16}})}) {
+      CAPTURE(dropout, dora, number);
+      const auto [y, dx] = expected.step(plan, number);
+      const auto [device_y, device_dx] = found.step(plan, number);
+      CHECK(distance(device_y, y) <= limit);
+      CHECK(distance(device_dx, dx) <= limit);
+      CHECK(std::fabs(found.gradient_norm() - expected.gradient_norm()) <= limit * (1e-6 + expected.gradient_norm()));
+      ++number;
     }
+    const auto a = found.numbers(), b = expected.numbers();
+    REQUIRE(a.size() == b.size());
+    for (std::size_t i = 0; i < a.size(); ++i) {
+      CAPTURE(i);
+      CHECK(distance(a[i], b[i]) <= 5 * limit);
+    }
+    CHECK(distance(found.merged(5), expected.merged(5)) <= limit);
+  }
 }
 
 TEMPLATE_TEST_CASE("a layer's few tokens have their adapter's term in the same launch", "[cuda]", qd::bfloat16, qd::half) {
@@ -192,6 +199,26 @@ TEMPLATE_TEST_CASE("a layer's few tokens have their adapter's term in the same l
         });
     }
   }
+}
+
+TEST_CASE("magnitudes on the device begin as the norms of the base's rows, of codes and of dense weights", "[cuda]") {
+  const qd::CudaContext context({.workspace_bytes = std::size_t{4} << 20});
+  const Cuda cuda(context);
+  const auto weight = test::normal_matrix<float>(out, in, 1, 0.3);
+  qd::Matrix<float, qd::DeviceMemory> there(out, in);
+  cuda.upload(weight.view(), there.view());
+  const auto check = [&](auto format) {
+    using Format = decltype(format);
+    const qd::LoRAOptions options{.max_rank = 4, .dora = true};
+    const qd::DynamicLoRALinear<float, Cuda, Format> found(there.view(), options, {}, cuda);
+    const qd::DynamicLoRALinear<float, Cpu, Format> expected(weight, options, {}, Cpu(1));
+    const auto m = on_host<float>(cuda, found.adapter().magnitude().value.view());
+    CHECK(distance(m, qd::clone(expected.adapter().magnitude().value.view())) <= 1e-7);
+  };
+  check(qd::NF4{});
+  check(qd::FP8E4M3{});
+  check(qd::INT4{});
+  check(qd::Dense<float>{});
 }
 
 TEST_CASE("an adapter with gates is refused on the device", "[cuda]") {

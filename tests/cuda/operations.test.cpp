@@ -39,6 +39,7 @@ class Gpu {
 ON_THE_DEVICE("data goes to the device and back", test::memory_traffic)
 ON_THE_DEVICE("the device's quantization is the reference's to the bit", test::quantization)
 ON_THE_DEVICE("elementwise operations on the device are the reference's", test::elementwise)
+ON_THE_DEVICE("what magnitudes take of the device is the reference's", test::magnitudes)
 ON_THE_DEVICE("dropout on the device is the reference's and its mask exact", test::dropout)
 ON_THE_DEVICE("AdamW on the device is the reference's", test::adamw)
 ON_THE_DEVICE("Lion on the device is the reference's", test::lion)

@@ -276,8 +276,6 @@ TEST_CASE("programs: a wrong argument or file gives one line and status 2") {
       {"compare", "--model " + junk + " --data " + good + " --shots 3", "--choices"},
       {"compare", "--model " + quoted(folder / "m.bin") + " --data x.txt", "--tokenizer"},
       {"compare", "--model " + quoted(folder / "m.bin") + " --data " + good, ".txt"},
-      {"finetune", "--toy --dora --dropout 0.1", "--dropout"},
-      {"finetune", "--toy --dora --device cuda", "--dora"},
       {"finetune", "--toy --lora-plus 0", "--lora-plus"},
       {"finetune", "--toy --method prefix", "lora, houlsby, parallel"},
       {"finetune", "--toy --method houlsby --recipe order-then-nest", "recipes that fit are qdylora, qdylora-frozen, per-row and qlora"},
@@ -637,6 +635,7 @@ TEST_CASE("programs: an adapter that began on a base of its own is used with tha
 
 TEST_CASE("programs: rank_map keeps to its budget, and its adapter has the losses it says, at ranks that PEFT reads") {
   if (!built("rank_map") || !built("evaluate")) SKIP("rank_map or evaluate has not been built");
+  const bool dora = GENERATE(false, true);
   const test::TemporaryFolder folder;
   const auto model = folder / "model";
   std::filesystem::create_directory(model);
@@ -666,7 +665,10 @@ TEST_CASE("programs: rank_map keeps to its budget, and its adapter has the losse
                                         std::tuple("mlp.gate_proj", 48, 32), std::tuple("mlp.up_proj", 48, 32),
                                         std::tuple("mlp.down_proj", 32, 48)}) {
       add(layer + name + ".weight", out, in);
-      auto& adapter = adapters.emplace_back(in, out, qd::LoRAOptions{.max_rank = 8, .seed = seed});
+      auto& adapter = adapters.emplace_back(in, out, qd::LoRAOptions{.max_rank = 8, .seed = seed, .dora = dora});
+      if (dora)  // near the rows' own lengths
+        for (Index o = 0; o < out; ++o)
+          adapter.magnitude().value(0, o) = static_cast<float>(1.1 * qd::as_eigen(kept.back().view()).row(o).norm());
       ++seed;  // some layers do much, others little
       qd::copy(test::normal_matrix<float>(8, out, seed, seed % 3 == 0 ? 0.5 : 0.05).view(), adapter.b().value.view());
       list.push_back({layer + name, &adapter});

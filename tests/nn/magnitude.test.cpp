@@ -67,6 +67,49 @@ Double dora_weight(const Layer& layer, Index rank) {
   return w;
 }
 
+// dropout(x) of a layer's adapter in a pass of training, by the definition of the mask; x itself without dropout.
+template <class Layer>
+Double dropped(const Layer& layer, const Double& x, bool training, std::uint32_t step) {
+  Double result = qd::clone(x.view());
+  const auto& o = layer.adapter().options();
+  if (!training || o.dropout == 0.0f) return result;
+  for (Index i = 0; i < x.size(); ++i) {
+    const auto word = qd::random_word(o.seed, qd::Purpose::dropout, o.layer, step, static_cast<std::uint64_t>(i));
+    const bool keep = static_cast<double>(word) >= static_cast<double>(o.dropout) * 0x1p32;
+    result.data()[i] = keep ? x.data()[i] / (1.0 - static_cast<double>(o.dropout)) : 0.0;
+  }
+  return result;
+}
+
+// What PEFT's DoraLinearLayer.forward adds to the base's output, in plain loops: with f = m / |W + D|,
+//   y = x W^T + bias + (f - 1) * x' W^T + f * x' D^T,  x' = dropout(x)
+template <class Layer>
+Double peft_output(const Layer& layer, const Double& x, const Double& masked, const qd::RankPlan& plan) {
+  const auto& adapter = layer.adapter();
+  const Double w = qd::clone(test::converted<double>(layer.merged_weight(0).view()).view());
+  Double y(x.rows(), w.rows());
+  plan.for_each_run(x.rows(), [&](Index first, Index count, Index rank) {
+    const auto c = adapter.coefficients(rank, rank);
+    for (Index o = 0; o < w.rows(); ++o) {
+      std::vector<double> d(static_cast<std::size_t>(w.cols()));
+      double squares = 0.0;
+      for (Index k = 0; k < w.cols(); ++k) {
+        for (Index i = 0; i < rank; ++i)
+          d[static_cast<std::size_t>(k)] += c[static_cast<std::size_t>(i)] * adapter.b().value(i, o) * adapter.a().value(i, k);
+        squares += std::pow(w(o, k) + d[static_cast<std::size_t>(k)], 2);
+      }
+      const double f = rank == 0 ? 1.0 : adapter.magnitude().value(0, o) / std::sqrt(squares);
+      for (Index t = first; t < first + count; ++t) {
+        double sum = layer.bias()(0, o);
+        for (Index k = 0; k < w.cols(); ++k)
+          sum += x(t, k) * w(o, k) + masked(t, k) * ((f - 1.0) * w(o, k) + f * d[static_cast<std::size_t>(k)]);
+        y(t, o) = sum;
+      }
+    }
+  });
+  return y;
+}
+
 // The largest difference between y and x W_b^T + bias of each row's rank b.
 template <class T, class Layer>
 double worst(qd::MatrixView<T> y, const Layer& layer, const qd::Matrix<std::remove_const_t<T>>& x, const qd::RankPlan& plan) {
@@ -163,10 +206,94 @@ TEST_CASE("DoRA's gradients agree with central differences at every rank, and it
     }
 }
 
+// The masks and the norms of a pass are held: with both, the loss is a function that central differences know. It is computed in plain loops.
+TEST_CASE("DoRA with dropout: outputs are PEFT's formula in plain loops, gradients central differences with the norms and masks held") {
+  for (const auto& gates : {std::vector<Index>{}, std::vector<Index>{2, 5}})
+    for (const Index tokens : {3, 40}) {
+      auto layer = make_layer<qd::NF4>({.max_rank = max_rank, .alpha = 3.0f, .dropout = 0.3f, .seed = 5, .layer = 2, .gated_ranks = gates});
+      constexpr std::uint32_t step = 7;
+      auto& adapter = layer.adapter();
+      Double x = test::normal_matrix<double>(tokens, in, 13);
+      const Double c = test::normal_matrix<double>(tokens, out, 14);
+      Double y(tokens, out), dx(tokens, in);
+      auto parameters = layer.parameters();
+      for (const auto& p : adapter.gate_parameters()) parameters.push_back(p);
+      for (const auto& plan : plans(tokens)) {
+        CAPTURE(plan.is_uniform(), plan.max_rank(), tokens, gates.size());
+        layer.set_ranks(plan);
+        layer.set_training(true, step);
+        for (const auto& p : parameters) std::fill_n(p->gradient.data(), p->gradient.size(), 0.0);
+        typename decltype(layer)::Context context;
+        layer.forward(x.view(), y.view(), context);
+        CHECK(test::normalised_squared_error(y.view(), peft_output(layer, x, dropped(layer, x, true, step), plan).view()) < 1e-24);
+        layer.backward(c.view(), dx.view(), context);
+        CHECK((context.dropped.size() > 0) == (plan.max_rank() > 0));
+
+        // The loss with the norms as they are now.
+        const Double base = qd::clone(layer.merged_weight(0).view());
+        std::vector<std::vector<double>> norms(static_cast<std::size_t>(max_rank) + 1, std::vector<double>(static_cast<std::size_t>(out)));
+        for (Index rank = 1; rank <= max_rank; ++rank) {
+          const auto coefficients = adapter.coefficients(rank, rank);
+          for (Index o = 0; o < out; ++o) {
+            double squares = 0.0;
+            for (Index k = 0; k < in; ++k) {
+              double sum = base(o, k);
+              for (Index i = 0; i < rank; ++i)
+                sum += coefficients[static_cast<std::size_t>(i)] * adapter.b().value(i, o) * adapter.a().value(i, k);
+              squares += sum * sum;
+            }
+            norms[static_cast<std::size_t>(rank)][static_cast<std::size_t>(o)] = std::sqrt(squares);
+          }
+        }
+        const auto loss = [&] {
+          const Double masked = dropped(layer, x, true, step);
+          double total = 0.0;
+          plan.for_each_run(tokens, [&](Index first, Index count, Index rank) {
+            const auto coefficients = adapter.coefficients(rank, rank);
+            for (Index t = first; t < first + count; ++t) {
+              std::vector<double> z(static_cast<std::size_t>(rank));
+              for (Index i = 0; i < rank; ++i) {
+                for (Index k = 0; k < in; ++k) z[static_cast<std::size_t>(i)] += masked(t, k) * adapter.a().value(i, k);
+                z[static_cast<std::size_t>(i)] *= coefficients[static_cast<std::size_t>(i)];
+              }
+              for (Index o = 0; o < out; ++o) {
+                double plain = layer.bias()(0, o), v = 0.0, d = 0.0;
+                for (Index k = 0; k < in; ++k) {
+                  plain += x(t, k) * base(o, k);
+                  v += masked(t, k) * base(o, k);
+                }
+                for (Index i = 0; i < rank; ++i) d += z[static_cast<std::size_t>(i)] * adapter.b().value(i, o);
+                const double f =
+                    rank == 0 ? 1.0 : adapter.magnitude().value(0, o) / norms[static_cast<std::size_t>(rank)][static_cast<std::size_t>(o)];
+                total += c(t, o) * (plain + (f - 1.0) * v + f * d);
+              }
+            }
+          });
+          return total;
+        };
+        const auto check = [&](std::span<double> values, std::span<const double> gradient) {
+          const auto report = test::check_gradient(loss, values, gradient, {.absolute = 1e-7, .relative = 1e-6});
+          CAPTURE(report.element, report.analytic, report.numeric);
+          CHECK(report.ok());
+        };
+        check(x.span(), dx.span());
+        for (const auto& p : parameters) {
+          CAPTURE(p->name);
+          check(p->value.span(), p->gradient.span());
+        }
+        // Evaluation has no masks: PEFT's formula of x itself, which is m / |W + D| times the product.
+        layer.set_training(false);
+        layer.forward(x.view(), y.view(), context);
+        CHECK(worst(y.view(), layer, x, plan) < 1e-12);
+      }
+    }
+}
+
 TEST_CASE("an adapter that has learned nothing leaves the base as it is, bit for bit") {
   for (const Index tokens : {1, 5, 40}) {
     qd::DynamicLoRALinear<float> plain(test::normal_matrix<float>(100, 96, 1, 0.1), {.max_rank = 8});
-    qd::DynamicLoRALinear<float> dora(plain.base(), {.max_rank = 8, .dora = true});
+    const float dropout = GENERATE(0.0f, 0.5f);
+    qd::DynamicLoRALinear<float> dora(plain.base(), {.max_rank = 8, .dropout = dropout, .dora = true});
     for (auto* layer : {&plain, &dora}) layer->set_bias(test::normal_matrix<float>(1, 100, 3).view());
     const Float x = test::normal_matrix<float>(tokens, 96, 5);
     for (const Index rank : {0, 1, 8}) {
@@ -289,7 +416,7 @@ TEST_CASE("W is multiplied once more while training, and in evaluation once for 
   const test::CountingBackend backend;
   const Layer base(test::normal_matrix<float>(24, 32, 1), {}, {}, backend);
   const auto x = test::normal_matrix<float>(9, 32, 2);
-  const auto products = [&](Layer& layer, Index rank) {
+  const auto products = [&](auto& layer, Index rank) {
     layer.set_rank(rank);
     backend.forget();
     layer.forward(x);
@@ -302,7 +429,13 @@ TEST_CASE("W is multiplied once more while training, and in evaluation once for 
   CHECK(products(dora, 4) == 2);
   CHECK(products(dora, 4) == 2);
   CHECK(products(dora, 0) == 1);
+  Layer masked(base.base(), {.max_rank = 4, .dropout = 0.1f, .dora = true}, backend);
+  CHECK(products(masked, 4) == 3);  // of the dropped input too
+  CHECK(products(masked, 0) == 1);
   dora.set_training(false);
+  masked.set_training(false);
+  CHECK(products(masked, 4) == 2);
+  CHECK(products(masked, 4) == 1);
   CHECK(products(dora, 4) == 2);
   CHECK(products(dora, 4) == 1);
   CHECK(products(dora, 2) == 2);
@@ -330,8 +463,6 @@ TEST_CASE("what magnitudes do not go with is refused by name") {
     CHECK(error->code() == Errc::unsupported);
     CHECK(std::string(error->what()).find("layers.7.up") != std::string::npos);
   };
-  refused([] { qd::LoRAAdapter<float>(8, 8, {.dropout = 0.1f, .name = "layers.7.up", .dora = true}); });
-  refused([] { qd::LoRAAdapter<float, test::CountedMemory>(8, 8, {.name = "layers.7.up", .dora = true}); });
   const test::CountedDevice device;
   refused([&] {
     qd::DynamicLoRALinear<float, test::CountedDevice, qd::Dense<float>>(

@@ -12,6 +12,7 @@
 #include <qdylora/cuda/graph.cuh>
 #include <qdylora/cuda/host_loop.cuh>
 #include <qdylora/cuda/layer_norm.cuh>
+#include <qdylora/cuda/magnitude.cuh>
 #include <qdylora/cuda/paged_adamw.cuh>
 #include <qdylora/cuda/products.cuh>
 #include <qdylora/cuda/quantize.cuh>
@@ -112,13 +113,36 @@ class Cuda {
   void scale_columns(In<S> x, std::span<const S> factors, MatrixView<S> y) const {
     detail::scale_columns(*context_, x, factors, y);
   }
-  template <class S>
-  void column_products(In<S> first, In<S> second, MatrixView<S> sums) const {
-    detail::column_products(*context_, first, second, sums);
+  template <class T, class U, class S>
+  void column_products(MatrixView<T> first, MatrixView<U> second, MatrixView<S> sums) const {
+    using X = std::remove_const_t<T>;
+    detail::column_products(*context_, MatrixView<const X>(first), MatrixView<const X>(second), sums);
   }
   template <class T>
   void dropout(In<T> x, float probability, DropoutKey key, MatrixView<T> y, Update update = Update::overwrite) const {
     detail::dropout(*context_, x, probability, key, y, update);
+  }
+
+  // magnitudes
+  template <class T>
+  void scale_columns(In<T> x, In<Accumulator<T>> row, MatrixView<T> y) const {
+    detail::scale_columns_by(*context_, x, row, y);
+  }
+  template <class W, class S>
+  void row_squares(const W& weight, MatrixView<S> squares) const {
+    detail::row_squares(*context_, weight, squares);
+  }
+  template <class S>
+  void row_norms(In<S> squares, In<S> sums, std::type_identity_t<S> scale, MatrixView<S> norms) const {
+    detail::row_norms(*context_, squares, sums, scale, norms);
+  }
+  template <class S>
+  void magnitude_factors(In<S> m, In<S> norms, std::type_identity_t<S> less, MatrixView<S> factors) const {
+    detail::magnitude_factors(*context_, m, norms, less, factors);
+  }
+  template <class S>
+  void add_over_norms(In<S> sums, In<S> norms, MatrixView<S> gradient) const {
+    detail::add_over_norms(*context_, sums, norms, gradient);
   }
 
   // optimizer
@@ -248,7 +272,7 @@ class Cuda {
 };
 
 template <class T>
-inline constexpr bool cuda_has_what_it_says = TransformerBackend<Cuda, T> && HasLayerNorm<Cuda, T>;
+inline constexpr bool cuda_has_what_it_says = TransformerBackend<Cuda, T> && HasLayerNorm<Cuda, T> && HasMagnitude<Cuda, T>;
 static_assert(HasAdamW8<Cuda> && HasLion<Cuda, float>);
 static_assert(cuda_has_what_it_says<float> && cuda_has_what_it_says<double> && cuda_has_what_it_says<bfloat16> &&
               cuda_has_what_it_says<half>);

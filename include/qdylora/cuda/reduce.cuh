@@ -34,13 +34,14 @@ __device__ inline S sum_block(const Shared<S>& sums, S value) {
 }
 
 /// sums[0, j] += sum_i a[i, j] * b[i, j]. A block has 32 columns, a lane each; its warps share the rows.
-template <class S>
+template <class T>
 struct ColumnProducts {
+  using S = Accumulator<T>;
   static constexpr int threads = 1024;
   static constexpr int warps = threads / warp_size;
   static constexpr int shared_bytes = threads * static_cast<int>(sizeof(S));
 
-  MatrixView<const S> a, b;
+  MatrixView<const T> a, b;
   MatrixView<S> sums;
 
   __device__ void operator()(SharedMemory memory) const {
@@ -107,9 +108,9 @@ struct SumPartial {
 #if !defined(QDYLORA_DEVICE_ONLY)
 namespace detail {
 
-template <class S>
-void column_products(const CudaContext& context, MatrixView<const S> a, MatrixView<const S> b, MatrixView<S> sums) {
-  using Kernel = device::ColumnProducts<S>;
+template <class T>
+void column_products(const CudaContext& context, MatrixView<const T> a, MatrixView<const T> b, MatrixView<Accumulator<T>> sums) {
+  using Kernel = device::ColumnProducts<T>;
   expect_shape("column_products: second", b, a.rows, a.cols);
   expect_shape("column_products: sums", sums, 1, a.cols);
   const auto blocks = static_cast<unsigned>((a.cols + device::warp_size - 1) / device::warp_size);

@@ -277,7 +277,7 @@ MemoryPlan memory_plan(const ModelShape& s, const MemoryOptions& o) {
                                                // work and dropout's dx; the scored rows' gradient
   if (dora) {  // the norms, their base's, and what making those of the largest rank takes
     plan.workspace += bytes(s.layers * s.outputs() * (1 + o.dora_ranks) * acc);
-    passing = std::max(passing, (2 * rank * widest_out + rank * rank + widest_out) * acc);
+    passing = std::max(passing, (rank * widest_out + 2 * rank * rank + widest_out) * acc);
   }
   if (o.training) {
     plan.workspace += bytes(tokens * (s.backward_temporaries + s.width + (o.checkpoint ? s.width : 0)) * t);  // d; a spare stream

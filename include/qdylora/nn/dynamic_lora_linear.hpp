@@ -5,7 +5,7 @@
 //              dB += u^T dy,   dA += dz^T dropout(x),   dg_b[i] += s_b sum z[:, i] t[:, i]
 //   x [tokens, in], y [tokens, out], W [out, in], A_b [b, in], B_b [b, out], z, u, t, dz [tokens, b]
 //
-// With LoRAOptions::dora each output is multiplied with a factor before the bias is added: nn/magnitude.hpp.
+// With LoRAOptions::dora each output is multiplied with a factor before the bias is added, and dropout has a part in it: nn/magnitude.hpp.
 // The base output does not depend on the adapter: at rank 0 it is the whole output, bit for bit. W is decoded anew in each pass; nothing
 // of it is kept in full precision. One layer serves any number of passes in flight: what backward needs lives in a Context of the
 // caller's.
@@ -48,8 +48,8 @@ class DynamicLoRALinear : public AdapterLayer<T, Backend> {
       : Base(adapter_of(base, std::move(options)), backend), base_(std::move(base)) {
     if (!adapter_.dora()) return;
     if constexpr (HasMagnitude<Backend, T>) {
-      norms_ = std::make_unique<RowNorms<Acc>>(*base_);
-      norms_->begin(adapter_);
+      norms_ = std::make_unique<RowNorms<Acc, Memory>>(*base_, backend_);
+      norms_->begin(adapter_, backend_);
     } else {
       throw Error(Errc::unsupported, adapter_.options().name + ": the backend lacks what a magnitude takes");
     }
@@ -68,7 +68,7 @@ class DynamicLoRALinear : public AdapterLayer<T, Backend> {
     expect_shape((adapter_.options().name + ": base").c_str(), *checked(base, adapter_.options().name), out(), in());
     base_ = std::move(base);
     if constexpr (HasMagnitude<Backend, T>)
-      if (norms_) norms_ = std::make_unique<RowNorms<Acc>>(*base_);
+      if (norms_) norms_ = std::make_unique<RowNorms<Acc, Memory>>(*base_, backend_);
   }
   /// For writing, after which norms of rows are made anew; see set_training.
   Adapter& adapter() noexcept {
@@ -95,18 +95,17 @@ class DynamicLoRALinear : public AdapterLayer<T, Backend> {
   void forward(In<T> x, MatrixView<T> y, Context& context) const {
     begin(x, y, context);
     const Index rank = plan_.max_rank();
-    const bool dora = adapter_.dora() && rank > 0;
-    if (dora) context.magnitude.product.resize(x.rows, out());
-    const MatrixView<T> product = dora ? context.magnitude.product.view() : y;
-    const bool adapted = base_->visit([&](const auto& w) { return multiply(w, product, context, rank); });
-    if (bias_.size() > 0 && !dora) backend_.add_row(bias_.view(), y);
-    if (rank > 0 && !adapted) add_adapter(product, context, rank);
-    if constexpr (HasMagnitude<Backend, T>)
-      if (dora) {
-        context.magnitude.norms = norms_->of(plan_, x.rows, adapter_, *base_, backend_, !training_);
-        scale_outputs(product, plan_, context.magnitude, adapter_, y, backend_);
-        if (bias_.size() > 0) backend_.add_row(bias_.view(), y);
+    if (adapter_.dora() && rank > 0) {
+      forward_magnitude(y, context, rank);
+    } else {
+      const bool adapted = base_->visit([&](const auto& w) { return multiply(w, y, context, rank); });
+      if (bias_.size() > 0) backend_.add_row(bias_.view(), y);
+      if (rank > 0 && !adapted) {
+        project_down(context);
+        const auto u = scaled_z(context, rank);
+        detail::add_from_ranks(backend_, as_const(u), rows_of(adapter_.b(), rank), context.plan, y);
       }
+    }
     context.ready = true;
   }
 
@@ -116,18 +115,31 @@ class DynamicLoRALinear : public AdapterLayer<T, Backend> {
     const auto x = context.x;
     const bool want_dx = dx.data != nullptr;
     const Index rank = context.plan.max_rank();
+    const auto through_base = [&](MatrixView<const T> from, MatrixView<T> to) {
+      base_->visit([&](const auto& w) { backend_.matmul_transposed(from, w, to, Update::overwrite); });
+    };
     Matrix<T, Memory> scaled_dy;
+    const bool dropped = context.dropped.size() > 0;
+    bool have_dx = !want_dx;
     if constexpr (HasMagnitude<Backend, T>)
       if (adapter_.dora() && rank > 0) {
         if (mode == GradientMode::accumulate) {
           magnitude_gradient(dy, context.plan, context.magnitude, adapter_, backend_);
           forget_norms();
         }
+        if (want_dx && dropped) {  // dy W + mask(((m / n - 1) * dy) W)
+          through_base(dy, dx);
+          have_dx = true;
+          auto excess = temporary<T>(backend_, x.rows, out()), masked = temporary<T>(backend_, x.rows, in());
+          scale_by_excess(dy, context.plan, context.magnitude, adapter_, excess.view(), backend_);
+          through_base(as_const(excess), masked.view());
+          backend_.dropout(as_const(masked), adapter_.options().dropout, context.dropout, dx, Update::accumulate);
+        }
         scaled_dy = temporary<T>(backend_, x.rows, out());
         scale_outputs(dy, context.plan, context.magnitude, adapter_, scaled_dy.view(), backend_);
         dy = scaled_dy.view();
       }
-    if (want_dx) base_->visit([&](const auto& w) { backend_.matmul_transposed(dy, w, dx, Update::overwrite); });
+    if (!have_dx) through_base(dy, dx);
     if (rank == 0 || (!want_dx && mode == GradientMode::ignore)) return;
     auto t = temporary<Acc>(backend_, x.rows, rank), work = temporary<Acc>(backend_, x.rows, rank);
     detail::through_ranks(backend_, dy, rows_of(adapter_.b(), rank), context.plan, t.view());
@@ -180,10 +192,24 @@ class DynamicLoRALinear : public AdapterLayer<T, Backend> {
     backend_.weight_gradient(as_const(scaled), rows_of(adapter_.a(), rank), merged.view(), Update::accumulate);
     if constexpr (HasMagnitude<Backend, T>)
       if (adapter_.dora()) {
-        const MagnitudeContext<T, Memory> context{{}, norms_->of(RankPlan::uniform(rank), 1, adapter_, *base_, backend_, false)};
-        const auto factors = context.factors(rank, adapter_);
-        for (Index o = 0; o < out(); ++o)
-          for (Index k = 0; k < in(); ++k) merged(o, k) *= factors[static_cast<std::size_t>(o)];
+        MagnitudeContext<T, Memory> context;
+        norms_->find(context.norms, RankPlan::uniform(rank), 1, adapter_, *base_, backend_, false);
+        const auto there = context.factors(rank, adapter_, 0, backend_);
+        Matrix<Acc> factors(1, out());
+        backend_.download(as_const(there), factors.view());
+        const auto scale_rows_of = [&](Matrix<Acc>& w) {
+          for (Index o = 0; o < out(); ++o)
+            for (Index k = 0; k < in(); ++k) w(o, k) *= factors(0, o);
+        };
+        if constexpr (Memory::host) {
+          scale_rows_of(merged);
+        } else {
+          Matrix<Acc> host(out(), in());
+          backend_.download(as_const(merged), host.view());
+          scale_rows_of(host);
+          backend_.upload(as_const(host), merged.view());
+          backend_.synchronize();  // the host's memory is given back
+        }
       }
     return merged;
   }
@@ -192,20 +218,19 @@ class DynamicLoRALinear : public AdapterLayer<T, Backend> {
   DynamicLoRALinear(std::shared_ptr<const WeightType> base, Adapter adapter, Backend backend)
       : Base(std::move(adapter), backend), base_(std::move(base)) {}
 
-  // product = x W^T. Where the backend takes the adapter along, u B is added, as by add_adapter; returns whether it was.
+  // product = x W^T. Where the backend takes the adapter along, u B is added; returns whether it was.
   template <class W>
   bool multiply(const W& w, MatrixView<T> product, Context& context, Index rank) const {
     const auto x = context.x;
     if constexpr (HasAdapterTerm<Backend, T, W>)
-      if (rank > 0 && !adapter_.dora() && backend_.takes_adapter(x, w)) {
+      if (rank > 0 && backend_.takes_adapter(x, w)) {
         project_down(context);
         AdapterTerm<Acc> term{context.z.view(), rows_of(adapter_.b(), rank)};
         Matrix<Acc, Memory> u;
         if (plan_.is_uniform() && !adapter_.gated()) {
           term.scale = adapter_.scale(rank);
         } else {
-          u = temporary<Acc>(backend_, x.rows, rank);
-          scale_rows(context.z.view(), context.plan, u.view(), false);
+          u = scaled_z(context, rank);
           term.u = u.view();
         }
         backend_.matmul(x, w, product, Update::overwrite, term);
@@ -215,12 +240,41 @@ class DynamicLoRALinear : public AdapterLayer<T, Backend> {
     return false;
   }
 
-  // y += u B, and what backward needs of it.
-  void add_adapter(MatrixView<T> y, Context& context, Index rank) const {
-    project_down(context);
-    auto u = temporary<Acc>(backend_, y.rows, rank);
+  // y = what a magnitude makes of it, and what backward needs of that: nn/magnitude.hpp.
+  void forward_magnitude(MatrixView<T> y, Context& context, Index rank) const {
+    if constexpr (HasMagnitude<Backend, T>) {
+      project_down(context);
+      const bool dropped = context.dropped.size() > 0;
+      auto& magnitude = context.magnitude;
+      magnitude.product.resize(y.rows, out());
+      const MatrixView<T> v = magnitude.product.view();
+      const auto b = rows_of(adapter_.b(), rank);
+      base_->visit([&](const auto& w) {
+        backend_.matmul(adapter_input(context), w, v, Update::overwrite);
+        if (dropped) backend_.matmul(context.x, w, y, Update::overwrite);
+      });
+      {
+        const auto u = scaled_z(context, rank);
+        detail::add_from_ranks(backend_, as_const(u), b, context.plan, v);
+        if (dropped) detail::add_from_ranks(backend_, as_const(u), b, context.plan, y);
+      }
+      norms_->find(magnitude.norms, plan_, y.rows, adapter_, *base_, backend_, !training_);
+      if (dropped) {
+        auto excess = temporary<T>(backend_, y.rows, out());
+        scale_by_excess(v, plan_, magnitude, adapter_, excess.view(), backend_);
+        backend_.add(as_const(excess), y);
+      } else {
+        scale_outputs(v, plan_, magnitude, adapter_, y, backend_);
+      }
+      if (bias_.size() > 0) backend_.add_row(bias_.view(), y);
+    }
+  }
+
+  // u = z * s_b g_b
+  Matrix<Acc, Memory> scaled_z(const Context& context, Index rank) const {
+    auto u = temporary<Acc>(backend_, context.x.rows, rank);
     scale_rows(context.z.view(), context.plan, u.view(), false);
-    detail::add_from_ranks(backend_, as_const(u), rows_of(adapter_.b(), rank), context.plan, y);
+    return u;
   }
 
   static std::shared_ptr<const WeightType> checked(std::shared_ptr<const WeightType> base, const std::string& name) {
@@ -278,7 +332,7 @@ class DynamicLoRALinear : public AdapterLayer<T, Backend> {
 
   std::shared_ptr<const WeightType> base_;
   Matrix<Acc, Memory> bias_;
-  std::unique_ptr<RowNorms<Acc>> norms_;  // with a magnitude
+  std::unique_ptr<RowNorms<Acc, Memory>> norms_;  // with a magnitude
   Context own_;
   Matrix<T, Memory> y_, dx_;
 };

@@ -55,8 +55,7 @@ class LoRAAdapter {
 
   /// A uniform in +-1/sqrt(in) (torch's kaiming_uniform_ with a = sqrt(5), as PEFT), B zero; on a device, both as initialize leaves them.
   /// A magnitude begins as the base's, which a layer knows: here it is zero.
-  /// Throws Errc::rank_range unless 1 <= max_rank <= 65535, Errc::unsupported for gates or a magnitude on a device, and for a magnitude
-  /// with dropout: its term of the base's output would be of the dropped input, another product with W.
+  /// Throws Errc::rank_range unless 1 <= max_rank <= 65535, Errc::unsupported for gates on a device.
   LoRAAdapter(Index in, Index out, LoRAOptions options) : options_(std::move(options)) {
     const Index r = options_.max_rank;
     QDYLORA_EXPECTS(r >= 1 && r <= 65535, rank_range, options_.name + ": max_rank " + std::to_string(r) + " is not in 1 ... 65535");
@@ -79,8 +78,6 @@ class LoRAAdapter {
       if constexpr (Memory::host)
         for (S& g : gates_->value.span()) g = S{1};
     }
-    QDYLORA_EXPECTS(Memory::host || !options_.dora, unsupported, options_.name + ": magnitudes are for adapters in host memory");
-    QDYLORA_EXPECTS(!options_.dora || options_.dropout == 0.0f, unsupported, options_.name + ": a magnitude does not go with dropout");
     if (options_.dora) magnitude_ = std::make_shared<Param>(options_.name + ".lora_magnitude_vector", 1, out);
     if constexpr (Memory::host) draw_a(a_->value.span());
   }
@@ -88,13 +85,14 @@ class LoRAAdapter {
   /// No adapter, where a layer is frozen: its one rank is 0, and it has no parameters.
   static LoRAAdapter none(Index in, Index out, const std::string& name) { return LoRAAdapter(Absent{}, in, out, name); }
 
-  /// Gives an adapter in a device's memory the values that one in host memory begins with.
+  /// Gives an adapter in a device's memory the values that one in host memory begins with; a magnitude, none.
   template <class Backend>
   void initialize(const Backend& backend) {
     Matrix<S> a(max_rank(), in());
     draw_a(a.span());
     backend.upload(a.view(), a_->value.view());
     for (const MatrixView<S> zero : {b_->value.view(), a_->gradient.view(), b_->gradient.view()}) backend.fill(zero, S{});
+    if (dora()) backend.fill(magnitude_->gradient.view(), S{});
     backend.synchronize();  // a's memory is given back
   }
 
@@ -210,6 +208,7 @@ LoRAAdapter<S> to_host(const LoRAAdapter<S, Memory>& adapter, const Backend& bac
   LoRAAdapter<S> copy(adapter.in(), adapter.out(), adapter.options());
   backend.download(adapter.a().value.view(), copy.a().value.view());
   backend.download(adapter.b().value.view(), copy.b().value.view());
+  if (adapter.dora()) backend.download(adapter.magnitude().value.view(), copy.magnitude().value.view());
   for (const auto& [from, to] : {std::pair(&adapter.moment_a, &copy.moment_a), std::pair(&adapter.moment_b, &copy.moment_b)}) {
     *to = Matrix<S>(from->rows(), from->cols());
     backend.download(from->view(), to->view());
@@ -222,6 +221,7 @@ template <class S, MemoryResource Memory, class Backend>
 void assign(LoRAAdapter<S, Memory>& adapter, const LoRAAdapter<S>& values, const Backend& backend) {
   backend.upload(values.a().value.view(), adapter.a().value.view());
   backend.upload(values.b().value.view(), adapter.b().value.view());
+  if (adapter.dora()) backend.upload(values.magnitude().value.view(), adapter.magnitude().value.view());
   backend.synchronize();
 }
 

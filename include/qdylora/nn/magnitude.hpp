@@ -6,11 +6,19 @@
 // are a plain adapter's, and dm_o = sum_t dy[t, o] v[t, o] / n_o of the product v = x (W + D)^T. One m serves all ranks, and each rank has
 // norms of its own:
 //
-//   n_o^2 = |W_o|^2 + 2 <D_o, W_o + D_o / 2> = |W_o|^2 + 2 sum_i C[i, o] (A_b W^T + A_b A_b^T C / 2)[i, o],   C = s_b g_b * B_b
+//   n_o^2 = |W_o|^2 + 2 <D_o, W_o + D_o / 2> = |W_o|^2 + 2 sum_i c_i B[i, o] (A_b W^T + A_b A_b^T C / 2)[i, o],   C_i = c_i B_i,  c = s_b g_b
 //
 // so that a pass of training multiplies W with the b rows of A as with b tokens more, and W is never decoded as a whole. m begins as |W_o|:
 // at B = 0 the factor is 1 and the output the base's, to the bit. At rank 0 there is no adapter, and no magnitude either. A row of zeros has
 // no direction: its factor is 1.
+//
+// With dropout on the adapter's input, what a factor changes sees the dropped input too, as in PEFT: with x' = dropout(x), f = m / n and
+// v = x' (W + D)^T,
+//
+//   y = x W^T + (f - 1) * x' W^T + f * x' D^T = x W^T + x' D^T + (f - 1) * v
+//   dx = dy W + mask(((f - 1) * dy) W + e D),   dm_o = sum_t dy[t, o] v[t, o] / n_o,   A's and B's of e = f * dy and x'
+//
+// which takes one product with W more, each way. In evaluation x' is x, and both are the same function.
 #pragma once
 
 #include <algorithm>
@@ -27,101 +35,148 @@
 
 namespace qdylora {
 
-/// What magnitudes take on top of Backend, in the host's memory: products in the accumulator's type, and columns of activations.
-template <class B, class T>
-concept HasMagnitude = B::Memory::host && HasQuantizedMatmul<B, Accumulator<T>> && HasGemm<B, Accumulator<T>> &&
-    requires(const B b, MatrixView<const T> x, MatrixView<T> y, MatrixView<Accumulator<T>> h, std::span<const Accumulator<T>> factors) {
-  b.scale_columns(x, factors, y);  // y[i, j] = x[i, j] * factors[j], which are the host's
-  b.column_products(x, x, h);      // h[0, j] += sum_i first[i, j] * second[i, j]
-};
+namespace detail::magnitude {
+
+// What a device has operations for (HasMagnitude), on rows [1, out]: those, or loops in the host's memory.
+
+template <class Backend, class S>
+void row_norms(const Backend& backend, In<S> squares, In<S> sums, S scale, MatrixView<S> norms) {
+  if constexpr (Backend::Memory::host) {
+    for (Index o = 0; o < norms.cols; ++o) norms(0, o) = std::sqrt(std::max(squares(0, o) + scale * sums(0, o), S{}));
+  } else {
+    backend.row_norms(squares, sums, scale, norms);
+  }
+}
+template <class Backend, class S>
+void magnitude_factors(const Backend& backend, In<S> m, In<S> norms, S less, MatrixView<S> factors) {
+  if constexpr (Backend::Memory::host) {
+    for (Index o = 0; o < factors.cols; ++o) factors(0, o) = (norms(0, o) != 0 ? m(0, o) / norms(0, o) : S{1}) - less;
+  } else {
+    backend.magnitude_factors(m, norms, less, factors);
+  }
+}
+template <class Backend, class S>
+void add_over_norms(const Backend& backend, In<S> sums, In<S> norms, MatrixView<S> gradient) {
+  if constexpr (Backend::Memory::host) {
+    for (Index o = 0; o < gradient.cols; ++o)
+      if (norms(0, o) != 0) gradient(0, o) += sums(0, o) / norms(0, o);
+  } else {
+    backend.add_over_norms(sums, norms, gradient);
+  }
+}
+template <class Backend, class T>
+void scale_columns_by(const Backend& backend, In<T> x, In<Accumulator<T>> row, MatrixView<T> y) {
+  if constexpr (Backend::Memory::host) backend.scale_columns(x, std::span(row.data, static_cast<std::size_t>(row.cols)), y);
+  else backend.scale_columns(x, row, y);
+}
+template <class Backend, class W, class S>
+void row_squares(const Backend& backend, const W& w, MatrixView<S> squares) {
+  if constexpr (Backend::Memory::host) {
+    Matrix<S> row(1, w.cols);
+    for (Index o = 0; o < w.rows; ++o) {
+      if constexpr (requires { w.codes; }) dequantize(w, row.view(), o, 0);
+      else std::transform(w.row(o), w.row(o) + w.cols, row.data(), [](const auto& value) { return static_cast<S>(value); });
+      double sum = 0.0;
+      for (const S value : row.span()) sum += static_cast<double>(value) * static_cast<double>(value);
+      squares(0, o) = static_cast<S>(sum);
+    }
+  } else {
+    backend.row_squares(w, squares);
+  }
+}
+
+}  // namespace detail::magnitude
+
+/// The norms of an adapted weight's rows, [1, out], at some ranks.
+template <class S, MemoryResource Memory>
+using RowNormsAt = std::map<Index, std::shared_ptr<Matrix<S, Memory>>>;
 
 /// What a backward pass needs of its forward pass. Empty without magnitude.
 template <class T, MemoryResource Memory>
 struct MagnitudeContext {
-  using Norms = std::shared_ptr<const std::vector<Accumulator<T>>>;  // [out]
+  Matrix<T, Memory> product;                      // v [tokens, out]
+  RowNormsAt<Accumulator<T>, Memory> norms = {};  // at each of the plan's ranks
 
-  Matrix<T, Memory> product;     // x (W + delta W_b)^T [tokens, out]
-  std::map<Index, Norms> norms;  // at each of the plan's ranks
-
-  /// Of one of the plan's ranks: m / n, and 1 where a row has no direction.
-  template <class Adapter>
-  auto factors(Index rank, const Adapter& adapter) const {
-    std::vector<Accumulator<T>> result = *norms.at(rank);
-    for (std::size_t o = 0; o < result.size(); ++o) result[o] = result[o] == 0 ? 1 : adapter.magnitude().value.data()[o] / result[o];
+  /// Of one of the plan's ranks: m / n - less, and 1 - less where a row has no direction.
+  template <class Adapter, class Backend>
+  auto factors(Index rank, const Adapter& adapter, Accumulator<T> less, const Backend& backend) const {
+    const auto& n = *norms.at(rank);
+    auto result = temporary<Accumulator<T>>(backend, 1, n.cols());
+    detail::magnitude::magnitude_factors(backend, adapter.magnitude().value.view(), n.view(), less, result.view());
     return result;
   }
 };
 
-/// The norms of an adapted weight's rows at any rank. In host memory.
-template <class S>
+/// The norms of an adapted weight's rows at any rank.
+template <class S, MemoryResource Memory>
 class RowNorms {
  public:
-  using Norms = std::shared_ptr<const std::vector<S>>;  // [out]
-
   /// Of a base [out, in], a Weight.
-  template <class Base>
-  explicit RowNorms(const Base& base) : squares_(static_cast<std::size_t>(base.rows())) {
-    Matrix<S> row(1, base.cols());
-    base.visit([&](const auto& w) {
-      for (Index o = 0; o < base.rows(); ++o) {
-        if constexpr (requires { w.codes; }) dequantize(w, row.view(), o, 0);
-        else std::transform(w.row(o), w.row(o) + w.cols, row.data(), [](const auto& value) { return static_cast<S>(value); });
-        double sum = 0.0;
-        for (const S value : row.span()) sum += static_cast<double>(value) * static_cast<double>(value);
-        squares_[static_cast<std::size_t>(o)] = static_cast<S>(sum);
-      }
-    });
+  template <class Base, class Backend>
+  RowNorms(const Base& base, const Backend& backend) : squares_(temporary<S>(backend, 1, base.rows())) {
+    base.visit([&](const auto& w) { detail::magnitude::row_squares(backend, w, squares_.view()); });
   }
 
   /// Where magnitudes begin.
-  template <class Adapter>
-  void begin(Adapter& adapter) const {
-    std::transform(squares_.begin(), squares_.end(), adapter.magnitude().value.data(), [](S square) { return std::sqrt(square); });
+  template <class Adapter, class Backend>
+  void begin(Adapter& adapter, const Backend& backend) const {
+    detail::magnitude::row_norms(backend, squares_.view(), squares_.view(), S{}, adapter.magnitude().value.view());
   }
 
-  /// Of each of a plan's ranks. With `keep`, those made since the last forget() are taken again; several threads may ask at a time.
+  /// Those of a plan's ranks in `norms`, where they keep the memory that is theirs alone, as that of other ranks stays: a recorded pass may
+  /// write to it. With `keep` `norms` are those made since the last forget(), and no others; several threads may ask at a time.
   template <class Adapter, class Base, class Backend>
-  std::map<Index, Norms> of(const RankPlan& plan, Index rows, const Adapter& adapter, const Base& base, const Backend& backend,
-                            bool keep) const {
-    std::map<Index, Norms> result;
+  void find(RowNormsAt<S, Memory>& norms, const RankPlan& plan, Index rows, const Adapter& adapter, const Base& base,
+            const Backend& backend, bool keep) const {
+    if (keep) norms.clear();
+    std::vector<Index> done;
     plan.for_each_run(rows, [&](Index, Index, Index rank) {
-      if (rank == 0 || result.contains(rank)) return;
+      if (rank == 0 || std::ranges::find(done, rank) != done.end()) return;
+      done.push_back(rank);
+      auto& at_rank = norms[rank];
       if (!keep) {
-        result[rank] = make(rank, adapter, base, backend);
+        if (at_rank.use_count() > 1) at_rank.reset();
+        make(at_rank, rank, adapter, base, backend);
         return;
       }
       const std::scoped_lock lock(mutex_);
-      Norms& kept = kept_[rank];
-      if (!kept) kept = make(rank, adapter, base, backend);
-      result[rank] = kept;
+      auto& kept = kept_[rank];
+      if (!kept) make(kept, rank, adapter, base, backend);
+      at_rank = kept;
     });
-    return result;
   }
   void forget() noexcept { kept_.clear(); }
 
  private:
   template <class Adapter, class Base, class Backend>
-  Norms make(Index rank, const Adapter& adapter, const Base& base, const Backend& backend) const {
-    const auto a = adapter.a().value.view().top_rows(rank), b = adapter.b().value.view().top_rows(rank);
-    const auto coefficients = adapter.coefficients(rank, rank);
-    Matrix<S> c(rank, b.cols), gram(rank, rank), through(rank, b.cols), sums(1, b.cols);
-    backend.matmul(a, a, gram.view(), Update::overwrite);
-    for (Index i = 0; i < rank; ++i) {
-      for (Index o = 0; o < b.cols; ++o) c(i, o) = coefficients[static_cast<std::size_t>(i)] * b(i, o);
-      for (Index j = 0; j < rank; ++j) gram(i, j) /= S{2};
-    }
-    const MatrixView<const S> scaled = c.view(), half_gram = gram.view();
+  void make(std::shared_ptr<Matrix<S, Memory>>& norms, Index rank, const Adapter& adapter, const Base& base, const Backend& backend) const {
+    const Index out = squares_.cols();
+    if (!norms) norms = std::make_shared<Matrix<S, Memory>>(temporary<S>(backend, 1, out));
+    const MatrixView<const S> a = adapter.a().value.view().top_rows(rank), b = adapter.b().value.view().top_rows(rank);
+    auto coefficients = adapter.coefficients(rank, rank);
+    auto gram = temporary<S>(backend, rank, rank), half_gram = temporary<S>(backend, rank, rank);
+    auto through = temporary<S>(backend, rank, out), sums = temporary<S>(backend, 1, out);
     base.visit([&](const auto& w) { backend.matmul(a, w, through.view(), Update::overwrite); });
-    backend.matmul_transposed(half_gram, scaled, through.view(), Update::accumulate);
-    backend.column_products(scaled, MatrixView<const S>(through.view()), sums.view());
-    auto norms = std::make_shared<std::vector<S>>(squares_);
-    for (std::size_t o = 0; o < norms->size(); ++o) (*norms)[o] = std::sqrt(std::max((*norms)[o] + S{2} * sums.span()[o], S{}));
-    return norms;
+    backend.matmul(a, a, gram.view(), Update::overwrite);
+    std::vector<S> halves = coefficients;
+    for (S& c : halves) c /= S{2};
+    backend.scale_columns(MatrixView<const S>(gram.view()), std::span<const S>(halves), half_gram.view());
+    backend.matmul_transposed(MatrixView<const S>(half_gram.view()), b, through.view(), Update::accumulate);
+    S scale = adapter.scale(rank);
+    if constexpr (Memory::host)
+      if (adapter.gated()) {  // else all coefficients are the scale
+        scale = S{1};
+        for (Index i = 0; i < rank; ++i)
+          for (Index o = 0; o < out; ++o) through(i, o) *= coefficients[static_cast<std::size_t>(i)];
+      }
+    backend.fill(sums.view(), S{});
+    backend.column_products(b, MatrixView<const S>(through.view()), sums.view());
+    detail::magnitude::row_norms(backend, squares_.view(), sums.view(), S{2} * scale, norms->view());
   }
 
-  std::vector<S> squares_;  // |W_o|^2
+  Matrix<S, Memory> squares_;  // |W_o|^2, [1, out]
   mutable std::mutex mutex_;
-  mutable std::map<Index, Norms> kept_;
+  mutable RowNormsAt<S, Memory> kept_;
 };
 
 /// target [tokens, out] = source * m / n of each row's rank; rows of rank 0 as they are.
@@ -132,8 +187,20 @@ void scale_outputs(In<T> source, const RankPlan& plan, const MagnitudeContext<T,
     const auto from = source.middle_rows(first, count);
     const auto to = target.middle_rows(first, count);
     if (rank == 0) return backend.copy(from, to);
-    const auto factors = context.factors(rank, adapter);
-    backend.scale_columns(from, std::span(factors), to);
+    const auto factors = context.factors(rank, adapter, 0, backend);
+    detail::magnitude::scale_columns_by(backend, from, factors.view(), to);
+  });
+}
+
+/// target [tokens, out] = source * (m / n - 1) of each row's rank; rows of rank 0 are zero.
+template <class T, class Memory, class Adapter, class Backend>
+void scale_by_excess(In<T> source, const RankPlan& plan, const MagnitudeContext<T, Memory>& context, const Adapter& adapter,
+                     MatrixView<T> target, const Backend& backend) {
+  plan.for_each_run(source.rows, [&](Index first, Index count, Index rank) {
+    const auto to = target.middle_rows(first, count);
+    if (rank == 0) return backend.fill(to, T{});
+    const auto factors = context.factors(rank, adapter, 1, backend);
+    detail::magnitude::scale_columns_by(backend, source.middle_rows(first, count), factors.view(), to);
   });
 }
 
@@ -144,11 +211,10 @@ void magnitude_gradient(MatrixView<const T> dy, const RankPlan& plan, const Magn
   using S = Accumulator<T>;
   plan.for_each_run(dy.rows, [&](Index first, Index count, Index rank) {
     if (rank == 0) return;
-    Matrix<S> sums(1, dy.cols);
+    auto sums = temporary<S>(backend, 1, dy.cols);
+    backend.fill(sums.view(), S{});
     backend.column_products(dy.middle_rows(first, count), context.product.view().middle_rows(first, count), sums.view());
-    const std::vector<S>& norms = *context.norms.at(rank);
-    for (Index o = 0; o < dy.cols; ++o)
-      if (const S n = norms[static_cast<std::size_t>(o)]; n != 0) adapter.magnitude().gradient(0, o) += sums(0, o) / n;
+    detail::magnitude::add_over_norms(backend, sums.view(), context.norms.at(rank)->view(), adapter.magnitude().gradient.view());
     adapter.magnitude().touch(0, 1);
   });
 }

@@ -4,6 +4,7 @@
 #include <qdylora/cuda/cross_entropy.cuh>
 #include <qdylora/cuda/few_tokens.cuh>
 #include <qdylora/cuda/layer_norm.cuh>
+#include <qdylora/cuda/magnitude.cuh>
 #include <qdylora/cuda/quantize.cuh>
 #include <qdylora/cuda/tiles.cuh>
 #include <qdylora/cuda/transformer.cuh>
@@ -24,11 +25,13 @@ QDYLORA_KERNEL(ForEach<device::ColumnSums<float, float, qd::bfloat16>>);
 QDYLORA_KERNEL(ForEach<device::DequantizeElement<qd::FP8E4M3, qd::Float32Scales, float>>);
 QDYLORA_KERNEL(ForEach<device::Dropout<qd::bfloat16>>);
 QDYLORA_KERNEL(ForEach<device::Gelu<float>>);
+QDYLORA_KERNEL(ForEach<device::MagnitudeFactors<float>>);
 QDYLORA_KERNEL(ForEach<device::Rope<qd::bfloat16>>);
 QDYLORA_KERNEL(LayerNorm<qd::bfloat16>);
 QDYLORA_KERNEL(QuantizeBlocks<qd::NF4, qd::half>);
 QDYLORA_KERNEL(RmsNorm<qd::bfloat16>);
 QDYLORA_KERNEL(RowDots<qd::bfloat16, float, float, 8>);
+QDYLORA_KERNEL(RowSquares<qd::QuantizedView<qd::NF4, qd::DoubleQuant<>>, float>);
 QDYLORA_KERNEL(SmallBatch<qd::NF4, qd::DoubleQuant<>, qd::half, qd::half, 2>);
 QDYLORA_KERNEL(SumSquares<float>);
 QDYLORA_KERNEL(WriteList<float>);
