@@ -333,6 +333,33 @@ TEST_CASE("what binary codes cannot be made of is refused by name") {
   CHECK(test::code_of([&] { decode(t, small.view()); }) == Errc::shape_mismatch);
 }
 
+TEST_CASE("a weight that comes a few rows at a time has the code of the whole") {
+  const auto w = test::normal_matrix<float>(11, 21, 5, 0.3);
+  const qd::BinaryCodeOptions options{.planes = 3, .group_size = 8};
+  const auto whole = qd::binary_quantize(w.view(), options);
+  qd::BinaryQuantizer quantizer(11, 21, options);
+  Index first = 0;
+  for (const Index rows : {Index{4}, Index{0}, Index{1}, Index{6}}) {
+    quantizer.append(w.view().middle_rows(first, rows));
+    first += rows;
+  }
+  CHECK(test::code_of([&] { quantizer.append(w.view().top_rows(1)); }) == Errc::shape_mismatch);
+  const auto parts = std::move(quantizer).finish();
+  CHECK(parts.shape() == whole.shape());
+  CHECK(std::equal(parts.bits().span().begin(), parts.bits().span().end(), whole.bits().span().begin(), whole.bits().span().end()));
+  CHECK(test::same_bits(parts.scales(), whole.scales()));
+
+  qd::BinaryQuantizer unfinished(11, 21, options);
+  CHECK(test::code_of([&] { unfinished.append(test::normal_matrix<float>(2, 20, 1).view()); }) == Errc::shape_mismatch);
+  unfinished.append(w.view().top_rows(10));
+  qd::Matrix<float> bad(1, 21);
+  bad(0, 3) = std::numeric_limits<float>::quiet_NaN();
+  const auto error = test::error_of([&] { unfinished.append(bad.view()); });
+  REQUIRE(error);
+  CHECK(std::string(error->what()).find("[10, 3]") != std::string::npos);
+  CHECK(test::code_of([&] { std::move(unfinished).finish(); }) == Errc::state_order);
+}
+
 TEST_CASE("empty weights have empty codes") {
   for (const auto& [rows, cols] : {std::pair<Index, Index>{0, 5}, {5, 0}, {0, 0}}) {
     const qd::Matrix<float> w(rows, cols);

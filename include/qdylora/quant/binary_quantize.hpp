@@ -171,36 +171,71 @@ class GroupCoder {
 
 }  // namespace detail
 
-/// Codes `weight` [out, in], any Scalar, rounded to float32 first. Errors: those of expect_valid; bad_argument for negative iterations;
-/// non_finite, naming the first weight that is NaN or infinite in float32.
-template <class T, class ParallelFor = SerialFor>
-BinaryCodedTensor binary_quantize(MatrixView<T> weight, BinaryCodeOptions options = {}, ParallelFor&& parallel_for = {}) {
-  const BinaryCodeShape shape{weight.rows, weight.cols, options.planes, options.group_size};
-  expect_valid(shape);
-  QDYLORA_EXPECTS(options.iterations >= 0, bad_argument, "binary_quantize: " + std::to_string(options.iterations) + " iterations");
-  for (Index i = 0; i < weight.rows; ++i)
-    for (Index j = 0; j < weight.cols; ++j)
-      if (!std::isfinite(static_cast<float>(weight(i, j)))) detail::raise_non_finite(i, j);
+/// Codes a weight [rows, cols] whose rows come a few at a time, so that it need not exist in full precision.
+class BinaryQuantizer {
+ public:
+  /// Errors: those of expect_valid; bad_argument for negative iterations.
+  BinaryQuantizer(Index rows, Index cols, BinaryCodeOptions options) : shape_{rows, cols, options.planes, options.group_size} {
+    expect_valid(shape_);
+    QDYLORA_EXPECTS(options.iterations >= 0, bad_argument, "binary_quantize: " + std::to_string(options.iterations) + " iterations");
+    iterations_ = options.iterations;
+    bits_ = Buffer<std::uint8_t>(shape_.planes * rows * shape_.row_bytes());
+    std::fill_n(bits_.data(), bits_.size(), std::uint8_t{0});
+    scales_ = Matrix<float>(shape_.planes * rows, shape_.groups());
+  }
 
-  Buffer<std::uint8_t> bits(shape.planes * shape.rows * shape.row_bytes());
-  std::fill_n(bits.data(), bits.size(), std::uint8_t{0});
-  Matrix<float> scales(shape.planes * shape.rows, shape.groups());
-  parallel_for(shape.rows, [&](Index i) {
-    std::vector<float> row(static_cast<std::size_t>(shape.cols));
-    std::transform(weight.row(i), weight.row(i) + weight.cols, row.begin(), [](const auto& w) { return static_cast<float>(w); });
-    detail::GroupCoder coder(shape.planes);
-    for (Index g = 0; g < shape.groups(); ++g) {
-      const Index first = g * shape.columns_of_group(), count = std::min(shape.columns_of_group(), shape.cols - first);
-      const detail::GroupCode& code = coder.encode({row.data() + first, static_cast<std::size_t>(count)}, options.iterations);
-      for (Index k = 0; k < shape.planes; ++k) {
-        scales(k * shape.rows + i, g) = code.scales[static_cast<std::size_t>(k)];
-        std::uint8_t* out = bits.data() + (k * shape.rows + i) * shape.row_bytes() + first / 8;
+  /// The next rows, any Scalar, rounded to float32 first. Errors: shape_mismatch (other columns, or more rows than were said); non_finite,
+  /// naming the first weight that is NaN or infinite in float32.
+  template <class T, class ParallelFor = SerialFor>
+  void append(MatrixView<T> weight, ParallelFor&& parallel_for = {}) {
+    QDYLORA_EXPECTS(weight.cols == shape_.cols && weight.rows <= shape_.rows - done_, shape_mismatch,
+                    "binary_quantize: expected at most " + detail::shape_text(shape_.rows - done_, shape_.cols) + ", found " +
+                        detail::shape_text(weight.rows, weight.cols));
+    for (Index i = 0; i < weight.rows; ++i)
+      for (Index j = 0; j < weight.cols; ++j)
+        if (!std::isfinite(static_cast<float>(weight(i, j)))) detail::raise_non_finite(done_ + i, j);
+    parallel_for(weight.rows, [&](Index i) {
+      std::vector<float> row(static_cast<std::size_t>(shape_.cols));
+      std::transform(weight.row(i), weight.row(i) + weight.cols, row.begin(), [](const auto& w) { return static_cast<float>(w); });
+      encode_row(done_ + i, row);
+    });
+    done_ += weight.rows;
+  }
+
+  /// Errc::state_order before all rows have come.
+  BinaryCodedTensor finish() && {
+    QDYLORA_EXPECTS(done_ == shape_.rows, state_order,
+                    "binary_quantize: " + std::to_string(done_) + " of " + std::to_string(shape_.rows) + " rows have come");
+    return {shape_, std::move(bits_), std::move(scales_)};
+  }
+
+ private:
+  void encode_row(Index i, const std::vector<float>& row) {
+    detail::GroupCoder coder(shape_.planes);
+    for (Index g = 0; g < shape_.groups(); ++g) {
+      const Index first = g * shape_.columns_of_group(), count = std::min(shape_.columns_of_group(), shape_.cols - first);
+      const detail::GroupCode& code = coder.encode({row.data() + first, static_cast<std::size_t>(count)}, iterations_);
+      for (Index k = 0; k < shape_.planes; ++k) {
+        scales_(k * shape_.rows + i, g) = code.scales[static_cast<std::size_t>(k)];
+        std::uint8_t* out = bits_.data() + (k * shape_.rows + i) * shape_.row_bytes() + first / 8;
         for (Index j = 0; j < count; ++j)
           out[j / 8] = static_cast<std::uint8_t>(out[j / 8] | (code.codes[static_cast<std::size_t>(j)] >> k & 1) << (j % 8));
       }
     }
-  });
-  return {shape, std::move(bits), std::move(scales)};
+  }
+
+  BinaryCodeShape shape_;
+  Index iterations_ = 0, done_ = 0;
+  Buffer<std::uint8_t> bits_;
+  Matrix<float> scales_;
+};
+
+/// Codes `weight` [out, in]. Errors: those of BinaryQuantizer.
+template <class T, class ParallelFor = SerialFor>
+BinaryCodedTensor binary_quantize(MatrixView<T> weight, BinaryCodeOptions options = {}, ParallelFor&& parallel_for = {}) {
+  BinaryQuantizer quantizer(weight.rows, weight.cols, options);
+  quantizer.append(weight, parallel_for);
+  return std::move(quantizer).finish();
 }
 
 }  // namespace qdylora
