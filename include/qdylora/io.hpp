@@ -9,7 +9,9 @@
 #include <qdylora/io/npy.hpp>
 #include <qdylora/io/safetensors.hpp>
 
-// what is in them: 4-bit weights of bitsandbytes, binary codes, adapters of PEFT and llama.cpp, bottlenecks, the state of a training run
+// what is in them: 4-bit weights of bitsandbytes, binary codes, adapters of PEFT and llama.cpp, bottlenecks, trained scales, the state of a
+// training run
+#include <qdylora/io/alpha_adapter.hpp>
 #include <qdylora/io/binary_code.hpp>
 #include <qdylora/io/bitsandbytes.hpp>
 #include <qdylora/io/bottleneck.hpp>

@@ -88,10 +88,9 @@ std::shared_ptr<qdylora::DecoderWeights<Acc>> tiny_weights(
     if (!config.shared_norm) block->mlp_norm = tiny_norm<Acc>(config, 5 + seed);
     for (std::size_t p = 0; p < block->linear.size(); ++p) {
       const Matrix<float> dense = qdylora::clone(tiny_linear(config, layer, p).view());
-      block->linear[p] = qdylora::make_base_weight(
-          dense.rows(), dense.cols(), options,
-          [&](Index first, MatrixView<float> out) { qdylora::copy(dense.view().middle_rows(first, out.rows), out); },
-          qdylora::Cpu{});
+      const auto read = [&](Index first, MatrixView<float> out) { qdylora::copy(dense.view().middle_rows(first, out.rows), out); };
+      if (options.binary) block->codes[p] = qdylora::make_binary_weight(dense.rows(), dense.cols(), *options.binary, read, qdylora::Cpu{});
+      else block->linear[p] = qdylora::make_base_weight(dense.rows(), dense.cols(), options, read, qdylora::Cpu{});
       if (biases) block->bias[p] = qdylora::clone(normal_matrix<Acc>(1, dense.rows(), 50 + seed + p, 0.3).view());
     }
     weights->blocks.push_back(std::move(block));

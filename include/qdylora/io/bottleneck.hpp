@@ -40,11 +40,11 @@ inline bool is_bottleneck_adapter(const std::filesystem::path& folder) {
 }
 
 /// Saves the bottlenecks of a model as a folder, which is made if it is absent, crash-safe as save_peft_adapter; a PEFT adapter there goes.
-/// Of the options rank, base_model, ranks and recipe count. Errc::bad_argument (no adapters, or of several widths, scales or alphas; the
-/// method lora), unsupported (initial values), rank_range, duplicate, non_finite, open, and those of AtomicFile.
+/// Of the options rank, base_model, ranks and recipe count. Errc::bad_argument (no adapters, or of several widths, scales or alphas; a
+/// method without bottlenecks), unsupported (initial values), rank_range, duplicate, non_finite, open, and those of AtomicFile.
 inline void save_bottleneck_adapter(const std::filesystem::path& folder, AdapterMethod method, std::span<const NamedAdapter> adapters,
                                     const PeftOptions& options = {}) {
-  QDYLORA_EXPECTS(method != AdapterMethod::lora, bad_argument, "save_bottleneck_adapter: low-rank updates are save_peft_adapter's");
+  QDYLORA_EXPECTS(has_bottlenecks(method), bad_argument, "save_bottleneck_adapter: " + std::string(name(method)) + " has no bottlenecks");
   QDYLORA_EXPECTS(!adapters.empty(), bad_argument, "save_bottleneck_adapter: no adapters");
   QDYLORA_EXPECTS(options.init.standard(), unsupported, "save_bottleneck_adapter: initial values are for low-rank updates");
   QDYLORA_EXPECTS(adapters.front().adapter != nullptr, bad_argument, "save_bottleneck_adapter: no adapter");
@@ -74,10 +74,8 @@ inline void save_bottleneck_adapter(const std::filesystem::path& folder, Adapter
   if (!options.recipe.empty()) config["recipe"] = options.recipe;
   if (!options.base_model.empty()) config["base_model_name_or_path"] = options.base_model;
 
-  detail::replace_adapter(folder, detail::bottleneck_config_file, config, [&](const auto& remove) {
-    remove(detail::peft_config_file);
-    model.write(folder / detail::bottleneck_model_file);
-  });
+  detail::replace_adapter(folder, detail::bottleneck_config_file, config,
+                          [&](const auto&) { model.write(folder / detail::bottleneck_model_file); });
 }
 
 /// Reads such a folder, strictly. Errc::bad_config, version, unsupported (an activation or method that is not ours), missing_tensor,

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstring>
 #include <span>
+#include <string>
 #include <string_view>
 
 #include <qdylora/io/checked.hpp>
@@ -53,6 +54,13 @@ class Xxh64 {
     h = (h ^ (h >> 33)) * prime2;
     h = (h ^ (h >> 29)) * prime3;
     return h ^ (h >> 32);
+  }
+  /// The digest in 16 lower-case hexadecimal digits.
+  std::string hex() const {
+    constexpr char digits[] = "0123456789abcdef";
+    std::string text(16, '0');
+    for (std::uint64_t rest = digest(), i = 16; i > 0; rest >>= 4) text[--i] = digits[rest & 15];
+    return text;
   }
 
  private:

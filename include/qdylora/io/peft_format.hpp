@@ -110,6 +110,7 @@ inline constexpr std::string_view peft_config_file = "adapter_config.json";
 inline constexpr std::string_view peft_model_file = "adapter_model.safetensors";
 inline constexpr std::string_view peft_gates_file = "qdylora_gates.safetensors";
 inline constexpr std::string_view bottleneck_config_file = "bottleneck_config.json";  // no PEFT adapter: <qdylora/io/bottleneck.hpp>
+inline constexpr std::string_view alpha_config_file = "alpha_config.json";            // nor this: <qdylora/io/alpha_adapter.hpp>
 inline constexpr std::string_view peft_prefix = "base_model.model.";
 inline constexpr std::string_view peft_a = ".lora_A.weight";
 inline constexpr std::string_view peft_b = ".lora_B.weight";

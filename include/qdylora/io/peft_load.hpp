@@ -139,10 +139,11 @@ inline void load_peft_gates(const SafetensorsFile& file, PeftModule& module, std
 inline PeftAdapter load_peft_adapter(const std::filesystem::path& folder, const PeftLoadOptions& options = {}) {
   const std::filesystem::path config_path = folder / detail::peft_config_file;
   const ErrorPlace place{.file = config_path.native()};
-  if (!std::filesystem::exists(config_path) && std::filesystem::exists(folder / detail::bottleneck_config_file))
-    throw Error(Errc::unsupported,
-                "holds bottleneck adapters, which no change of a weight can do: PEFT has none, and they are not to be merged or re-ordered",
-                {.file = folder.native()});
+  for (const auto& [file, kind] : {std::pair(detail::bottleneck_config_file, "bottleneck adapters, which no change of a weight can do"),
+                                   std::pair(detail::alpha_config_file, "scales of planes of signs, which are no low-rank change")})
+    if (!std::filesystem::exists(config_path) && std::filesystem::exists(folder / file))
+      throw Error(Errc::unsupported, "holds " + std::string(kind) + ": PEFT has none, and they are not to be merged or re-ordered",
+                  {.file = folder.native()});
   const Json json = read_json(config_path, options.limits);
   detail::expect_plain_lora(json, place);
   PeftAdapter adapter;

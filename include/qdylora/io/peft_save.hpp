@@ -70,6 +70,8 @@ void replace_adapter(const std::filesystem::path& folder, std::string_view confi
   const std::string text = config.dump(2) + "\n";
   const std::filesystem::path path = folder / config_file;
   if (std::filesystem::exists(path, error) && read_text(path) != text) remove(config_file);
+  for (const auto other : {peft_config_file, bottleneck_config_file, alpha_config_file})  // the folder's former adapter is not this one
+    if (other != config_file) remove(other);
   write(remove);
   replace_file(path, text);
 }
@@ -231,7 +233,6 @@ inline void save_peft_adapter(const std::filesystem::path& folder, std::span<con
     if (gated) gates.write(folder / detail::peft_gates_file);
     model.write(folder / detail::peft_model_file);
     if (!gated) remove(detail::peft_gates_file);
-    remove(detail::bottleneck_config_file);  // the folder's former adapter is not this one
   });
 }
 inline void save_peft_adapter(const std::filesystem::path& folder, std::initializer_list<NamedAdapter> adapters,

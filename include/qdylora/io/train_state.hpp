@@ -118,13 +118,10 @@ inline constexpr std::string_view train_state_format = "qdylora.train_state";
 inline constexpr std::string_view train_state_checksum = "xxh64.";
 
 inline std::string section_checksum(DType dtype, std::span<const Index> shape, MatrixView<const std::byte> data) {
-  constexpr char digits[] = "0123456789abcdef";
   Xxh64 hash;
   hash.update(name(dtype)).update(" ").update(shape_text(shape));
   for (Index i = 0; i < data.rows; ++i) hash.update({data.row(i), static_cast<std::size_t>(data.cols)});
-  std::string text(16, '0');
-  for (std::uint64_t rest = hash.digest(), i = 16; i > 0; rest >>= 4) text[--i] = digits[rest & 15];
-  return text;
+  return hash.hex();
 }
 
 template <class T>

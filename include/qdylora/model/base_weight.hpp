@@ -4,11 +4,13 @@
 #include <charconv>
 #include <cmath>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 
 #include <qdylora/nn/low_rank.hpp>
 #include <qdylora/nn/weight.hpp>
+#include <qdylora/quant/binary_quantize.hpp>
 #include <qdylora/quant/quantize.hpp>
 
 namespace qdylora {
@@ -41,6 +43,7 @@ struct BaseOptions {
   bool double_quant = true;  // nf4 and fp4; int4 and fp8 always have it
   Index block_size = 64;
   AdapterInit init = {};  // what the adapters begin with, of which the base may be made anew; see initial_weight.hpp
+  std::optional<BinaryCodeOptions> binary = {};  // planes of signs in place of a format, for AdapterMethod::alpha
 };
 
 /// Throws Errc::non_finite naming the first element that is NaN or infinite; `first_row` is the number of the first row.
@@ -85,6 +88,8 @@ inline void expect_within_layers(const std::string& file, std::string_view tenso
 
 namespace detail {
 
+constexpr Index rows_of_chunk(Index cols) noexcept { return std::max<Index>(1, (Index{1} << 20) / std::max<Index>(cols, 1)); }
+
 /// A backend's own way of encoding blocks, or the plain one. (nvcc takes no such question within a generic lambda.)
 template <CodeFormat Format, class Backend>
 auto block_encoder(const Backend& backend) {
@@ -92,26 +97,47 @@ auto block_encoder(const Backend& backend) {
   else return BlockEncoder<Format>{};
 }
 
+/// append(chunk, parallel_for) for the rows of a weight [rows, cols], which read_rows(first_row, MatrixView<float>) fills in order, at most
+/// 4 MiB at a time.
+template <class ReadRows, class Backend, class Append>
+void for_each_chunk(Index rows, Index cols, ReadRows&& read_rows, const Backend& backend, Append&& append) {
+  const Index step = rows_of_chunk(cols);
+  const auto parallel_for = [&](Index count, auto&& f) { backend.parallel_for(count, f); };
+  Matrix<float> chunk;
+  for (Index first = 0; first < rows; first += step) {
+    chunk.resize(std::min(step, rows - first), cols);
+    read_rows(first, chunk.view());
+    append(MatrixView<const float>(chunk.view()), parallel_for);
+  }
+}
+
 }  // namespace detail
 
+/// Planes of signs of a weight [rows, cols] from read_rows, which is called as by make_base_weight. Errors of the reader and of
+/// BinaryQuantizer pass through.
+template <class ReadRows, class Backend>
+std::shared_ptr<const BinaryCodedTensor> make_binary_weight(Index rows, Index cols, BinaryCodeOptions options, ReadRows&& read_rows,
+                                                            const Backend& backend) {
+  BinaryQuantizer quantizer(rows, cols, options);
+  detail::for_each_chunk(rows, cols, read_rows, backend,
+                         [&](MatrixView<const float> chunk, const auto& parallel_for) { quantizer.append(chunk, parallel_for); });
+  return std::make_shared<const BinaryCodedTensor>(std::move(quantizer).finish());
+}
+
 /// A weight [rows, cols] from read_rows(first_row, MatrixView<float>), which is called in order with at most 4 MiB at a time: the weight
-/// never exists in full precision unless the format is float32. Errors of the reader and of Quantizer pass through.
+/// never exists in full precision unless the format is float32. Errors of the reader and of Quantizer pass through; bad_argument where the
+/// options say planes of signs, which make_binary_weight makes.
 template <class ReadRows, class Backend>
 std::shared_ptr<const WeightFor<AnyFormat>> make_base_weight(Index rows, Index cols, BaseOptions options, ReadRows&& read_rows,
                                                              const Backend& backend) {
   using Any = WeightFor<AnyFormat>;
-  const Index step = std::max<Index>(1, (Index{1} << 20) / std::max<Index>(cols, 1));
+  QDYLORA_EXPECTS(!options.binary, bad_argument, "make_base_weight: planes of signs are no format of a low-rank adapter's base");
   const auto quantized = [&]<class Format, class Scales>(Format, Scales) {
     Quantizer<Format, Scales> quantizer(rows, cols, {.block_size = options.block_size});
-    const auto parallel_for = [&](Index count, auto&& f) { backend.parallel_for(count, f); };
     const auto encode = detail::block_encoder<Format>(backend);
-    Matrix<float> chunk;
-    for (Index first = 0; first < rows; first += step) {
-      chunk.resize(std::min(step, rows - first), cols);
-      read_rows(first, chunk.view());
-      quantizer.append(MatrixView<const float>(chunk.view()), parallel_for, encode);
-    }
-    return std::make_shared<const Any>(std::move(quantizer).finish(parallel_for));
+    detail::for_each_chunk(rows, cols, read_rows, backend,
+                           [&](MatrixView<const float> chunk, const auto& parallel_for) { quantizer.append(chunk, parallel_for, encode); });
+    return std::make_shared<const Any>(std::move(quantizer).finish([&](Index count, auto&& f) { backend.parallel_for(count, f); }));
   };
   const bool nested = options.double_quant;
   switch (options.format) {
@@ -122,6 +148,7 @@ std::shared_ptr<const WeightFor<AnyFormat>> make_base_weight(Index rows, Index c
     case BaseFormat::float32: break;
   }
   Matrix<float> dense(rows, cols);
+  const Index step = detail::rows_of_chunk(cols);
   for (Index first = 0; first < rows; first += step) {
     const auto chunk = dense.view().middle_rows(first, std::min(step, rows - first));
     read_rows(first, chunk);

@@ -12,6 +12,7 @@
 
 #include <qdylora/model/config.hpp>
 #include <qdylora/model/norm.hpp>
+#include <qdylora/nn/alpha_linear.hpp>
 #include <qdylora/nn/bottleneck_adapter.hpp>
 #include <qdylora/nn/dynamic_lora_linear.hpp>
 #include <qdylora/nn/low_rank.hpp>
@@ -22,11 +23,21 @@ namespace qdylora {
 template <class Acc, MemoryResource Memory = HostMemory>
 struct BlockWeights {
   std::vector<std::shared_ptr<const WeightFor<AnyFormat, Memory>>> linear;  // [out, in]
+  std::vector<std::shared_ptr<const BinaryCodedTensor>> codes;              // [out, in] too, in their place for AdapterMethod::alpha
   std::vector<Matrix<Acc, Memory>> bias;                                    // [1, out], or empty
   std::vector<LowRank<Acc, Memory>> initial;                                // what adapters begin with, or empty
   NormWeights<Acc, Memory> attention_norm, mlp_norm;                        // mlp_norm is empty where the norm is shared
 
-  explicit BlockWeights(const DecoderConfig& config) : linear(config.linears().size()), bias(linear.size()), initial(linear.size()) {}
+  explicit BlockWeights(const DecoderConfig& config)
+      : linear(config.linears().size()), codes(linear.size()), bias(linear.size()), initial(linear.size()) {}
+
+  /// Bytes of the linear weights.
+  std::size_t linear_bytes() const noexcept {
+    std::size_t sum = 0;
+    for (const auto& w : linear) sum += w ? w->bytes() : 0;
+    for (const auto& c : codes) sum += c ? c->bytes() : 0;
+    return sum;
+  }
 };
 
 /// The tokens of a pass: whole sequences, or, where there are caches, one token of each.
@@ -50,6 +61,7 @@ struct BlockContext {
   Matrix<Acc, Memory> attention_norm, mlp_norm, lse;   // statistics, a few numbers a token
   Matrix<T, Memory> q, k, v, attended, mid, gate, up;  // mid and gate are Llama's alone
   std::vector<typename Linear::Context> linear;
+  std::vector<AlphaContext<T>> alpha;          // in its place by AdapterMethod::alpha
   std::array<Matrix<T, Memory>, 2> projected;  // by Houlsby, of each sublayer what its bottleneck reads; else empty
   std::vector<typename Bottleneck::Context> bottleneck;
 
@@ -75,6 +87,21 @@ struct BlockWorkspace {
   }
 };
 
+namespace detail {
+
+struct NoAlphaLinear {};  // on a device
+template <class T, class Backend>
+struct AlphaLinearOf {
+  using type = NoAlphaLinear;
+};
+template <class T, class Backend>
+requires AlphaBackend<Backend, T>
+struct AlphaLinearOf<T, Backend> {
+  using type = AlphaLinear<T, Backend>;
+};
+
+}  // namespace detail
+
 /// The two halves of a block, in the order of Houlsby's bottlenecks.
 enum class Sublayer : int { attention, mlp };
 
@@ -90,14 +117,16 @@ class BlockSteps {
   using Context = BlockContext<T, Backend>;
   using Workspace = BlockWorkspace<T, Backend>;
 
-  /// Throws Errc::unsupported for bottlenecks on weights that come with what low-rank adapters are to begin with.
+  /// Throws Errc::unsupported for another method than lora on weights that come with what low-rank adapters are to begin with, and for
+  /// alpha on a backend that is no AlphaBackend; shape_mismatch where a weight has another shape, or is not there.
   BlockSteps(const DecoderConfig& config, std::shared_ptr<const BlockWeights<Acc, Memory>> weights, Index index, const LoRAOptions& lora,
-             Backend backend, AdapterMethod method = AdapterMethod::lora)
+             Backend backend, AdapterMethod method = AdapterMethod::lora, const AlphaOptions& alpha = {})
       : config_(config), weights_(std::move(weights)), backend_(backend), method_(method) {
     const auto shapes = config.linears();
     const std::string prefix = config.block_name(index);
     QDYLORA_EXPECTS(
-        weights_->linear.size() == shapes.size() && weights_->bias.size() == shapes.size() && weights_->initial.size() == shapes.size(),
+        weights_->linear.size() == shapes.size() && weights_->codes.size() == shapes.size() && weights_->bias.size() == shapes.size() &&
+            weights_->initial.size() == shapes.size(),
         shape_mismatch,
         prefix + ": expected " + std::to_string(shapes.size()) + " linear weights, found " + std::to_string(weights_->linear.size()));
     linear_.reserve(shapes.size());
@@ -105,12 +134,20 @@ class BlockSteps {
       auto options = lora;
       options.name = prefix + std::string(shapes[i].name);
       options.layer = static_cast<std::uint32_t>(static_cast<std::size_t>(index) * shapes.size() + i);
-      const auto& base = weights_->linear[i];
-      QDYLORA_EXPECTS(base && base->rows() == shapes[i].out && base->cols() == shapes[i].in, shape_mismatch,
-                      options.name + ".weight: expected " + detail::shape_text(shapes[i].out, shapes[i].in) + ", found " +
-                          (base ? detail::shape_text(base->rows(), base->cols()) : "nothing"));
-      QDYLORA_EXPECTS(!linears_frozen() || weights_->initial[i].rank() == 0, unsupported,
+      const auto expect = [&](const auto& weight, const char* kind) {
+        QDYLORA_EXPECTS(weight && weight->rows() == shapes[i].out && weight->cols() == shapes[i].in, shape_mismatch,
+                        options.name + ".weight: expected " + kind + detail::shape_text(shapes[i].out, shapes[i].in) + ", found " +
+                            (weight ? detail::shape_text(weight->rows(), weight->cols()) : "nothing"));
+      };
+      QDYLORA_EXPECTS(method == AdapterMethod::lora || weights_->initial[i].rank() == 0, unsupported,
                       options.name + ": initial values of low-rank adapters are none of the method " + std::string(name(method)));
+      if (method == AdapterMethod::alpha) {
+        expect(weights_->codes[i], "planes of signs ");
+        add_alpha(i, options.name, alpha);
+        continue;
+      }
+      const auto& base = weights_->linear[i];
+      expect(base, "");
       if (linears_frozen()) linear_.push_back(Linear::frozen(base, options.name, backend));
       else linear_.emplace_back(base, std::move(options), backend);
       if (weights_->bias[i].size() > 0) linear_.back().set_bias(weights_->bias[i].view());
@@ -123,7 +160,16 @@ class BlockSteps {
 
   std::vector<Linear>& linears() noexcept { return linear_; }
   const std::vector<Linear>& linears() const noexcept { return linear_; }
-  /// f(layer) for each layer that trains, in the order of DecoderConfig::adapted: a Linear or a Bottleneck.
+  /// f(layer) for each AlphaLinear, in the order of DecoderConfig::linears; by another method there is none.
+  template <class F>
+  void for_each_alpha(F&& f) {
+    if constexpr (AlphaBackend<Backend, T>) std::for_each(alpha_.begin(), alpha_.end(), f);
+  }
+  template <class F>
+  void for_each_alpha(F&& f) const {
+    if constexpr (AlphaBackend<Backend, T>) std::for_each(alpha_.begin(), alpha_.end(), f);
+  }
+  /// f(layer) for each layer with an adapter that trains, in the order of DecoderConfig::adapted: a Linear or a Bottleneck.
   template <class F>
   void for_each_trained(F&& f) {
     if (!linears_frozen()) std::for_each(linear_.begin(), linear_.end(), f);
@@ -145,23 +191,34 @@ class BlockSteps {
   template <class P>
   void apply(P p, MatrixView<const T> x, MatrixView<T> y, Context& context) const {
     const auto i = static_cast<std::size_t>(p);
+    if constexpr (AlphaBackend<Backend, T>)
+      if (method_ == AdapterMethod::alpha) {
+        context.alpha.resize(alpha_.size());
+        return alpha_[i].forward(x, y, context.alpha[i]);
+      }
     context.linear.resize(linear_.size());
     linear_[i].forward(x, y, context.linear[i]);
   }
   template <class P>
   void apply(P p, MatrixView<const T> x, Matrix<T, Memory>& y, Context& context) const {
-    y.resize(x.rows, linear_[static_cast<std::size_t>(p)].out());
+    const auto i = static_cast<std::size_t>(p);
+    y.resize(x.rows, method_ == AdapterMethod::alpha ? weights_->codes[i]->rows() : linear_[i].out());
     apply(p, x, y.view(), context);
   }
   // The input of a layer may have been made anew since its forward pass, in other memory. An empty dx is not computed.
   template <class P>
   void back(P p, MatrixView<const T> dy, MatrixView<const T> input, MatrixView<T> dx, Context& context) {
     const auto i = static_cast<std::size_t>(p);
+    if constexpr (AlphaBackend<Backend, T>)
+      if (method_ == AdapterMethod::alpha) {
+        context.alpha[i].x = input;
+        return alpha_[i].backward(dy, dx, context.alpha[i]);
+      }
     context.linear[i].x = input;
     linear_[i].backward(dy, dx, context.linear[i]);
   }
 
-  bool linears_frozen() const noexcept { return method_ != AdapterMethod::lora; }
+  bool linears_frozen() const noexcept { return has_bottlenecks(method_); }
 
   // y = what a sublayer adds to the residual stream: p(x), by Houlsby through the sublayer's bottleneck.
   template <class P>
@@ -236,6 +293,17 @@ class BlockSteps {
   Backend backend_;
 
  private:
+  // The layer on codes [i].
+  void add_alpha(std::size_t i, const std::string& name, AlphaOptions options) {
+    if constexpr (AlphaBackend<Backend, T>) {
+      options.name = name;
+      alpha_.emplace_back(weights_->codes[i], std::move(options), backend_);
+      if (weights_->bias[i].size() > 0) alpha_.back().set_bias(weights_->bias[i].view());
+    } else {
+      throw Error(Errc::unsupported, name + ": planes of signs need a backend that computes in the host's memory");
+    }
+  }
+
   void add_bottlenecks(const std::string& prefix, Index index, const LoRAOptions& lora) {
     const auto adapted = config_.adapted(method_);
     const auto placement =
@@ -268,6 +336,7 @@ class BlockSteps {
   AdapterMethod method_;
   std::vector<Linear> linear_;
   std::vector<Bottleneck> bottleneck_;
+  std::vector<typename detail::AlphaLinearOf<T, Backend>::type> alpha_;
 };
 
 }  // namespace qdylora

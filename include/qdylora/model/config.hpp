@@ -53,7 +53,8 @@ struct DecoderConfig {
   /// What a block's adapters sit on, in the order of all lists of them: its linear layers, or bottlenecks of the residual stream.
   std::vector<LinearShape> adapted(AdapterMethod method) const {
     switch (method) {
-      case AdapterMethod::lora: break;
+      case AdapterMethod::lora:
+      case AdapterMethod::alpha: break;
       case AdapterMethod::houlsby: return {{"attention_adapter", width, width}, {"mlp_adapter", width, width}};
       case AdapterMethod::parallel: return {{"mlp_adapter", width, width}};
     }

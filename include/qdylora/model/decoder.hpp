@@ -1,5 +1,5 @@
 // Decoder: a decoder-only transformer of DynamicLoRALinear layers. The base is frozen and shared; what trains are the adapters: those of the
-// linear layers, or bottlenecks in the blocks.
+// linear layers, or bottlenecks in the blocks; or the layers are AlphaLinear, whose scales train.
 #pragma once
 
 #include <algorithm>
@@ -15,6 +15,7 @@
 #include <qdylora/model/config.hpp>
 #include <qdylora/model/decoder_weights.hpp>
 #include <qdylora/model/falcon_block.hpp>
+#include <qdylora/model/kv_cache.hpp>
 #include <qdylora/model/llama_block.hpp>
 #include <qdylora/nn/rope.hpp>
 
@@ -25,20 +26,8 @@ inline constexpr Index head_chunk = 96;  // rows of logits in memory at a time, 
 struct DecoderOptions {
   LoRAOptions lora = {};    // of every adapter; names and layer numbers are filled in
   bool checkpoint = false;  // keep only each block's input and run blocks again in the backward pass: a third more work, far less memory
-  AdapterMethod method = AdapterMethod::lora;
-};
-
-/// Keys and values of one sequence, all layers; room for `capacity` tokens.
-template <class T, MemoryResource Memory = HostMemory>
-struct KVCache {
-  KVCache(const DecoderConfig& config, Index capacity) {
-    for (Index i = 0; i < config.layers; ++i) {
-      keys.emplace_back(capacity, config.kv_width());
-      values.emplace_back(capacity, config.kv_width());
-    }
-  }
-  std::vector<Matrix<T, Memory>> keys, values;
-  Index length = 0;
+  AdapterMethod method = AdapterMethod::lora;  // by alpha, max_rank is 1, whatever lora says
+  AlphaOptions alpha = {};                     // of every layer by that method; names are filled in
 };
 
 namespace detail {
@@ -76,6 +65,7 @@ class Decoder {
     if (!c.tied_head) expect_shape("head", weights_->head, c.vocab, c.width);
     QDYLORA_EXPECTS(static_cast<Index>(weights_->blocks.size()) == c.layers, bad_config,
                     "expected " + std::to_string(c.layers) + " blocks, found " + std::to_string(weights_->blocks.size()));
+    if (options_.method == AdapterMethod::alpha) options_.lora.max_rank = 1;
     blocks_.reserve(weights_->blocks.size());
     for (Index i = 0; i < c.layers; ++i) {
       const auto& block = weights_->blocks[static_cast<std::size_t>(i)];
@@ -92,7 +82,7 @@ class Decoder {
   const std::shared_ptr<const Weights>& weights() const noexcept { return weights_; }
   const Backend& backend() const noexcept { return backend_; }
 
-  /// f(layer) for every linear layer, block by block in the order of DecoderConfig::linears.
+  /// f(layer) for every linear layer, block by block in the order of DecoderConfig::linears; by AdapterMethod::alpha for none.
   template <class F>
   void for_each_linear(F&& f) {
     for (auto& block : blocks_)
@@ -113,17 +103,33 @@ class Decoder {
   void for_each_trained(F&& f) const {
     for (const auto& block : blocks_) std::visit([&](const auto& b) { b.for_each_trained(f); }, block);
   }
+  /// f(layer) for every AlphaLinear, block by block in the order of DecoderConfig::linears; by another method for none.
+  template <class F>
+  void for_each_alpha(F&& f) {
+    for (auto& block : blocks_) std::visit([&](auto& b) { b.for_each_alpha(f); }, block);
+  }
+  template <class F>
+  void for_each_alpha(F&& f) const {
+    for (const auto& block : blocks_) std::visit([&](const auto& b) { b.for_each_alpha(f); }, block);
+  }
   Parameters<Acc, Memory> parameters() const {
     Parameters<Acc, Memory> all;
-    for_each_trained([&](const auto& layer) {
+    const auto append = [&](const auto& layer) {
       for (auto& p : layer.parameters()) all.push_back(std::move(p));
-    });
+    };
+    for_each_trained(append);
+    for_each_alpha(append);
     return all;
   }
 
-  /// The rank of each sequence of the coming batches, or one for all.
+  /// The rank of each sequence of the coming batches, or one for all; by AdapterMethod::alpha one for all, 0 or 1. Errc::rank_range,
+  /// unsupported.
   void set_ranks(const RankPlan& plan) {
     for_each_trained([&](const auto& layer) { layer.adapter().check_rank(plan.max_rank()); });
+    if (options_.method == AdapterMethod::alpha) {
+      QDYLORA_EXPECTS(plan.is_uniform(), unsupported, "alpha: scales are of the layers, not of a text; set one rank for all");
+      QDYLORA_EXPECTS(plan.max_rank() <= 1, rank_range, "alpha: rank " + std::to_string(plan.max_rank()) + " is not in 0 ... 1");
+    }
     plan_ = plan;
   }
   /// Whether dropout acts (not until told so), the step its masks belong to, and the tokens of that step in earlier micro-batches.
@@ -239,7 +245,7 @@ class Decoder {
 
   template <class Kind>
   void add_block(const std::shared_ptr<const BlockWeights<Acc, Memory>>& weights, Index index) {
-    blocks_.emplace_back(std::in_place_type<Kind>, config(), weights, index, options_.lora, backend_, options_.method);
+    blocks_.emplace_back(std::in_place_type<Kind>, config(), weights, index, options_.lora, backend_, options_.method, options_.alpha);
   }
 
   // Of the batch that was prepared last.
@@ -270,6 +276,7 @@ class Decoder {
     }
     const auto tokens = plan_.expand(batch.offsets);
     for_each_trained([&](auto& layer) { layer.set_ranks(tokens); });
+    for_each_alpha([&](auto& layer) { layer.set_tuned(plan_.max_rank() > 0); });
   }
 
   // All blocks over whole sequences; returns the last residual stream. With keep, everything for a backward pass stays.

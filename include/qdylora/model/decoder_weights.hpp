@@ -21,8 +21,7 @@ struct DecoderWeights {
   /// Bytes of the blocks' linear weights.
   std::size_t linear_bytes() const noexcept {
     std::size_t sum = 0;
-    for (const auto& block : blocks)
-      for (const auto& w : block->linear) sum += w->bytes();
+    for (const auto& block : blocks) sum += block->linear_bytes();
     return sum;
   }
   std::size_t table_bytes() const noexcept { return embedding.bytes() + head.bytes(); }

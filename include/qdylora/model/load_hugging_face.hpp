@@ -6,7 +6,6 @@
 #include <map>
 #include <memory>
 #include <string>
-#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -79,7 +78,8 @@ inline HuggingFaceNames hugging_face_names(const DecoderConfig& config) {
 
 }  // namespace detail
 
-/// Reads a model. Linear weights in float are stored as `options` says while they are read; those already in 4 bits stay as they are.
+/// Reads a model. Linear weights in float are stored as `options` says while they are read; those already in 4 bits stay as they are,
+/// unless they are to be planes of signs.
 /// Errors: those of hugging_face_config and of the files, missing_tensor, unexpected_tensor (a layer beyond the count), shape_mismatch,
 /// non_finite weights.
 template <class Backend = Cpu>
@@ -108,7 +108,7 @@ std::shared_ptr<DecoderWeights<float>> load_hugging_face(const std::filesystem::
     }
     return checked_weight(std::move(matrix), rows, cols, file.name(), tensor);
   };
-  const auto linear = [&](const std::string& tensor, Index rows, Index cols) {
+  const auto linear = [&](BlockWeights<float>& block, std::size_t p, const std::string& tensor, Index rows, Index cols) {
     const auto& file = files.file_of(tensor);
     if (is_bnb_4bit(file, tensor)) {
       if (!options.init.standard())
@@ -116,14 +116,25 @@ std::shared_ptr<DecoderWeights<float>> load_hugging_face(const std::filesystem::
                     {.file = file.name(), .tensor = tensor});
       auto weight = std::make_shared<const WeightFor<AnyFormat>>(load_bnb_4bit(file, tensor));
       if (weight->rows() != rows || weight->cols() != cols) throw mismatch(file, tensor, rows, cols, weight->rows(), weight->cols());
-      return std::pair(std::move(weight), LowRank<float>{});
+      if (options.binary) {
+        Matrix<float> decoded(rows, cols);
+        decode(*weight, decoded.view(), backend);
+        at_tensor(file.name(), tensor, [&] {
+          read_linear(
+              block, p, rows, cols, options,
+              [&](Index first, MatrixView<float> out) { copy(decoded.view().middle_rows(first, out.rows), out); }, backend);
+        });
+      } else {
+        block.linear[p] = std::move(weight);
+      }
+      return;
     }
     const auto& shape = file.info(tensor).shape;
     if (shape.size() != 2 || shape[0] != rows || shape[1] != cols)
       throw mismatch(file, tensor, rows, cols, shape.empty() ? 0 : shape[0], shape.size() < 2 ? 1 : shape[1]);
-    return at_tensor(file.name(), tensor, [&] {
-      return make_initial_weight(
-          rows, cols, options, [&](Index first, MatrixView<float> out) { file.read_rows(tensor, first, out); }, backend);
+    at_tensor(file.name(), tensor, [&] {
+      read_linear(
+          block, p, rows, cols, options, [&](Index first, MatrixView<float> out) { file.read_rows(tensor, first, out); }, backend);
     });
   };
   const auto norm = [&](const std::string& module) -> NormWeights<float> {
@@ -143,7 +154,7 @@ std::shared_ptr<DecoderWeights<float>> load_hugging_face(const std::filesystem::
     if (!config.shared_norm) block->mlp_norm = norm(prefix + names.mlp_norm);
     for (std::size_t p = 0; p < shapes.size(); ++p) {
       const std::string name = prefix + std::string(shapes[p].name);
-      std::tie(block->linear[p], block->initial[p]) = linear(name + ".weight", shapes[p].out, shapes[p].in);
+      linear(*block, p, name + ".weight", shapes[p].out, shapes[p].in);
       if (p < model.biased_linears || files.contains(name + ".bias")) block->bias[p] = dense(name + ".bias", 1, shapes[p].out);
     }
     weights->blocks.push_back(std::move(block));

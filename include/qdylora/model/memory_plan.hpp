@@ -21,7 +21,7 @@ struct ModelShape {
   Index vocab = 0, width = 0, layers = 0;
   Index tables = 1;                  // [vocab, width]: the embedding, and a head of its own
   std::vector<LinearShape> linears;  // of a block
-  std::vector<LinearShape> adapted;  // what a block's adapters sit on: the linears, or bottlenecks
+  std::vector<LinearShape> adapted;  // what a block's adapters sit on: the linears, or bottlenecks; by AdapterMethod::alpha there are none
   Index norms = 0, biases = 0;       // numbers in a block's norms and biases
   Index final_norms = 0;             // and after the last block
   Index statistics = 1;              // numbers that a norm keeps of a token
@@ -61,7 +61,7 @@ inline ModelShape model_shape(const DecoderConfig& c, AdapterMethod method = Ada
   s.layers = c.layers;
   s.tables = c.tied_head ? 1 : 2;
   s.linears = c.linears();
-  s.adapted = c.adapted(method);
+  if (method != AdapterMethod::alpha) s.adapted = c.adapted(method);
   s.kv_width = kv;
   s.head_dim = c.heads.head_dim;
   const bool falcon = c.architecture == Architecture::falcon;
@@ -80,7 +80,7 @@ inline ModelShape model_shape(const DecoderConfig& c, AdapterMethod method = Ada
     s.backward_temporaries += c.width;                    // part
   }
   if (method == AdapterMethod::houlsby) s.kept += 2 * c.width;  // projected
-  if (method != AdapterMethod::lora) s.forward_products = 2;    // gelu(z); h
+  if (has_bottlenecks(method)) s.forward_products = 2;          // gelu(z); h
   return s;
 }
 
@@ -90,6 +90,7 @@ struct MemoryOptions {
   std::vector<BaseFormat> more_formats = {};  // that the linear weights are kept in as well, where the base is drawn (drawn_base.hpp)
   bool coded_tables = false;  // embedding and head in 8 bits, as GGUF's Q8_0 leaves them
 
+  Index trained_planes = 0;  // by AdapterMethod::alpha, of the planes of base.binary; else 0
   Index max_rank = 8;
   Index dora_ranks = 0;  // with DoRA, the ranks that it is used at, each of which has norms of its own; 0: plain LoRA
   bool dropout = false;
@@ -207,9 +208,14 @@ struct CodedBytes {
   std::size_t codes = 0, scales = 0, nested = 0;
 };
 
-/// Of a weight of `count` elements (quant/quantized_tensor.hpp).
-constexpr CodedBytes coded_bytes(Index count, const BaseOptions& base) {
+/// Of a weight [rows, cols] (quant/quantized_tensor.hpp, quant/binary_code.hpp).
+constexpr CodedBytes coded_bytes(Index rows, Index cols, const BaseOptions& base) {
   const auto bytes = [](Index n) { return static_cast<std::size_t>(n); };
+  const Index count = rows * cols;
+  if (base.binary) {
+    const BinaryCodeShape shape{rows, cols, base.binary->planes, base.binary->group_size};
+    return {bytes(shape.planes * rows * shape.row_bytes()), bytes(4 * shape.planes * rows * shape.groups()), 0};
+  }
   if (base.format == BaseFormat::float32) return {bytes(4 * count), 0, 0};
   const Index blocks = (count + base.block_size - 1) / base.block_size;
   const Index codes = base.format == BaseFormat::fp8 ? code_bytes<FP8E4M3>(count) : code_bytes<NF4>(count);
@@ -226,7 +232,7 @@ template <Scalar T>
 MemoryPlan memory_plan(const ModelShape& s, const MemoryOptions& o) {
   constexpr auto t = static_cast<Index>(sizeof(T)), acc = static_cast<Index>(sizeof(Accumulator<T>));
   const auto bytes = [](Index n) { return static_cast<std::size_t>(n); };
-  const Index adapters = static_cast<Index>(s.adapted.size()), rank = o.max_rank;
+  const Index adapters = static_cast<Index>(s.adapted.size()), rank = adapters > 0 ? o.max_rank : 0;
   MemoryPlan plan;
   plan.device = o.device;
   plan.paged_moments = o.paged_moments;
@@ -237,22 +243,36 @@ MemoryPlan memory_plan(const ModelShape& s, const MemoryOptions& o) {
   std::size_t largest = 0;  // moments of a parameter
   for (const auto& [name, out, in] : s.linears) {
     for (const BaseOptions& base : bases) {
-      const auto weight = detail::coded_bytes(out * in, base);
+      const auto weight = detail::coded_bytes(out, in, base);
       plan.base_codes += bytes(s.layers) * weight.codes;
       plan.block_scales += bytes(s.layers) * weight.scales;
       plan.nested_scales += bytes(s.layers) * weight.nested;
     }
   }
+  const auto add_moments = [&](Index rows, Index cols) {  // of a parameter
+    if (!o.training) return;
+    const bool coded = o.moments_in_8_bits && !o.one_moment && rows * cols >= BlockwiseMoments<HostMemory>::least_elements;
+    const auto moments = bytes(rows * (o.one_moment ? 1 : 2) * (coded ? cols + 4 * Moments8View::blocks(cols) : acc * cols));
+    plan.moments += bytes(s.layers) * moments;
+    largest = std::max(largest, moments);
+  };
   for (const auto& [name, out, in] : s.adapted) {
     widest_in = std::max(widest_in, in);
     widest_out = std::max(widest_out, out);
     in_sum += in;
-    if (!o.training) continue;
-    for (const auto& [rows, cols] : {std::pair(rank, in), std::pair(rank, out), std::pair(Index{dora}, out)}) {  // A, B, m
-      const bool coded = o.moments_in_8_bits && !o.one_moment && rows * cols >= BlockwiseMoments<HostMemory>::least_elements;
-      const auto moments = bytes(rows * (o.one_moment ? 1 : 2) * (coded ? cols + 4 * Moments8View::blocks(cols) : acc * cols));
-      plan.moments += bytes(s.layers) * moments;
-      largest = std::max(largest, moments);
+    for (const auto& [rows, cols] : {std::pair(rank, in), std::pair(rank, out), std::pair(Index{dora}, out)})
+      add_moments(rows, cols);  // A, B, m
+  }
+  Index scales = 0, decoded = 0;  // of AlphaLinear: a block's trained scales; the most numbers that a pass has of a layer and gives back
+  if (o.trained_planes > 0) {
+    QDYLORA_EXPECTS(o.base.binary, bad_argument, "memory_plan: trained planes of no planes of signs");
+    for (const auto& [name, out, in] : s.linears) {
+      const Index groups = BinaryCodeShape{out, in, o.base.binary->planes, o.base.binary->group_size}.groups();
+      const Index rows = std::min(alpha_panel_size, out);
+      add_moments(o.trained_planes * out, groups);
+      scales += o.trained_planes * out * groups;
+      decoded = std::max(decoded, rows * in);
+      if (o.training) decoded = std::max({decoded, out * std::min(alpha_panel_size, in), rows * (in + o.tokens)});  // dx; D and its dy
     }
   }
   if (o.moments_in_file) plan.file = std::exchange(plan.moments, largest);
@@ -260,7 +280,7 @@ MemoryPlan memory_plan(const ModelShape& s, const MemoryOptions& o) {
   plan.tables = bytes(s.tables * (o.coded_tables ? table + table / 32 * 4 : table * acc));
   plan.norms = bytes((s.layers * (s.norms + 2 * s.biases) + s.final_norms) * acc);  // layers have copies of their biases
   if (!o.base.init.standard()) plan.initial = bytes(s.adapter_numbers(o.base.init.rank) * acc);
-  plan.adapters = plan.gradients = bytes((s.adapter_numbers(rank) + (dora ? s.layers * s.outputs() : 0)) * acc);
+  plan.adapters = plan.gradients = bytes((s.adapter_numbers(rank) + s.layers * scales + (dora ? s.layers * s.outputs() : 0)) * acc);
 
   // Decoder's buffers keep the size of the largest batch. Passes without gradients take two streams and one context.
   const Index tokens = o.training ? o.tokens : 0, most = std::max(tokens, o.forward_tokens);
@@ -284,6 +304,7 @@ MemoryPlan memory_plan(const ModelShape& s, const MemoryOptions& o) {
     passing = std::max({passing, tokens * (2 * rank * acc + (o.dropout ? widest_in * t : 0) + (dora ? widest_out * t : 0)),
                         o.scored * s.width * t});
   }
+  passing = std::max(passing, decoded * acc);
   plan.workspace += bytes(passing);
   plan.logits = bytes(std::min(scored, head_chunk) * (s.vocab + 17) * acc + scored * (2 * s.width * t + s.statistics * acc));
   if (o.second_moments && o.training) plan.reordering += bytes(s.layers * adapters * 2 * rank * rank * acc);

@@ -19,6 +19,7 @@ namespace detail {
 inline std::shared_ptr<BlockWeights<float>> with_own_norms(const BlockWeights<float>& block, const DecoderConfig& config) {
   auto own = std::make_shared<BlockWeights<float>>(config);
   own->linear = block.linear;
+  own->codes = block.codes;
   for (std::size_t i = 0; i < block.linear.size(); ++i) {
     own->bias[i] = clone(block.bias[i].view());
     own->initial[i] = {clone(block.initial[i].a.view()), clone(block.initial[i].b.view())};

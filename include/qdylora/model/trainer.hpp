@@ -5,6 +5,7 @@
 #include <array>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <span>
 #include <string>
 #include <utility>
@@ -126,7 +127,9 @@ class Trainer {
       first += batch.counts();
     }
     model_.set_training(false);
-    workers_.sum_gradients(parameters(optimizer_, gate_optimizer_), plan.max_rank(), {&sum, 1}, model_.backend());
+    const bool rows_are_ranks = model_.options().method != AdapterMethod::alpha;
+    const Index rows = rows_are_ranks ? plan.max_rank() : std::numeric_limits<Index>::max();
+    workers_.sum_gradients(parameters(optimizer_, gate_optimizer_), rows, {&sum, 1}, model_.backend());
     const auto result = optimizer_.step();
     if (!result.skipped && nesting_) gate_optimizer_.step();
     report.loss = sum / static_cast<double>(all.scored);

@@ -31,7 +31,8 @@ There uploaded_weight(const Weight<Storages...>& weight, const Backend& backend)
 
 }  // namespace detail
 
-/// The weights in the memory of a device, as Decoder<T, Backend> takes them. Those of the host may be let go at once.
+/// The weights in the memory of a device, as Decoder<T, Backend> takes them. Those of the host may be let go at once. Errc::unsupported
+/// for planes of signs.
 template <class Acc, class Backend>
   requires(!Backend::Memory::host)
 std::shared_ptr<const DecoderWeights<Acc, typename Backend::Memory>> upload(const DecoderWeights<Acc>& weights, const Backend& backend) {
@@ -46,6 +47,7 @@ std::shared_ptr<const DecoderWeights<Acc, typename Backend::Memory>> upload(cons
   for (const auto& block : weights.blocks) {
     auto copy = std::make_shared<BlockWeights<Acc, Memory>>(weights.config);
     for (std::size_t i = 0; i < block->linear.size(); ++i) {
+      QDYLORA_EXPECTS(block->linear[i], unsupported, "upload: planes of signs stay in the host's memory");
       copy->linear[i] = std::make_shared<const Base>(detail::uploaded_weight<Base>(*block->linear[i], backend));
       copy->bias[i] = detail::uploaded(block->bias[i], backend);
       copy->initial[i] = {detail::uploaded(block->initial[i].a, backend), detail::uploaded(block->initial[i].b, backend)};

@@ -4,7 +4,9 @@
 //   houlsby    a bottleneck after attention's output projection and one after the perceptron, each before its residual sum (Houlsby et al.
 //              2019, arXiv 1902.00751)
 //   parallel   a bottleneck beside the perceptron, on its normed input (the Parallel Adapter: He et al. 2022, arXiv 2110.04366)
-// Of the last two the linear layers stay frozen, and what is cut is the bottlenecks' width: nn/bottleneck_adapter.hpp.
+//   alpha      scales of the linear layers, whose weights are planes of signs (AlphaTuning: Kwon et al. 2022): AlphaLinear
+// By houlsby and parallel the linear layers stay frozen, and what is cut is the bottlenecks' width: nn/bottleneck_adapter.hpp. Of alpha
+// nothing is cut: its ranks are 0, the base, and 1, the trained scales.
 #pragma once
 
 #include <string>
@@ -14,13 +16,14 @@
 
 namespace qdylora {
 
-enum class AdapterMethod { lora, houlsby, parallel };
+enum class AdapterMethod { lora, houlsby, parallel, alpha };
 
 constexpr std::string_view name(AdapterMethod method) noexcept {
   switch (method) {
     case AdapterMethod::lora: return "lora";
     case AdapterMethod::houlsby: return "houlsby";
     case AdapterMethod::parallel: return "parallel";
+    case AdapterMethod::alpha: return "alpha";
   }
   return "unknown";
 }
@@ -28,11 +31,16 @@ constexpr std::string_view name(AdapterMethod method) noexcept {
 /// The method of a name; Errc::bad_argument lists them if there is none such.
 inline AdapterMethod adapter_method(std::string_view text) {
   std::string known;
-  for (const auto method : {AdapterMethod::lora, AdapterMethod::houlsby, AdapterMethod::parallel}) {
+  for (const auto method : {AdapterMethod::lora, AdapterMethod::houlsby, AdapterMethod::parallel, AdapterMethod::alpha}) {
     if (text == name(method)) return method;
     known += (known.empty() ? "" : ", ") + std::string(name(method));
   }
   throw Error(Errc::bad_argument, "no adapter method '" + printable(text) + "'; there are " + known);
+}
+
+/// Whether a method has bottlenecks, beside which the linear layers are frozen.
+constexpr bool has_bottlenecks(AdapterMethod method) noexcept {
+  return method == AdapterMethod::houlsby || method == AdapterMethod::parallel;
 }
 
 }  // namespace qdylora

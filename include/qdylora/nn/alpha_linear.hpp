@@ -7,6 +7,7 @@
 //
 // Neither W nor D exists as a whole: both are made and used 512 rows (in dx: columns) at a time. Codes lie in the host's memory.
 // Planes have an order (quant/binary_code.hpp): set_planes(q) computes with the first q, and a backward pass then trains those alone.
+// set_tuned(false) computes with the codes' own scales: the base, of which nothing trains.
 #pragma once
 
 #include <algorithm>
@@ -25,22 +26,30 @@ struct AlphaOptions {
   std::string name = "layer";
 };
 
-template <Scalar T, class Backend = Cpu>
-  requires BackendFor<Backend, T> && HasHostLoop<Backend>
-class AlphaLinear {
-  static_assert(Backend::Memory::host, "binary codes are decoded in the host's memory");
+/// Rows or columns of W that exist at a time; a multiple of 8, where bytes of signs begin.
+inline constexpr Index alpha_panel_size = 512;
 
+/// Binary codes are decoded in the host's memory, by its threads.
+template <class B, class T>
+concept AlphaBackend = BackendFor<B, T> && HasHostLoop<B> && B::Memory::host;
+
+/// What the backward pass of one forward pass of an AlphaLinear needs. Borrows x, which must stay as it is until then.
+template <Scalar T>
+struct AlphaContext {
+  MatrixView<const T> x;
+  Index planes = 0, trained = 0;  // in use, and how many of them have the layer's own scales
+  bool ready = false;
+};
+
+template <Scalar T, class Backend = Cpu>
+requires AlphaBackend<Backend, T>
+class AlphaLinear {
  public:
   using Acc = Accumulator<T>;
   using Memory = typename Backend::Memory;
   using Param = Parameter<Acc, Memory>;
 
-  /// What the backward pass of one forward pass needs. Borrows x, which must stay as it is until then.
-  struct Context {
-    MatrixView<const T> x;
-    Index planes = 0;
-    bool ready = false;
-  };
+  using Context = AlphaContext<T>;
 
   /// Codes `weight` [out, in].
   template <class S>
@@ -86,19 +95,23 @@ class AlphaLinear {
     planes_ = planes;
   }
   Index planes() const noexcept { return planes_; }
+  /// Whether the next forward passes use the trained scales (at first they do), or those of the codes.
+  void set_tuned(bool tuned) noexcept { tuned_ = tuned; }
+  bool tuned() const noexcept { return tuned_; }
 
   void forward(In<T> x, MatrixView<T> y, Context& context) const {
     context.ready = false;
     expect_shape((options_.name + ": x").c_str(), x, x.rows, in());
     expect_shape((options_.name + ": y").c_str(), y, x.rows, out());
+    context = {x, planes_, tuned_ ? std::min(planes_, options_.trained_planes) : 0};
     Matrix<Acc, Memory> panel;
     for_each_panel(out(), [&](Index first, Index count) {
       panel.resize(count, in());
-      decode_part(first, 0, planes_, panel.view());
+      decode_part(first, 0, context.planes, context.trained, panel.view());
       backend_.matmul(x, as_const(panel), y.middle_cols(first, count), Update::overwrite);
     });
     if (bias_.size() > 0) backend_.add_row(bias_.view(), y);
-    context = {x, planes_, true};
+    context.ready = true;
   }
 
   /// An empty dx is not computed. Throws Errc::state_order unless `context` comes from a forward pass.
@@ -111,7 +124,7 @@ class AlphaLinear {
       Matrix<Acc, Memory> panel;
       for_each_panel(in(), [&](Index first, Index count) {
         panel.resize(out(), count);
-        decode_part(0, first, context.planes, panel.view());
+        decode_part(0, first, context.planes, context.trained, panel.view());
         backend_.matmul_transposed(dy, as_const(panel), dx.middle_cols(first, count), Update::overwrite);
       });
     }
@@ -138,13 +151,11 @@ class AlphaLinear {
   Matrix<Acc, Memory> weight(Index planes) const {
     expect_planes("planes", planes);
     Matrix<Acc, Memory> result(out(), in());
-    decode_part(0, 0, planes, result.view());
+    decode_part(0, 0, planes, std::min(planes, options_.trained_planes), result.view());
     return result;
   }
 
  private:
-  static constexpr Index panel_size = 512;  // a multiple of 8, where bytes of signs begin
-
   template <class S>
   static std::shared_ptr<const BinaryCodedTensor> make_codes(MatrixView<S> weight, BinaryCodeOptions options, const Backend& backend) {
     const auto parallel_for = [&backend](Index count, const auto& f) { backend.parallel_for(count, f); };
@@ -161,12 +172,12 @@ class AlphaLinear {
   // f(first, count)
   template <class F>
   static void for_each_panel(Index size, F&& f) {
-    for (Index first = 0; first < size; first += panel_size) f(first, std::min(panel_size, size - first));
+    for (Index first = 0; first < size; first += alpha_panel_size) f(first, std::min(alpha_panel_size, size - first));
   }
 
-  // panel = the part of W at (first row, first column)
-  void decode_part(Index first_row, Index first_col, Index planes, MatrixView<Acc> panel) const {
-    const Index trained = std::min(planes, options_.trained_planes), end_col = first_col + panel.cols;
+  // panel = the part of W at (first row, first column), its first `trained` planes with the trained scales
+  void decode_part(Index first_row, Index first_col, Index planes, Index trained, MatrixView<Acc> panel) const {
+    const Index end_col = first_col + panel.cols;
     backend_.parallel_for(panel.rows, [&](Index i) {
       const Index row = first_row + i;
       std::fill_n(panel.row(i), panel.cols, Acc{});
@@ -179,7 +190,8 @@ class AlphaLinear {
   const Acc* alpha_row(Index plane, Index row) const { return std::as_const(alpha_->value).view().row(plane * out() + row); }
 
   void add_gradient(MatrixView<const T> dy, const Context& context) {
-    const Index planes = std::min(context.planes, options_.trained_planes);
+    const Index planes = context.trained;
+    if (planes == 0) return;
     Matrix<Acc, Memory> part, d;
     for_each_panel(out(), [&](Index first, Index count) {
       part.resize(dy.rows, count);
@@ -205,6 +217,7 @@ class AlphaLinear {
   std::shared_ptr<Param> alpha_;
   Matrix<Acc, Memory> bias_;
   Index planes_ = 0;
+  bool tuned_ = true;
   Context own_;
   Matrix<T, Memory> y_, dx_;
 };
