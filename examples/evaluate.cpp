@@ -4,7 +4,6 @@
 //   evaluate --model FILE.gguf|DIR [--adapter DIR] [--rank b] --data FILE
 //   evaluate --model FILE.gguf|DIR [--adapter DIR] [--ranks 0,1,4] --choices FILE --shots 5        or     --data FILE --bleu
 //   evaluate --model FILE.gguf|DIR [--adapter DIR] [--rank b] --ids 1,2,3 --logits OUT.safetensors|OUT.npy
-#include <optional>
 #include <string>
 #include <vector>
 
@@ -32,7 +31,10 @@ void declare(CLI::App& app, EvaluateOptions& o) {
       ->check(not_empty());
   app.add_option("--base-format", o.base, "base weights: nf4, fp4, int4, fp8 or float32; those already in 4 bits stay as they are")
       ->capture_default_str();
-  app.add_option("--adapter", o.adapter, "an adapter folder: PEFT's, or the bottlenecks of finetune --method")->check(not_empty());
+  app.add_option("--adapter", o.adapter,
+                 "an adapter folder: PEFT's, or the bottlenecks or scales of finetune --method; of scales rank 1 are the trained ones, "
+                 "rank 0 those they began as")
+      ->check(not_empty());
   auto* rank = app.add_option("--rank", o.rank, "use this many rows of the adapter; default: all, 0: none, but its whole modules")
                    ->check(in_range<Index>(0, most_rank));
   app.add_option("--ranks", o.ranks, "measure at each of these; default with --choices or --bleu: 0 and all that the adapter is made for")
@@ -63,18 +65,18 @@ void declare(CLI::App& app, EvaluateOptions& o) {
   add_chat_template(app, o.chat);
 }
 
-int evaluate(const EvaluateOptions& o) {
+int evaluate(const EvaluateOptions& o, bool base_given) {
   QDYLORA_EXPECTS(!o.data.empty() || !o.choices.empty() || !o.ids.empty(), bad_argument,
                   "give --data, --choices, or --ids with --logits; see --help");
   if (!o.ids.empty()) static_cast<void>(parse_numbers<std::int32_t>("--ids", o.ids));
   for (const auto& in : {o.model, o.tokenizer, o.adapter}) expect_no_overwrite(in, o.logits);
   const CpuDevice cpu(o.threads);
-  std::optional<PeftAdapter> adapter;
-  if (!o.adapter.empty()) {
-    adapter = is_bottleneck_adapter(o.adapter) ? load_bottleneck_adapter(o.adapter)
-                                               : load_peft_adapter(o.adapter, {.changed_base = true, .saved_modules = true});
-  }
-  const BaseOptions base = adapter ? base_of(*adapter, o.adapter, o.base) : BaseOptions{.format = base_format(o.base)};
+  const OpenAdapter adapter = o.adapter.empty() ? OpenAdapter{} : open_adapter(o.adapter);
+  QDYLORA_EXPECTS(!adapter.alpha || (!base_given && o.device == "cpu"), unsupported,
+                  "--adapter: scales of planes of signs have a base of their own, on the CPU; leave out --base-format and --device");
+  BaseOptions base{.format = base_format(o.base)};
+  if (adapter.peft) base = base_of(*adapter.peft, o.adapter, o.base);
+  if (adapter.alpha) base.binary = adapter.alpha->code;
   auto model = open_model(o.model, o.tokenizer, base, cpu.backend());
   if (o.ids.empty()) choose_chat_template(model, o.chat);
   if (o.device == "cuda") return evaluate_on_cuda(o, adapter, model);
@@ -87,5 +89,5 @@ int main(int argc, char** argv) {
   CLI::App app{"Loss, task scores and logits of a model, with an adapter at any rank.", "evaluate"};
   EvaluateOptions options;
   declare(app, options);
-  return run_program(app, argc, argv, [&] { return evaluate(options); });
+  return run_program(app, argc, argv, [&] { return evaluate(options, app.count("--base-format") > 0); });
 }

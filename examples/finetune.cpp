@@ -3,8 +3,8 @@
 //   finetune --model FILE.gguf|DIR [--data FILE] [options]      or      finetune --toy
 //
 // The linear weights are quantized to double-quantized NF4 while they are read and stay frozen; LoRA adapters of the largest rank train on
-// all of them, as --recipe says, or bottlenecks beside them (--method). Loss counts on the response only. Results: report.json, report.csv,
-// ranks.svg and a PEFT adapter in --out.
+// all of them, as --recipe says, or bottlenecks beside them, or the weights become planes of signs, whose scales train (--method). Loss
+// counts on the response only. Results: report.json, report.csv, ranks.svg and a PEFT adapter in --out.
 // Ctrl-C saves the state and stops; --resume goes on, to the same bytes as an uninterrupted run.
 #include <algorithm>
 #include <cstdio>
@@ -43,10 +43,16 @@ void declare(CLI::App& app, FinetuneOptions& o) {
   data->check(not_empty());
   app.add_option("--eval", o.eval, "held-out data of the same kinds; default: the last of --data")->check(not_empty())->needs(data);
   app.add_option("--ranks", o.ranks, "ranks the adapter is to work at")->capture_default_str();
-  app.add_option("--method", o.method,
-                 "what trains: lora, low-rank updates of the linear layers; houlsby, a bottleneck after attention and one after the "
-                 "perceptron; parallel, one beside the perceptron; ranks are widths of bottlenecks then, and auto is per-row")
+  app.add_option(
+         "--method", o.method,
+         "what trains: lora, low-rank updates of the linear layers; houlsby, a bottleneck after attention and one after the "
+         "perceptron; parallel, one beside the perceptron; ranks are widths of bottlenecks then, and auto is per-row; alpha, scales "
+         "of linear layers whose weights are planes of signs (AlphaTuning), which have no ranks")
       ->capture_default_str();
+  add_number(app, "--planes", o.planes, "of signs, by --method alpha: about as many bits a weight", 1, 8);
+  add_number(app, "--group-size", o.group_size, "weights of a row that share a scale in each plane, a multiple of 8; 0: whole rows", 0,
+             1 << 20);
+  add_number(app, "--trained-planes", o.trained_planes, "the first planes, whose scales train; 1 as published", 1, 8);
   app.add_option("--recipe", o.recipe_name, "auto, order-then-nest, qdylora, qdylora-frozen, per-row, qlora or qlora-svd")
       ->capture_default_str();
   auto* dora = app.add_flag("--dora", o.dora, "train each output's magnitude apart from its direction (DoRA)");
@@ -155,19 +161,37 @@ FinetuneData load_data(const FinetuneOptions& o, const OpenModel& model, Index h
   return data;
 }
 
-int finetune(const FinetuneOptions& o) {
+// Throws Errc::bad_argument for an option that the method does not know, `given` among those that its user wrote.
+void expect_own_options(const FinetuneOptions& o, AdapterMethod method, const std::vector<std::string>& given) {
+  const bool scales = method == AdapterMethod::alpha;
+  const std::vector<std::string> of_scales = {"--planes", "--group-size", "--trained-planes"};
+  const std::vector<std::string> of_others = {"--ranks", "--recipe", "--alpha", "--dropout", "--lora-plus", "--base-format"};
+  for (const std::string& option : scales ? of_others : of_scales)
+    QDYLORA_EXPECTS(std::find(given.begin(), given.end(), option) == given.end(), bad_argument,
+                    option + ": is not for --method " + o.method +
+                        (scales ? ", which trains scales of planes of signs and has no ranks" : ", whose weights are no planes of signs"));
+  if (!scales) return;
+  QDYLORA_EXPECTS(o.trained_planes <= o.planes, bad_argument,
+                  "--trained-planes: " + std::to_string(o.trained_planes) + " is above --planes " + std::to_string(o.planes));
+  QDYLORA_EXPECTS(o.group_size % 8 == 0, bad_argument,
+                  "--group-size: expected a multiple of 8, or 0 for whole rows, found " + std::to_string(o.group_size));
+  QDYLORA_EXPECTS(o.device == "cpu", unsupported, "--method alpha: planes of signs are the CPU's, not for --device " + o.device);
+}
+
+int finetune(const FinetuneOptions& o, const std::vector<std::string>& given) {
   QDYLORA_EXPECTS(o.toy != !o.model.empty(), bad_argument, "give either --model or --toy");
   if (!o.resume) expect_no_unfinished_run(std::filesystem::path(o.out) / "state.safetensors");
   const AdapterMethod method = adapter_method(o.method);
   QDYLORA_EXPECTS(method == AdapterMethod::lora || (!o.dora && !o.gates && o.init == "standard"), unsupported,
                   "--method " + o.method + ": --dora, --gates and --init are for low-rank updates");
+  expect_own_options(o, method, given);
   const Recipe chosen = recipe(o.recipe_name, method);
   QDYLORA_EXPECTS(!o.gates || chosen.order_at < 1.0, bad_argument,
                   "--gates: the recipe " + o.recipe_name + " has no second phase to train them in; auto and order-then-nest have");
   QDYLORA_EXPECTS(o.paged.empty() || o.device == "cpu", bad_argument, "--paged: moments on a GPU are not paged to disk");
-  const RankSet ranks = parse_ranks(o.ranks);
+  const RankSet ranks = ranks_of(o);
   const CpuDevice cpu(o.threads);
-  const BaseOptions base{.format = base_format(o.base), .init = adapter_init(o.init, ranks.max())};
+  const BaseOptions base{.format = base_format(o.base), .init = adapter_init(o.init, ranks.max()), .binary = binary_code(o)};
   QDYLORA_EXPECTS(base.init.standard() || chosen.scale == ScalePolicy::constant, bad_argument,
                   "--init " + o.init + ": needs a scale that is the same at every rank, and that of the recipe " + o.recipe_name + " is " +
                       std::string(name(chosen.scale)));
@@ -186,5 +210,10 @@ int main(int argc, char** argv) {
   CLI::App app{"Fine-tunes adapters that work at every rank, in one run.", "finetune"};
   FinetuneOptions options;
   declare(app, options);
-  return run_program(app, argc, argv, [&] { return finetune(options); });
+  return run_program(app, argc, argv, [&] {
+    std::vector<std::string> given;
+    for (const CLI::Option* option : app.get_options())
+      if (option->count() > 0) given.push_back(option->get_name());
+    return finetune(options, given);
+  });
 }

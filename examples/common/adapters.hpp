@@ -3,10 +3,12 @@
 
 #include <deque>
 #include <filesystem>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include <qdylora/io/alpha_adapter.hpp>
 #include <qdylora/io/bottleneck.hpp>
 #include <qdylora/io/peft.hpp>
 #include <qdylora/model/base_weight.hpp>
@@ -18,7 +20,7 @@ namespace qdylora::examples {
 /// in GGUF's rotary layout, which only Llamas come in.
 template <class Model, class F>
 void for_each_adapter(Model& model, F&& f) {
-  if (model.options().method != AdapterMethod::lora) return model.for_each_trained([&](auto& layer) { f(layer, Index{0}); });
+  if (has_bottlenecks(model.options().method)) return model.for_each_trained([&](auto& layer) { f(layer, Index{0}); });
   const auto& c = model.config();
   const auto linears = static_cast<Index>(c.linears().size());
   Index at = 0;
@@ -46,8 +48,36 @@ void save_adapters(const std::filesystem::path& folder, const Model& model, cons
       named.push_back({adapter.options().name, &copies.back(), heads, own_rank});
     }
   });
-  if (const auto method = model.options().method; method != AdapterMethod::lora) save_bottleneck_adapter(folder, method, named, options);
+  if (const auto method = model.options().method; has_bottlenecks(method)) save_bottleneck_adapter(folder, method, named, options);
   else save_peft_adapter(folder, named, options);
+}
+
+/// What --adapter names: PEFT's folder or bottlenecks, or the trained scales of planes of signs; or nothing.
+struct OpenAdapter {
+  std::optional<PeftAdapter> peft;
+  std::optional<AlphaAdapter> alpha;
+
+  Index max_rank() const noexcept { return peft ? peft->max_rank() : alpha ? 1 : 0; }
+  AdapterMethod method() const noexcept { return alpha ? AdapterMethod::alpha : peft ? peft->method : AdapterMethod::lora; }
+};
+
+/// Reads an adapter's folder; of scales their config. Errors: those of load_peft_adapter, load_bottleneck_adapter and read_alpha_config.
+inline OpenAdapter open_adapter(const std::filesystem::path& folder) {
+  if (is_alpha_adapter(folder)) return {.peft = {}, .alpha = read_alpha_config(folder)};
+  if (is_bottleneck_adapter(folder)) return {.peft = load_bottleneck_adapter(folder), .alpha = {}};
+  return {.peft = load_peft_adapter(folder, {.changed_base = true, .saved_modules = true}), .alpha = {}};
+}
+
+/// f(layers) with the layers of a model whose scales train, as save_alpha_adapter and load_alphas take them. Errc::unsupported on a device.
+template <class T, class Backend, class F>
+void with_alpha_layers(Decoder<T, Backend>& model, F&& f) {
+  if constexpr (AlphaBackend<Backend, T>) {
+    std::vector<AlphaLinear<T, Backend>*> layers;
+    model.for_each_alpha([&](auto& layer) { layers.push_back(&layer); });
+    f(layers);
+  } else {
+    throw Error(Errc::unsupported, "the method alpha computes in the host's memory");
+  }
 }
 
 /// The base that an adapter was trained on, of a model in a format: another one than the model quantized where PeftAdapter::init says so.

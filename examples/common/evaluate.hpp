@@ -65,8 +65,10 @@ inline EvaluationTasks read_tasks(const EvaluateOptions& o, const OpenModel& mod
 
 /// The ranks that are measured: those of --ranks; else --rank; else, where tasks are scored, 0 and those that the adapter was made for; else
 /// all of the adapter. Errors: rank_range.
-inline std::vector<Index> ranks_to_measure(const EvaluateOptions& o, const std::optional<PeftAdapter>& adapter) {
-  const Index most = adapter ? adapter->max_rank() : 0;
+inline std::vector<Index> ranks_to_measure(const EvaluateOptions& o, const OpenAdapter& open) {
+  const auto& adapter = open.peft;
+  const bool any = adapter || open.alpha;
+  const Index most = open.max_rank();
   std::vector<Index> ranks;
   if (!o.ranks.empty()) {
     ranks = parse_numbers<Index>("--ranks", o.ranks);
@@ -78,11 +80,11 @@ inline std::vector<Index> ranks_to_measure(const EvaluateOptions& o, const std::
       if (rank < most) ranks.push_back(rank);
     if (adapter && adapter->ranks.empty())  // no word of ours in the file
       for (Index rank = 1; rank < most; rank *= 2) ranks.push_back(rank);
-    if (adapter) ranks.push_back(most);
+    if (any) ranks.push_back(most);
   }
   for (const Index rank : ranks) {
     QDYLORA_EXPECTS(std::count(ranks.begin(), ranks.end(), rank) == 1, bad_argument, "--ranks: rank " + std::to_string(rank) + " twice");
-    QDYLORA_EXPECTS(adapter || rank == 0, rank_range, "rank " + std::to_string(rank) + " needs --adapter");
+    QDYLORA_EXPECTS(any || rank == 0, rank_range, "rank " + std::to_string(rank) + " needs --adapter");
     QDYLORA_EXPECTS(rank <= most, rank_range, "rank " + std::to_string(rank) + ": the adapter has ranks 0 ... " + std::to_string(most));
   }
   return ranks;
@@ -136,12 +138,12 @@ void write_logits(Decoder<T, Backend>& decoder, const std::vector<std::int32_t>&
 }
 
 template <Scalar T, class Device>
-int evaluate(const EvaluateOptions& o, const std::optional<PeftAdapter>& adapter, OpenModel& model, const Device& device) {
+int evaluate(const EvaluateOptions& o, const OpenAdapter& open, OpenModel& model, const Device& device) {
+  const auto& adapter = open.peft;
   const auto ids = o.ids.empty() ? std::vector<std::int32_t>{} : parse_numbers<std::int32_t>("--ids", o.ids);
-  const auto ranks = ranks_to_measure(o, adapter);
+  const auto ranks = ranks_to_measure(o, open);
   QDYLORA_EXPECTS(ids.empty() || ranks.size() == 1, bad_argument, "--logits are of one rank; give --rank, not --ranks");
-  const Index max_rank = adapter ? adapter->max_rank() : 1;
-  LoRAOptions lora{.max_rank = max_rank};
+  LoRAOptions lora{.max_rank = std::max<Index>(open.max_rank(), 1)};
   if (adapter) {
     lora.gated_ranks = adapter->modules.front().gated_ranks;
     lora.dora = adapter->config.use_dora;
@@ -151,9 +153,10 @@ int evaluate(const EvaluateOptions& o, const std::optional<PeftAdapter>& adapter
   auto read = std::exchange(model.read, nullptr)();
   if (adapter) at_tensor(o.adapter, "", [&] { replace_modules(*read, adapter->saved); });
   const auto weights = device.place(std::move(read));
-  const auto method = adapter ? adapter->method : AdapterMethod::lora;
-  Decoder<T, typename Device::Backend> decoder(weights, {.lora = lora, .method = method}, device.backend());
+  const AlphaOptions alpha{.trained_planes = open.alpha ? open.alpha->trained_planes : 1};
+  Decoder<T, typename Device::Backend> decoder(weights, {.lora = lora, .method = open.method(), .alpha = alpha}, device.backend());
   if (adapter) assign_adapter(*adapter, o.adapter, decoder);
+  if (open.alpha) with_alpha_layers(decoder, [&](const auto& layers) { load_alphas(o.adapter, layers); });
   decoder.set_ranks(RankPlan::uniform(ranks.front()));
   if (!ids.empty()) {
     write_logits(decoder, ids, o.logits);
@@ -168,8 +171,12 @@ int evaluate(const EvaluateOptions& o, const std::optional<PeftAdapter>& adapter
   if (tasks.choices) evaluate_choices(decoder, *tasks.choices, results);
   print_tasks(results, tasks);
   if (!o.out.empty()) {
-    Json settings{{"model", model.name}, {"adapter", printable_utf8(o.adapter)}, {"base", o.base}, {"dtype", o.dtype},
-                  {"device", o.device},  {"chat", model.chat ? model.chat->name : "none"}};
+    Json settings{{"model", model.name},
+                  {"adapter", printable_utf8(o.adapter)},
+                  {"base", open.alpha ? "binary" + std::to_string(open.alpha->code.planes) : o.base},
+                  {"dtype", o.dtype},
+                  {"device", o.device},
+                  {"chat", model.chat ? model.chat->name : "none"}};
     if (!o.data.empty()) settings.update(Json{{"data", printable_utf8(o.data)}, {"seq_len", o.seq_len}, {"max_new_tokens", o.new_tokens}});
     if (tasks.choices) {
       settings.update(Json{{"choices", printable_utf8(o.choices)}, {"shots", o.shots}, {"choice_score", o.choice_score}});

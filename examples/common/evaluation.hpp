@@ -99,6 +99,7 @@ void measure_costs(
       result.parameters += std::min(result.rank, linear.adapter().max_rank()) * (linear.in() + linear.out()) +
                            (linear.adapter().dora() && result.rank > 0 ? linear.out() : 0);
     });
+    if (result.rank > 0) model.for_each_alpha([&](const auto& layer) { result.parameters += layer.alpha().value.size(); });
     for (Index round = 0; round < rounds && !stop(); ++round) {
       const auto start = std::chrono::steady_clock::now();
       generate(model, std::span<const std::vector<std::int32_t>>(prompts), RankPlan::uniform(result.rank), {.max_tokens = tokens});
@@ -127,11 +128,16 @@ constexpr std::size_t answered_at_once(Index max_tokens, std::size_t ranks) noex
   return std::max<std::size_t>(1, sequences / std::max<std::size_t>(ranks, 1));
 }
 
-/// Writes an answer to every example at every rank, greedily, many ranks in one batch, and fills in answers, correct and texts.
+/// Writes an answer to every example at every rank, greedily, many ranks in one batch unless the model takes one alone, and fills in answers,
+/// correct and texts.
 template <class T, class Backend>
 void evaluate_answers(
     Decoder<T, Backend>& model, const Tokenizer& tokenizer, const ChatTemplate* chat, std::span<const Example> examples,
-    std::vector<RankResult>& results, Index max_tokens, const std::function<bool()>& stop = [] { return false; }) {
+    std::span<RankResult> results, Index max_tokens, const std::function<bool()>& stop = [] { return false; }) {
+  if (model.options().method == AdapterMethod::alpha && results.size() > 1) {
+    for (auto& result : results) evaluate_answers(model, tokenizer, chat, examples, std::span(&result, 1), max_tokens, stop);
+    return;
+  }
   const std::size_t examples_at_once = answered_at_once(max_tokens, results.size());
   for (std::size_t begin = 0; begin < examples.size(); begin += examples_at_once) {
     if (stop()) return;

@@ -20,7 +20,6 @@
 #include <span>
 #include <string>
 #include <string_view>
-#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -132,8 +131,8 @@ std::shared_ptr<DecoderWeights<float>> load_llama2c(const std::filesystem::path&
       const std::uint64_t begin = file.take(rows, cols);
       const std::string tensor = name(i, shapes[p].name);
       auto& block = *blocks[static_cast<std::size_t>(i)];
-      std::tie(block.linear[p], block.initial[p]) = make_initial_weight(
-          rows, cols, options,
+      read_linear(
+          block, p, rows, cols, options,
           [&](Index first, MatrixView<float> out) {
             file.read(begin + 4 * static_cast<std::uint64_t>(first) * static_cast<std::uint64_t>(cols), out, tensor);
           },

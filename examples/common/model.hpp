@@ -6,7 +6,6 @@
 #include <filesystem>
 #include <memory>
 #include <string>
-#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -117,8 +116,9 @@ inline std::shared_ptr<DecoderWeights<float>> toy_weights(const DecoderConfig& c
     block->mlp_norm = ones(c.width);
     for (std::size_t p = 0; p < shapes.size(); ++p) {
       const auto w = normal(shapes[p].out, shapes[p].in, 0.6f / std::sqrt(static_cast<float>(shapes[p].in)));
-      std::tie(block->linear[p], block->initial[p]) = make_initial_weight(
-          w.rows(), w.cols(), options, [&](Index first, MatrixView<float> out) { copy(w.view().middle_rows(first, out.rows), out); }, cpu);
+      read_linear(
+          *block, p, w.rows(), w.cols(), options,
+          [&](Index first, MatrixView<float> out) { copy(w.view().middle_rows(first, out.rows), out); }, cpu);
     }
     weights->blocks.push_back(std::move(block));
   }

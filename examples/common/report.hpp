@@ -129,6 +129,7 @@ inline void write_report(const std::filesystem::path& folder, const RunReport& r
   json["step_losses"] = report.history.step_losses;
   replace_file(folder / "report.json", json.dump(1) + "\n");
   replace_file(folder / "report.csv", csv);
+  if (report.settings.at("method") == name(AdapterMethod::alpha)) return;  // nothing to draw over ranks
   std::vector<LineChart> charts;
   charts.push_back(
       {.title = "Loss at each rank, one run", .x_label = "rank", .y_label = "nats per token", .series = {loss}, .base = base_loss});

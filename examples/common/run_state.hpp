@@ -35,6 +35,7 @@ void save_run_state(const std::filesystem::path& path, const std::string& settin
   TrainState state;
   state.add_text("settings", settings);
   model.for_each_trained([&](const auto& linear) { collect(state, linear.adapter().options().name, linear.adapter(), model.backend()); });
+  model.for_each_alpha([&](const auto& layer) { collect(state, layer.options().name, layer.parameters()); });
   collect(state, optimizer_section<Optimizer>, trainer.optimizer());
   collect(state, "gates.adamw", trainer.gate_optimizer());
   const auto s = trainer.state();
@@ -91,6 +92,7 @@ void load_run_state(const std::filesystem::path& path, const std::string& settin
       throw Error(Errc::bad_config, "the run to resume had other settings: " + printable(differences, 600), {.file = path.string()});
   }
   model.for_each_trained([&](auto& linear) { restore(state, linear.adapter().options().name, linear.adapter(), model.backend()); });
+  model.for_each_alpha([&](auto& layer) { restore(state, layer.options().name, layer.parameters()); });
   restore(state, optimizer_section<Optimizer>, trainer.optimizer());
   restore(state, "gates.adamw", trainer.gate_optimizer());
   typename Trainer<T, Backend, Optimizer>::State s;

@@ -4,7 +4,7 @@
 
 namespace qdylora::examples {
 
-int evaluate_on_cuda(const EvaluateOptions& options, const std::optional<PeftAdapter>& adapter, OpenModel& model) {
+int evaluate_on_cuda(const EvaluateOptions& options, const OpenAdapter& adapter, OpenModel& model) {
   const CudaDevice device;
   return with_dtype(options.dtype, [&]<class T>(std::type_identity<T>) { return evaluate<T>(options, adapter, model, device); });
 }

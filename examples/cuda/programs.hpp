@@ -2,7 +2,6 @@
 // says so. A model's weights are read on the host and go up from there.
 #pragma once
 
-#include <optional>
 #include <type_traits>
 
 #include <qdylora/core/scalar.hpp>
@@ -13,7 +12,7 @@
 namespace qdylora::examples {
 
 int finetune_on_cuda(const FinetuneOptions& options, OpenModel& model, const FinetuneData& data);
-int evaluate_on_cuda(const EvaluateOptions& options, const std::optional<PeftAdapter>& adapter, OpenModel& model);
+int evaluate_on_cuda(const EvaluateOptions& options, const OpenAdapter& adapter, OpenModel& model);
 
 /// f(std::type_identity<T>) with the type of a name that --dtype takes.
 template <class F>

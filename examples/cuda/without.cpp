@@ -11,6 +11,6 @@ namespace {
 }  // namespace
 
 int finetune_on_cuda(const FinetuneOptions&, OpenModel&, const FinetuneData&) { fail(); }
-int evaluate_on_cuda(const EvaluateOptions&, const std::optional<PeftAdapter>&, OpenModel&) { fail(); }
+int evaluate_on_cuda(const EvaluateOptions&, const OpenAdapter&, OpenModel&) { fail(); }
 
 }  // namespace qdylora::examples

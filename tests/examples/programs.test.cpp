@@ -277,11 +277,20 @@ TEST_CASE("programs: a wrong argument or file gives one line and status 2") {
       {"compare", "--model " + quoted(folder / "m.bin") + " --data x.txt", "--tokenizer"},
       {"compare", "--model " + quoted(folder / "m.bin") + " --data " + good, ".txt"},
       {"finetune", "--toy --lora-plus 0", "--lora-plus"},
-      {"finetune", "--toy --method prefix", "lora, houlsby, parallel"},
+      {"finetune", "--toy --method prefix", "lora, houlsby, parallel, alpha"},
       {"finetune", "--toy --method houlsby --recipe order-then-nest", "recipes that fit are qdylora, qdylora-frozen, per-row and qlora"},
       {"finetune", "--toy --method parallel --dora", "--dora"},
       {"finetune", "--toy --method parallel --gates", "--gates"},
       {"finetune", "--toy --method houlsby --init pissa", "--init"},
+      {"finetune", "--toy --method alpha --ranks 1,2", "--ranks: is not for --method alpha"},
+      {"finetune", "--toy --method alpha --recipe qdylora", "--recipe: is not for --method alpha"},
+      {"finetune", "--toy --method alpha --base-format nf4", "--base-format: is not for --method alpha"},
+      {"finetune", "--toy --method alpha --init pissa", "--init"},
+      {"finetune", "--toy --method alpha --planes 9", "1 ... 8"},
+      {"finetune", "--toy --method alpha --planes 2 --trained-planes 3", "above --planes 2"},
+      {"finetune", "--toy --method alpha --group-size 12", "multiple of 8"},
+      {"finetune", "--toy --method alpha --device cuda", "--device cuda"},
+      {"finetune", "--toy --planes 2", "--planes: is not for --method lora"},
       {"finetune", "--toy --device tpu", "cpu"},
       {"finetune", "--toy --dtype float16", "bfloat16"},
       {"finetune", "--toy --steps 1 --device cuda --out " + quoted(folder / "gpu"), "QDYLORA_CUDA=ON"},
@@ -373,9 +382,10 @@ TEST_CASE("programs: finetune writes its report and an adapter that loads") {
 
 TEST_CASE("programs: a run that was stopped resumes to the same bytes, on any number of threads") {
   if (!built("finetune")) SKIP("finetune has not been built");
-  for (const std::string recipe : {"auto", "qdylora --optimizer adamw8bit", "auto --method houlsby"}) {
+  for (const std::string recipe : {"--recipe auto", "--recipe qdylora --optimizer adamw8bit", "--method houlsby", "--method alpha"}) {
     const test::TemporaryFolder folder;
-    const auto more = "--dropout 0.1 --recipe " + recipe;
+    const bool scales = recipe.ends_with("alpha");
+    const auto more = (scales ? "" : "--dropout 0.1 ") + recipe;
     REQUIRE(run("finetune", toy(folder / "whole", more + " --threads 1")).status == 0);
     // Stopped by a signal once the first state is there, wherever that finds it; with its moments on disk, which changes nothing.
     const std::string state = (folder / "parts" / "state.safetensors").native();
@@ -395,7 +405,9 @@ TEST_CASE("programs: a run that was stopped resumes to the same bytes, on any nu
       CAPTURE(tensor.name);
       CHECK((tensor.name == "seconds" || std::ranges::equal(expected.span(), found.span())));
     }
-    const std::string file = recipe.ends_with("houlsby") ? "bottleneck_model.safetensors" : "adapter_model.safetensors";
+    const std::string file = scales                        ? "alpha_model.safetensors"
+                             : recipe.ends_with("houlsby") ? "bottleneck_model.safetensors"
+                                                           : "adapter_model.safetensors";
     const auto adapter = test::read_file(folder / "whole" / "adapter" / file);
     CHECK_FALSE(adapter.empty());
     CHECK(adapter == test::read_file(folder / "parts" / "adapter" / file));
@@ -874,6 +886,59 @@ TEST_CASE("programs: bottlenecks are trained, have at every width the loss that 
       CHECK(refused.err.find("not to be merged or re-ordered") != std::string::npos);
     }
   }
+}
+
+TEST_CASE("programs: scales of planes of signs are trained, have the losses that were reported, and are no PEFT adapter") {
+  for (const char* program : {"finetune", "evaluate", "adapter", "merge"})
+    if (!built(program)) SKIP(program << " has not been built");
+  const test::TemporaryFolder folder;
+  write_letters_model(folder / "model");
+  std::string data;
+  for (const std::string word : {"in", "inn", "pin", "spin", "tin", "kin"}) data += R"({"prompt":"in","response":")" + word + "\"}\n";
+  test::write_file(folder / "data.jsonl", data);
+  const std::string model = "--model " + quoted(folder / "model"), texts = " --seq-len 16 --data " + quoted(folder / "data.jsonl");
+  const auto out = folder / "out", adapter = out / "adapter";
+  const auto said = succeeds("finetune", model + texts + " --eval " + quoted(folder / "data.jsonl") +
+                                             " --method alpha --planes 4 --group-size 16 --trained-planes 2 --steps 6 --batch 3 --lr 1e-2 "
+                                             "--max-new-tokens 3 --out " +
+                                             quoted(out));
+  CAPTURE(said);
+  CHECK(said.find("of 2 of 4 planes of all 14 linear layers") != std::string::npos);
+  CHECK(said.find("The trained scales beat the base") != std::string::npos);
+  const auto report = qd::read_json(out / "report.json");
+  CHECK(report.at("method") == "alpha");
+  CHECK(report.at("base") == "binary4");
+  REQUIRE(report.at("ranks").size() == 2);  // the base, and the trained scales
+  CHECK(report.at("ranks")[1].at("loss") < report.at("ranks")[0].at("loss"));
+  CHECK(report.at("ranks")[1].at("parameters") == report.at("adapter_parameters"));
+  CHECK(report.at("ranks")[1].at("answers") == 6);
+  const auto& plan = report.at("memory_plan");
+  CHECK(plan.at("base codes").get<std::size_t>() + plan.at("block scales").get<std::size_t>() ==
+        report.at("base_bytes").get<std::size_t>());
+  CHECK(plan.at("adapters").get<std::size_t>() == 4 * report.at("adapter_parameters").get<std::size_t>());
+  CHECK(plan.at("moments").get<std::size_t>() == 8 * report.at("adapter_parameters").get<std::size_t>());
+  CHECK_FALSE(std::filesystem::exists(out / "ranks.svg"));
+  for (const auto& rank : report.at("ranks")) {
+    const auto text = succeeds("evaluate", model + texts + " --adapter " + quoted(adapter) + " --rank " + rank.at("rank").dump());
+    const auto at = text.find("loss ");
+    REQUIRE(at != std::string::npos);
+    CHECK(std::stod(text.substr(at + 5)) == Approx(rank.at("loss").get<double>()).margin(1e-4));
+  }
+  const auto refuses = [&](const char* program, const std::string& arguments, const std::string& word) {
+    const auto refused = run(program, arguments);
+    CAPTURE(program, refused.err);
+    CHECK(refused.status == 2);
+    CHECK(refused.err.find(word) != std::string::npos);
+  };
+  const auto scales = " --adapter " + quoted(adapter);
+  refuses("evaluate", model + texts + scales + " --rank 2", "rank 2");
+  refuses("evaluate", model + texts + scales + " --base-format nf4", "--base-format");
+  refuses("merge", quoted(folder / "model") + " " + quoted(adapter) + " " + quoted(folder / "merged"), "not to be merged or re-ordered");
+  refuses("adapter", "info " + quoted(adapter), "not to be merged or re-ordered");
+  auto config = qd::read_json(adapter / "alpha_config.json");
+  config["iterations"] = 0;  // other signs
+  test::write_file(adapter / "alpha_config.json", config.dump());
+  refuses("evaluate", model + texts + scales, "other planes of signs");
 }
 
 TEST_CASE("programs: evaluate's logits of Falcons are those of transformers and PEFT") {
