@@ -28,12 +28,12 @@
 #include <qdylora/io.hpp>
 #include <qdylora/model.hpp>
 
-#include "common/dataset.hpp"
 #include "common/evaluation.hpp"
 #include "common/model.hpp"
 #include "common/program.hpp"
 #include "common/progress.hpp"
 #include "common/report.hpp"
+#include "common/rows.hpp"
 #include "common/signals.hpp"
 
 namespace {
@@ -58,7 +58,8 @@ void declare(CLI::App& app, Options& o) {
                  "of a .bin model: llama2.c's tokenizer file; else a .gguf file or a folder with tokenizer.json")
       ->check(not_empty());
   app.add_option("--data", o.data, "plain text (a stream) or JSON lines (examples)")->required()->check(not_empty());
-  app.add_option("--recipes", o.recipes, "which to train, separated by commas; default: all")->check(not_empty());
+  app.add_option("--recipes", o.recipes, "which to train, separated by commas, and changes of them such as qdylora+frozen; default: all")
+      ->check(not_empty());
   app.add_option("--seeds", o.seeds, "of adapters, data order and ranks; the same for every recipe")->capture_default_str();
   app.add_option("--ranks", o.ranks, "ranks")->capture_default_str();
   add_number(app, "--alpha", o.alpha, "of recipes whose scale is alpha/r", 1e-6, 1e6);
@@ -82,64 +83,6 @@ void declare(CLI::App& app, Options& o) {
   add_number(app, "--threads", o.threads, "0: one for each processor", 0, most_threads);
   app.add_option("--results", o.out, "runs, one JSON line each")->check(not_empty())->capture_default_str();
 }
-
-// Rows to train on and to test on.
-class Rows {
- public:
-  Rows(const Options& o, const OpenModel* model, const std::vector<std::int32_t>& stream) : options_(o) {
-    if (model == nullptr || o.data.ends_with(".txt")) {
-      const auto split = static_cast<std::ptrdiff_t>(stream.size() * 9 / 10);
-      stream_.assign(stream.begin(), stream.begin() + split);
-      const auto window = static_cast<std::size_t>(o.seq_len) + 1;
-      QDYLORA_EXPECTS(stream_.size() > 4 * window, bad_argument, "--data: the text is shorter than a row");
-      for (Index i = 0; i < o.eval_rows; ++i) {
-        const auto begin = static_cast<std::size_t>(split + i * o.seq_len);
-        if (begin + window > stream.size()) break;
-        test_.push_back(
-            {{stream.begin() + static_cast<std::ptrdiff_t>(begin), stream.begin() + static_cast<std::ptrdiff_t>(begin + window)}, 1});
-      }
-    } else {
-      const auto& tokenizer = model->need_tokenizer();
-      std::vector<Sample> samples;
-      std::vector<Example> examples;  // of each
-      for (auto& example : load_examples(o.data))
-        if (auto sample = tokenize(example, tokenizer, {.chat = model->chat_template(), .max_length = o.seq_len})) {
-          samples.push_back(*std::move(sample));
-          examples.push_back(std::move(example));
-        }
-      const auto count = std::min<std::size_t>(samples.size() / 5, static_cast<std::size_t>(o.eval_rows));
-      test_.assign(samples.end() - static_cast<std::ptrdiff_t>(count), samples.end());
-      samples.resize(samples.size() - count);
-      train_ = std::move(samples);
-      questions_ = questions(std::span(examples).last(count), tokenizer, model->chat_template(), o.seq_len, o.answers);
-    }
-    QDYLORA_EXPECTS(!test_.empty(), bad_argument, "--data: nothing is left to hold out");
-    QDYLORA_EXPECTS(o.answers == 0 || !questions_.empty(), bad_argument, "--answers: no held-out example asks something");
-  }
-
-  const std::vector<Sample>& test() const noexcept { return test_; }
-  const std::vector<Example>& to_answer() const noexcept { return questions_; }  // held out too
-
-  /// Row n of a seed's training data; rows below 0 are held back from it.
-  Sample row(std::uint64_t seed, std::int64_t n) const {
-    Rng rng(seed, Purpose::data, n < 0 ? 1 : 0, static_cast<std::uint32_t>(n < 0 ? -n : n));
-    if (train_.empty()) {  // held-back windows lie in the first 64th of the text, which other rows never reach
-      const auto window = static_cast<std::size_t>(options_.seq_len) + 1;
-      const std::size_t back = std::max(window + 1, stream_.size() / 64), front = stream_.size() - back;
-      const auto begin = static_cast<std::ptrdiff_t>(n < 0 ? rng.below(back - window) : back + rng.below(front - window));
-      return {{stream_.begin() + begin, stream_.begin() + begin + static_cast<std::ptrdiff_t>(window)}, 1};
-    }
-    // Examples: held-back rows are the last 64th of the training set, which other rows never draw.
-    const std::uint64_t back = std::max<std::uint64_t>(1, train_.size() / 64), front = train_.size() - back;
-    return train_[n < 0 ? front + rng.below(back) : rng.below(front)];
-  }
-
- private:
-  const Options& options_;
-  std::vector<std::int32_t> stream_;
-  std::vector<Sample> train_, test_;
-  std::vector<Example> questions_;
-};
 
 struct Result {
   std::string recipe;
@@ -240,10 +183,8 @@ std::vector<Result> train(const Options& o, const std::vector<Base>& bases, cons
   Progress progress(steps);
   while (!trainer.done()) {
     if (signal.requested()) return {};
-    std::vector<Sample> samples;
-    for (Index i = 0; i < o.batch; ++i) samples.push_back(rows.row(seed, trainer.step_count() * o.batch + i));
     if (trained.size() > 1) set_base(decoder, *trained[drawn_base(seed, trainer.step_count(), trained.size())]);
-    const auto report = trainer.step(to_batches(samples, 2048));
+    const auto report = trainer.step(rows.step(seed, trainer.step_count(), o.batch));
     progress.update(trainer.step_count(), report.tokens, report.loss, report.rank);
   }
   progress.finish();
@@ -346,31 +287,19 @@ int compare(const Options& o) {
   const auto options_of = [&](const Base& base) { return BaseOptions{.format = base_format(base.format), .init = init}; };
   for (const auto& base : bases) static_cast<void>(options_of(base));
   OpenModel model;
-  std::vector<std::int32_t> stream;
-  const bool text = o.data.ends_with(".txt");
+  const bool text = plain_text(o.data);
   QDYLORA_EXPECTS(o.answers == 0 || !text, bad_argument, "--answers: plain text asks nothing; give JSON lines");
   const bool llama2c = o.model.ends_with(".bin");
   QDYLORA_EXPECTS(o.choices.empty() || !llama2c, unsupported, "--choices: a llama2.c model is compared on plain text alone");
-  QDYLORA_EXPECTS(text || !llama2c, bad_argument, "--data: a llama2.c model is compared on plain text (.txt)");
+  expect_rows_fit(o.data, llama2c);
   for (auto& base : bases) {
     model = open_model(o.model, o.tokenizer, options_of(base), cpu);
     base.weights = model.read();
   }
   if (!text || !o.choices.empty()) choose_chat_template(model, o.chat);
-  if (llama2c) {  // word by word, for the tokenizer puts a space before each
-    const auto content = read_text(o.data);
-    for (std::size_t begin = 0; begin < content.size();) {
-      const auto end = std::min(content.find(' ', begin), content.size());
-      const auto ids = model.need_tokenizer().encode(content.substr(begin, end - begin), {.parse_special = false});
-      stream.insert(stream.end(), ids.begin(), ids.end());
-      begin = end + 1;
-    }
-  } else if (text) {
-    stream = model.need_tokenizer().encode(read_text(o.data), {.parse_special = false});
-  }
   expect_seq_len(o.seq_len, bases.front().weights->config);
   expect_ranks(ranks, bases.front().weights->config);
-  const Rows rows(o, text ? nullptr : &model, stream);
+  const Rows rows({.data = o.data, .seq_len = o.seq_len, .eval_rows = o.eval_rows, .answers = o.answers}, model);
   std::optional<ChoiceTask> choices;
   if (!o.choices.empty()) choices = choice_task(o.choices, o.shots_file, o.shots, o.choice_score, model);
   auto results = read_results(o, ranks);

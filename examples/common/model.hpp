@@ -56,7 +56,7 @@ inline void choose_chat_template(OpenModel& model, const std::string& choice) {
 inline OpenModel open_model(const std::filesystem::path& path, const std::string& tokenizer_file, BaseOptions options, const Cpu& cpu) {
   OpenModel model;
   model.name = printable_utf8((path.has_filename() ? path : path.parent_path()).filename().string());
-  const bool llama2c = path.extension() == ".bin" && !std::filesystem::is_directory(path);
+  const bool llama2c = model.llama2c = path.extension() == ".bin" && !std::filesystem::is_directory(path);
   QDYLORA_EXPECTS(!llama2c || !tokenizer_file.empty(), bad_argument, "--tokenizer: a llama2.c model needs its tokenizer file");
   if (!std::filesystem::exists(path)) throw Error(Errc::open, "no such file or folder", {.file = path.string()});
   if (!tokenizer_file.empty()) model.tokenizer = llama2c ? load_llama2c_tokenizer(tokenizer_file) : open_tokenizer(tokenizer_file);

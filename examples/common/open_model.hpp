@@ -23,6 +23,7 @@ struct OpenModel {
   std::string tokenizer_problem;     // why the model's own is not among them: ids need none
   std::optional<ChatTemplate> chat;  // prompts go through it; none: plain prompts
   std::string chat_problem;          // why the model's own is not there
+  bool llama2c = false;              // a checkpoint of llama2.c's, with its tokenizer
   bool coded_tables = false;         // the file has its embedding in 8 bits, and so will memory
   Index biases = 0;                  // numbers in a block's biases
   std::function<std::shared_ptr<DecoderWeights<float>>()> read;

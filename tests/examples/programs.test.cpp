@@ -147,7 +147,8 @@ std::string llama2c_model(const test::TemporaryFolder& folder) {
 }  // namespace
 
 TEST_CASE("programs: --help tells the options and succeeds") {
-  for (const std::string program : {"finetune", "evaluate", "quantize", "adapter", "merge", "compare", "rank_map", "formats", "memory"}) {
+  for (const std::string program : {"finetune", "evaluate", "quantize", "adapter", "merge", "compare", "rank_map", "formats", "memory",
+                                    "optimizers"}) {
     if (!built(program)) SKIP(program << " has not been built");
     const auto result = run(program, "--help");
     CAPTURE(program);
@@ -263,6 +264,8 @@ TEST_CASE("programs: a wrong argument or file gives one line and status 2") {
       {"compare", "--model " + junk + " --data " + good + " --seeds ''", "--seeds"},
       {"compare", "--model " + junk + " --data " + good + " --recipes auto,", "--recipes"},
       {"compare", "--model " + junk + " --data " + good + " --recipes auto,best", "best"},
+      {"compare", "--model " + junk + " --data " + good + " --recipes qdylora+best", "there are frozen, geometric"},
+      {"compare", "--model " + junk + " --data " + good + " --recipes auto+frozen", "draws no ranks at first"},
       {"compare", "--model " + junk + " --data " + good + " --against best", "best"},
       {"compare", "--model " + junk + " --data " + good + " --base-format nf4,int5", "int5"},
       {"compare", "--model " + junk + " --data " + good + " --base-format nf4,fp8,nf4", "twice"},
@@ -319,6 +322,16 @@ TEST_CASE("programs: a wrong argument or file gives one line and status 2") {
       {"memory", "--shapes smollm2-135m --rank 577", "width of smollm2-135m"},
       {"memory", "--block-size 48", "48"},
       {"memory", "--optimizer lion", "adamw8bit"},
+      {"optimizers", "--model " + junk, "--data"},
+      {"optimizers", "--model " + junk + " --data " + good + " --optimizers adamw,sgd", "no optimizer 'sgd'; there are adamw"},
+      {"optimizers", "--model " + junk + " --data " + good + " --optimizers adamw,", "--optimizers"},
+      {"optimizers", "--model " + junk + " --data " + good + " --recipe best", "order-then-nest"},
+      {"optimizers", "--model " + junk + " --data " + good + " --every 0", "--every"},
+      {"optimizers", "--model " + junk + " --data " + good + " --lion-lr nan", "--lion-lr"},
+      {"optimizers", "--model " + junk + " --data " + good + " --seeds -1", "--seeds"},
+      {"optimizers", "--model " + junk + " --data " + good, "junk.gguf"},
+      {"optimizers", "--model m.bin --data " + good, ".txt"},
+      {"optimizers", "--model m.bin --data x.txt", "--tokenizer"},
       {"adapter", "", "subcommand"},
       {"adapter", "info /no/such/folder", "/no/such/folder"},
       {"adapter", "truncate " + quoted(test::golden("llama_tiny_adapter")) + " --rank 9 " + quoted(folder / "a"), "1 ... 8"},
@@ -1222,6 +1235,46 @@ TEST_CASE("programs: compare writes prompts as --chat-template says, beside a pl
   CHECK(runs() == 1);
   CHECK(succeeds("compare", arguments + "--no-chat-template").find("chat") == std::string::npos);
   CHECK(runs() == 2);
+}
+
+TEST_CASE("programs: optimizers trains with each, and paged moments change no bit") {
+  if (!built("optimizers")) SKIP("optimizers has not been built");
+  const test::TemporaryFolder folder;
+  std::string text;
+  for (int i = 0; i < 300; ++i) text += std::to_string(i * i % 97) + " and ";
+  test::write_file(folder / "text.txt", text);
+  const auto arguments = llama2c_model(folder) + " --tokenizer " + quoted(folder / "tokenizer.bin") + " --data " +
+                         quoted(folder / "text.txt") + " --ranks 64,1 --steps 6 --every 4 --batch 2 --seq-len 16 --eval-rows 2 --lr 0.1 --lion-lr 0.03";
+  const auto out = succeeds("optimizers", arguments + " --paged " + quoted(folder / ""));
+  CAPTURE(out);
+  CHECK(table_row(out, "training loss, mean over steps").size() == 3);
+  CHECK(out.find("| 1–4 | 5–6 |") != std::string::npos);
+  CHECK(out.find("| held-out loss at rank | 1 | 64 |") != std::string::npos);
+  std::vector<std::vector<std::string>> losses, trajectories, memory;
+  for (const std::string name : {"adamw", "adamw8bit", "lion"}) {
+    for (const std::string paged : {"", ", paged"}) {
+      trajectories.push_back(table_row(out, name + paged, "training loss"));
+      losses.push_back(table_row(out, name + paged, "held-out loss"));
+      memory.push_back(table_row(out, name + paged, "memory, MB"));
+      trajectories.back()[0] = losses.back()[0] = "";
+      REQUIRE(memory.back().size() == 5);
+    }
+    CHECK(losses.back() == losses[losses.size() - 2]);
+    CHECK(trajectories.back() == trajectories[trajectories.size() - 2]);
+    CHECK(memory.back()[4] == "the bits of the run before");
+    CHECK(memory.back()[2] == memory.back()[1]);
+    CHECK(memory[memory.size() - 2][2] == "0.00");
+  }
+  CHECK(losses[0] != losses[2]);
+  CHECK(losses[0] != losses[4]);
+  const auto moments = [&](std::size_t i) { return std::stod(memory[i][1]); };
+  CHECK(moments(4) == Approx(moments(0) / 2).margin(0.011));
+  CHECK(moments(2) < 0.35 * moments(0));  // small parameters' stay floats
+  CHECK(moments(2) > 0.25 * moments(0));
+
+  const auto nowhere = run("optimizers", arguments + " --paged /no/such/folder --optimizers lion");
+  CHECK(nowhere.status == 2);
+  CHECK(nowhere.err.find("/no/such/folder") != std::string::npos);
 }
 
 TEST_CASE("programs: an adapter and a tokenizer of another model are named") {

@@ -87,6 +87,7 @@ TEST_CASE("recipes are what their papers say") {
   CHECK(frozen.gradient_rows == qd::GradientRows::last_row);
   CHECK(per_row.draw_ranks);
   CHECK(per_row.granularity == Granularity::row);
+  CHECK(per_row.full_share == 0.25);
   for (const auto* recipe : {&nest, &automatic}) {
     CHECK(recipe->order_at == 0.5);
     CHECK(recipe->ordering == qd::Reordering::gram);
@@ -98,6 +99,85 @@ TEST_CASE("recipes are what their papers say") {
   CHECK(nest.head_power == 2.0);
   CHECK(automatic.measure);
   CHECK_FALSE(nest.measure);
+}
+
+TEST_CASE("a recipe that draws ranks can be changed part by part, by names behind its own") {
+  using Granularity = qd::SamplerOptions::Granularity;
+  CHECK(qd::recipe("qdylora+frozen").gradient_rows == qd::GradientRows::last_row);
+  CHECK(qd::recipe("qdylora+geometric").geometric == 0.15);
+  CHECK(qd::recipe("qdylora+row").granularity == Granularity::row);
+  CHECK(qd::recipe("qdylora+row").full_share == 0.0);
+  CHECK(qd::recipe("per-row+step").granularity == Granularity::step);
+  CHECK(qd::recipe("qdylora+alpha/r").scale == qd::ScalePolicy::constant);
+  CHECK(qd::recipe("per-row+alpha/b").scale == qd::ScalePolicy::over_rank);
+  const auto all = qd::recipe("qdylora+row+frozen+alpha/r+geometric");
+  CHECK(all.name == "qdylora+row+frozen+alpha/r+geometric");
+  CHECK(all.draw_ranks);
+  CHECK(all.gradient_rows == qd::GradientRows::last_row);
+  CHECK(all.geometric == 0.15);
+  CHECK(all.granularity == Granularity::row);
+  CHECK(all.scale == qd::ScalePolicy::constant);
+  CHECK(qd::recipe("qdylora+geometric", qd::AdapterMethod::houlsby).geometric == 0.15);
+}
+
+TEST_CASE("changes that are none, or that a recipe cannot have, are refused by name") {
+  const std::pair<const char*, const char*> cases[] = {
+      {"qdylora+uniform", "there are frozen, geometric, row, step, alpha/r and alpha/b"},
+      {"qdylora+", "no change '+'"},
+      {"+frozen", "no recipe ''"},
+      {"best+frozen", "order-then-nest"},
+      {"auto+geometric", "auto draws no ranks at first"},
+      {"order-then-nest+frozen", "goes with qdylora, qdylora-frozen and per-row"},
+      {"qlora+alpha/b", "qlora draws no ranks"},
+      {"qdylora+step", "qdylora is as '+step' would have it"},
+      {"qdylora-frozen+frozen", "is as '+frozen'"},
+      {"qdylora+geometric+geometric", "qdylora+geometric is as"},
+      {"per-row+alpha/r", "is as '+alpha/r'"},
+  };
+  for (const auto& [name, says] : cases) {
+    const auto error = error_of([&] { qd::recipe(name); });
+    CAPTURE(name);
+    REQUIRE(error);
+    CHECK(error->code() == Errc::bad_argument);
+    CAPTURE(error->what());
+    CHECK(std::string(error->what()).find(says) != std::string::npos);
+  }
+}
+
+TEST_CASE("ranks are drawn as a changed recipe says") {
+  const auto counts = [](const char* name, std::int64_t steps) {
+    const auto recipe = qd::recipe(name);
+    auto model = make_model(recipe);
+    Trainer trainer(model, options_of(recipe, steps));
+    const auto one = test::counting_batch(17, 1, 4, 1);  // of one sequence, whose rank is the step's
+    std::map<Index, double> count;
+    while (!trainer.done()) ++count[trainer.step(one).rank];
+    return count;
+  };
+  // Dealt out: exact shares, the same for all; of which per-row leaves a quarter at full rank; drawn geometrically: 1, 0.85, 0.85^3, 0.85^7.
+  for (const auto& [rank, n] : counts("qdylora+row", 40)) CHECK(std::fabs(n - 10.0) < 1.5);
+  CHECK(std::fabs(counts("per-row", 40)[8] - 17.5) < 1.5);
+  const double sum = 1.0 + 0.85 + std::pow(0.85, 3) + std::pow(0.85, 7);
+  auto dealt = counts("qdylora+row+geometric", 200), drawn = counts("qdylora+geometric", 400);
+  for (const Index rank : ranks) {
+    const double share = std::pow(0.85, static_cast<double>(rank - 1)) / sum;
+    CAPTURE(rank, share, dealt[rank], drawn[rank]);
+    CHECK(std::fabs(dealt[rank] - 200.0 * share) < 1.5);
+    CHECK(std::fabs(drawn[rank] - 400.0 * share) < 4.0 * std::sqrt(400.0 * share * (1.0 - share)));
+  }
+}
+
+TEST_CASE("qdylora+frozen is qdylora-frozen to the bit") {
+  std::vector<std::vector<double>> losses;
+  for (const char* name : {"qdylora+frozen", "qdylora-frozen", "qdylora"}) {
+    const auto recipe = qd::recipe(name);
+    auto model = make_model(recipe);
+    Trainer trainer(model, options_of(recipe, 12));
+    while (!trainer.done()) trainer.step(batch_of(static_cast<std::uint64_t>(trainer.step_count())));
+    losses.push_back(trainer.losses_by_rank(held_back()));
+  }
+  CHECK(losses[0] == losses[1]);
+  CHECK(losses[0] != losses[2]);
 }
 
 TEST_CASE("adapters are made as the recipe wants them") {

@@ -243,6 +243,19 @@ TEST_CASE("a sampler restored from its state goes on as if it had not stopped") 
   }
 }
 
+TEST_CASE("geometric weights are DyLoRA's: those of ranks 1 to 8 by p = 0.15, cut and scaled to sum 1") {
+  const auto weights = qd::geometric_weights(RankSet{1, 2, 3, 4, 5, 6, 7, 8}, 0.15);
+  double sum = 0.0;
+  for (const double w : weights) sum += w;
+  const double expected[] = {0.2062, 0.1753, 0.1490, 0.1266, 0.1076, 0.0915, 0.0778, 0.0661};
+  REQUIRE(weights.size() == 8);
+  for (std::size_t i = 0; i < 8; ++i) CHECK(weights[i] / sum == Approx(expected[i]).margin(6e-5));
+  const auto some = qd::geometric_weights(RankSet{2, 5}, 0.5);  // by rank, not by place in the set
+  CHECK(some[0] / some[1] == Approx(8.0));
+  for (const double p : {0.0, 1.0, -0.1, std::numeric_limits<double>::quiet_NaN()})
+    CHECK(code_of([&] { qd::geometric_weights(RankSet{1, 2}, p); }) == Errc::bad_argument);
+}
+
 TEST_CASE("samplers refuse weights and shares that are none") {
   constexpr double nan = std::numeric_limits<double>::quiet_NaN(), infinity = std::numeric_limits<double>::infinity();
   const auto code = [](qd::SamplerOptions options) {

@@ -10,6 +10,13 @@
 //   auto             measures at mid-run, on sequences held back from training, what low ranks lose when the adapter is re-ordered: where
 //                    that is next to nothing it goes on as qlora-svd, else as order-then-nest, spending on each rank what its loss is worth
 //
+// What is drawn, and what is trained of it, can be changed one by one, by names behind a recipe's, such as qdylora+frozen+geometric:
+//
+//   frozen      only the last row of a rank is trained (qdylora+frozen is qdylora-frozen)
+//   geometric   rank b is drawn with weight 0.85^(b - 1), as in DyLoRA's ablations (Valipour et al. 2022); else all alike
+//   row, step   ranks are dealt out row by row of a batch, or drawn for whole steps
+//   alpha/r, alpha/b   the scale: the same at every rank, or larger at small ones
+//
 // Re-ordering takes apart the product of A and B, which a bottleneck is not: its recipes are qdylora, qdylora-frozen, per-row and, for one
 // width, qlora. For a bottleneck `auto` is per-row. Scales of AdapterMethod::alpha have no ranks: of them `auto` is qlora, and no other fits.
 #pragma once
@@ -37,12 +44,13 @@ struct Recipe {
   // The first phase, and the only one where order_at is 1.
   bool draw_ranks = false;  // ranks drawn from the first step on, as `granularity` says; else full rank
   SamplerOptions::Granularity granularity = SamplerOptions::Granularity::row;
+  double geometric = 0.0;  // p of geometric_weights, 0: all ranks alike
 
   // The re-ordering and the second phase.
   double order_at = 1.0;    // share of the steps before it
   Reordering ordering = Reordering::gram;
   std::int64_t collect_steps = 20;  // moments for Reordering::gram come from the last steps before it
-  double full_share = 0.25;         // of the rows stay at full rank
+  double full_share = 0.25;         // of the rows stay at full rank where ranks are dealt out, in the first phase too
   double boost = 2.0;               // learning rate of all rows, falling to 1 at the end
   double head_boost = 12.0;         // of row i times max(1, head_boost * (i + 1)^-head_power), falling likewise
   double head_power = 2.0;
@@ -56,11 +64,46 @@ struct Recipe {
   bool reorders() const noexcept { return order_at_end || (order_at > 0.0 && order_at < 1.0); }
 };
 
+/// DyLoRA's p.
+inline constexpr double dylora_geometric = 0.15;
+
 inline constexpr std::array<std::string_view, 7> recipe_names = {"auto",    "order-then-nest", "qdylora",  "qdylora-frozen",
                                                                  "per-row", "qlora",           "qlora-svd"};
 
-/// Throws Errc::bad_argument listing the names if there is no such recipe.
+namespace detail {
+
+/// Of a recipe that draws ranks from the first step on, one part. Throws Errc::bad_argument if there is no such change, or none that the
+/// recipe can have or does not have already.
+inline void change(Recipe& r, std::string_view what) {
+  using Granularity = SamplerOptions::Granularity;
+  QDYLORA_EXPECTS(
+      r.draw_ranks, bad_argument,
+      "the recipe " + r.name + " draws no ranks at first; '+" + printable(what) + "' goes with qdylora, qdylora-frozen and per-row");
+  const auto set = [&](auto& part, const auto& value) {
+    QDYLORA_EXPECTS(part != value, bad_argument, "the recipe " + r.name + " is as '+" + printable(what) + "' would have it");
+    part = value;
+  };
+  if (what == "frozen") set(r.gradient_rows, GradientRows::last_row);
+  else if (what == "geometric") set(r.geometric, dylora_geometric);
+  else if (what == "row") set(r.granularity, Granularity::row);
+  else if (what == "step") set(r.granularity, Granularity::step);
+  else if (what == "alpha/r") set(r.scale, ScalePolicy::constant);
+  else if (what == "alpha/b") set(r.scale, ScalePolicy::over_rank);
+  else
+    throw Error(Errc::bad_argument,
+                "no change '+" + printable(what) + "' of a recipe; there are frozen, geometric, row, step, alpha/r and alpha/b");
+  r.name += "+" + std::string(what);
+}
+
+}  // namespace detail
+
+/// Of a name, and changes behind it. Throws Errc::bad_argument listing what there is if there is no such recipe or change.
 inline Recipe recipe(std::string_view name) {
+  if (const auto plus = name.rfind('+'); plus != name.npos) {
+    Recipe r = recipe(name.substr(0, plus));
+    detail::change(r, name.substr(plus + 1));
+    return r;
+  }
   Recipe r;
   r.name = std::string(name);
   if (name == "auto") {
@@ -72,6 +115,7 @@ inline Recipe recipe(std::string_view name) {
     r.scale = ScalePolicy::over_rank;
     r.draw_ranks = true;
     r.granularity = SamplerOptions::Granularity::step;
+    r.full_share = 0.0;
     if (name == "qdylora-frozen") r.gradient_rows = GradientRows::last_row;
   } else if (name == "per-row") {
     r.draw_ranks = true;

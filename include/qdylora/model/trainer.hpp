@@ -229,6 +229,7 @@ class Trainer {
     SamplerOptions options;
     options.granularity = options_.recipe.granularity;
     options.full_share = options_.recipe.full_share;
+    if (options_.recipe.geometric != 0.0) options.weights = geometric_weights(options_.ranks, options_.recipe.geometric);
     if (nested_share_.share > 0.0) {
       options.full_share = 1.0 - nested_share_.share;
       options.weights = nested_share_.weights;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <initializer_list>
 #include <numeric>
 #include <span>
@@ -163,6 +164,15 @@ struct SamplerOptions {
   /// This share of the rows goes to the largest rank before the weights divide the rest. Granularity::row only.
   double full_share = 0.0;
 };
+
+/// Weights of the ranks of a set, rank b's being (1 - p)^(b - 1): the geometric distribution, cut to the set. Errc::bad_argument unless
+/// 0 < p < 1.
+inline std::vector<double> geometric_weights(const RankSet& set, double p) {
+  QDYLORA_EXPECTS(p > 0.0 && p < 1.0, bad_argument, "geometric_weights: p must be above 0 and below 1");
+  std::vector<double> weights;
+  for (const Index rank : set) weights.push_back(std::pow(1.0 - p, static_cast<double>(rank - 1)));
+  return weights;
+}
 
 /// Deals out ranks. Its state is an Rng state and the carry, both small enough for any checkpoint.
 class RankSampler {
