@@ -127,7 +127,7 @@ class Decoder {
   void set_ranks(const RankPlan& plan) {
     for_each_trained([&](const auto& layer) { layer.adapter().check_rank(plan.max_rank()); });
     if (options_.method == AdapterMethod::alpha) {
-      QDYLORA_EXPECTS(plan.is_uniform(), unsupported, "alpha: scales are of the layers, not of a text; set one rank for all");
+      QDYLORA_EXPECTS(plan.runs().size() <= 1, unsupported, "alpha: scales are of the layers, not of a text; set one rank for all");
       QDYLORA_EXPECTS(plan.max_rank() <= 1, rank_range, "alpha: rank " + std::to_string(plan.max_rank()) + " is not in 0 ... 1");
     }
     plan_ = plan;
