@@ -1,17 +1,27 @@
-// Quantizes the matrices of a safetensors file to bitsandbytes' 4-bit keys; everything else is copied.
+// Quantizes the matrices of a safetensors file to bitsandbytes' 4-bit keys; everything else is copied. Or shows what quantization costs each
+// linear weight of a model.
 //
 //   quantize IN.safetensors OUT.safetensors --format nf4|fp4 --block-size 64 --double-quant on|off
+//   quantize --heat-map OUT.svg MODEL --format nf4|fp4|int4|fp8 --init loftq --rank 16
+//
+// The heat map has a row for each block and a column for each linear layer: |W - base| / |W| (Frobenius norms), and with --init the same of
+// base + adapter as they begin. OUT.json has its numbers. MODEL is read in float32.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <deque>
+#include <filesystem>
+#include <limits>
 #include <memory>
 #include <set>
 #include <string>
+#include <vector>
 
-#include <qdylora/cpu/cpu.hpp>
 #include <qdylora/io.hpp>
-#include <qdylora/model/base_weight.hpp>
+#include <qdylora/model.hpp>
 
+#include "common/heat_map.hpp"
+#include "common/model.hpp"
 #include "common/program.hpp"
 
 namespace {
@@ -84,22 +94,122 @@ int quantize_file(const std::string& in, const std::string& out, BaseOptions opt
   return 0;
 }
 
+// |w - found| / |w|
+double relative_error(MatrixView<const float> w, MatrixView<const float> found) {
+  double error = 0.0, size = 0.0;
+  for (Index i = 0; i < w.rows; ++i)
+    for (Index j = 0; j < w.cols; ++j) {
+      const double x = w(i, j);
+      error += std::pow(static_cast<double>(found(i, j)) - x, 2);
+      size += x * x;
+    }
+  return size > 0.0 ? std::sqrt(error / size) : 0.0;
+}
+
+int show_errors(const std::string& path, const std::string& svg_path, const BaseOptions& options) {
+  const auto json_path = std::filesystem::path(svg_path).replace_extension(".json");
+  for (const std::filesystem::path& out : {std::filesystem::path(svg_path), json_path}) expect_no_overwrite(path, out);
+  const Cpu cpu;
+  const auto model = open_model(path, "", {.format = BaseFormat::float32}, cpu);
+  const auto weights = model.read();
+  const auto& config = weights->config;
+  const auto linears = config.linears();
+  const bool begun = !options.init.standard();
+  std::string of = std::string(name(options.format)) + ", blocks of " + std::to_string(options.block_size);
+  if (!options.double_quant) of += ", float32 scales";
+  const std::string with = name(options.init) + " of rank " + std::to_string(options.init.rank);
+  std::vector<HeatMap> maps{heat_map_of(config, "Error of the weights, %: " + of)};
+  if (begun) maps.push_back(heat_map_of(config, "With the adapter as it begins, %: " + with));
+  Json json = {{"model", model.name},
+               {"format", name(options.format)},
+               {"block_size", options.block_size},
+               {"double_quant", options.double_quant},
+               {"relative_error", Json::object()}};
+  if (begun) {
+    json["init"] = name(options.init);
+    json["rank"] = options.init.rank;
+    json["relative_error_with_adapter"] = Json::object();
+  }
+  for (std::size_t block = 0; block < weights->blocks.size(); ++block)
+    for (std::size_t l = 0; l < linears.size(); ++l) {
+      const auto w = weights->blocks[block]->linear[l]->get<Matrix<float>>().view();
+      const auto module = config.block_name(static_cast<Index>(block)) + std::string(linears[l].name);
+      const auto rows = [&](Index first, MatrixView<float> out) { copy(w.middle_rows(first, out.rows), out); };
+      Matrix<float> found(w.rows, w.cols);
+      const auto put_error = [&](std::size_t map, const char* key) {
+        const double error = relative_error(w, found.view());
+        put(maps[map], 100.0 * error, 2);
+        json[key][module] = error;
+      };
+      auto plain = options;
+      plain.init = {};
+      at_tensor(path, module, [&] {
+        decode(*make_base_weight(w.rows, w.cols, plain, rows, cpu), found.view(), cpu);
+        put_error(0, "relative_error");
+        if (!begun) return;
+        const auto [base, adapter] = make_initial_weight(w.rows, w.cols, options, rows, cpu);
+        decode(*base, found.view(), cpu);
+        if (adapter.rank() > 0) cpu.weight_gradient(adapter.b.view(), adapter.a.view(), found.view(), Update::accumulate);
+        put_error(1, "relative_error_with_adapter");
+      });
+    }
+  for (auto& map : maps) {
+    map.least = std::numeric_limits<double>::infinity();
+    for (const auto& row : map.values) map.least = std::min(map.least, *std::ranges::min_element(row));
+  }
+  write_svg(svg_path, maps);
+  replace_file(json_path, json.dump(1) + "\n");
+  for (const auto& map : maps) {
+    double least = map.least, most = 0.0, sum = 0.0;
+    for (const auto& row : map.values)
+      for (const double value : row) {
+        most = std::max(most, value);
+        sum += value;
+      }
+    std::printf("%-60s least %.2f, mean %.2f, most %.2f\n", map.title.c_str(), least,
+                sum / static_cast<double>(map.rows.size() * map.columns.size()), most);
+  }
+  std::printf("wrote %s and %s\n", svg_path.c_str(), json_path.string().c_str());
+  return 0;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
-  CLI::App app{"Quantizes the matrices of a safetensors file to bitsandbytes' 4-bit keys.", "quantize"};
-  std::string in, out, format = "nf4", double_quant = "on";
-  Index block_size = 64;
-  app.add_option("IN", in, "safetensors file to read")->required()->check(not_empty());
-  app.add_option("OUT", out, "safetensors file to write")->required()->check(not_empty());
-  app.add_option("--format", format, "nf4 or fp4")->check(CLI::IsMember({"nf4", "fp4"}))->capture_default_str();
+  CLI::App app{"Quantizes the matrices of a safetensors file to bitsandbytes' 4-bit keys, or shows what that costs a model's weights.",
+               "quantize"};
+  std::string in, out, heat_map, format = "nf4", double_quant = "on", init = "standard";
+  Index block_size = 64, rank = 16;
+  app.add_option("IN", in, "safetensors file to read; with --heat-map a .gguf file or a Hugging Face folder")
+      ->required()
+      ->check(not_empty());
+  auto* out_option = app.add_option("OUT", out, "safetensors file to write")->check(not_empty());
+  auto* heat_map_option =
+      app.add_option("--heat-map", heat_map,
+                     "write no weights, but a picture of the error of each linear weight, .svg, and a .json beside it with its numbers")
+          ->check(not_empty())
+          ->excludes(out_option);
+  app.add_option("--format", format, "nf4 or fp4; with --heat-map int4, fp8 or float32 too")->capture_default_str();
   app.add_option("--block-size", block_size, "weights that share a scale")
       ->check(CLI::IsMember(std::set<Index>{32, 64, 128, 256, 512, 1024, 2048, 4096}))
       ->capture_default_str();
   app.add_option("--double-quant", double_quant, "quantize the scales too: on or off")
       ->check(CLI::IsMember({"on", "off"}))
       ->capture_default_str();
+  auto* init_option =
+      app.add_option("--init", init, "of the heat map: loftq, loftq:ITERATIONS or pissa, what is left with an adapter that begins so")
+          ->needs(heat_map_option)
+          ->capture_default_str();
+  app.add_option("--rank", rank, "of --init")->check(in_range<Index>(1, most_rank))->needs(init_option)->capture_default_str();
   return run_program(app, argc, argv, [&] {
-    return quantize_file(in, out, {.format = base_format(format), .double_quant = double_quant == "on", .block_size = block_size});
+    BaseOptions options{.format = base_format(format), .double_quant = double_quant == "on", .block_size = block_size};
+    if (!heat_map.empty()) {
+      options.init = adapter_init(init, rank);
+      return show_errors(in, heat_map, options);
+    }
+    QDYLORA_EXPECTS(!out.empty(), bad_argument, "give OUT, or --heat-map");
+    QDYLORA_EXPECTS(options.format == BaseFormat::nf4 || options.format == BaseFormat::fp4, bad_argument,
+                    "--format " + format + ": bitsandbytes' 4-bit keys hold nf4 and fp4");
+    return quantize_file(in, out, options);
   });
 }

@@ -52,34 +52,15 @@ void declare(CLI::App& app, Options& o) {
   app.add_option("OUT", o.out, "folder to write")->required()->check(not_empty());
 }
 
-// The layers of a decoder, whose names are a block's and a projection's.
 std::vector<HeatMap> heat_maps(const DecoderConfig& config, const RankMap& map, std::span<const std::vector<double>> cut,
                                std::span<const Index> ranks) {
-  HeatMap chosen{"Rank", "block", {}, {}, {}, {}};
-  for (const auto& linear : config.linears()) {
-    const std::string name(linear.name.substr(linear.name.rfind('.') + 1));
-    chosen.columns.push_back(name.ends_with("_proj") ? name.substr(0, name.size() - 5) : name);
-  }
-  HeatMap kept = chosen, worth = chosen;
-  kept.title = "Energy kept, %";
-  worth.title = "What the layer's adapter lowers the loss by, 1/1000";
-  std::size_t l = 0;
-  for (Index block = 0; block < config.layers; ++block) {
-    for (HeatMap* table : {&chosen, &kept, &worth}) {
-      table->rows.push_back(std::to_string(block));
-      table->values.emplace_back();
-      table->texts.emplace_back();
-    }
-    for (std::size_t p = 0; p < chosen.columns.size(); ++p, ++l) {
-      const auto at = static_cast<std::size_t>(std::ranges::find(ranks, map.ranks[l]) - ranks.begin());
-      const auto put = [](HeatMap& table, double value, int decimals) {
-        table.values.back().push_back(value);
-        table.texts.back().push_back(qdylora::examples::detail::ChartWriter::number(value, decimals));
-      };
-      put(chosen, static_cast<double>(map.ranks[l]), 0);
-      put(kept, 100.0 * std::clamp(1.0 - cut[l][at], 0.0, 1.0), 0);
-      put(worth, 1000.0 * map.worth[l], 1);
-    }
+  auto chosen = heat_map_of(config, "Rank"), kept = heat_map_of(config, "Energy kept, %");
+  auto worth = heat_map_of(config, "What the layer's adapter lowers the loss by, 1/1000");
+  for (std::size_t l = 0; l < map.ranks.size(); ++l) {
+    const auto at = static_cast<std::size_t>(std::ranges::find(ranks, map.ranks[l]) - ranks.begin());
+    put(chosen, static_cast<double>(map.ranks[l]), 0);
+    put(kept, 100.0 * std::clamp(1.0 - cut[l][at], 0.0, 1.0), 0);
+    put(worth, 1000.0 * map.worth[l], 1);
   }
   return {std::move(chosen), std::move(kept), std::move(worth)};
 }

@@ -1,4 +1,5 @@
-// Heat maps as SVG: a table of numbers whose cells are the darker the larger they are. Self-contained, as the charts of svg.hpp.
+// Heat maps as SVG: a table of numbers whose cells are the darker the larger they are. Self-contained, as the charts of svg.hpp. Here most
+// have a row for each block of a model and a column for each of its linear layers.
 #pragma once
 
 #include <algorithm>
@@ -6,9 +7,11 @@
 #include <limits>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include <qdylora/io/file.hpp>
+#include <qdylora/model/config.hpp>
 
 #include "svg.hpp"
 
@@ -19,7 +22,29 @@ struct HeatMap {
   std::vector<std::string> rows, columns;
   std::vector<std::vector<double>> values;      // [rows][columns], from 0; darkest at the largest
   std::vector<std::vector<std::string>> texts;  // of the same shape
+  double least = 0.0;                           // palest at it and below
 };
+
+/// A map without values of a model's linear layers.
+inline HeatMap heat_map_of(const DecoderConfig& config, std::string title) {
+  HeatMap map{std::move(title), "block", {}, {}, {}, {}};
+  for (Index block = 0; block < config.layers; ++block) map.rows.push_back(std::to_string(block));
+  for (const auto& linear : config.linears()) {
+    const std::string name(linear.name.substr(linear.name.rfind('.') + 1));
+    map.columns.push_back(name.ends_with("_proj") ? name.substr(0, name.size() - 5) : name);
+  }
+  return map;
+}
+
+/// Puts the next value, row after row, with so many decimals.
+inline void put(HeatMap& map, double value, int decimals) {
+  if (map.values.empty() || map.values.back().size() == map.columns.size()) {
+    map.values.emplace_back();
+    map.texts.emplace_back();
+  }
+  map.values.back().push_back(value);
+  map.texts.back().push_back(detail::ChartWriter::number(value, decimals));
+}
 
 /// Tables side by side as one SVG document. Errors: bad_argument (no map, an empty one, a shape that is not rows x columns, a negative
 /// value).
@@ -53,7 +78,8 @@ inline std::string svg(std::span<const HeatMap> maps) {
       const double y = top + cell_height * static_cast<double>(i);
       text(x0 - 8, y + 14, "tick", "end", map.rows[i]);
       for (std::size_t j = 0; j < map.columns.size(); ++j) {
-        const double x = x0 + cell_width * static_cast<double>(j), share = most > 0.0 ? map.values[i][j] / most : 0.0;
+        const double x = x0 + cell_width * static_cast<double>(j), above = std::max(0.0, map.values[i][j] - map.least);
+        const double share = most > map.least ? above / (most - map.least) : 0.0;
         body += "<rect class=\"cell\" x=\"" + number(x + 1) + "\" y=\"" + number(y + 1) + "\" width=\"" + number(cell_width - 2) +
                 "\" height=\"" + number(cell_height - 2) + "\" rx=\"3\" fill-opacity=\"" + Writer::number(0.06 + 0.94 * share, 3) +
                 "\"/>\n";

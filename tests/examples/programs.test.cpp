@@ -16,7 +16,7 @@
 
 #include <qdylora/cpu/cpu.hpp>
 #include <qdylora/io.hpp>
-#include <qdylora/model/bleu.hpp>
+#include <qdylora/model.hpp>
 
 #include "support/catch.hpp"
 #include "support/distortion.hpp"
@@ -304,6 +304,11 @@ TEST_CASE("programs: a wrong argument or file gives one line and status 2") {
            quoted(test::golden("llama_tiny_adapter")),
        "written over"},
       {"quantize", "in out --format int4", "int4"},
+      {"quantize", "in", "--heat-map"},
+      {"quantize", "in out --heat-map map.svg", "OUT excludes --heat-map"},
+      {"quantize", "in out --init loftq", "--init requires --heat-map"},
+      {"quantize", "--heat-map " + quoted(folder / "map.svg") + " " + junk, "junk.gguf"},
+      {"quantize", "--heat-map map.svg --init eva m", "loftq:ITERATIONS"},
       {"quantize", quoted(folder / "junk.safetensors") + " out", "junk.safetensors"},
       {"quantize", quoted(test::golden("codes.safetensors")) + " out", "no matrix"},
       {"quantize", quoted(test::golden("linear4bit_io.safetensors")) + " " + quoted(folder / "q") + " --block-size 48", "48"},
@@ -656,6 +661,36 @@ TEST_CASE("programs: an adapter that began on a base of its own is used with tha
   CHECK(logits("pissa", "nf4").size() == plain.size());
   CHECK(logits("pissa", "nf4") != plain);
   CHECK(logits("loftq", "int4").find("--base-format int4") != std::string::npos);
+}
+
+TEST_CASE("programs: a heat map shows the error of each linear weight, and has its numbers beside it") {
+  if (!built("quantize")) SKIP("quantize has not been built");
+  const test::TemporaryFolder folder;
+  const auto map = [&](const std::string& arguments) {
+    succeeds("quantize", "--heat-map " + quoted(folder / "map.svg") + " " + quoted(test::golden("mistral")) + " " + arguments);
+    CHECK(test::read_file(folder / "map.svg").ends_with("</svg>\n"));
+    return qd::read_json(folder / "map.json");
+  };
+  const auto plain = map(""), int4 = map("--format int4 --block-size 32"), exact = map("--format float32");
+  const auto begun = map("--init loftq --rank 8");
+  const auto config = qd::hugging_face_config(test::golden("mistral") / "config.json");
+  const qd::SafetensorsFile file(test::golden("mistral") / "model.safetensors");
+  std::size_t seen = 0;
+  for (const auto& [module, error] : plain.at("relative_error").items()) {
+    CAPTURE(module);
+    const auto w = file.matrix(module + ".weight");
+    const auto coded = qd::quantize(w.view());
+    qd::Matrix<float> decoded(w.rows(), w.cols());
+    qd::dequantize(coded.view(), decoded.view());
+    CHECK(error.get<double>() == Approx(std::sqrt(test::normalised_squared_error(decoded.view(), w.view()))).epsilon(1e-4));
+    CHECK(int4.at("relative_error").at(module) != error);
+    CHECK(exact.at("relative_error").at(module) == 0.0);
+    CHECK(begun.at("relative_error").at(module) == error);
+    CHECK(begun.at("relative_error_with_adapter").at(module).get<double>() < 0.95 * error.get<double>());
+    ++seen;
+  }
+  CHECK(seen == static_cast<std::size_t>(config.layers) * config.linears().size());
+  CHECK(begun.at("init") == "loftq");
 }
 
 TEST_CASE("programs: rank_map keeps to its budget, and its adapter has the losses it says, at ranks that PEFT reads") {

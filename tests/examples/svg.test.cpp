@@ -133,6 +133,12 @@ TEST_CASE("a heat map has a cell for each number, the darker the larger", "[svg]
   CHECK(text.find(">none<") < text.find(">4<"));
   CHECK(text.find(">4<") < text.find(">8<"));
 
+  auto from_two = map;  // palest at 2 and below
+  from_two.least = 2.0;
+  const std::string shades = ex::svg(std::vector{from_two});
+  for (const auto& [share, cells] : {std::pair("0.060", 2), std::pair("0.373", 1), std::pair("1.000", 1)})
+    CHECK(count(shades, "fill-opacity=\"" + std::string(share) + "\"") == cells);
+
   auto bad = map;
   bad.values[1].pop_back();
   CHECK_THROWS_AS(ex::svg(std::vector{bad}), qd::Error);
