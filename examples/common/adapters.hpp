@@ -16,19 +16,22 @@
 
 namespace qdylora::examples {
 
-/// f(layer, heads) for every layer with an adapter: heads is what save_peft_adapter and assign take as rope_heads, which is 0 but for q and k
-/// in GGUF's rotary layout, which only Llamas come in.
+/// What save_peft_adapter and assign take as rope_heads for the linear layer at a place in DecoderConfig::linears: 0 but for q and k in GGUF's
+/// rotary layout, which only Llamas come in.
+inline Index rope_heads(const DecoderConfig& config, std::size_t linear) {
+  const auto p = static_cast<Projection>(linear);
+  if (config.rope_layout != RopeLayout::interleaved || (p != Projection::q && p != Projection::k)) return 0;
+  return p == Projection::q ? config.heads.heads : config.heads.kv_heads;
+}
+
+/// f(layer, heads) for every layer with an adapter: heads are its rope_heads.
 template <class Model, class F>
 void for_each_adapter(Model& model, F&& f) {
   if (has_bottlenecks(model.options().method)) return model.for_each_trained([&](auto& layer) { f(layer, Index{0}); });
   const auto& c = model.config();
-  const auto linears = static_cast<Index>(c.linears().size());
-  Index at = 0;
-  model.for_each_linear([&](auto& linear) {
-    const auto p = static_cast<Projection>(at++ % linears);
-    const bool turned = c.rope_layout == RopeLayout::interleaved && (p == Projection::q || p == Projection::k);
-    f(linear, !turned ? 0 : p == Projection::q ? c.heads.heads : c.heads.kv_heads);
-  });
+  const std::size_t linears = c.linears().size();
+  std::size_t at = 0;
+  model.for_each_linear([&](auto& linear) { f(linear, rope_heads(c, at++ % linears)); });
 }
 
 /// Saves the adapters of a decoder, layers that have a limit at that rank, and those of limit 0 not at all; q and k leave GGUF's rotary

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include <qdylora/cpu/cpu.hpp>
@@ -266,6 +267,38 @@ TEST_CASE("initial values have names") {
     CAPTURE(text);
     CHECK(code_of([&] { qd::adapter_init(text, 8); }) == Errc::bad_argument);
   }
+}
+
+TEST_CASE("an adapter that began with a weight's own product becomes an update of the weight itself, at every rank and with gates") {
+  using Layer = qd::DynamicLoRALinear<float, qd::Cpu, qd::Dense<float>>;
+  using Whole = qd::WeightFor<qd::Dense<float>>;
+  const qd::Cpu cpu(1);
+  const auto as_base = [](qd::MatrixView<const float> w) { return std::make_shared<const Whole>(qd::Matrix<float>(qd::clone(w))); };
+  const auto w = trained_like(48, 40, 3);
+  const auto made = qd::pissa(w.view(), 4, as_base, cpu);
+  REQUIRE(made.adapter.rank() == 4);
+  Layer run(made.base, {.max_rank = 6, .alpha = 3, .name = "up", .gated_ranks = {2, 6}}, cpu);
+  qd::begin_with(run.adapter(), made.adapter, cpu);
+  for (const auto& p : {run.parameters()[0], run.parameters()[1], run.adapter().gate_parameters()[0]})  // trains
+    cpu.add(test::normal_matrix<float>(p->value.rows(), p->value.cols(), 9, 0.3).view(), p->value.view());
+  run.set_training(false);
+  for (const Index rank : {0, 1, 2, 5, 6}) {
+    CAPTURE(rank);
+    const auto update = qd::update_of_weight(std::as_const(run).adapter(), rank, made.adapter);
+    REQUIRE(update.max_rank() == rank + 4);
+    CHECK(update.scale(rank + 4) == 1.0f);
+    Layer plain(as_base(w.view()), update.options(), cpu);
+    qd::assign(plain.adapter(), update, cpu);
+    CHECK(test::largest_difference(plain.merged_weight(rank + 4).view(), run.merged_weight(rank).view()) < 2e-6);
+    CHECK(test::largest_difference(w.view(), run.merged_weight(rank).view()) > 0.1);
+  }
+  const auto& adapter = std::as_const(run).adapter();
+  CHECK(qd::update_of_weight(adapter, 3, {}).max_rank() == 3);
+  CHECK(code_of([&] { qd::update_of_weight(adapter, 7, made.adapter); }) == Errc::rank_range);
+  CHECK(code_of([&] { qd::update_of_weight(adapter, 0, {}); }) == Errc::bad_argument);
+  const qd::LowRank<float> turned{qd::clone(made.adapter.b.view()), qd::clone(made.adapter.a.view())};
+  CHECK(code_of([&] { qd::update_of_weight(adapter, 2, turned); }) == Errc::shape_mismatch);
+  CHECK(code_of([&] { qd::update_of_weight(qd::LoRAAdapter<float>(40, 48, {.dora = true}), 2, made.adapter); }) == Errc::unsupported);
 }
 
 }  // namespace initialize_test

@@ -81,4 +81,34 @@ void begin_with(LoRAAdapter<S, Memory>& adapter, const LowRank<S, Memory>& initi
   backend.synchronize();  // the factors are given back
 }
 
+/// What an adapter that began with `initial`, on a base that is the weight without it, is to the weight itself: an adapter of rank
+/// rank + initial.rank(), and scale 1, whose update at full rank is delta W_b - B0^T A0 (PEFT's path_initial_model_for_weight_conversion).
+/// At rank 0 it only takes `initial` away. Errors: rank_range, shape_mismatch, unsupported with a magnitude; bad_argument where both ranks
+/// are 0.
+template <class S>
+LoRAAdapter<S> update_of_weight(const LoRAAdapter<S>& adapter, Index rank, const LowRank<S>& initial) {
+  const auto& options = adapter.options();
+  adapter.check_rank(rank);
+  QDYLORA_EXPECTS(!adapter.dora(), unsupported, options.name + ": a magnitude is no part of an update");
+  const Index both = rank + initial.rank();
+  QDYLORA_EXPECTS(both > 0, bad_argument, options.name + ": rank 0, and no initial values");
+  if (initial.rank() > 0) {
+    expect_shape((options.name + ": initial A").c_str(), initial.a.view(), initial.rank(), adapter.in());
+    expect_shape((options.name + ": initial B").c_str(), initial.b.view(), initial.rank(), adapter.out());
+  }
+  LoRAAdapter<S> result(adapter.in(), adapter.out(), {.max_rank = both, .alpha = static_cast<float>(both), .name = options.name});
+  const auto coefficients = adapter.coefficients(rank, rank);
+  const MatrixView<S> a = result.a().value.view(), b = result.b().value.view();
+  for (Index i = 0; i < both; ++i) {
+    const bool own = i < rank;
+    const MatrixView<const S> from_a = own ? adapter.a().value.view() : initial.a.view();
+    const MatrixView<const S> from_b = own ? adapter.b().value.view() : initial.b.view();
+    const Index row = own ? i : i - rank;
+    const S factor = own ? coefficients[static_cast<std::size_t>(i)] : S{-1};
+    for (Index j = 0; j < adapter.in(); ++j) a(i, j) = from_a(row, j);
+    for (Index j = 0; j < adapter.out(); ++j) b(i, j) = factor * from_b(row, j);
+  }
+  return result;
+}
+
 }  // namespace qdylora
