@@ -1,5 +1,5 @@
-// Quantizes the matrices of a safetensors file to bitsandbytes' 4-bit keys; everything else is copied. Or shows what quantization costs each
-// linear weight of a model.
+// Quantizes the matrices of a safetensors file to bitsandbytes' 4-bit keys; everything else is copied. Or shows what quantization costs
+// each linear weight of a model.
 //
 //   quantize IN.safetensors OUT.safetensors --format nf4|fp4 --block-size 64 --double-quant on|off
 //   quantize --heat-map OUT.svg MODEL --format nf4|fp4|int4|fp8 --init loftq --rank 16

@@ -16,8 +16,8 @@
 
 namespace qdylora::examples {
 
-/// What save_peft_adapter and assign take as rope_heads for the linear layer at a place in DecoderConfig::linears: 0 but for q and k in GGUF's
-/// rotary layout, which only Llamas come in.
+/// What save_peft_adapter and assign take as rope_heads for the linear layer at a place in DecoderConfig::linears: 0 but for q and k in
+/// GGUF's rotary layout, which only Llamas come in.
 inline Index rope_heads(const DecoderConfig& config, std::size_t linear) {
   const auto p = static_cast<Projection>(linear);
   if (config.rope_layout != RopeLayout::interleaved || (p != Projection::q && p != Projection::k)) return 0;

@@ -206,7 +206,7 @@ TEST_CASE("DoRA's gradients agree with central differences at every rank, and it
     }
 }
 
-// The masks and the norms of a pass are held: with both, the loss is a function that central differences know. It is computed in plain loops.
+// The masks and the norms of a pass are held: with both, the loss is a function that central differences know, here in plain loops.
 TEST_CASE("DoRA with dropout: outputs are PEFT's formula in plain loops, gradients central differences with the norms and masks held") {
   for (const auto& gates : {std::vector<Index>{}, std::vector<Index>{2, 5}})
     for (const Index tokens : {3, 40}) {

@@ -6,7 +6,7 @@
 // are a plain adapter's, and dm_o = sum_t dy[t, o] v[t, o] / n_o of the product v = x (W + D)^T. One m serves all ranks, and each rank has
 // norms of its own:
 //
-//   n_o^2 = |W_o|^2 + 2 <D_o, W_o + D_o / 2> = |W_o|^2 + 2 sum_i c_i B[i, o] (A_b W^T + A_b A_b^T C / 2)[i, o],   C_i = c_i B_i,  c = s_b g_b
+//   n_o^2 = |W_o|^2 + 2 <D_o, W_o + D_o / 2> = |W_o|^2 + 2 sum_i C[i, o] (A_b W^T + A_b A_b^T C / 2)[i, o],   C = s_b g_b * B_b
 //
 // so that a pass of training multiplies W with the b rows of A as with b tokens more, and W is never decoded as a whole. m begins as |W_o|:
 // at B = 0 the factor is 1 and the output the base's, to the bit. At rank 0 there is no adapter, and no magnitude either. A row of zeros has
