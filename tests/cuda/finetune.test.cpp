@@ -98,7 +98,7 @@ TEST_CASE("finetune and evaluate on the device do what they do on the CPU", "[cu
   // The adapter that was saved, at a lower rank.
   examples::EvaluateOptions asked;
   asked.adapter = (folder / "gpu" / "adapter").string();
-  const std::optional<qd::PeftAdapter> adapter = qd::load_peft_adapter(asked.adapter);
+  const auto adapter = examples::open_adapter(asked.adapter);
   asked.ids = "3,4,5,6";
   asked.rank = 2;
   model = open();

@@ -136,7 +136,7 @@ TEST_CASE("a heat map has a cell for each number, the darker the larger", "[svg]
   auto from_two = map;  // palest at 2 and below
   from_two.least = 2.0;
   const std::string shades = ex::svg(std::vector{from_two});
-  for (const auto& [share, cells] : {std::pair("0.060", 2), std::pair("0.373", 1), std::pair("1.000", 1)})
+  for (const auto& [share, cells] : {std::pair("0.060", 2u), std::pair("0.373", 1u), std::pair("1.000", 1u)})
     CHECK(count(shades, "fill-opacity=\"" + std::string(share) + "\"") == cells);
 
   auto bad = map;
