@@ -1,10 +1,9 @@
-// Looks at PEFT adapters, cuts them, and makes them into files for llama.cpp and for other bases.
+// Looks at PEFT adapters, cuts them, and makes them into files for llama.cpp.
 //
 //   adapter info DIR
 //   adapter truncate DIR --rank b OUT    keeps the first b rows: for adapters trained to be cut; bottlenecks too
 //   adapter resize DIR --rank b OUT      re-orders B.A by singular values, then cuts: for any adapter
 //   adapter gguf DIR --rank b --model MODEL.gguf OUT.gguf    for llama.cpp (--lora OUT.gguf), on the same base model
-//   adapter convert DIR --rank b --model MODEL OUT           began as PiSSA or LoftQ: plain LoRA of the model itself, for any PEFT reader
 #include <cmath>
 #include <cstdio>
 #include <filesystem>
@@ -12,11 +11,9 @@
 #include <vector>
 
 #include <qdylora/io.hpp>
-#include <qdylora/model.hpp>
+#include <qdylora/model/load_gguf.hpp>
 #include <qdylora/nn/reorder.hpp>
 
-#include "common/adapters.hpp"
-#include "common/model.hpp"
 #include "common/program.hpp"
 
 namespace {
@@ -127,62 +124,10 @@ int to_gguf(const std::string& folder, Index rank, const std::string& model, con
   return 0;
 }
 
-// With P = B0^T A0 what the adapter began with, a run computes base + delta W, and base is the model's weight less P, quantized: of the
-// weight itself that is the update delta W - P, of both ranks together. What quantizing lost is in no update of low rank.
-int convert(const std::string& folder, Index rank, const std::string& path, const std::string& out) {
-  for (const auto& in : {folder, path}) expect_no_overwrite(in, out);
-  const auto source = load_peft_adapter(folder, {.changed_base = true, .saved_modules = true});
-  if (source.init.standard())
-    throw Error(Errc::bad_argument, "began with B = 0: it is an update of the model as it stands", {.file = folder});
-  QDYLORA_EXPECTS(rank >= 0 && rank <= source.max_rank(), rank_range,
-                  "--rank " + std::to_string(rank) + ": the adapter has ranks 1 ... " + std::to_string(source.max_rank()));
-  auto base = base_of(source, folder, source.base_format);
-  base.init = source.init;
-  const auto model = open_model(path, "", base, Cpu());
-  const auto weights = model.read();
-  const auto linears = model.config.linears();
-  std::vector<LoRAAdapter<float>> adapters;
-  std::vector<NamedAdapter> named;
-  adapters.reserve(weights->blocks.size() * linears.size());
-  std::size_t used = 0;
-  at_tensor(folder, "", [&] {
-    for (std::size_t block = 0; block < weights->blocks.size(); ++block)
-      for (std::size_t l = 0; l < linears.size(); ++l) {
-        const auto name = model.config.block_name(static_cast<Index>(block)) + std::string(linears[l].name);
-        const auto& initial = weights->blocks[block]->initial[l];
-        const auto* module = source.find(name);
-        if (module == nullptr && initial.rank() == 0) continue;
-        const Index heads = rope_heads(model.config, l);
-        // A layer that a rank map left without an adapter lacks what it began with all the same.
-        LoRAAdapter<float> own(linears[l].in, linears[l].out, module ? lora_options(*module) : LoRAOptions{.max_rank = 1, .name = name});
-        if (module) assign(*module, own, heads);
-        const Index most = module ? module->rank() : 0;
-        adapters.push_back(update_of_weight(own, rank == 0 ? most : std::min(rank, most), initial));
-        named.push_back({name, &adapters.back(), heads});
-        used += module != nullptr;
-      }
-    QDYLORA_EXPECTS(used == source.modules.size(), missing_tensor,
-                    "is of another model: it has " + std::to_string(source.modules.size()) + " modules, of which the model has " +
-                        std::to_string(used));
-  });
-  save_peft_adapter(out, named,
-                    {.base_model = source.config.base_model,
-                     .task_type = source.config.task_type,
-                     .saved = &source.saved,
-                     .fan_in_fan_out = source.config.fan_in_fan_out});
-  Index most = 0;
-  for (const auto& adapter : adapters) most = std::max(most, adapter.max_rank());
-  std::printf("wrote %s: %zu modules of rank %lld at most, updates of %s itself\n", out.c_str(), named.size(), static_cast<long long>(most),
-              model.name.c_str());
-  if (source.base_format != name(BaseFormat::float32))
-    std::printf("           what the run lost by quantizing its base (%s) is not in them\n", source.base_format.c_str());
-  return 0;
-}
-
 }  // namespace
 
 int main(int argc, char** argv) {
-  CLI::App app{"Looks at PEFT adapters, cuts them, and makes them into files for llama.cpp and for other bases.", "adapter"};
+  CLI::App app{"Looks at PEFT adapters, cuts them, and makes them into files for llama.cpp.", "adapter"};
   app.require_subcommand(1);
   std::string folder, model, out;
   Index rank = 0;
@@ -200,17 +145,7 @@ int main(int argc, char** argv) {
   gguf_command->add_option("--rank", rank, "rows to keep; all by default")->check(in_range<Index>(1, most_rank));
   gguf_command->add_option("--model", model, "the base model, a .gguf file")->required()->check(not_empty());
   gguf_command->add_option("OUT", out, "file to write")->required()->check(not_empty());
-  auto* convert_command = app.add_subcommand(
-      "convert",
-      "of an adapter that began as PiSSA or LoftQ, make plain LoRA of the model itself, of both ranks together, for any PEFT reader");
-  convert_command->add_option("DIR", folder, "adapter folder")->required()->check(not_empty());
-  convert_command->add_option("--rank", rank, "rows to keep; all by default")->check(in_range<Index>(1, most_rank));
-  convert_command->add_option("--model", model, "the model that the run began with: a .gguf file or a Hugging Face folder")
-      ->required()
-      ->check(not_empty());
-  convert_command->add_option("OUT", out, "folder to write")->required()->check(not_empty());
   return run_program(app, argc, argv, [&] {
-    if (convert_command->parsed()) return convert(folder, rank, model, out);
     if (info_command->parsed()) return info(folder);
     if (gguf_command->parsed()) return to_gguf(folder, rank, model, out);
     return cut(folder, rank, out, resize_command->parsed());
