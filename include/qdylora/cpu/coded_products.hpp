@@ -13,8 +13,6 @@ namespace qdylora::detail {
 // float32.
 inline constexpr Index few_tokens_backward = 16, few_tokens_in_pairs = 4;
 
-constexpr Index div_up(Index a, Index b) noexcept { return (a + b - 1) / b; }
-
 /// Every scale of a weight, where kernels read them as a table.
 inline const float* all_scales(const CpuRun& run, const CodedWeight& w) {
   if (w.bits != 4 || !w.whole_blocks()) return nullptr;
@@ -91,10 +89,10 @@ void few_backward(const CpuRun& run, MatrixView<const float> dy, const CodedWeig
     const Index tile = few_tile[size], tokens = std::min(tile, dy.rows - token);
     // Tasks share the rows where a kernel has room for the sums of most of a row, else the columns first.
     const Index columns = run.codes().few_columns[size];
-    const Index strip = columns > 512      ? rounded_up(div_up(w.cols, div_up(w.cols, columns)), 128)
-                        : w.cols >= 4096 ? 512
-                        : w.cols >= 2048 ? 256
-                                         : 128;
+    const Index strip = columns > few_strip ? rounded_up(div_up(w.cols, div_up(w.cols, columns)), 128)
+                        : w.cols >= 4096    ? few_strip
+                        : w.cols >= 2048    ? few_strip / 2
+                                            : few_strip / 4;
     const Index strips = div_up(w.cols, strip);
     const Index parts = std::max<Index>(1, std::min(w.rows / 256, 16 / strips)), part_rows = div_up(w.rows, parts);
     const float* by_row = dy.row(token);  // dy of each row of the weight, for every token
@@ -147,8 +145,8 @@ void multiply_bytes(const CpuRun& run, const CodedWeight& w, MatrixView<const T>
     for (Index i = begin; i < end; ++i)
       kernels.few_int8.row(row_as<float, 2>(x, i), w.cols / 8, w.block_size, cells + i * stride, x_scales + i * units, starts + i * units);
   });
-  const Index groups = (x.rows + token_group - 1) / token_group;
-  run.parallel_for((w.rows + task_rows - 1) / task_rows * groups, [&](Index task) {
+  const Index groups = div_up(x.rows, token_group);
+  run.parallel_for(div_up(w.rows, task_rows) * groups, [&](Index task) {
     const Index first = task / groups * task_rows, width = std::min(task_rows, w.rows - first);
     const Index token = task % groups * token_group, tokens = std::min(token_group, x.rows - token);
     constexpr Index part = 512;  // of the sum: 16 KiB of bytes for 32 outputs

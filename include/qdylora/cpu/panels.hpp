@@ -21,7 +21,8 @@ inline constexpr bool is_dense = false;
 template <class S>
 inline constexpr bool is_dense<MatrixView<S>> = true;
 
-constexpr Index rounded_up(Index x, Index unit) noexcept { return (x + unit - 1) / unit * unit; }
+constexpr Index div_up(Index x, Index unit) noexcept { return (x + unit - 1) / unit; }
+constexpr Index rounded_up(Index x, Index unit) noexcept { return div_up(x, unit) * unit; }
 
 /// Whether rows `stride` bytes apart crowd into few sets of a first-level cache of 4 KiB a way.
 constexpr bool crowds_cache(Index stride) noexcept { return stride % 4096 == 0; }
@@ -187,10 +188,10 @@ void multiply_panels(const CpuRun& run, const Cells& cells, const Panels& panels
   const MatrixView<const Cell> input = cells.prepare(run, x);
   const Index outputs = panels.outputs(), depth = panels.depth();
   const Index parts = depth_parts(outputs, depth);
-  const Index part_depth = rounded_up((std::max<Index>(depth, 1) + parts - 1) / parts, panel_depth);
+  const Index part_depth = rounded_up(div_up(std::max<Index>(depth, 1), parts), panel_depth);
   if (parts > 1) task_outputs = rounded_up(outputs / ((outputs + 319) / 320), panel_width);  // panels of a task: in its second-level cache
-  const Index blocks = (outputs + task_outputs - 1) / task_outputs;
-  const Index groups = (x.rows + group_tokens - 1) / group_tokens;
+  const Index blocks = div_up(outputs, task_outputs);
+  const Index groups = div_up(x.rows, group_tokens);
   const Index sum_stride = uncrowded_stride<S>(rounded_up(outputs, panel_width));
   S* sums = parts > 1 ? scratch<S, 12>(parts * x.rows * sum_stride) : nullptr;
   run.parallel_for(blocks * groups * parts, [&](Index task) {

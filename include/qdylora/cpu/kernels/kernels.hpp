@@ -62,6 +62,9 @@ struct FewKernels {
   explicit operator bool() const noexcept { return steps > 0; }
 };
 
+/// Columns that the backward products of few tokens take at a time where a set's registers and caches hold the sums of no more.
+inline constexpr Index few_strip = 512;
+
 /// Products of panels in 16 bits. `numbers` consecutive ones of a sum take `cells` cells, in a row of x and, [cells][panel_width] of them, in a
 /// panel; the last are filled up with zeros.
 struct CellKernels {
