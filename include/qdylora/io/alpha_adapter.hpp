@@ -60,9 +60,9 @@ inline bool is_alpha_adapter(const std::filesystem::path& folder) { return std::
 /// adapter there goes. `code` is what the codes were made with. Errc::bad_argument (no layers; layers of other planes, groups or trained
 /// planes than the first or `code`), duplicate, non_finite, open, and those of AtomicFile.
 template <Scalar T, class Backend>
-requires std::same_as < Accumulator<T>,
-float > void save_alpha_adapter(const std::filesystem::path& folder, const std::vector<AlphaLinear<T, Backend>*>& layers,
-                                const BinaryCodeOptions& code, const std::string& base_model = "") {
+  requires(std::same_as<Accumulator<T>, float>)
+void save_alpha_adapter(const std::filesystem::path& folder, const std::vector<AlphaLinear<T, Backend>*>& layers,
+                        const BinaryCodeOptions& code, const std::string& base_model = "") {
   QDYLORA_EXPECTS(!layers.empty(), bad_argument, "save_alpha_adapter: no layers");
   const Index trained = layers.front()->options().trained_planes;
   SafetensorsWriter model;
@@ -114,9 +114,8 @@ inline AlphaAdapter read_alpha_config(const std::filesystem::path& folder, const
 /// unexpected_tensor (more layers than the model has), and the errors of read_alpha_config, SafetensorsFile and load_alpha; after one the
 /// scales may have changed in part.
 template <Scalar T, class Backend>
-requires std::same_as < Accumulator<T>,
-float >
-    void load_alphas(const std::filesystem::path& folder, const std::vector<AlphaLinear<T, Backend>*>& layers, const Limits& limits = {}) {
+  requires(std::same_as<Accumulator<T>, float>)
+void load_alphas(const std::filesystem::path& folder, const std::vector<AlphaLinear<T, Backend>*>& layers, const Limits& limits = {}) {
   const AlphaAdapter adapter = read_alpha_config(folder, limits);
   if (const std::string found = detail::codes_checksum(layers); found != adapter.codes)
     throw Error(Errc::bad_config,
