@@ -156,6 +156,18 @@ std::vector<qd::LoRAOptions> all_options() {
   return all;
 }
 
+/// The gradients of x and of all parameters against central differences.
+template <class Loss, class Parameters>
+void check_all(const Loss& loss, Double& x, const Double& dx, const Parameters& parameters) {
+  const auto check = [&](const std::string& name, std::span<double> values, std::span<const double> gradient) {
+    const auto report = test::check_gradient(loss, values, gradient, {.absolute = 1e-7, .relative = 1e-6});
+    CAPTURE(name, report.element, report.analytic, report.numeric);
+    CHECK(report.ok());
+  };
+  check("x", x.span(), dx.span());
+  for (const auto& p : parameters) check(p->name, p->value.span(), p->gradient.span());
+}
+
 template <class Format>
 void check_gradients(const qd::LoRAOptions& options, Index tokens) {
   auto layer = make_layer<Format>(options);
@@ -181,16 +193,7 @@ void check_gradients(const qd::LoRAOptions& options, Index tokens) {
       return sum;
     };
     loss();
-    const auto check = [&](std::span<double> values, std::span<const double> gradient) {
-      const auto report = test::check_gradient(loss, values, gradient, {.absolute = 1e-7, .relative = 1e-6});
-      CAPTURE(report.element, report.analytic, report.numeric);
-      CHECK(report.ok());
-    };
-    check(x.span(), dx.span());
-    for (const auto& p : parameters) {
-      CAPTURE(p->name);
-      check(p->value.span(), p->gradient.span());
-    }
+    check_all(loss, x, dx, parameters);
     const auto& m = adapter.magnitude().gradient.span();
     CHECK(std::any_of(m.begin(), m.end(), [](double g) { return g != 0.0; }) == (plan.max_rank() > 0));
   }
@@ -271,16 +274,7 @@ TEST_CASE("DoRA with dropout: outputs are PEFT's formula in plain loops, gradien
           });
           return total;
         };
-        const auto check = [&](std::span<double> values, std::span<const double> gradient) {
-          const auto report = test::check_gradient(loss, values, gradient, {.absolute = 1e-7, .relative = 1e-6});
-          CAPTURE(report.element, report.analytic, report.numeric);
-          CHECK(report.ok());
-        };
-        check(x.span(), dx.span());
-        for (const auto& p : parameters) {
-          CAPTURE(p->name);
-          check(p->value.span(), p->gradient.span());
-        }
+        check_all(loss, x, dx, parameters);
         // Evaluation has no masks: PEFT's formula of x itself, which is m / |W + D| times the product.
         layer.set_training(false);
         layer.forward(x.view(), y.view(), context);

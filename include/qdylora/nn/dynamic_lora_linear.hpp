@@ -131,12 +131,12 @@ class DynamicLoRALinear : public AdapterLayer<T, Backend> {
           through_base(dy, dx);
           have_dx = true;
           auto excess = temporary<T>(backend_, x.rows, out()), masked = temporary<T>(backend_, x.rows, in());
-          scale_by_excess(dy, context.plan, context.magnitude, adapter_, excess.view(), backend_);
+          scale_by_factors(dy, context.plan, context.magnitude, adapter_, 1, excess.view(), backend_);
           through_base(as_const(excess), masked.view());
           backend_.dropout(as_const(masked), adapter_.options().dropout, context.dropout, dx, Update::accumulate);
         }
         scaled_dy = temporary<T>(backend_, x.rows, out());
-        scale_outputs(dy, context.plan, context.magnitude, adapter_, scaled_dy.view(), backend_);
+        scale_by_factors(dy, context.plan, context.magnitude, adapter_, 0, scaled_dy.view(), backend_);
         dy = scaled_dy.view();
       }
     if (!have_dx) through_base(dy, dx);
@@ -261,10 +261,10 @@ class DynamicLoRALinear : public AdapterLayer<T, Backend> {
       norms_->find(magnitude.norms, plan_, y.rows, adapter_, *base_, backend_, !training_);
       if (dropped) {
         auto excess = temporary<T>(backend_, y.rows, out());
-        scale_by_excess(v, plan_, magnitude, adapter_, excess.view(), backend_);
+        scale_by_factors(v, plan_, magnitude, adapter_, 1, excess.view(), backend_);
         backend_.add(as_const(excess), y);
       } else {
-        scale_outputs(v, plan_, magnitude, adapter_, y, backend_);
+        scale_by_factors(v, plan_, magnitude, adapter_, 0, y, backend_);
       }
       if (bias_.size() > 0) backend_.add_row(bias_.view(), y);
     }

@@ -179,28 +179,16 @@ class RowNorms {
   mutable RowNormsAt<S, Memory> kept_;
 };
 
-/// target [tokens, out] = source * m / n of each row's rank; rows of rank 0 as they are.
+/// target [tokens, out] = source * (f - less) of each row's rank, less 0 or 1: f = m / n, and 1 at rank 0.
 template <class T, class Memory, class Adapter, class Backend>
-void scale_outputs(In<T> source, const RankPlan& plan, const MagnitudeContext<T, Memory>& context, const Adapter& adapter,
-                   MatrixView<T> target, const Backend& backend) {
+void scale_by_factors(In<T> source, const RankPlan& plan, const MagnitudeContext<T, Memory>& context, const Adapter& adapter, int less,
+                      MatrixView<T> target, const Backend& backend) {
   plan.for_each_run(source.rows, [&](Index first, Index count, Index rank) {
     const auto from = source.middle_rows(first, count);
     const auto to = target.middle_rows(first, count);
-    if (rank == 0) return backend.copy(from, to);
-    const auto factors = context.factors(rank, adapter, 0, backend);
+    if (rank == 0) return less == 0 ? backend.copy(from, to) : backend.fill(to, T{});
+    const auto factors = context.factors(rank, adapter, static_cast<Accumulator<T>>(less), backend);
     detail::magnitude::scale_columns_by(backend, from, factors.view(), to);
-  });
-}
-
-/// target [tokens, out] = source * (m / n - 1) of each row's rank; rows of rank 0 are zero.
-template <class T, class Memory, class Adapter, class Backend>
-void scale_by_excess(In<T> source, const RankPlan& plan, const MagnitudeContext<T, Memory>& context, const Adapter& adapter,
-                     MatrixView<T> target, const Backend& backend) {
-  plan.for_each_run(source.rows, [&](Index first, Index count, Index rank) {
-    const auto to = target.middle_rows(first, count);
-    if (rank == 0) return backend.fill(to, T{});
-    const auto factors = context.factors(rank, adapter, 1, backend);
-    detail::magnitude::scale_columns_by(backend, source.middle_rows(first, count), factors.view(), to);
   });
 }
 
