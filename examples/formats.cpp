@@ -23,6 +23,7 @@
 #include "common/model.hpp"
 #include "common/program.hpp"
 #include "common/small_floats.hpp"
+#include "common/weight_error.hpp"
 
 namespace {
 
@@ -78,45 +79,33 @@ struct Variant {
   Index block_size;
 };
 
-/// Of decoded weights w' beside the weights w that they were.
-struct WeightError {
-  double error = 0.0, size = 0.0, squared_error = 0.0, power = 0.0;  // sums of |w' - w|, |w|, (w' - w)^2, w^2
+/// What a variant takes and changes.
+struct Cost {
+  WeightError error;
   std::size_t bytes = 0;
   Index count = 0;
 
-  void add(MatrixView<const float> decoded, MatrixView<const float> weight) {
-    for (Index i = 0; i < weight.rows; ++i)
-      for (Index j = 0; j < weight.cols; ++j) {
-        const double w = weight(i, j), e = static_cast<double>(decoded(i, j)) - w;
-        error += std::fabs(e);
-        size += std::fabs(w);
-        squared_error += e * e;
-        power += w * w;
-      }
-    count += weight.rows * weight.cols;
-  }
   double bits() const noexcept { return 8.0 * static_cast<double>(bytes) / static_cast<double>(count); }
-  double absolute() const noexcept { return error / size; }
-  double root_mean_square() const noexcept { return std::sqrt(squared_error / power); }
 };
 
 /// The weight as a format leaves it.
 template <class Scales>
-Matrix<float> rounded(MatrixView<const float> weight, const Variant& variant, const Cpu& cpu, WeightError& error) {
+Matrix<float> rounded(MatrixView<const float> weight, const Variant& variant, const Cpu& cpu, Cost& cost) {
   Matrix<float> decoded(weight.rows, weight.cols);
   with_format(variant.format, [&]<class Format>(Format) {
     const auto tensor = cpu.quantize<Format, Scales>(weight, {.block_size = variant.block_size});
     cpu.dequantize(tensor.view(), decoded.view());
-    error.bytes += tensor.bytes();
+    cost.bytes += tensor.bytes();
   });
-  error.add(decoded.view(), weight);
+  cost.error.add(decoded.view(), weight);
+  cost.count += weight.rows * weight.cols;
   return decoded;
 }
 
 /// One variant with scales of either kind.
 struct Row {
   Variant variant;
-  WeightError plain, nested;
+  Cost plain, nested;
   std::vector<RankResult> plain_losses, nested_losses;  // of each text
 };
 
@@ -136,8 +125,8 @@ void print_errors(const std::string& of, const std::vector<Row>& rows) {
   std::printf("|---|---|---|---|---|---|---|---|\n");
   for (const auto& row : rows) {
     std::printf("| %s | %lld |", row.variant.format.c_str(), static_cast<long long>(row.variant.block_size));
-    for (const auto* e : {&row.plain, &row.nested})
-      std::printf(" %.3f | %.3f %% | %.3f %% |", e->bits(), 100.0 * e->absolute(), 100.0 * e->root_mean_square());
+    for (const auto* cost : {&row.plain, &row.nested})
+      std::printf(" %.3f | %.3f %% | %.3f %% |", cost->bits(), 100.0 * cost->error.absolute(), 100.0 * cost->error.root_mean_square());
     std::printf("\n");
   }
 }
@@ -240,11 +229,11 @@ void measure_model(std::vector<Row> rows, const Options& o, OpenModel& model, co
     names.push_back("the model's own text");
   }
   const auto whole = losses();
-  const auto measure = [&]<class Scales>(Scales, const Variant& variant, WeightError& error) {
+  const auto measure = [&]<class Scales>(Scales, const Variant& variant, Cost& cost) {
     next = 0;
     decoder.for_each_linear([&](auto& linear) {
       const auto weight = linears[next++]->template get<Matrix<float>>().view();
-      linear.set_base(std::make_shared<const Linear>(rounded<Scales>(weight, variant, cpu, error)));
+      linear.set_base(std::make_shared<const Linear>(rounded<Scales>(weight, variant, cpu, cost)));
     });
     return losses();
   };

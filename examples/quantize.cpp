@@ -7,7 +7,6 @@
 // The heat map has a row for each block and a column for each linear layer: |W - base| / |W| (Frobenius norms), and with --init the same of
 // base + adapter as they begin. OUT.json has its numbers. MODEL is read in float32.
 #include <algorithm>
-#include <cmath>
 #include <cstdio>
 #include <deque>
 #include <filesystem>
@@ -23,6 +22,7 @@
 #include "common/heat_map.hpp"
 #include "common/model.hpp"
 #include "common/program.hpp"
+#include "common/weight_error.hpp"
 
 namespace {
 
@@ -36,7 +36,7 @@ bool is_matrix(const TensorInfo& t) {
 
 // Root mean square of what quantization changed, relative to that of the weight; the file is read again, some rows at a time.
 double relative_error(const SafetensorsFile& file, const TensorInfo& t, const WeightFor<AnyFormat>& weight) {
-  double error = 0.0, size = 0.0;
+  WeightError error;
   const Index step = std::max<Index>(1, (Index{1} << 20) / t.shape[1]);
   Matrix<float> original, decoded;
   for (Index first = 0; first < t.shape[0]; first += step) {
@@ -47,13 +47,9 @@ double relative_error(const SafetensorsFile& file, const TensorInfo& t, const We
     weight.visit([&]<class View>(const View& view) {
       if constexpr (requires { typename View::format; }) dequantize(view, decoded.view(), first);
     });
-    for (std::size_t i = 0; i < original.span().size(); ++i) {
-      const double x = static_cast<double>(original.span()[i]);
-      error += std::pow(static_cast<double>(decoded.span()[i]) - x, 2);
-      size += x * x;
-    }
+    error.add(decoded.view(), original.view());
   }
-  return size > 0.0 ? std::sqrt(error / size) : 0.0;
+  return error.root_mean_square();
 }
 
 int quantize_file(const std::string& in, const std::string& out, BaseOptions options) {
@@ -94,18 +90,6 @@ int quantize_file(const std::string& in, const std::string& out, BaseOptions opt
   return 0;
 }
 
-// |w - found| / |w|
-double relative_error(MatrixView<const float> w, MatrixView<const float> found) {
-  double error = 0.0, size = 0.0;
-  for (Index i = 0; i < w.rows; ++i)
-    for (Index j = 0; j < w.cols; ++j) {
-      const double x = w(i, j);
-      error += std::pow(static_cast<double>(found(i, j)) - x, 2);
-      size += x * x;
-    }
-  return size > 0.0 ? std::sqrt(error / size) : 0.0;
-}
-
 int show_errors(const std::string& path, const std::string& svg_path, const BaseOptions& options) {
   const auto json_path = std::filesystem::path(svg_path).replace_extension(".json");
   for (const std::filesystem::path& out : {std::filesystem::path(svg_path), json_path}) expect_no_overwrite(path, out);
@@ -137,9 +121,10 @@ int show_errors(const std::string& path, const std::string& svg_path, const Base
       const auto rows = [&](Index first, MatrixView<float> out) { copy(w.middle_rows(first, out.rows), out); };
       Matrix<float> found(w.rows, w.cols);
       const auto put_error = [&](std::size_t map, const char* key) {
-        const double error = relative_error(w, found.view());
-        put(maps[map], 100.0 * error, 2);
-        json[key][module] = error;
+        WeightError error;
+        error.add(found.view(), w);
+        put(maps[map], 100.0 * error.root_mean_square(), 2);
+        json[key][module] = error.root_mean_square();
       };
       auto plain = options;
       plain.init = {};
