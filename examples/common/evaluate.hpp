@@ -25,7 +25,7 @@ namespace qdylora::examples {
 
 struct EvaluateOptions {
   std::string model, tokenizer, adapter, data, ids, logits, choices, shots_file, ranks, out;
-  std::string chat = "model", base = "nf4", device = "cpu", dtype = "float32", choice_score = "letters";
+  std::string chat = "model", base = "nf4", device = "cpu", dtype = "float32", compute = "automatic", choice_score = "letters";
   std::optional<Index> rank;
   Index seq_len = 512, answers = 0, new_tokens = 128, max_examples = 1'000'000, shots = 0;
   int threads = 0;
@@ -143,11 +143,7 @@ int evaluate(const EvaluateOptions& o, const OpenAdapter& open, OpenModel& model
   const auto ids = o.ids.empty() ? std::vector<std::int32_t>{} : parse_numbers<std::int32_t>("--ids", o.ids);
   const auto ranks = ranks_to_measure(o, open);
   QDYLORA_EXPECTS(ids.empty() || ranks.size() == 1, bad_argument, "--logits are of one rank; give --rank, not --ranks");
-  LoRAOptions lora{.max_rank = std::max<Index>(open.max_rank(), 1)};
-  if (adapter) {
-    lora.gated_ranks = adapter->modules.front().gated_ranks;
-    lora.dora = adapter->config.use_dora;
-  }
+  const LoRAOptions lora = adapter ? lora_options(*adapter) : LoRAOptions{.max_rank = 1};
   const auto tasks = ids.empty() ? read_tasks(o, model) : EvaluationTasks{};  // before anything large is read
   if (!o.out.empty()) make_folder(o.out);
   auto read = std::exchange(model.read, nullptr)();

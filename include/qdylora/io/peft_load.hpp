@@ -336,6 +336,11 @@ inline LoRAOptions lora_options(const PeftModule& module) {
   return {.max_rank = module.rank(), .name = module.name, .gated_ranks = module.gated_ranks, .dora = module.dora()};
 }
 
+/// The same of the adapters that all of an adapter's modules fit.
+inline LoRAOptions lora_options(const PeftAdapter& adapter) {
+  return {.max_rank = adapter.max_rank(), .gated_ranks = adapter.modules.front().gated_ranks, .dora = adapter.config.use_dora};
+}
+
 /// A module as an adapter of its own, of maximal rank r.
 inline LoRAAdapter<float> to_adapter(const PeftModule& module) {
   LoRAAdapter<float> adapter(module.in(), module.out(), lora_options(module));
