@@ -16,6 +16,7 @@
 #include "common/model.hpp"
 #include "support/catch.hpp"
 #include "support/files.hpp"
+#include "support/tokenizer_folder.hpp"
 
 namespace choices_test {
 
@@ -45,21 +46,12 @@ void refuses(Read read, std::string_view text, Errc code, std::string_view says)
 
 // Bytes; " A" is a token of its own as most vocabularies have it, and so are the marks of the chat template.
 qd::Tokenizer tokenizer(bool adds_bos = false) {
-  qd::TokenizerData data;
-  for (const char32_t letter : qd::detail::byte_alphabet) qd::append_utf8(data.tokens.emplace_back(), letter);
-  data.token_types.assign(256, 1);
-  for (const char* mark : {"<|im_start|>", "<|im_end|>"}) {
-    data.tokens.emplace_back(mark);
-    data.token_types.push_back(3);
-  }
+  auto data = test::tokenizers::byte_data({"<|im_start|>", "<|im_end|>"});
   for (const char* letter : {"A", "B", "C", "D"}) {
     data.tokens.push_back(std::string("\u0120") + letter);
     data.token_types.push_back(1);
     data.merges.push_back(std::string("\u0120 ") + letter);
   }
-  data.pre_tokenizer = "gpt-2";
-  data.bos = 256;
-  data.eos = 257;
   data.adds_bos = adds_bos;
   return qd::Tokenizer(data);
 }

@@ -14,6 +14,7 @@
 
 #include "../../examples/common/dataset.hpp"
 #include "support/catch.hpp"
+#include "support/tokenizer_folder.hpp"
 
 namespace dataset_test {
 
@@ -59,16 +60,9 @@ bool holds(const std::string& text, std::string_view part) { return text.find(pa
 
 /// Bytes as tokens and the marks of the chat template.
 qd::Tokenizer byte_tokenizer(std::int32_t eos = 257, const std::string& pre_tokenizer = "smollm", bool adds_bos = false) {
-  qd::TokenizerData data;
-  for (const char32_t letter : qd::detail::byte_alphabet) qd::append_utf8(data.tokens.emplace_back(), letter);
-  data.token_types.assign(256, 1);
-  for (const char* mark : {"<|im_start|>", "<|im_end|>"}) {
-    data.tokens.emplace_back(mark);
-    data.token_types.push_back(3);
-  }
+  auto data = test::tokenizers::byte_data({"<|im_start|>", "<|im_end|>"});
   data.pre_tokenizer = pre_tokenizer;
   data.eos = eos;
-  data.bos = 256;
   data.adds_bos = adds_bos;
   return qd::Tokenizer(data);
 }

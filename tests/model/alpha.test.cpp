@@ -33,10 +33,9 @@ using qd::Errc;
 using qd::Index;
 using test::code_of;
 using test::same_bits;
+using test::sum_of;
 
 namespace {
-
-std::vector<qd::DecoderConfig> configs() { return {test::tiny_config(), test::tiny_falcon_config(1), test::tiny_falcon_config(2)}; }
 
 template <class T>
 std::shared_ptr<qd::DecoderWeights<T>> coded(const qd::DecoderConfig& config, qd::BinaryCodeOptions code = {.planes = 3, .group_size = 8},
@@ -56,12 +55,6 @@ void shift(Model& model) {
     for (auto& a : p->value.span()) a += static_cast<typename Model::Acc>(0.05f * rng.normal());
 }
 
-double sum_of(const std::vector<double>& losses) {
-  double total = 0.0;
-  for (const double l : losses) total += l;
-  return total;
-}
-
 template <class Model>
 auto layers_of(Model& model) {
   std::vector<qd::AlphaLinear<float>*> layers;
@@ -72,7 +65,7 @@ auto layers_of(Model& model) {
 }  // namespace
 
 TEST_CASE("gradients of all scales through the whole decoder agree with central differences") {
-  for (const auto& config : configs())
+  for (const auto& config : test::tiny_configs())
     for (const Index trained : {Index{1}, Index{3}}) {
       CAPTURE(static_cast<int>(config.architecture), config.shared_norm, trained);
       const auto weights = coded<double>(config, {.planes = 3, .group_size = 8}, true);
@@ -110,7 +103,7 @@ TEST_CASE("gradients of all scales through the whole decoder agree with central 
 }
 
 TEST_CASE("a decoder on planes of signs computes what one on their decoded weights does, and at rank 0 stays the base") {
-  for (const auto& config : configs()) {
+  for (const auto& config : test::tiny_configs()) {
     CAPTURE(static_cast<int>(config.architecture), config.shared_norm);
     const auto weights = coded<double>(config, {.planes = 4}, true);
     qd::Decoder<double> model(weights, options(2));

@@ -24,12 +24,11 @@ using qd::Errc;
 using qd::Index;
 using test::code_of;
 using test::same_bits;
+using test::sum_of;
 
 namespace {
 
 constexpr AdapterMethod methods[] = {AdapterMethod::houlsby, AdapterMethod::parallel};
-
-std::vector<qd::DecoderConfig> configs() { return {test::tiny_config(), test::tiny_falcon_config(1), test::tiny_falcon_config(2)}; }
 
 template <class T>
 qd::Decoder<T> make_model(const qd::DecoderConfig& config, AdapterMethod method, qd::LoRAOptions lora, bool checkpoint = false) {
@@ -43,19 +42,13 @@ qd::RankPlan plan_of(const std::vector<Index>& ranks) {
   return ranks.size() == 1 ? qd::RankPlan::uniform(ranks[0]) : qd::RankPlan::per_row(ranks);
 }
 
-double sum_of(const std::vector<double>& losses) {
-  double total = 0.0;
-  for (const double l : losses) total += l;
-  return total;
-}
-
 // One for all texts, or one for each of two.
 const std::vector<std::vector<Index>> some_ranks = {{0}, {1}, {2}, {3}, {3, 1}, {0, 2}};
 
 }  // namespace
 
 TEST_CASE("gradients of bottlenecks through the whole decoder agree with central differences at every width") {
-  for (const auto& config : configs())
+  for (const auto& config : test::tiny_configs())
     for (const auto method : methods)
       for (const float dropout : {0.0f, 0.3f}) {
         if (dropout > 0.0f && config.architecture == qd::Architecture::falcon) continue;
@@ -91,7 +84,7 @@ TEST_CASE("gradients of bottlenecks through the whole decoder agree with central
 }
 
 TEST_CASE("bottlenecks stand where their method says, and at width 0 the model is its base") {
-  for (const auto& config : configs()) {
+  for (const auto& config : test::tiny_configs()) {
     const auto weights = test::tiny_weights<double>(config);
     const auto batch = test::random_batch(config.vocab, {8, 5}, 3);
     qd::Decoder<double> base(weights, {.lora = {.max_rank = 3}});
@@ -123,7 +116,7 @@ TEST_CASE("bottlenecks stand where their method says, and at width 0 the model i
 }
 
 TEST_CASE("texts of mixed widths have the logits they have alone, and so has the model cut to a width") {
-  for (const auto& config : configs())
+  for (const auto& config : test::tiny_configs())
     for (const auto method : methods) {
       CAPTURE(static_cast<int>(config.architecture), name(method));
       auto model = make_model<float>(config, method, {.max_rank = 8, .seed = 4});
@@ -149,7 +142,7 @@ TEST_CASE("texts of mixed widths have the logits they have alone, and so has the
 }
 
 TEST_CASE("decoding over caches gives the logits of whole texts, with a width for each") {
-  for (const auto& config : configs())
+  for (const auto& config : test::tiny_configs())
     for (const auto method : methods) {
       CAPTURE(static_cast<int>(config.architecture), name(method));
       auto model = make_model<double>(config, method, {.max_rank = 3});

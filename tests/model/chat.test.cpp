@@ -12,6 +12,7 @@
 #include "support/catch.hpp"
 #include "support/files.hpp"
 #include "support/golden.hpp"
+#include "support/tokenizer_folder.hpp"
 
 namespace chat_test {
 
@@ -31,20 +32,10 @@ Chat to_chat(const json& messages) {
   return chat;
 }
 
-/// The bytes, then `marks` as control tokens; "<s>" and "</s>" are bos and eos.
+/// The bytes, "<s>" and "</s>", bos and eos, then `marks`.
 qd::TokenizerData byte_data(std::vector<std::string> marks) {
-  qd::TokenizerData data;
-  for (const char32_t letter : qd::detail::byte_alphabet) qd::append_utf8(data.tokens.emplace_back(), letter);
-  data.token_types.assign(256, 1);
   marks.insert(marks.begin(), {"<s>", "</s>"});
-  for (auto& mark : marks) {
-    data.tokens.push_back(std::move(mark));
-    data.token_types.push_back(3);
-  }
-  data.pre_tokenizer = "gpt-2";
-  data.bos = 256;
-  data.eos = 257;
-  return data;
+  return test::tokenizers::byte_data(marks);
 }
 
 qd::Tokenizer all_marks() {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <memory>
+#include <numeric>
 #include <utility>
 #include <vector>
 
@@ -34,6 +35,9 @@ inline qdylora::DecoderConfig tiny_falcon_config(Index kv_heads = 2) {
   config.shared_norm = kv_heads == 1;
   return config;
 }
+
+/// One of each kind of block.
+inline std::vector<qdylora::DecoderConfig> tiny_configs() { return {tiny_config(), tiny_falcon_config(1), tiny_falcon_config(2)}; }
 
 /// Wide enough that work is shared out among threads; its rows are no multiple of a block of 64.
 inline qdylora::DecoderConfig small_config() {
@@ -140,6 +144,8 @@ auto values(Model& model) {
   for (const auto& p : all_parameters(model)) all.insert(all.end(), p->value.span().begin(), p->value.span().end());
   return all;
 }
+
+inline double sum_of(const std::vector<double>& losses) { return std::accumulate(losses.begin(), losses.end(), 0.0); }
 
 inline std::vector<std::int32_t> random_ids(Index vocab, Index count, std::uint64_t seed) {
   Rng rng(seed, qdylora::Purpose::data);
