@@ -7,6 +7,9 @@
 // lines are examples, as for finetune. Every run is a line of --results (JSON): runs that stand there already are not done again, so a long
 // comparison can be stopped and go on. The tables are printed in Markdown: means over seeds, then paired differences to a rival.
 //
+// Beside the recipes, `separate` stands for as many runs of qlora as there are ranks, each with an adapter of that rank alone, scale alpha/r
+// with --alpha-over-rank: what one run replaces.
+//
 // --answers 24 lets every rank answer held-out examples, a table each for exact match and BLEU; --choices FILE asks multiple-choice questions.
 //
 // --base-format nf4,fp8,int4 trains on one of three bases at each step, drawn as ranks are (DyQDyLoRA); --eval-formats are those that
@@ -22,6 +25,7 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -43,7 +47,7 @@ using namespace qdylora::examples;
 
 struct Options {
   std::string model, tokenizer, data, recipes, chat = "model", seeds = "0,1,2", ranks = "1,2,4,8,16,32,64", base = "nf4", eval_formats;
-  std::string init = "standard", against = "qdylora";
+  std::string init = "standard", against = "qdylora", compute = "automatic";
   std::string out = "compare.jsonl", choices, shots_file, choice_score = "letters";
   float alpha = 64.0f, alpha_over_rank = 16.0f;
   double lr = 3e-3;
@@ -58,12 +62,13 @@ void declare(CLI::App& app, Options& o) {
                  "of a .bin model: llama2.c's tokenizer file; else a .gguf file or a folder with tokenizer.json")
       ->check(not_empty());
   app.add_option("--data", o.data, "plain text (a stream) or JSON lines (examples)")->required()->check(not_empty());
-  app.add_option("--recipes", o.recipes, "which to train, separated by commas, and changes of them such as qdylora+frozen; default: all")
+  app.add_option("--recipes", o.recipes, "which to train, separated by commas, changes of them such as qdylora+frozen, and separate, a run for each rank; "
+                 "default: all but that")
       ->check(not_empty());
   app.add_option("--seeds", o.seeds, "of adapters, data order and ranks; the same for every recipe")->capture_default_str();
   app.add_option("--ranks", o.ranks, "ranks")->capture_default_str();
   add_number(app, "--alpha", o.alpha, "of recipes whose scale is alpha/r", 1e-6, 1e6);
-  add_number(app, "--alpha-over-rank", o.alpha_over_rank, "of recipes whose scale is alpha/b", 1e-6, 1e6);
+  add_number(app, "--alpha-over-rank", o.alpha_over_rank, "of recipes whose scale is alpha/b, and of separate runs", 1e-6, 1e6);
   add_number(app, "--lr", o.lr, "peak learning rate", 1e-9, 10.0);
   add_number(app, "--steps", o.steps, "optimizer steps", 1, most_steps);
   add_number(app, "--batch", o.batch, "rows a step", 1, most_batch);
@@ -81,8 +86,11 @@ void declare(CLI::App& app, Options& o) {
   app.add_option("--against", o.against, "the recipe that differences are taken to")->capture_default_str();
   add_chat_template(app, o.chat);
   add_number(app, "--threads", o.threads, "0: one for each processor", 0, most_threads);
+  add_compute(app, o.compute, /*trains=*/true);
   app.add_option("--results", o.out, "runs, one JSON line each")->check(not_empty())->capture_default_str();
 }
+
+constexpr std::string_view separate_runs = "separate";
 
 struct Result {
   std::string recipe;
@@ -123,6 +131,7 @@ Json key(const Options& o) {
               {"eval_rows", o.eval_rows}};
   if (o.init != "standard") key["init"] = o.init;  // lines from before there were others have none
   if (o.chat != "model") key["chat"] = o.chat;
+  if (o.compute != "automatic") key["compute"] = o.compute;
   if (o.answers > 0) key.update(Json{{"answers", o.answers}, {"max_new_tokens", o.new_tokens}});
   if (!o.choices.empty())
     key.update(Json{{"choices", printable_utf8(std::filesystem::path(o.choices).filename().string())},
@@ -163,14 +172,16 @@ std::vector<Result> read_results(const Options& o, const RankSet& ranks) {
   return results;
 }
 
+// base: whether the base is measured too, as the last.
 std::vector<Result> train(const Options& o, const std::vector<Base>& bases, const std::vector<std::string>& eval_formats,
-                          const Rows& rows, const OpenModel& model, const std::optional<ChoiceTask>& choices, const RankSet& ranks,
+                          const Rows& rows, const OpenModel& model, const std::optional<ChoiceTask>& choices, const RankSet& ranks, bool base,
                           const std::string& name, std::uint64_t seed, const Cpu& cpu, const StopSignal& signal) {
-  const Recipe chosen = recipe(name);
-  const float alpha = chosen.scale == ScalePolicy::over_rank ? o.alpha_over_rank : o.alpha;
+  const bool separate = name == separate_runs;
+  const Recipe chosen = recipe(separate ? "qlora" : name);
+  const float alpha = separate || chosen.scale == ScalePolicy::over_rank ? o.alpha_over_rank : o.alpha;
   std::vector<const DecoderWeights<float>*> trained;
-  for (const auto& base : bases)
-    if (base.trains) trained.push_back(base.weights.get());
+  for (const auto& b : bases)
+    if (b.trains) trained.push_back(b.weights.get());
   Decoder<float> decoder(bases.front().weights, {.lora = adapter_options(chosen, ranks, alpha, seed)}, cpu);
   // Measuring is paid for: a forward pass costs a third of a training row, and every held-back row is run at every rank and without.
   const Index held_back = chosen.measure ? held_back_rows(o.steps * o.batch, ranks.size()) : 0;
@@ -189,11 +200,11 @@ std::vector<Result> train(const Options& o, const std::vector<Base>& bases, cons
   }
   progress.finish();
   std::vector<Index> all(ranks.begin(), ranks.end());
-  all.push_back(0);
+  if (base) all.push_back(0);
   std::vector<Result> results;
   for (const auto& format : eval_formats) {
-    const auto base = std::find_if(bases.begin(), bases.end(), [&](const Base& b) { return b.format == format; });
-    set_base(decoder, *base->weights);
+    const auto on = std::find_if(bases.begin(), bases.end(), [&](const Base& b) { return b.format == format; });
+    set_base(decoder, *on->weights);
     results.push_back({name, seed, format, {}, trainer.nested().share});
     auto& result = results.back();
     const auto stop = [&] { return signal.requested(); };
@@ -213,6 +224,23 @@ std::vector<Result> train(const Options& o, const std::vector<Base>& bases, cons
     }
   }
   return results;
+}
+
+// At every rank the results of its own run.
+std::vector<Result> train_separately(const RankSet& ranks, const auto& train_at) {
+  std::vector<Result> all;
+  for (const Index rank : ranks) {
+    const std::vector<Result> own = train_at(RankSet{rank}, /*base=*/rank == ranks.max());
+    if (own.empty()) return {};
+    all.resize(own.size(), {own.front().recipe, own.front().seed, {}, {}});
+    for (std::size_t i = 0; i < all.size(); ++i) {
+      const auto add = [](std::vector<double>& to, const std::vector<double>& from) { to.insert(to.end(), from.begin(), from.end()); };
+      all[i].on = own[i].on;
+      add(all[i].losses, own[i].losses);
+      for (const auto& [name, scores] : own[i].scores) add(all[i].scores[name], scores);
+    }
+  }
+  return all;
 }
 
 // Of losses, or of a task's score.
@@ -264,17 +292,20 @@ void print_tables(const Options& o, const std::vector<std::string>& recipes, con
 int compare(const Options& o) {
   const auto recipes =
       o.recipes.empty() ? std::vector<std::string>(recipe_names.begin(), recipe_names.end()) : parse_list("--recipes", o.recipes);
-  for (const auto& name : recipes) static_cast<void>(recipe(name));
-  static_cast<void>(recipe(o.against));
+  for (const auto& name : recipes)
+    if (name != separate_runs) static_cast<void>(recipe(name));
+  if (o.against != separate_runs) static_cast<void>(recipe(o.against));
   const auto seeds = parse_numbers<std::uint64_t>("--seeds", o.seeds);
   for (const auto seed : seeds)  // JSON's integers
     QDYLORA_EXPECTS(seed <= static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max()), bad_argument,
                     "--seeds: " + std::to_string(seed) + " is above 2^63 - 1");
   const RankSet ranks = parse_ranks(o.ranks);
-  const Cpu cpu(o.threads);
+  const Cpu cpu = Cpu(o.threads).with_compute(compute_of(o.compute));
   const auto formats = parse_list("--base-format", o.base);
   const auto eval_formats = o.eval_formats.empty() ? formats : parse_list("--eval-formats", o.eval_formats);
   const AdapterInit init = adapter_init(o.init, ranks.max());
+  QDYLORA_EXPECTS(init.standard() || std::find(recipes.begin(), recipes.end(), separate_runs) == recipes.end(), bad_argument,
+                  "--init " + o.init + ": runs of one rank each would begin with another base each");
   QDYLORA_EXPECTS(init.standard() || (formats.size() == 1 && eval_formats == formats), bad_argument,
                   "--init " + o.init + ": adapters that begin with something of a base go with that base alone");
   std::vector<Base> bases;  // those that are trained on come first
@@ -314,7 +345,10 @@ int compare(const Options& o) {
       };
       if (std::none_of(eval_formats.begin(), eval_formats.end(), missing)) continue;
       std::fprintf(stderr, "%s, seed %llu\n", name.c_str(), static_cast<unsigned long long>(seed));
-      const auto run = train(o, bases, eval_formats, rows, model, choices, ranks, name, seed, cpu, signal);
+      const auto train_at = [&](const RankSet& set, bool base) {
+        return train(o, bases, eval_formats, rows, model, choices, set, base, name, seed, cpu, signal);
+      };
+      const auto run = name == separate_runs ? train_separately(ranks, train_at) : train_at(ranks, true);
       if (run.empty()) {
         std::printf("stopped; the finished runs are in %s\n", o.out.c_str());
         return 130;

@@ -62,6 +62,7 @@ void declare(CLI::App& app, EvaluateOptions& o) {
   add_number(app, "--seq-len", o.seq_len, "tokens of a sequence at most", 2, most_tokens);
   add_number(app, "--threads", o.threads, "0: one for each processor", 0, most_threads);
   add_device(app, o.device, o.dtype);
+  add_compute(app, o.compute, /*trains=*/false);
   add_chat_template(app, o.chat);
 }
 
@@ -70,7 +71,7 @@ int evaluate(const EvaluateOptions& o, bool base_given) {
                   "give --data, --choices, or --ids with --logits; see --help");
   if (!o.ids.empty()) static_cast<void>(parse_numbers<std::int32_t>("--ids", o.ids));
   for (const auto& in : {o.model, o.tokenizer, o.adapter}) expect_no_overwrite(in, o.logits);
-  const CpuDevice cpu(o.threads);
+  const CpuDevice cpu(o.threads, compute_of(o.compute, o.device));
   const OpenAdapter adapter = o.adapter.empty() ? OpenAdapter{} : open_adapter(o.adapter);
   QDYLORA_EXPECTS(!adapter.alpha || (!base_given && o.device == "cpu"), unsupported,
                   "--adapter: scales of planes of signs have a base of their own, on the CPU; leave out --base-format and --device");

@@ -84,6 +84,7 @@ void declare(CLI::App& app, FinetuneOptions& o) {
   app.add_flag("--group-by-length", o.group_by_length, "examples of like length in a step, whose work is then even")->excludes(packed);
   add_number(app, "--threads", o.threads, "0: one for each processor", 0, most_threads);
   add_device(app, o.device, o.dtype);
+  add_compute(app, o.compute, /*trains=*/true);
   app.add_option("--seed", o.seed, "of adapters, data order and ranks")
       ->check(in_range<Index>(0, std::numeric_limits<Index>::max()))  // unsigned, -1 would be taken as 2^64 - 1
       ->capture_default_str();
@@ -192,7 +193,7 @@ int finetune(const FinetuneOptions& o, const std::vector<std::string>& given) {
                   "--gates: the recipe " + o.recipe_name + " has no second phase to train them in; auto and order-then-nest have");
   QDYLORA_EXPECTS(o.paged.empty() || o.device == "cpu", bad_argument, "--paged: moments on a GPU are not paged to disk");
   const RankSet ranks = ranks_of(o);
-  const CpuDevice cpu(o.threads);
+  const CpuDevice cpu(o.threads, compute_of(o.compute, o.device));
   const BaseOptions base{.format = base_format(o.base), .init = adapter_init(o.init, ranks.max()), .binary = binary_code(o)};
   QDYLORA_EXPECTS(base.init.standard() || chosen.scale == ScalePolicy::constant, bad_argument,
                   "--init " + o.init + ": needs a scale that is the same at every rank, and that of the recipe " + o.recipe_name + " is " +

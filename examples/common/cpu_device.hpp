@@ -17,7 +17,7 @@ class CpuDevice {
  public:
   using Backend = Cpu;
 
-  explicit CpuDevice(int threads) : cpu_(threads) {}
+  explicit CpuDevice(int threads, Compute compute = Compute::automatic) : cpu_(Cpu(threads).with_compute(compute)) {}
 
   const Cpu& backend() const noexcept { return cpu_; }
   std::string text() const { return std::to_string(cpu_.threads()) + " threads, " + std::string(name(cpu_.isa())); }

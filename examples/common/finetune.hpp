@@ -34,7 +34,7 @@ struct FinetuneOptions {
   std::string model, tokenizer, data, eval, chat = "model", out = "out";
   bool toy = false, resume = false, pack = false, group_by_length = false, gates = false, dora = false, checkpoint = false;
   std::string ranks = "1,2,4,8,16,32,64", recipe_name = "auto", method = "lora", base = "nf4", init = "standard", optimizer = "adamw", paged;
-  std::string device = "cpu", dtype = "float32";
+  std::string device = "cpu", dtype = "float32", compute = "automatic";
   Index planes = 3, group_size = 0, trained_planes = 1;  // of the method alpha
   float alpha = 16.0f, dropout = 0.0f;
   double lr = 1e-3, lora_plus = 1.0;
@@ -235,6 +235,7 @@ int finetune_with(const FinetuneOptions& o, OpenModel& model, const FinetuneData
                      {"seq_len", o.seq_len},
                      {"seed", o.seed},
                      {"dtype", o.dtype},
+                     {"compute", o.compute},
                      {"examples", data.train.size()},
                      {"device", o.device},
                      {"optimizer", o.optimizer},
@@ -328,6 +329,7 @@ int finetune_with(const FinetuneOptions& o, OpenModel& model, const FinetuneData
                      {"batch", o.batch},
                      {"seed", o.seed},
                      {"dtype", o.dtype},
+                     {"compute", o.compute},
                      {"optimizer", o.optimizer},
                      {"dora", o.dora},
                      {"lora_plus", o.lora_plus},

@@ -5,6 +5,7 @@
 #include <exception>
 #include <filesystem>
 #include <new>
+#include <set>
 #include <sstream>
 #include <string>
 #include <system_error>
@@ -14,6 +15,7 @@
 
 #include <qdylora/core/error.hpp>
 #include <qdylora/core/scalar.hpp>
+#include <qdylora/cpu/run.hpp>
 #include <qdylora/model/chat_templates.hpp>
 
 #include "text.hpp"
@@ -82,6 +84,25 @@ inline void add_device(CLI::App& app, std::string& device, std::string& dtype) {
   app.add_option("--dtype", dtype, "of activations: float32, or bfloat16 in half the memory")
       ->check(CLI::IsMember({"float32", "bfloat16"}))
       ->capture_default_str();
+}
+
+/// The arithmetic of products on the CPU; int8 is for programs that do not train.
+inline void add_compute(CLI::App& app, std::string& compute, bool trains) {
+  std::string text = "products on the CPU: exact, in float32; bits16, 16-bit factors, up to twice as fast; ";
+  std::set<std::string> names = {"automatic", "exact", "bits16"};
+  if (!trains) {
+    text += "int8, 8-bit activations; ";
+    names.insert("int8");
+  }
+  app.add_option("--compute", compute, text + "automatic: bits16 where activations are bfloat16, else exact")
+      ->check(CLI::IsMember(names))
+      ->capture_default_str();
+}
+
+/// Of a name that --compute takes. Throws Errc::unsupported for another arithmetic than a GPU's own.
+inline Compute compute_of(const std::string& name, const std::string& device = "cpu") {
+  QDYLORA_EXPECTS(device == "cpu" || name == "automatic", unsupported, "--compute " + name + ": is the CPU's, not for --device " + device);
+  return name == "exact" ? Compute::exact : name == "bits16" ? Compute::bits16 : name == "int8" ? Compute::int8 : Compute::automatic;
 }
 
 /// What prompts are written in: OpenModel::chat, by choose_chat_template.

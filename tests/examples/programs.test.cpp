@@ -8,6 +8,8 @@
 #include <deque>
 #include <filesystem>
 #include <limits>
+#include <map>
+#include <sstream>
 #include <string>
 #include <string_view>
 #include <tuple>
@@ -83,7 +85,14 @@ void write_letters_model(const std::filesystem::path& folder) {
   test::write_file(folder / "tokenizer_config.json", R"({"eos_token":"</s>"})");
 }
 
-// The same with a tokenizer that can write MMLU's prompts: what they begin with is one token, for the model's context is 64.
+// Texts of those letters to train on.
+void write_letters_data(const std::filesystem::path& file) {
+  std::string data;
+  for (const std::string word : {"in", "inn", "pin", "spin", "tin", "kin"}) data += R"({"prompt":"in","response":")" + word + "\"}\n";
+  test::write_file(file, data);
+}
+
+// The golden Llama with a tokenizer that can write MMLU's prompts: what they begin with is one token, for the model's context is 64.
 void write_words_model(const std::filesystem::path& folder) {
   std::filesystem::copy(test::golden("llama_tiny_bnb4"), folder);
   qd::Json vocab = qd::Json::object(), added = qd::Json::array();
@@ -273,6 +282,8 @@ TEST_CASE("programs: a wrong argument or file gives one line and status 2") {
       {"compare", "--model " + junk + " --data " + good + " --base-format nf4,fp8,nf4", "twice"},
       {"compare", "--model " + junk + " --data " + good + " --eval-formats nf4,", "--eval-formats"},
       {"compare", "--model " + junk + " --data " + good + " --init loftq --base-format nf4,fp8", "--init"},
+      {"compare", "--model " + junk + " --data " + good + " --init loftq --recipes qlora,separate", "--init"},
+      {"compare", "--model " + junk + " --data " + good + " --compute int8", "--compute"},
       {"compare", "--model " + junk + " --data " + good + " --batch 99999999999", "--batch"},
       {"compare", "--model " + junk + " --data " + good + " --eval-rows 0", "--eval-rows"},
       {"compare", "--model " + junk + " --data " + good + " --alpha nan", "--alpha"},
@@ -282,6 +293,8 @@ TEST_CASE("programs: a wrong argument or file gives one line and status 2") {
       {"compare", "--model " + quoted(folder / "m.bin") + " --data x.txt", "--tokenizer"},
       {"compare", "--model " + quoted(folder / "m.bin") + " --data " + good, ".txt"},
       {"finetune", "--toy --lora-plus 0", "--lora-plus"},
+      {"finetune", "--toy --compute int8", "--compute"},
+      {"finetune", "--toy --device cuda --compute bits16", "--compute bits16: is the CPU's"},
       {"finetune", "--toy --method prefix", "lora, houlsby, parallel, alpha"},
       {"finetune", "--toy --method houlsby --recipe order-then-nest", "recipes that fit are qdylora, qdylora-frozen, per-row and qlora"},
       {"finetune", "--toy --method parallel --dora", "--dora"},
@@ -893,9 +906,7 @@ TEST_CASE("programs: bottlenecks are trained, have at every width the loss that 
     if (!built(program)) SKIP(program << " has not been built");
   const test::TemporaryFolder folder;
   write_letters_model(folder / "model");
-  std::string data;
-  for (const std::string word : {"in", "inn", "pin", "spin", "tin", "kin"}) data += R"({"prompt":"in","response":")" + word + "\"}\n";
-  test::write_file(folder / "data.jsonl", data);
+  write_letters_data(folder / "data.jsonl");
   const std::string model = "--model " + quoted(folder / "model"), texts = " --seq-len 16 --data " + quoted(folder / "data.jsonl");
   const auto loss_of = [&](const std::string& arguments) {
     const auto out = succeeds("evaluate", model + texts + " --adapter " + arguments);
@@ -943,9 +954,7 @@ TEST_CASE("programs: scales of planes of signs are trained, have the losses that
     if (!built(program)) SKIP(program << " has not been built");
   const test::TemporaryFolder folder;
   write_letters_model(folder / "model");
-  std::string data;
-  for (const std::string word : {"in", "inn", "pin", "spin", "tin", "kin"}) data += R"({"prompt":"in","response":")" + word + "\"}\n";
-  test::write_file(folder / "data.jsonl", data);
+  write_letters_data(folder / "data.jsonl");
   const std::string model = "--model " + quoted(folder / "model"), texts = " --seq-len 16 --data " + quoted(folder / "data.jsonl");
   const auto out = folder / "out", adapter = out / "adapter";
   const auto said = succeeds("finetune", model + texts + " --eval " + quoted(folder / "data.jsonl") +
@@ -1247,6 +1256,40 @@ TEST_CASE("programs: evaluate scores questions and answers at every rank, and co
                                 "--batch 2 --seq-len 60 --eval-rows 2 --answers 2 --max-new-tokens 4 --choices " +
                                 quoted(folder / "q.jsonl") + " --results " + quoted(folder / "runs.jsonl")) == compared);
   CHECK(test::read_file(folder / "runs.jsonl") == runs);
+}
+
+TEST_CASE("programs: compare trains a run for each rank beside the recipes, and 16-bit products where they are asked for") {
+  if (!built("compare")) SKIP("compare has not been built");
+  const test::TemporaryFolder folder;
+  write_letters_model(folder / "model");
+  write_letters_data(folder / "d.jsonl");
+  const auto table = [&](const std::string& options) {
+    std::map<std::string, std::string> rows;  // of losses, by recipe
+    std::istringstream lines(succeeds("compare", "--model " + quoted(folder / "model") + " --data " + quoted(folder / "d.jsonl") +
+                                                     " --seeds 0 --ranks 1,4 --steps 2 --batch 2 --seq-len 16 --eval-rows 2 --lr 1e-1 " +
+                                                     "--alpha 16 --results " + quoted(folder / "runs.jsonl") + " " + options));
+    for (std::string line; std::getline(lines, line);)
+      if (const auto at = line.find(" (1) | "); at != std::string::npos) rows.emplace(line.substr(2, at - 2), line.substr(at + 7));
+    return rows;
+  };
+  const auto loss = [](const std::string& row, int column) {
+    std::istringstream in(row);
+    double x = 0.0;
+    for (std::string bar; column-- >= 0; in >> bar) in >> x;
+    return x;
+  };
+  const auto rows = table("--recipes qlora,separate --against separate");
+  REQUIRE(rows.size() == 2);
+  // The run of the largest rank is plain QLoRA with the same scale; that of rank 1 is no adapter cut.
+  CHECK(loss(rows.at("separate"), 1) == loss(rows.at("qlora"), 1));
+  CHECK(loss(rows.at("separate"), 0) != loss(rows.at("qlora"), 0));
+  // Another arithmetic is another comparison.
+  const auto before = test::read_file(folder / "runs.jsonl");
+  CHECK(table("--recipes qlora --compute exact").size() == 1);
+  CHECK(table("--recipes qlora --compute bits16").size() == 1);
+  const auto after = test::read_file(folder / "runs.jsonl");
+  CHECK(std::count(after.begin(), after.end(), '\n') == std::count(before.begin(), before.end(), '\n') + 2);
+  CHECK(after.find("\"compute\":\"bits16\"") != std::string::npos);
 }
 
 TEST_CASE("programs: compare writes prompts as --chat-template says, beside a plain text too, and does not mix such runs with others") {
