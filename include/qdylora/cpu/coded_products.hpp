@@ -9,9 +9,11 @@
 
 namespace qdylora::detail {
 
-// At most this many tokens go backward without panels; the second where panels of pairs come straight from codes and these kernels are
-// float32.
-inline constexpr Index few_tokens_backward = 16, few_tokens_in_pairs = 4;
+/// At most this many tokens go backward without panels.
+constexpr Index few_tokens_backward(const CodedWeight& w, bool in_pairs) noexcept {
+  if (in_pairs) return 4;  // panels of pairs come straight from codes, and these kernels are float32
+  return w.cols >= 1024 ? 16 : 8;  // sixteen go by strips, of which short rows have too few to share among threads
+}
 
 /// Every scale of a weight, where kernels read them as a table.
 inline const float* all_scales(const CpuRun& run, const CodedWeight& w) {
@@ -218,9 +220,9 @@ void multiply_coded(const CpuRun& run, MatrixView<const T> x, const W& weight, M
     const FewKernels& kernel = compute == Compute::int8       ? kernels.few_int8
                                : bits16 && kernels.few_bits16 ? kernels.few_bits16
                                                               : kernels.few_float32;
-    const Index most = direction == Direction::forward                   ? kernel.most
-                       : bits16 && kernels.bits16.backward != nullptr ? few_tokens_in_pairs
-                                                                      : few_tokens_backward;
+    const Index most = direction == Direction::forward
+                           ? kernel.most
+                           : few_tokens_backward(w, bits16 && kernels.bits16.backward != nullptr);
     if (x.rows <= most) {
       Matrix<float> storage;
       const MatrixView<const float> input = as_scalar<float>(x, storage);

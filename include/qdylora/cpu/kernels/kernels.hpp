@@ -62,6 +62,9 @@ struct FewKernels {
   explicit operator bool() const noexcept { return steps > 0; }
 };
 
+/// Bytes that codes read in their order are fetched before their turn.
+inline constexpr Index codes_ahead = 8192;
+
 /// Columns that the backward products of few tokens take at a time where a set's registers and caches hold the sums of no more.
 inline constexpr Index few_strip = 512;
 
