@@ -18,14 +18,16 @@
 // the Backend concept and the CPU
 #include <qdylora/cpu/cpu.hpp>
 
-// nn: ranks, the adapter, DynamicLoRALinear, DoRA's magnitudes, bottleneck adapters, AlphaTuning's layer, initial values by PiSSA and LoftQ,
-// re-ordering by singular values
+// nn: ranks, the adapter, DynamicLoRALinear, several adapters mixed in a batch, DoRA's magnitudes, bottleneck adapters, AlphaTuning's layer,
+// initial values by PiSSA and LoftQ, re-ordering by singular values
 #include <qdylora/nn/activation.hpp>
+#include <qdylora/nn/adapter_plan.hpp>
 #include <qdylora/nn/alpha_linear.hpp>
 #include <qdylora/nn/bottleneck_adapter.hpp>
 #include <qdylora/nn/dynamic_lora_linear.hpp>
 #include <qdylora/nn/initialize.hpp>
 #include <qdylora/nn/magnitude.hpp>
+#include <qdylora/nn/multi_lora_linear.hpp>
 #include <qdylora/nn/ranks.hpp>
 #include <qdylora/nn/reorder.hpp>
 

@@ -114,6 +114,16 @@ class CountingBackend {
     cpu_.dropout(x, probability, key, y, update);
   }
 
+  // rows
+  template <class T>
+  void gather_rows(qdylora::In<T> x, std::span<const qdylora::Index> rows, qdylora::MatrixView<T> y) const {
+    cpu_.gather_rows(x, rows, y);
+  }
+  template <class T>
+  void scatter_rows(qdylora::In<T> x, std::span<const qdylora::Index> rows, qdylora::MatrixView<T> y) const {
+    cpu_.scatter_rows(x, rows, y);
+  }
+
   // optimizer
   template <class S>
   void adamw(qdylora::MatrixView<S> value, qdylora::In<S> gradient, qdylora::MatrixView<S> m, qdylora::MatrixView<S> v,

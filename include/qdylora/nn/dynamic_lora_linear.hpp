@@ -100,11 +100,7 @@ class DynamicLoRALinear : public AdapterLayer<T, Backend> {
     } else {
       const bool adapted = base_->visit([&](const auto& w) { return multiply(w, y, context, rank); });
       if (bias_.size() > 0) backend_.add_row(bias_.view(), y);
-      if (rank > 0 && !adapted) {
-        project_down(context);
-        const auto u = scaled_z(context, rank);
-        detail::add_from_ranks(backend_, as_const(u), rows_of(adapter_.b(), rank), context.plan, y);
-      }
+      if (rank > 0 && !adapted) add_product(y, context, rank);
     }
     context.ready = true;
   }
@@ -140,22 +136,29 @@ class DynamicLoRALinear : public AdapterLayer<T, Backend> {
         dy = scaled_dy.view();
       }
     if (!have_dx) through_base(dy, dx);
-    if (rank == 0 || (!want_dx && mode == GradientMode::ignore)) return;
-    auto t = temporary<Acc>(backend_, x.rows, rank), work = temporary<Acc>(backend_, x.rows, rank);
-    detail::through_ranks(backend_, dy, rows_of(adapter_.b(), rank), context.plan, t.view());
-    if (mode == GradientMode::accumulate) {
-      scale_rows(context.z.view(), context.plan, work.view(), true);
-      detail::add_rank_gradient(backend_, as_const(work), dy, context.plan, adapter_.b().gradient.view());
-      scale_rows(t.view(), context.plan, work.view(), true);
-      detail::add_rank_gradient(backend_, as_const(work), adapter_input(context), context.plan, adapter_.a().gradient.view());
-      if constexpr (Memory::host)
-        if (adapter_.gated()) gate_gradients(context, t.view());
-      if (adapter_.collecting) collect(context, t.view());
-      detail::touch_ranks(adapter_, context.plan);
-    }
-    if (!want_dx) return;
-    scale_rows(t.view(), context.plan, work.view(), false);
-    add_input_gradient(as_const(work), context, dx);
+    add_backward(dy, dx, context, mode);
+  }
+
+  /// The two parts of forward and backward, for adapters that share the base's: y = x W^T + bias, then y += u B; dx = dy W, then
+  /// dx += mask(dz A) and the gradients. The bits are those of the whole, unless the backend has it in one product (HasAdapterTerm). An
+  /// adapter's part throws as the whole does, and Errc::unsupported with a magnitude, which has no parts.
+  void forward_base(In<T> x, MatrixView<T> y) const {
+    base_->visit([&](const auto& w) { backend_.matmul(x, w, y, Update::overwrite); });
+    if (bias_.size() > 0) backend_.add_row(bias_.view(), y);
+  }
+  void backward_base(In<T> dy, MatrixView<T> dx) const {
+    base_->visit([&](const auto& w) { backend_.matmul_transposed(dy, w, dx, Update::overwrite); });
+  }
+  void forward_adapter(In<T> x, MatrixView<T> y, Context& context) const {
+    begin(x, y, context);
+    expect_parts();
+    if (const Index rank = plan_.max_rank(); rank > 0) add_product(y, context, rank);
+    context.ready = true;
+  }
+  void backward_adapter(In<T> dy, MatrixView<T> dx, Context& context, GradientMode mode = GradientMode::accumulate) {
+    expect_backward(dy, dx, context);
+    expect_parts();
+    add_backward(dy, dx, context, mode);
   }
 
   /// The same with a context and outputs inside the layer, for models that are a chain. The result is valid until the next call. x is
@@ -238,6 +241,39 @@ class DynamicLoRALinear : public AdapterLayer<T, Backend> {
       }
     backend_.matmul(x, w, product, Update::overwrite);
     return false;
+  }
+
+  // y += u B
+  void add_product(MatrixView<T> y, Context& context, Index rank) const {
+    project_down(context);
+    const auto u = scaled_z(context, rank);
+    detail::add_from_ranks(backend_, as_const(u), rows_of(adapter_.b(), rank), context.plan, y);
+  }
+
+  // dx += mask(dz A), and gradients.
+  void add_backward(MatrixView<const T> dy, MatrixView<T> dx, Context& context, GradientMode mode) {
+    const bool want_dx = dx.data != nullptr;
+    const Index rank = context.plan.max_rank();
+    if (rank == 0 || (!want_dx && mode == GradientMode::ignore)) return;
+    auto t = temporary<Acc>(backend_, dy.rows, rank), work = temporary<Acc>(backend_, dy.rows, rank);
+    detail::through_ranks(backend_, dy, rows_of(adapter_.b(), rank), context.plan, t.view());
+    if (mode == GradientMode::accumulate) {
+      scale_rows(context.z.view(), context.plan, work.view(), true);
+      detail::add_rank_gradient(backend_, as_const(work), dy, context.plan, adapter_.b().gradient.view());
+      scale_rows(t.view(), context.plan, work.view(), true);
+      detail::add_rank_gradient(backend_, as_const(work), adapter_input(context), context.plan, adapter_.a().gradient.view());
+      if constexpr (Memory::host)
+        if (adapter_.gated()) gate_gradients(context, t.view());
+      if (adapter_.collecting) collect(context, t.view());
+      detail::touch_ranks(adapter_, context.plan);
+    }
+    if (!want_dx) return;
+    scale_rows(t.view(), context.plan, work.view(), false);
+    add_input_gradient(as_const(work), context, dx);
+  }
+
+  void expect_parts() const {
+    QDYLORA_EXPECTS(!adapter_.dora(), unsupported, name() + ": with a magnitude the adapter has no part of its own");
   }
 
   // y = what a magnitude makes of it, and what backward needs of that: nn/magnitude.hpp.
@@ -327,7 +363,7 @@ class DynamicLoRALinear : public AdapterLayer<T, Backend> {
     backend_.weight_gradient(t, t, part(adapter_.moment_b), Update::accumulate);
   }
 
-  using Base::adapter_input, Base::add_input_gradient, Base::as_const, Base::begin, Base::expect_backward, Base::project_down;
+  using Base::adapter_input, Base::add_input_gradient, Base::as_const, Base::begin, Base::expect_backward, Base::name, Base::project_down;
   using Base::adapter_, Base::backend_, Base::plan_, Base::rows_of, Base::scale_rows, Base::training_;
 
   std::shared_ptr<const WeightType> base_;
