@@ -1,18 +1,23 @@
-// Looks at PEFT adapters, cuts them, and makes them into files for llama.cpp.
+// Looks at PEFT adapters, cuts them, adds them up, and makes them into files for llama.cpp.
 //
 //   adapter info DIR
 //   adapter truncate DIR --rank b OUT    keeps the first b rows: for adapters trained to be cut; bottlenecks too
 //   adapter resize DIR --rank b OUT      re-orders B.A by singular values, then cuts: for any adapter
+//   adapter sum DIR DIR ... --weights w,w,... OUT    their weighted sum, of all their ranks together: resize cuts it
 //   adapter gguf DIR --rank b --model MODEL.gguf OUT.gguf    for llama.cpp (--lora OUT.gguf), on the same base model
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <deque>
 #include <filesystem>
+#include <map>
 #include <string>
 #include <vector>
 
 #include <qdylora/io.hpp>
 #include <qdylora/model/load_gguf.hpp>
 #include <qdylora/nn/reorder.hpp>
+#include <qdylora/nn/weighted_sum.hpp>
 
 #include "common/program.hpp"
 
@@ -99,6 +104,49 @@ int cut(const std::string& folder, Index rank, const std::string& out, bool reor
   return 0;
 }
 
+int sum(std::vector<std::string> folders, const std::string& weights_text, Index rank) {
+  const auto weights = parse_numbers<float>("--weights", weights_text, true);
+  QDYLORA_EXPECTS(folders.size() >= 2, bad_argument, "sum: expected adapter folders and one to write, found one folder");
+  const std::string out = folders.back();
+  folders.pop_back();
+  QDYLORA_EXPECTS(weights.size() == folders.size(), bad_argument,
+                  "--weights: " + std::to_string(weights.size()) + " weights for " + std::to_string(folders.size()) + " adapters");
+  struct Terms {
+    std::deque<LoRAAdapter<float>> adapters;
+    std::vector<WeightedAdapter<float>> weighted;
+  };
+  std::map<std::string, Terms> modules;  // a module counts in those adapters that have it
+  PeftConfig config;
+  for (std::size_t i = 0; i < folders.size(); ++i) {
+    expect_no_overwrite(folders[i], out);
+    const auto source = load_peft_adapter(folders[i]);
+    QDYLORA_EXPECTS(rank <= source.max_rank(), rank_range,
+                    "--rank " + std::to_string(rank) + ": " + folders[i] + " has ranks 1 ... " + std::to_string(source.max_rank()));
+    if (i == 0) config = source.config;
+    if (config.base_model.empty()) config.base_model = source.config.base_model;
+    QDYLORA_EXPECTS(source.config.base_model.empty() || source.config.base_model == config.base_model, bad_argument,
+                    folders[i] + ": is of another base model (" + printable(source.config.base_model) + ") than those before it (" +
+                        printable(config.base_model) + ")");
+    QDYLORA_EXPECTS(source.config.fan_in_fan_out == config.fan_in_fan_out, bad_argument,
+                    folders[i] + ": fan_in_fan_out is not that of " + folders[0]);
+    for (const auto& module : source.modules) {
+      auto& terms = modules[module.name];
+      terms.adapters.push_back(to_adapter(module));
+      terms.weighted.push_back({&terms.adapters.back(), weights[i], std::min(rank, module.rank())});
+    }
+  }
+  std::deque<LoRAAdapter<float>> sums;
+  std::vector<NamedAdapter> named;
+  for (const auto& [name, terms] : modules) {
+    sums.push_back(weighted_sum<float>(terms.weighted, name));
+    named.push_back({name, &sums.back(), 0});
+  }
+  save_peft_adapter(out, named,
+                    {.base_model = config.base_model, .task_type = config.task_type, .fan_in_fan_out = config.fan_in_fan_out});
+  std::printf("wrote %s: %zu modules, the sum of %zu adapters\n", out.c_str(), named.size(), folders.size());
+  return 0;
+}
+
 int to_gguf(const std::string& folder, Index rank, const std::string& model, const std::string& out) {
   for (const auto& in : {folder, model}) expect_no_overwrite(in, out);
   const auto source = load_peft_adapter(folder);
@@ -127,9 +175,10 @@ int to_gguf(const std::string& folder, Index rank, const std::string& model, con
 }  // namespace
 
 int main(int argc, char** argv) {
-  CLI::App app{"Looks at PEFT adapters, cuts them, and makes them into files for llama.cpp.", "adapter"};
+  CLI::App app{"Looks at PEFT adapters, cuts them, adds them up, and makes them into files for llama.cpp.", "adapter"};
   app.require_subcommand(1);
-  std::string folder, model, out;
+  std::string folder, model, weights, out;
+  std::vector<std::string> folders;
   Index rank = 0;
   auto* info_command = app.add_subcommand("info", "what a folder holds, and how much of each module its first rows carry");
   info_command->add_option("DIR", folder, "adapter folder")->required()->check(not_empty());
@@ -140,6 +189,10 @@ int main(int argc, char** argv) {
     command->add_option("--rank", rank, "rows to keep")->required()->check(in_range<Index>(1, most_rank));
     command->add_option("OUT", out, "folder to write")->required()->check(not_empty());
   }
+  auto* sum_command = app.add_subcommand("sum", "add up several, each times its weight, as one of all their ranks together");
+  sum_command->add_option("DIRS", folders, "adapter folders, and after them the folder to write")->required()->check(not_empty());
+  sum_command->add_option("--weights", weights, "of each adapter, separated by commas")->required()->check(not_empty());
+  sum_command->add_option("--rank", rank, "rows of each adapter to take; all by default")->check(in_range<Index>(1, most_rank));
   auto* gguf_command = app.add_subcommand("gguf", "write a file for llama.cpp");
   gguf_command->add_option("DIR", folder, "adapter folder")->required()->check(not_empty());
   gguf_command->add_option("--rank", rank, "rows to keep; all by default")->check(in_range<Index>(1, most_rank));
@@ -147,6 +200,7 @@ int main(int argc, char** argv) {
   gguf_command->add_option("OUT", out, "file to write")->required()->check(not_empty());
   return run_program(app, argc, argv, [&] {
     if (info_command->parsed()) return info(folder);
+    if (sum_command->parsed()) return sum(folders, weights, rank);
     if (gguf_command->parsed()) return to_gguf(folder, rank, model, out);
     return cut(folder, rank, out, resize_command->parsed());
   });

@@ -42,14 +42,14 @@ inline std::vector<std::string> parse_list(const std::string& option, const std:
   return items;
 }
 
-/// "1,2,4" as numbers that are not negative. Errc::bad_argument.
+/// "1,2,4" as numbers, by default none of them negative. Errc::bad_argument.
 template <class T>
-std::vector<T> parse_numbers(const std::string& option, const std::string& text) {
+std::vector<T> parse_numbers(const std::string& option, const std::string& text, bool negative = false) {
   std::vector<T> numbers;
   for (const auto& item : parse_list(option, text)) {
     T number{};
     const auto [end, status] = std::from_chars(item.data(), item.data() + item.size(), number);
-    QDYLORA_EXPECTS(item.front() != '-' && status == std::errc{} && end == item.data() + item.size(), bad_argument,
+    QDYLORA_EXPECTS((negative || item.front() != '-') && status == std::errc{} && end == item.data() + item.size(), bad_argument,
                     option + ": expected numbers like 1,2,4, found '" + printable(text) + "'");
     numbers.push_back(number);
   }

@@ -18,8 +18,8 @@
 // the Backend concept and the CPU
 #include <qdylora/cpu/cpu.hpp>
 
-// nn: ranks, the adapter, DynamicLoRALinear, several adapters mixed in a batch, DoRA's magnitudes, bottleneck adapters, AlphaTuning's layer,
-// initial values by PiSSA and LoftQ, re-ordering by singular values
+// nn: ranks, the adapter, DynamicLoRALinear, several adapters mixed in a batch or summed, DoRA's magnitudes, bottleneck adapters,
+// AlphaTuning's layer, initial values by PiSSA and LoftQ, re-ordering by singular values
 #include <qdylora/nn/activation.hpp>
 #include <qdylora/nn/adapter_plan.hpp>
 #include <qdylora/nn/alpha_linear.hpp>
@@ -30,6 +30,7 @@
 #include <qdylora/nn/multi_lora_linear.hpp>
 #include <qdylora/nn/ranks.hpp>
 #include <qdylora/nn/reorder.hpp>
+#include <qdylora/nn/weighted_sum.hpp>
 
 // optim: AdamW with moments in full or in 8 bits, Lion, learning-rate schedules, gradients summed over workers
 #include <qdylora/optim/adamw.hpp>

@@ -271,6 +271,18 @@ TEST_CASE("programs: a wrong argument or file gives one line and status 2") {
       {"adapter", "gguf " + quoted(test::golden("peft_linear")) + " --model " + junk + " " + quoted(folder / "a.gguf"), "junk.gguf"},
       {"adapter", "gguf " + quoted(test::golden("peft_linear")) + " --rank 999 --model " + junk + " " + quoted(folder / "a"), "--rank"},
       {"adapter", "gguf " + quoted(test::golden("peft_linear")) + " --model " + junk + " " + junk, "written over"},
+      {"adapter", "sum " + quoted(test::golden("peft_linear")) + " --weights 1 " + quoted(test::golden("peft_linear")), "written over"},
+      {"adapter", "sum " + quoted(test::golden("peft_linear")) + " " + quoted(folder / "a") + " --weights 1,2", "2 weights for 1 adapters"},
+      {"adapter", "sum " + quoted(test::golden("peft_linear")) + " " + quoted(folder / "a") + " --weights half", "'half'"},
+      {"adapter", "sum " + quoted(test::golden("peft_linear")) + " " + quoted(folder / "a") + " --weights nan", "not finite"},
+      {"adapter", "sum " + quoted(test::golden("peft_linear")) + " " + quoted(folder / "a"), "--weights"},
+      {"adapter", "sum " + quoted(folder / "a") + " --weights 1", "found one folder"},
+      {"adapter", "sum " + quoted(test::golden("peft_linear")) + " " + quoted(folder / "a") + " --weights 1 --rank 999", "--rank 999"},
+      {"adapter",
+       "sum " + quoted(test::golden("llama_tiny_adapter")) + " " + quoted(test::golden("falcon_7b/adapter")) + " --weights 1,1 " +
+           quoted(folder / "a"),
+       "another base model (falcon_7b)"},
+      {"adapter", "sum " + quoted(test::golden("dora/adapter")) + " " + quoted(folder / "a") + " --weights 1", "magnitude"},
       {"compare", "--model " + junk + " --data " + good + " --seeds 0,,1", "--seeds"},
       {"compare", "--model " + junk + " --data " + good + " --seeds ''", "--seeds"},
       {"compare", "--model " + junk + " --data " + good + " --recipes auto,", "--recipes"},
@@ -876,6 +888,60 @@ TEST_CASE("programs: an adapter with magnitudes is evaluated, cut, resized and m
   CHECK(refused.status == 2);
   CAPTURE(refused.err);
   CHECK(refused.err.find("DoRA") != std::string::npos);
+}
+
+TEST_CASE("programs: the weighted sum of adapters has the sum of their dense updates, and cuts by singular values") {
+  if (!built("adapter")) SKIP("adapter has not been built");
+  const test::TemporaryFolder folder;
+  // The second adapter lacks a module of the first, and the other way round.
+  const auto make = [](Index in, Index out, qd::LoRAOptions options) {
+    qd::LoRAAdapter<float> adapter(in, out, options);
+    qd::copy(test::normal_matrix<float>(options.max_rank, out, options.seed).view(), adapter.b().value.view());
+    return adapter;
+  };
+  const auto a_q = make(12, 10, {.max_rank = 4, .alpha = 6, .seed = 1}), a_v = make(12, 8, {.max_rank = 4, .alpha = 6, .seed = 2});
+  const auto b_q = make(12, 10, {.max_rank = 8, .alpha = 4, .scale = qd::ScalePolicy::over_rank, .seed = 3, .gated_ranks = {2, 8}});
+  const auto b_o = make(10, 12, {.max_rank = 3, .alpha = 4, .scale = qd::ScalePolicy::over_rank, .seed = 4, .gated_ranks = {3}});
+  qd::save_peft_adapter(folder / "a", {{"q", &a_q}, {"v", &a_v}}, {.base_model = "model"});
+  qd::save_peft_adapter(folder / "b", {{"q", &b_q}, {"o", &b_o}});
+  const auto update = [](const qd::PeftAdapter& adapter, const std::string& name, Index rank) {
+    const auto* module = adapter.find(name);
+    REQUIRE(module != nullptr);
+    const auto one = qd::to_adapter(*module);
+    const Index b = std::min(rank, module->rank());
+    const auto coefficients = one.coefficients(b, b);
+    qd::Matrix<double> sum(module->out(), module->in());
+    for (Index i = 0; i < b; ++i)
+      for (Index o = 0; o < sum.rows(); ++o)
+        for (Index k = 0; k < sum.cols(); ++k)
+          sum(o, k) += static_cast<double>(coefficients[static_cast<std::size_t>(i)]) * static_cast<double>(module->b(i, o)) *
+                       static_cast<double>(module->a(i, k));
+    return sum;
+  };
+  const auto a = qd::load_peft_adapter(folder / "a"), b = qd::load_peft_adapter(folder / "b");
+  for (const auto& [option, rank] : {std::pair<std::string, Index>{"", 99}, {" --rank 2", 2}}) {
+    const auto both = quoted(folder / "a") + " " + quoted(folder / "b");
+    succeeds("adapter", "sum " + both + " --weights -0.5,2 " + quoted(folder / "sum") + option);
+    const auto sum = qd::load_peft_adapter(folder / "sum");
+    REQUIRE(sum.modules.size() == 3);
+    CHECK(sum.config.base_model == "model");
+    CHECK(sum.find("q")->rank() == std::min<Index>(rank, 4) + std::min<Index>(rank, 8));
+    const auto error = [&](const std::string& name, const qd::PeftAdapter& found) {
+      qd::Matrix<double> expected(found.find(name)->out(), found.find(name)->in());
+      for (const auto& [source, weight] : {std::pair(&a, -0.5), std::pair(&b, 2.0)})
+        if (source->find(name) != nullptr) {
+          const auto term = update(*source, name, rank);
+          for (Index i = 0; i < term.size(); ++i) expected.data()[i] += weight * term.data()[i];
+        }
+      return test::normalised_squared_error(update(found, name, 99).view(), expected.view());
+    };
+    for (const std::string name : {"q", "v", "o"}) CHECK(error(name, sum) < 1e-12);
+    succeeds("adapter", "resize " + quoted(folder / "sum") + " --rank 4 " + quoted(folder / "cut"));
+    succeeds("adapter", "truncate " + quoted(folder / "sum") + " --rank 4 " + quoted(folder / "first"));
+    const double by_values = error("q", qd::load_peft_adapter(folder / "cut")), first = error("q", qd::load_peft_adapter(folder / "first"));
+    if (rank == 2) CHECK(by_values < 1e-10);  // all there is
+    else CHECK(by_values < 0.5 * first);
+  }
 }
 
 TEST_CASE("programs: finetune trains magnitudes by LoRA+, counts their memory, and resumes as it was told to") {

@@ -40,6 +40,9 @@ TEST_CASE("a list is taken whole or refused", "[text]") {
     CHECK(std::string(error->what()).find("'" + std::string(text) + "'") != std::string::npos);
   }
   CHECK(test::code_of([] { ex::parse_numbers<std::int32_t>("--l", "2147483648"); }));
+  CHECK(ex::parse_numbers<float>("--l", "-0.5,2", true) == std::vector<float>{-0.5f, 2.0f});
+  CHECK(test::code_of([] { ex::parse_numbers<float>("--l", "-0.5,2"); }) == qdylora::Errc::bad_argument);
+  CHECK(test::code_of([] { ex::parse_numbers<float>("--l", "--5,2", true); }) == qdylora::Errc::bad_argument);
 }
 
 }  // namespace text_test

@@ -16,6 +16,7 @@
 #include <qdylora/io/npy.hpp>
 #include <qdylora/io/peft.hpp>
 #include <qdylora/model/decoder.hpp>
+#include <qdylora/nn/weighted_sum.hpp>
 #include <qdylora/quant/quantize.hpp>
 
 #include "support/catch.hpp"
@@ -184,6 +185,24 @@ TEST_CASE("PEFT computes with saved adapters what we compute, at every rank, sca
     const auto last = relu(linear(relu(linear(input, up, &first, one)), block_up, &second, two));
     expected.add(name, std::as_const(outputs.emplace_back(to_float(linear(last, plain, nullptr, 0)))).view());
   }
+  // Weighted sums.
+  const auto third = trained_adapter(16, 24, {.max_rank = 4, .alpha = 3.0f, .scale = qd::ScalePolicy::over_rank, .gated_ranks = {3}}, 7);
+  const auto fourth = trained_adapter(24, 20, {.max_rank = 5}, 8);
+  using Terms = std::vector<qd::WeightedAdapter<float>>;
+  const Terms of_up = {{&first, 0.75f, 6}, {&third, -0.5f, 3}}, of_block = {{&second, 0.75f}, {&fourth, -0.5f}};
+  const auto up_sum = qd::weighted_sum<float>(of_up), block_sum = qd::weighted_sum<float>(of_block);
+  qd::save_peft_adapter(folder / "sum", {{"up", &up_sum}, {"block.up", &block_sum}}, {.task_type = ""});
+  const auto summed = [](const qd::Matrix<double>& in, const qd::Matrix<float>& weight, const Terms& terms) {
+    auto total = linear(in, weight, nullptr, 0);
+    const auto base = linear(in, weight, nullptr, 0);
+    for (const auto& term : terms) {
+      const auto part = linear(in, weight, term.adapter, term.rank == 0 ? term.adapter->max_rank() : term.rank);
+      for (Index i = 0; i < total.size(); ++i) total.data()[i] += static_cast<double>(term.weight) * (part.data()[i] - base.data()[i]);
+    }
+    return relu(std::move(total));
+  };
+  const auto last = summed(summed(input, up, of_up), block_up, of_block);
+  expected.add("sum", std::as_const(outputs.emplace_back(to_float(linear(last, plain, nullptr, 0)))).view());
   expected.write(folder / "expected.safetensors");
   CHECK(run_python("check_peft.py", folder.path()) == 0);
 }

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <charconv>
 #include <cmath>
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -81,6 +82,20 @@ void begin_with(LoRAAdapter<S, Memory>& adapter, const LowRank<S, Memory>& initi
   backend.synchronize();  // the factors are given back
 }
 
+namespace detail {
+
+/// Makes rows from `first` on of an adapter of scale 1 the terms factors[i] * b[i, :]^T a[i, :] of its update.
+template <class S>
+void put_terms(LoRAAdapter<S>& adapter, Index first, MatrixView<const S> a, MatrixView<const S> b, std::span<const S> factors) {
+  const MatrixView<S> to_a = adapter.a().value.view(), to_b = adapter.b().value.view();
+  for (Index i = 0; i < a.rows; ++i) {
+    for (Index j = 0; j < a.cols; ++j) to_a(first + i, j) = a(i, j);
+    for (Index j = 0; j < b.cols; ++j) to_b(first + i, j) = factors[static_cast<std::size_t>(i)] * b(i, j);
+  }
+}
+
+}  // namespace detail
+
 /// What an adapter that began with `initial`, on a base that is the weight without it, is to the weight itself: an adapter of rank
 /// rank + initial.rank(), and scale 1, whose update at full rank is delta W_b - B0^T A0 (PEFT's path_initial_model_for_weight_conversion).
 /// At rank 0 it only takes `initial` away. Errors: rank_range, shape_mismatch, unsupported with a magnitude; bad_argument where both ranks
@@ -97,17 +112,10 @@ LoRAAdapter<S> update_of_weight(const LoRAAdapter<S>& adapter, Index rank, const
     expect_shape((options.name + ": initial B").c_str(), initial.b.view(), initial.rank(), adapter.out());
   }
   LoRAAdapter<S> result(adapter.in(), adapter.out(), {.max_rank = both, .alpha = static_cast<float>(both), .name = options.name});
-  const auto coefficients = adapter.coefficients(rank, rank);
-  const MatrixView<S> a = result.a().value.view(), b = result.b().value.view();
-  for (Index i = 0; i < both; ++i) {
-    const bool own = i < rank;
-    const MatrixView<const S> from_a = own ? adapter.a().value.view() : initial.a.view();
-    const MatrixView<const S> from_b = own ? adapter.b().value.view() : initial.b.view();
-    const Index row = own ? i : i - rank;
-    const S factor = own ? coefficients[static_cast<std::size_t>(i)] : S{-1};
-    for (Index j = 0; j < adapter.in(); ++j) a(i, j) = from_a(row, j);
-    for (Index j = 0; j < adapter.out(); ++j) b(i, j) = factor * from_b(row, j);
-  }
+  const auto rows_of = [](const auto& matrix, Index count) { return MatrixView<const S>(matrix.view()).top_rows(count); };
+  detail::put_terms<S>(result, 0, rows_of(adapter.a().value, rank), rows_of(adapter.b().value, rank), adapter.coefficients(rank, rank));
+  const std::vector<S> taken_away(static_cast<std::size_t>(initial.rank()), S{-1});
+  detail::put_terms<S>(result, rank, rows_of(initial.a, initial.rank()), rows_of(initial.b, initial.rank()), taken_away);
   return result;
 }
 
