@@ -1,5 +1,5 @@
-// The transformer, Llama and Falcon: shapes, blocks, decoder, generation, scores, tokenizer, recipes, and the models that files hold. Needs
-// Eigen and nlohmann/json.
+// The transformer, Llama and Falcon: shapes, blocks, decoder, several adapters mixed in a batch, generation, scores, tokenizer, recipes,
+// and the models that files hold. Needs Eigen and nlohmann/json.
 #pragma once
 
 #include <qdylora/cpu/cpu.hpp>
@@ -14,6 +14,7 @@
 #include <qdylora/model/load_gguf.hpp>
 #include <qdylora/model/load_hugging_face.hpp>
 #include <qdylora/model/memory_plan.hpp>
+#include <qdylora/model/mixed_decoder.hpp>
 #include <qdylora/model/published_shapes.hpp>
 #include <qdylora/model/rank_map.hpp>
 #include <qdylora/model/rank_report.hpp>

@@ -50,6 +50,21 @@ double largest_difference(const std::vector<float>& found, const std::vector<flo
 
 }  // namespace
 
+TEST_CASE("some sequences of a batch are a batch, in any order") {
+  const auto batch = test::random_batch(17, {5, 2, 9}, 1, 3);
+  const auto some = batch.select(std::vector<Index>{2, 0});
+  some.validate();
+  REQUIRE(some.sequences() == 2);
+  for (const auto& [found, expected] : {std::pair<Index, Index>{0, 2}, {1, 0}}) {
+    const auto a = sequence(some, found), b = sequence(batch, expected);
+    CHECK(a.ids == b.ids);
+    CHECK(a.targets == b.targets);
+  }
+  CHECK(batch.select({}).sequences() == 0);
+  CHECK(code_of([&] { batch.select(std::vector<Index>{3}); }) == Errc::bad_argument);
+  CHECK(code_of([&] { batch.select(std::vector<Index>{-1}); }) == Errc::bad_argument);
+}
+
 TEST_CASE("a text predicts its own next tokens, and only those after the prompt are scored") {
   qd::Batch batch;
   CHECK(batch.tokens() == 0);

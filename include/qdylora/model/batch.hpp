@@ -48,6 +48,20 @@ struct Batch {
                       "sequence " + std::to_string(s) + " of the batch has no tokens");
   }
 
+  /// The batch of some of the sequences, in this order. Throws Errc::bad_argument for one that is not there.
+  Batch select(std::span<const Index> chosen) const {
+    Batch batch;
+    for (const Index s : chosen) {
+      QDYLORA_EXPECTS(s >= 0 && s < sequences(), bad_argument,
+                      "Batch::select: sequence " + std::to_string(s) + " is not in 0 ... " + std::to_string(sequences() - 1));
+      const auto first = offsets[static_cast<std::size_t>(s)], last = offsets[static_cast<std::size_t>(s) + 1];
+      batch.ids.insert(batch.ids.end(), ids.begin() + first, ids.begin() + last);
+      batch.targets.insert(batch.targets.end(), targets.begin() + first, targets.begin() + last);
+      batch.offsets.push_back(batch.tokens());
+    }
+    return batch;
+  }
+
   /// Adds a text of n tokens: its first n - 1 are inputs, its last n - 1 targets, of which those from position `prompt_length` on are
   /// scored. Throws Errc::bad_argument for a text of fewer than two tokens.
   void add(std::span<const std::int32_t> text, Index prompt_length = 0) {
