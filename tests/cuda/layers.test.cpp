@@ -2,6 +2,7 @@
 #include <qdylora/cpu/cpu.hpp>
 #include <qdylora/cuda.hpp>
 #include <qdylora/nn/dynamic_lora_linear.hpp>
+#include <qdylora/nn/multi_lora_linear.hpp>
 #include <qdylora/optim/adamw.hpp>
 
 #include "backend/harness.inc"
@@ -198,6 +199,57 @@ TEMPLATE_TEST_CASE("a layer's few tokens have their adapter's term in the same l
           if (rank == 0) CHECK(test::same_bits(together.view().middle_rows(first, rows), base.view().middle_rows(first, rows)));
         });
     }
+  }
+}
+
+TEMPLATE_TEST_CASE("adapters mixed in a batch on the device have the bits of separate passes", "[cuda]", float, qd::bfloat16) {
+  using T = TestType;
+  constexpr Index width = 128;  // rows of which are whole multiples of 256 bytes
+  const qd::CudaContext context({.workspace_bytes = std::size_t{4} << 20});
+  const Cuda cuda(context);
+  const auto upload = [&](const auto& host) {
+    qd::Matrix<typename std::remove_cvref_t<decltype(host)>::value_type, qd::DeviceMemory> there(host.rows(), host.cols());
+    cuda.upload(host.view(), there.view());
+    cuda.synchronize();
+    return there;
+  };
+  const auto weight = upload(test::normal_matrix<float>(width, width, 1, 0.3));
+  const auto layers = [&] {
+    std::vector<qd::DynamicLoRALinear<T, Cuda>> all;
+    all.emplace_back(weight.view(), qd::LoRAOptions{.max_rank = 16, .alpha = 8, .dropout = 0.2f, .seed = 5}, qd::QuantizeOptions{}, cuda);
+    all.emplace_back(all.front().base(), qd::LoRAOptions{.max_rank = 4, .seed = 6}, cuda);
+    all.emplace_back(all.front().base(), qd::LoRAOptions{.max_rank = 8, .seed = 7, .dora = true}, cuda);
+    for (auto& layer : all) {
+      cuda.upload(test::normal_matrix<float>(layer.adapter().max_rank(), width, layer.adapter().options().seed, 0.1).view(),
+                  layer.adapter().b().value.view());
+      layer.set_training(true, 2);
+    }
+    cuda.synchronize();
+    return all;
+  };
+  qd::MultiLoRALinear<T, Cuda> mixed(layers());
+  auto alone = layers();
+  const auto plan = qd::AdapterPlan::of_runs({{3, 2, 8}, {20, 0, 16}, {1, 1, 4}, {10, 0, 3}, {2, 2, 5}, {4, 1, 0}});
+  const auto x = test::normal_matrix<T>(tokens, width, 8), dy = test::normal_matrix<T>(tokens, width, 9);
+  const auto device_x = upload(x), device_dy = upload(dy);
+  mixed.set_plan(plan);
+  const auto y = on_host<T>(cuda, mixed.forward(device_x)), dx = on_host<T>(cuda, mixed.backward(device_dy.view()));
+  for (const auto& [adapter, rows, ranks] : plan.shares(tokens)) {
+    CAPTURE(adapter);
+    auto& layer = alone[static_cast<std::size_t>(adapter)];
+    const auto rows_of = [&](const Matrix<T>& from) {
+      Matrix<T> some(static_cast<Index>(rows.size()), width);
+      Cpu(1).gather_rows(from.view(), std::span<const Index>(rows), some.view());
+      return some;
+    };
+    layer.set_ranks(ranks);
+    const auto own_x = upload(rows_of(x)), own_dy = upload(rows_of(dy));
+    CHECK(test::same_bits(on_host<T>(cuda, layer.forward(own_x)).view(), rows_of(y).view()));
+    CHECK(test::same_bits(on_host<T>(cuda, layer.backward(own_dy.view())).view(), rows_of(dx).view()));
+    const auto found = mixed.at(adapter).parameters(), expected = layer.parameters();
+    for (std::size_t i = 0; i < expected.size(); ++i)
+      CHECK(test::same_bits(on_host<float>(cuda, std::as_const(found[i]->gradient).view()).view(),
+                            on_host<float>(cuda, std::as_const(expected[i]->gradient).view()).view()));
   }
 }
 

@@ -3,8 +3,9 @@
 //
 // The kernel that multiplies with W, and with it the order of sums, is chosen by the number of rows. So by default
 // (BaseProduct::by_adapter) the rows of each adapter, gathered in their order, are a pass of its own: outputs, dx and all gradients are bit
-// for bit those of that adapter's DynamicLoRALinear on these rows alone, under the same ranks, seeds and step, on every backend, with
-// dropout, gates and magnitudes. The price is that W is decoded once for each adapter that has rows.
+// for bit those of that adapter's DynamicLoRALinear on these rows alone, under the same ranks, seeds and step, with dropout, gates and
+// magnitudes. (On Cuda where rows of x and y are whole multiples of 256 bytes: cuBLASLt chooses by alignment too.) The price is that W is
+// decoded once for each adapter that has rows.
 //
 // With BaseProduct::shared x W^T + bias and dy W are one product each for the whole batch. Then bit for bit are each adapter's gradients,
 // of the same x and dy; and y and dx too where a row of the base's product has the same bits in a batch of all rows as in one of the
