@@ -234,19 +234,19 @@ TEMPLATE_TEST_CASE("adapters mixed in a batch on the device have the bits of sep
   const auto device_x = upload(x), device_dy = upload(dy);
   mixed.set_plan(plan);
   const auto y = on_host<T>(cuda, mixed.forward(device_x)), dx = on_host<T>(cuda, mixed.backward(device_dy.view()));
-  for (const auto& [adapter, rows, ranks] : plan.shares(tokens)) {
-    CAPTURE(adapter);
-    auto& layer = alone[static_cast<std::size_t>(adapter)];
+  for (const auto& share : plan.shares(tokens)) {
+    CAPTURE(share.adapter);
+    auto& layer = alone[static_cast<std::size_t>(share.adapter)];
     const auto rows_of = [&](const Matrix<T>& from) {
-      Matrix<T> some(static_cast<Index>(rows.size()), width);
-      Cpu(1).gather_rows(from.view(), std::span<const Index>(rows), some.view());
+      Matrix<T> some(static_cast<Index>(share.rows.size()), width);
+      Cpu(1).gather_rows(from.view(), std::span<const Index>(share.rows), some.view());
       return some;
     };
-    layer.set_ranks(ranks);
+    layer.set_ranks(share.ranks);
     const auto own_x = upload(rows_of(x)), own_dy = upload(rows_of(dy));
     CHECK(test::same_bits(on_host<T>(cuda, layer.forward(own_x)).view(), rows_of(y).view()));
     CHECK(test::same_bits(on_host<T>(cuda, layer.backward(own_dy.view())).view(), rows_of(dx).view()));
-    const auto found = mixed.at(adapter).parameters(), expected = layer.parameters();
+    const auto found = mixed.at(share.adapter).parameters(), expected = layer.parameters();
     for (std::size_t i = 0; i < expected.size(); ++i)
       CHECK(test::same_bits(on_host<float>(cuda, std::as_const(found[i]->gradient).view()).view(),
                             on_host<float>(cuda, std::as_const(expected[i]->gradient).view()).view()));

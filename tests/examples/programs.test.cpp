@@ -919,7 +919,8 @@ TEST_CASE("programs: the weighted sum of adapters has the sum of their dense upd
     return sum;
   };
   const auto a = qd::load_peft_adapter(folder / "a"), b = qd::load_peft_adapter(folder / "b");
-  for (const auto& [option, rank] : {std::pair<std::string, Index>{"", 99}, {" --rank 2", 2}}) {
+  for (const Index rank : {99, 2}) {
+    const std::string option = rank == 2 ? " --rank 2" : "";
     const auto both = quoted(folder / "a") + " " + quoted(folder / "b");
     succeeds("adapter", "sum " + both + " --weights -0.5,2 " + quoted(folder / "sum") + option);
     const auto sum = qd::load_peft_adapter(folder / "sum");
