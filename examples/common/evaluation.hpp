@@ -47,6 +47,9 @@ struct RankResult {
   std::optional<Bleu> bleu;            // of the answers written
   std::vector<std::size_t> chosen;     // of each multiple-choice question
   Index chosen_right = 0;
+
+  /// Of the adapter cut to this rank, as the tensors of its file hold it, all float32 (PEFT's, or ours of bottlenecks and scales).
+  Index bytes() const noexcept { return static_cast<Index>(sizeof(float)) * parameters; }
 };
 
 /// Loss at each of `ranks`.

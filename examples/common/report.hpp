@@ -70,8 +70,8 @@ inline double accuracy(Index right, Index of) { return of > 0 ? static_cast<doub
 
 inline void print_table(const std::vector<RankResult>& ranks, const RankSummary& summary) {
   const bool answers = ranks.front().answers > 0;
-  std::printf("\n  %4s %8s %10s  %-27s%s %10s %9s\n", "rank", "loss", "perplexity", "above the best, 95 %", answers ? " exact match" : "",
-              "parameters", "ms/token");
+  std::printf("\n  %4s %8s %10s  %-27s%s %10s %10s %9s\n", "rank", "loss", "perplexity", "above the best, 95 %", answers ? " exact match" : "",
+              "parameters", "file", "ms/token");
   for (std::size_t i = 0; i < ranks.size(); ++i) {
     const auto& r = ranks[i];
     const auto& above = summary.above_best[i];
@@ -79,7 +79,8 @@ inline void print_table(const std::vector<RankResult>& ranks, const RankSummary&
     if (r.rank != summary.best) std::snprintf(difference, sizeof difference, "%+.4f [%+.4f, %+.4f]", above.value, above.low, above.high);
     std::printf("  %4s %8.4f %10.3f  %-27s", r.rank == 0 ? "base" : std::to_string(r.rank).c_str(), r.loss, std::exp(r.loss), difference);
     if (answers) std::printf(" %5lld / %-3lld", static_cast<long long>(r.correct), static_cast<long long>(r.answers));
-    std::printf(" %8.2f M %9.2f\n", static_cast<double>(r.parameters) / 1e6, 1e3 * r.token_seconds);
+    std::printf(" %8.2f M %7.2f MB %9.2f\n", static_cast<double>(r.parameters) / 1e6, static_cast<double>(r.bytes()) / 1e6,
+                1e3 * r.token_seconds);
   }
   if (summary.enough > 0)
     std::printf("  rank %lld keeps %.0f %% of what the best rank, %lld, gains\n", static_cast<long long>(summary.enough),
@@ -89,7 +90,7 @@ inline void print_table(const std::vector<RankResult>& ranks, const RankSummary&
 inline void write_report(const std::filesystem::path& folder, const RunReport& report, const RankSummary& summary) {
   Json json = report.settings;
   json["ranks"] = Json::array();
-  std::string csv = "rank,loss,perplexity,above_best,low,high,answers,correct,parameters,ms_per_token\n";
+  std::string csv = "rank,loss,perplexity,above_best,low,high,answers,correct,parameters,bytes,ms_per_token\n";
   Series loss{"adapter", {}}, match{"adapter", {}};
   double base_loss = 0.0, base_match = 0.0;
   bool answers = false;
@@ -103,13 +104,15 @@ inline void write_report(const std::filesystem::path& folder, const RunReport& r
                              {"answers", r.answers},
                              {"correct", r.correct},
                              {"parameters", r.parameters},
+                             {"bytes", r.bytes()},
                              {"ms_per_token", 1e3 * r.token_seconds},
                              {"example_losses", r.example_losses},
                              {"example_tokens", r.example_tokens}});
     char line[256];
-    std::snprintf(line, sizeof line, "%lld,%.6f,%.6f,%.6f,%.6f,%.6f,%lld,%lld,%lld,%.4f\n", static_cast<long long>(r.rank), r.loss,
+    std::snprintf(line, sizeof line, "%lld,%.6f,%.6f,%.6f,%.6f,%.6f,%lld,%lld,%lld,%lld,%.4f\n", static_cast<long long>(r.rank), r.loss,
                   std::exp(r.loss), above.value, above.low, above.high, static_cast<long long>(r.answers),
-                  static_cast<long long>(r.correct), static_cast<long long>(r.parameters), 1e3 * r.token_seconds);
+                  static_cast<long long>(r.correct), static_cast<long long>(r.parameters), static_cast<long long>(r.bytes()),
+                  1e3 * r.token_seconds);
     csv += line;
     answers |= r.answers > 0;
     if (r.rank == 0) {

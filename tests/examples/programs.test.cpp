@@ -68,6 +68,14 @@ qd::Matrix<float> logits_of(const std::string& arguments) {
   return qd::SafetensorsFile(folder / "l").matrix("logits");
 }
 
+// Of all tensors in a file, without its header.
+Index tensor_bytes(const std::filesystem::path& file) {
+  const qd::SafetensorsFile tensors(file);
+  Index bytes = 0;
+  for (const auto& tensor : tensors.tensors()) bytes += static_cast<Index>(tensors.bytes(tensor.name).span().size());
+  return bytes;
+}
+
 double difference(const qd::Matrix<float>& found, const qd::Matrix<float>& expected) {
   return test::largest_difference(found.view(), expected.view());
 }
@@ -417,12 +425,15 @@ TEST_CASE("programs: finetune writes its report and an adapter that loads") {
   CHECK(least == 0.0);
   CHECK(report.at("smallest_rank_keeping_99_percent").get<Index>() >= 1);
   CHECK(test::read_file(out / "report.csv")
-            .starts_with("rank,loss,perplexity,above_best,low,high,answers,correct,parameters,ms_per_token\n0,"));
+            .starts_with("rank,loss,perplexity,above_best,low,high,answers,correct,parameters,bytes,ms_per_token\n0,"));
   CHECK(test::read_file(out / "ranks.svg").find("</svg>") != std::string::npos);
   const auto adapter = qd::load_peft_adapter(out / "adapter");
   CHECK(adapter.modules.size() == 21);
   CHECK(adapter.max_rank() == 16);
   CHECK(adapter.ranks == std::vector<Index>{1, 4, 16});
+  // The bytes of a rank are those of the file's tensors; a cut to rank 4 keeps a quarter of the rows of rank 16.
+  const auto file_bytes = tensor_bytes(out / "adapter" / "adapter_model.safetensors");
+  for (const auto& rank : report.at("ranks")) CHECK(rank.at("bytes").get<Index>() * 16 == file_bytes * rank.at("rank").get<Index>());
 }
 
 TEST_CASE("programs: a run that was stopped resumes to the same bytes, on any number of threads") {
@@ -956,6 +967,7 @@ TEST_CASE("programs: finetune trains magnitudes by LoRA+, counts their memory, a
   const auto adapter = qd::load_peft_adapter(out / "adapter");
   CHECK(adapter.config.use_dora);
   const auto report = qd::read_json(out / "report.json");
+  CHECK(report.at("ranks")[3].at("bytes") == tensor_bytes(out / "adapter" / "adapter_model.safetensors"));
   CHECK(report.at("dora") == true);
   CHECK(report.at("lora_plus") == 4.0);
   CHECK(report.at("memory_plan").at("adapters").get<std::size_t>() == 4 * report.at("adapter_parameters").get<std::size_t>());
@@ -993,6 +1005,7 @@ TEST_CASE("programs: bottlenecks are trained, have at every width the loss that 
     // 2 layers of width 64, with two bottlenecks each or one: A and B of 4 units.
     CHECK(report.at("adapter_parameters") == 2 * (method == "houlsby" ? 2 : 1) * 2 * 4 * 64);
     CHECK(report.at("ranks")[3].at("parameters") == report.at("adapter_parameters"));
+    CHECK(report.at("ranks")[3].at("bytes") == tensor_bytes(out / "adapter" / "bottleneck_model.safetensors"));
     CHECK(report.at("memory_plan").at("adapters").get<std::size_t>() == 4 * report.at("adapter_parameters").get<std::size_t>());
     CHECK_FALSE(std::filesystem::exists(out / "adapter" / "adapter_config.json"));
     const auto adapter = quoted(out / "adapter");
@@ -1037,6 +1050,7 @@ TEST_CASE("programs: scales of planes of signs are trained, have the losses that
   REQUIRE(report.at("ranks").size() == 2);  // the base, and the trained scales
   CHECK(report.at("ranks")[1].at("loss") < report.at("ranks")[0].at("loss"));
   CHECK(report.at("ranks")[1].at("parameters") == report.at("adapter_parameters"));
+  CHECK(report.at("ranks")[1].at("bytes") == tensor_bytes(adapter / "alpha_model.safetensors"));
   CHECK(report.at("ranks")[1].at("answers") == 6);
   const auto& plan = report.at("memory_plan");
   CHECK(plan.at("base codes").get<std::size_t>() + plan.at("block scales").get<std::size_t>() ==
