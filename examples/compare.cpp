@@ -217,10 +217,10 @@ std::vector<Result> train(const Options& o, const std::vector<Base>& bases, cons
     for (const auto& r : measured) {
       result.losses.push_back(r.loss);
       if (r.bleu) {
-        result.scores["exact match"].push_back(100.0 * accuracy(r.correct, r.answers));
+        result.scores["exact match"].push_back(100.0 * accuracy(r.matches));
         result.scores["BLEU"].push_back(r.bleu->score);
       }
-      if (choices) result.scores["accuracy"].push_back(100.0 * accuracy(r.chosen_right, static_cast<Index>(r.chosen.size())));
+      if (choices) result.scores["accuracy"].push_back(100.0 * accuracy(r.chosen_right));
     }
   }
   return results;

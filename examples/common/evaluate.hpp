@@ -90,15 +90,25 @@ inline std::vector<Index> ranks_to_measure(const EvaluateOptions& o, const OpenA
   return ranks;
 }
 
-inline void print_tasks(const std::vector<RankResult>& results, const EvaluationTasks& tasks) {
-  const auto share = [](Index right, Index of) {
-    const auto interval = accuracy_interval(right, of);
+inline void print_tasks(const std::vector<RankResult>& results, const EvaluationTasks& tasks, const AboveFirst& above_first) {
+  const auto first = static_cast<long long>(results.front().rank);
+  const auto share = [](const std::vector<double>& scores) {
+    const auto interval = accuracy_interval(count_right(scores), std::ssize(scores));
     char text[96];
-    std::snprintf(text, sizeof text, "%lld of %lld, %.1f %% [%.1f, %.1f]", static_cast<long long>(right), static_cast<long long>(of),
+    std::snprintf(text, sizeof text, "%lld of %zu, %.1f %% [%.1f, %.1f]", static_cast<long long>(count_right(scores)), scores.size(),
                   100.0 * interval.value, 100.0 * interval.low, 100.0 * interval.high);
     return std::string(text);
   };
-  for (const auto& r : results) {
+  for (std::size_t i = 0; i < results.size(); ++i) {
+    const auto& r = results[i];
+    const auto points_above = [&](const std::vector<Interval>& differences) {
+      if (i == 0) return std::string();
+      const auto& points = differences[i];
+      char text[96];
+      std::snprintf(text, sizeof text, ", %+.1f points [%+.1f, %+.1f] above rank %lld", 100.0 * points.value, 100.0 * points.low,
+                    100.0 * points.high, first);
+      return std::string(text);
+    };
     const auto rank = static_cast<long long>(r.rank);
     if (!tasks.samples.samples.empty()) {
       std::printf("rank %lld: loss %.4f nats a token, perplexity %.4f, on %zu examples", rank, r.loss, std::exp(r.loss),
@@ -106,14 +116,18 @@ inline void print_tasks(const std::vector<RankResult>& results, const Evaluation
       if (tasks.samples.truncated + tasks.samples.dropped > 0)
         std::printf(" (%lld cut, %lld left out)", static_cast<long long>(tasks.samples.truncated),
                     static_cast<long long>(tasks.samples.dropped));
+      if (i > 0)
+        std::printf(", %+.4f [%+.4f, %+.4f] above rank %lld", above_first.loss[i].value, above_first.loss[i].low,
+                    above_first.loss[i].high, first);
       std::printf("\n");
     }
-    if (r.answers > 0) std::printf("rank %lld: exact match %s\n", rank, share(r.correct, r.answers).c_str());
+    if (!r.matches.empty())
+      std::printf("rank %lld: exact match %s%s\n", rank, share(r.matches).c_str(), points_above(above_first.match).c_str());
     if (r.bleu)
-      std::printf("rank %lld: BLEU %.2f, brevity penalty %.3f, on %lld answers\n", rank, r.bleu->score, r.bleu->brevity_penalty,
-                  static_cast<long long>(r.answers));
+      std::printf("rank %lld: BLEU %.2f, brevity penalty %.3f, on %zu answers\n", rank, r.bleu->score, r.bleu->brevity_penalty,
+                  r.texts.size());
     if (!r.chosen.empty())
-      std::printf("rank %lld: accuracy %s\n", rank, share(r.chosen_right, static_cast<Index>(r.chosen.size())).c_str());
+      std::printf("rank %lld: accuracy %s%s\n", rank, share(r.chosen_right).c_str(), points_above(above_first.choice).c_str());
   }
 }
 
@@ -165,7 +179,8 @@ int evaluate(const EvaluateOptions& o, const OpenAdapter& open, OpenModel& model
     evaluate_answers(decoder, model.need_tokenizer(), model.chat_template(), tasks.questions, results, o.new_tokens);
   if (o.bleu) evaluate_bleu(tasks.questions, results);
   if (tasks.choices) evaluate_choices(decoder, *tasks.choices, results);
-  print_tasks(results, tasks);
+  const AboveFirst above_first(results);
+  print_tasks(results, tasks, above_first);
   if (!o.out.empty()) {
     Json settings{{"model", model.name},
                   {"adapter", printable_utf8(o.adapter)},
@@ -178,7 +193,7 @@ int evaluate(const EvaluateOptions& o, const OpenAdapter& open, OpenModel& model
       settings.update(Json{{"choices", printable_utf8(o.choices)}, {"shots", o.shots}, {"choice_score", o.choice_score}});
       for (const auto& prompt : tasks.choices->prompts) settings["right_choices"].push_back(prompt.answer);
     }
-    write_evaluation(o.out, settings, results);
+    write_evaluation(o.out, settings, results, above_first);
     std::printf("wrote %s: report.json, report.csv\n", o.out.c_str());
   }
   return 0;

@@ -41,16 +41,23 @@ struct RankResult {
   std::vector<double> example_tokens;  // scored in each example
   Index parameters = 0;                // of the adapter at this rank
   double token_seconds = 0.0;          // to write one token
-  Index answers = 0;                   // asked
-  Index correct = 0;                   // exact match of the final answer
   std::vector<std::string> texts;      // the answers written
+  std::vector<double> matches;         // of each 1 if it matches exactly, else 0
   std::optional<Bleu> bleu;            // of the answers written
   std::vector<std::size_t> chosen;     // of each multiple-choice question
-  Index chosen_right = 0;
+  std::vector<double> chosen_right;    // likewise 1 or 0
 
   /// Of the adapter cut to this rank, as the tensors of its file hold it, all float32 (PEFT's, or ours of bottlenecks and scales).
   Index bytes() const noexcept { return static_cast<Index>(sizeof(float)) * parameters; }
 };
+
+/// How many examples are right, of scores of 1 and 0.
+inline Index count_right(const std::vector<double>& scores) { return std::count(scores.begin(), scores.end(), 1.0); }
+
+/// Their share; 0 of none.
+inline double accuracy(const std::vector<double>& scores) {
+  return scores.empty() ? 0.0 : static_cast<double>(count_right(scores)) / static_cast<double>(scores.size());
+}
 
 /// Loss at each of `ranks`.
 template <class T, class Backend>
@@ -131,8 +138,8 @@ constexpr std::size_t answered_at_once(Index max_tokens, std::size_t ranks) noex
   return std::max<std::size_t>(1, sequences / std::max<std::size_t>(ranks, 1));
 }
 
-/// Writes an answer to every example at every rank, greedily, many ranks in one batch unless the model takes one alone, and fills in answers,
-/// correct and texts.
+/// Writes an answer to every example at every rank, greedily, many ranks in one batch unless the model takes one alone, and fills in texts
+/// and matches.
 template <class T, class Backend>
 void evaluate_answers(
     Decoder<T, Backend>& model, const Tokenizer& tokenizer, const ChatTemplate* chat, std::span<const Example> examples,
@@ -158,8 +165,7 @@ void evaluate_answers(
     for (auto& result : results)
       for (const auto& example : part) {
         auto text = tokenizer.decode(answers[next++], {.skip_special = true});
-        result.correct += exact_match(text, example) ? 1 : 0;
-        ++result.answers;
+        result.matches.push_back(exact_match(text, example) ? 1.0 : 0.0);
         result.texts.push_back(std::move(text));
       }
   }
@@ -237,7 +243,7 @@ void evaluate_choices(
       const auto found = log_likelihoods(model, std::span(task.ids).subspan(begin, end - begin), RankPlan::uniform(result.rank));
       for (std::size_t i = begin; i < end; ++i) {
         result.chosen.push_back(task.choose(i, found[i - begin]));
-        result.chosen_right += result.chosen.back() == task.prompts[i].answer ? 1 : 0;
+        result.chosen_right.push_back(result.chosen.back() == task.prompts[i].answer ? 1.0 : 0.0);
       }
     }
 }

@@ -66,10 +66,10 @@ inline void show_scales(const std::vector<RankResult>& results) {
   std::printf("\n  %-14s %8s %10s %12s %10s %10s %9s\n", "scales", "loss", "perplexity", "exact match", "parameters", "file", "ms/token");
   for (const auto& r : results) {
     char match[32] = "";
-    if (r.answers > 0)
-      std::snprintf(match, sizeof match, "%lld / %lld", static_cast<long long>(r.correct), static_cast<long long>(r.answers));
-    std::printf("  %-14s %8.4f %10.3f %12s %8.2f M %7.2f MB %9.2f\n", r.rank == 0 ? "the base's" : "trained", r.loss, std::exp(r.loss), match,
-                static_cast<double>(r.parameters) / 1e6, static_cast<double>(r.bytes()) / 1e6, 1e3 * r.token_seconds);
+    if (!r.matches.empty())
+      std::snprintf(match, sizeof match, "%lld / %zu", static_cast<long long>(count_right(r.matches)), r.matches.size());
+    std::printf("  %-14s %8.4f %10.3f %12s %8.2f M %7.2f MB %9.2f\n", r.rank == 0 ? "the base's" : "trained", r.loss, std::exp(r.loss),
+                match, static_cast<double>(r.parameters) / 1e6, static_cast<double>(r.bytes()) / 1e6, 1e3 * r.token_seconds);
   }
 }
 

@@ -35,18 +35,32 @@ inline const RankResult& best_rank(const std::vector<RankResult>& ranks) {
   return *std::min_element(ranks.begin() + 1, ranks.end(), [](const RankResult& a, const RankResult& b) { return a.loss < b.loss; });
 }
 
-/// What the ranks' losses say together.
+/// What each result has above one of them, of the same examples in pairs: of losses, a scored token; of a task's 1 and 0, a share of the
+/// examples. Empty where these were not measured. Where no example differs, the interval is 0 alone.
+inline std::vector<Interval> paired_above(const RankResult& one, const std::vector<RankResult>& results,
+                                          std::vector<double> RankResult::*scores) {
+  std::vector<Interval> differences;
+  if ((one.*scores).empty()) return differences;
+  const bool losses = scores == &RankResult::example_losses;
+  for (const auto& r : results)
+    differences.push_back(paired_difference(r.*scores, one.*scores, losses ? r.example_tokens : std::vector<double>{}));
+  return differences;
+}
+
+/// What the ranks' losses say together, and what their answers say.
 struct RankSummary {
   static constexpr double share = 0.99;
-  Index best = 0;                    // the rank of the lowest loss
-  std::vector<Interval> above_best;  // of each result
+  Index best = 0;                     // the rank of the lowest loss
+  std::vector<Interval> above_best;   // of each result's loss
+  std::vector<Interval> match_gains;  // of each result's exact match, above the base; none where nothing was answered
   double area_linear = 0.0, area_log2 = 0.0;
   Index enough = 0;  // the smallest rank that keeps `share` of the best one's gain
 
   explicit RankSummary(const std::vector<RankResult>& results) {
     const auto& lowest = best_rank(results);
     best = lowest.rank;
-    for (const auto& r : results) above_best.push_back(paired_difference(r.example_losses, lowest.example_losses, r.example_tokens));
+    above_best = paired_above(lowest, results, &RankResult::example_losses);
+    match_gains = paired_above(results.front(), results, &RankResult::matches);
     std::vector<Index> ranks;
     std::vector<double> losses;
     for (std::size_t i = 1; i < results.size(); ++i) {
@@ -66,19 +80,24 @@ inline void make_folder(const std::string& folder) {
   if (failure) throw Error(Errc::open, "cannot make the folder: " + failure.message(), {.file = folder});
 }
 
-inline double accuracy(Index right, Index of) { return of > 0 ? static_cast<double>(right) / static_cast<double>(of) : 0.0; }
+inline Json to_json(const Interval& interval) { return {{"value", interval.value}, {"low", interval.low}, {"high", interval.high}}; }
 
 inline void print_table(const std::vector<RankResult>& ranks, const RankSummary& summary) {
-  const bool answers = ranks.front().answers > 0;
-  std::printf("\n  %4s %8s %10s  %-27s%s %10s %10s %9s\n", "rank", "loss", "perplexity", "above the best, 95 %", answers ? " exact match" : "",
-              "parameters", "file", "ms/token");
+  const bool answers = !summary.match_gains.empty();
+  std::printf("\n  %4s %8s %10s  %-27s%-*s %10s %10s %9s\n", "rank", "loss", "perplexity", "above the best, 95 %", answers ? 39 : 0,
+              answers ? " exact match, points above the base" : "", "parameters", "file", "ms/token");
   for (std::size_t i = 0; i < ranks.size(); ++i) {
     const auto& r = ranks[i];
     const auto& above = summary.above_best[i];
     char difference[64] = "best";
     if (r.rank != summary.best) std::snprintf(difference, sizeof difference, "%+.4f [%+.4f, %+.4f]", above.value, above.low, above.high);
     std::printf("  %4s %8.4f %10.3f  %-27s", r.rank == 0 ? "base" : std::to_string(r.rank).c_str(), r.loss, std::exp(r.loss), difference);
-    if (answers) std::printf(" %5lld / %-3lld", static_cast<long long>(r.correct), static_cast<long long>(r.answers));
+    if (answers) {
+      const auto& gain = summary.match_gains[i];
+      char text[64] = "";
+      if (r.rank > 0) std::snprintf(text, sizeof text, "%+.1f [%+.1f, %+.1f]", 100.0 * gain.value, 100.0 * gain.low, 100.0 * gain.high);
+      std::printf(" %5lld / %-3zu  %-25s", static_cast<long long>(count_right(r.matches)), r.matches.size(), text);
+    }
     std::printf(" %8.2f M %7.2f MB %9.2f\n", static_cast<double>(r.parameters) / 1e6, static_cast<double>(r.bytes()) / 1e6,
                 1e3 * r.token_seconds);
   }
@@ -87,40 +106,54 @@ inline void print_table(const std::vector<RankResult>& ranks, const RankSummary&
                 100.0 * RankSummary::share, static_cast<long long>(summary.best));
 }
 
+/// `count` fields of a line of CSV, each behind a comma: those numbers, then empty ones.
+inline std::string csv_fields(const std::vector<double>& numbers, std::size_t count) {
+  std::string text;
+  for (std::size_t i = 0; i < count; ++i) {
+    char number[64] = "";
+    if (i < numbers.size()) std::snprintf(number, sizeof number, "%.12g", numbers[i]);
+    text += std::string(",") + number;
+  }
+  return text;
+}
+
 inline void write_report(const std::filesystem::path& folder, const RunReport& report, const RankSummary& summary) {
   Json json = report.settings;
   json["ranks"] = Json::array();
-  std::string csv = "rank,loss,perplexity,above_best,low,high,answers,correct,parameters,bytes,ms_per_token\n";
+  std::string csv =
+      "rank,loss,perplexity,above_best,low,high,answers,correct,match_gain,match_gain_low,match_gain_high,parameters,bytes,ms_per_token\n";
   Series loss{"adapter", {}}, match{"adapter", {}};
   double base_loss = 0.0, base_match = 0.0;
-  bool answers = false;
+  const bool answers = !summary.match_gains.empty();
   for (std::size_t i = 0; i < report.ranks.size(); ++i) {
     const auto& r = report.ranks[i];
     const auto& above = summary.above_best[i];
     json["ranks"].push_back({{"rank", r.rank},
                              {"loss", r.loss},
                              {"perplexity", std::exp(r.loss)},
-                             {"above_best", {{"value", above.value}, {"low", above.low}, {"high", above.high}}},
-                             {"answers", r.answers},
-                             {"correct", r.correct},
+                             {"above_best", to_json(above)},
+                             {"answers", r.matches.size()},
+                             {"correct", count_right(r.matches)},
                              {"parameters", r.parameters},
                              {"bytes", r.bytes()},
                              {"ms_per_token", 1e3 * r.token_seconds},
                              {"example_losses", r.example_losses},
                              {"example_tokens", r.example_tokens}});
-    char line[256];
-    std::snprintf(line, sizeof line, "%lld,%.6f,%.6f,%.6f,%.6f,%.6f,%lld,%lld,%lld,%lld,%.4f\n", static_cast<long long>(r.rank), r.loss,
-                  std::exp(r.loss), above.value, above.low, above.high, static_cast<long long>(r.answers),
-                  static_cast<long long>(r.correct), static_cast<long long>(r.parameters), static_cast<long long>(r.bytes()),
-                  1e3 * r.token_seconds);
-    csv += line;
-    answers |= r.answers > 0;
+    std::vector<double> gain;
+    if (answers) {
+      const auto& g = summary.match_gains[i];
+      gain = {g.value, g.low, g.high};
+      json["ranks"].back().update(Json{{"match_gain", to_json(g)}, {"example_matches", r.matches}});
+    }
+    csv += std::to_string(r.rank) + csv_fields({r.loss, std::exp(r.loss), above.value, above.low, above.high}, 5) + "," +
+           std::to_string(r.matches.size()) + "," + std::to_string(count_right(r.matches)) + csv_fields(gain, 3) + "," +
+           std::to_string(r.parameters) + "," + std::to_string(r.bytes()) + csv_fields({1e3 * r.token_seconds}, 1) + "\n";
     if (r.rank == 0) {
       base_loss = r.loss;
-      base_match = accuracy(r.correct, r.answers);
+      base_match = accuracy(r.matches);
     } else {
       loss.points.emplace_back(static_cast<double>(r.rank), r.loss);
-      match.points.emplace_back(static_cast<double>(r.rank), accuracy(r.correct, r.answers));
+      match.points.emplace_back(static_cast<double>(r.rank), accuracy(r.matches));
     }
   }
   json["mean_loss_over_rank"] = summary.area_linear;
@@ -146,50 +179,64 @@ inline void write_report(const std::filesystem::path& folder, const RunReport& r
   write_svg(folder / "ranks.svg", charts);
 }
 
+/// What each result of evaluate is above the first, the base unless that was not asked for; empty where it is the only one.
+struct AboveFirst {
+  std::vector<Interval> loss, match, choice;
+
+  explicit AboveFirst(const std::vector<RankResult>& results) {
+    if (results.size() < 2) return;
+    loss = paired_above(results.front(), results, &RankResult::example_losses);
+    match = paired_above(results.front(), results, &RankResult::matches);
+    choice = paired_above(results.front(), results, &RankResult::chosen_right);
+  }
+};
+
 /// report.json and report.csv of what evaluate measured at each rank; numbers of what it did not measure are absent, fields empty.
-inline void write_evaluation(const std::filesystem::path& folder, const Json& settings, const std::vector<RankResult>& ranks) {
+inline void write_evaluation(const std::filesystem::path& folder, const Json& settings, const std::vector<RankResult>& ranks,
+                             const AboveFirst& above_first) {
   Json json = settings;
   json["ranks"] = Json::array();
   std::string csv =
-      "rank,loss,perplexity,answers,correct,exact_match,exact_match_low,exact_match_high,bleu,brevity_penalty,questions,right,accuracy,"
-      "accuracy_low,accuracy_high\n";
-  const auto fields = [](const std::vector<double>& numbers, std::size_t count) {
-    std::string text;
-    for (std::size_t i = 0; i < count; ++i) {
-      char number[64] = "";
-      if (!numbers.empty()) std::snprintf(number, sizeof number, "%.9g", numbers[i]);
-      text += std::string(",") + number;
-    }
-    return text;
-  };
-  const auto share = [](Index right, Index of, std::vector<double>& numbers) {
-    const auto interval = accuracy_interval(right, of);
-    numbers = {static_cast<double>(of), static_cast<double>(right), interval.value, interval.low, interval.high};
-    return Json{{"value", interval.value}, {"low", interval.low}, {"high", interval.high}};
-  };
-  for (const auto& r : ranks) {
+      "rank,loss,perplexity,loss_above_first,loss_above_first_low,loss_above_first_high,"
+      "answers,correct,exact_match,exact_match_low,exact_match_high,match_above_first,match_above_first_low,match_above_first_high,"
+      "bleu,brevity_penalty,"
+      "questions,right,accuracy,accuracy_low,accuracy_high,accuracy_above_first,accuracy_above_first_low,accuracy_above_first_high\n";
+  for (std::size_t i = 0; i < ranks.size(); ++i) {
+    const auto& r = ranks[i];
     Json line{{"rank", r.rank}};
-    std::vector<double> loss, match, bleu, accuracy;
+    std::vector<double> loss, match, bleu, choice;  // as the line of CSV has them
+    const auto add = [&](const char* key, const Interval& interval, std::vector<double>& numbers) {
+      line[key] = to_json(interval);
+      numbers.insert(numbers.end(), {interval.value, interval.low, interval.high});
+    };
+    const auto add_count = [&](const char* all, const char* right, const std::vector<double>& scores, std::vector<double>& numbers) {
+      line.update(Json{{all, scores.size()}, {right, count_right(scores)}});
+      numbers = {static_cast<double>(scores.size()), static_cast<double>(count_right(scores))};
+      return accuracy_interval(count_right(scores), std::ssize(scores));
+    };
     if (!r.example_losses.empty()) {
       loss = {r.loss, std::exp(r.loss)};
       line.update(Json{{"loss", r.loss}, {"perplexity", std::exp(r.loss)}, {"example_losses", r.example_losses},
                        {"example_tokens", r.example_tokens}});
+      if (i > 0) add("loss_above_first", above_first.loss[i], loss);
     }
-    if (r.answers > 0)
-      line.update(Json{{"answers", r.answers}, {"correct", r.correct}, {"exact_match", share(r.correct, r.answers, match)},
-                       {"texts", r.texts}});
+    if (!r.matches.empty()) {
+      add("exact_match", add_count("answers", "correct", r.matches, match), match);
+      if (i > 0) add("match_above_first", above_first.match[i], match);
+      line.update(Json{{"example_matches", r.matches}, {"texts", r.texts}});
+    }
     if (r.bleu) {
       bleu = {r.bleu->score, r.bleu->brevity_penalty};
       line["bleu"] = {{"score", r.bleu->score}, {"precisions", r.bleu->precisions}, {"brevity_penalty", r.bleu->brevity_penalty},
                       {"hypothesis_words", r.bleu->hypothesis_words}, {"reference_words", r.bleu->reference_words}};
     }
     if (!r.chosen.empty()) {
-      const auto questions = static_cast<Index>(r.chosen.size());
-      line.update(Json{{"questions", questions}, {"right", r.chosen_right}, {"accuracy", share(r.chosen_right, questions, accuracy)},
-                       {"chosen", r.chosen}});
+      add("accuracy", add_count("questions", "right", r.chosen_right, choice), choice);
+      if (i > 0) add("accuracy_above_first", above_first.choice[i], choice);
+      line["chosen"] = r.chosen;
     }
     json["ranks"].push_back(std::move(line));
-    csv += std::to_string(r.rank) + fields(loss, 2) + fields(match, 5) + fields(bleu, 2) + fields(accuracy, 5) + "\n";
+    csv += std::to_string(r.rank) + csv_fields(loss, 5) + csv_fields(match, 8) + csv_fields(bleu, 2) + csv_fields(choice, 8) + "\n";
   }
   replace_file(folder / "report.json", json.dump(1, ' ', false, Json::error_handler_t::replace) + "\n");  // an answer may end inside of a letter
   replace_file(folder / "report.csv", csv);

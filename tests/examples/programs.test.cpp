@@ -420,12 +420,18 @@ TEST_CASE("programs: finetune writes its report and an adapter that loads") {
     CHECK(above.at("low").get<double>() <= value);
     CHECK(above.at("high").get<double>() >= value);
     CHECK(rank.at("ms_per_token").get<double>() > 0.0);
+    const auto matches = rank.at("example_matches").get<std::vector<double>>();
+    REQUIRE(matches.size() == 2);
+    CHECK(matches[0] + matches[1] == rank.at("correct"));
+    CHECK(rank.at("match_gain").at("value").get<double>() * 2.0 ==
+          rank.at("correct").get<double>() - report.at("ranks")[0].at("correct").get<double>());
     least = std::min(least, value);
   }
   CHECK(least == 0.0);
   CHECK(report.at("smallest_rank_keeping_99_percent").get<Index>() >= 1);
   CHECK(test::read_file(out / "report.csv")
-            .starts_with("rank,loss,perplexity,above_best,low,high,answers,correct,parameters,bytes,ms_per_token\n0,"));
+            .starts_with("rank,loss,perplexity,above_best,low,high,answers,correct,match_gain,match_gain_low,match_gain_high,parameters,"
+                         "bytes,ms_per_token\n0,"));
   CHECK(test::read_file(out / "ranks.svg").find("</svg>") != std::string::npos);
   const auto adapter = qd::load_peft_adapter(out / "adapter");
   CHECK(adapter.modules.size() == 21);
@@ -1292,13 +1298,27 @@ TEST_CASE("programs: evaluate scores questions and answers at every rank, and co
   REQUIRE(report.at("ranks").size() == 3);
   REQUIRE(report.at("right_choices").size() == 11);  // one is shown
   CHECK(report.at("right_choices")[0] == 1);
+  std::vector<std::vector<double>> right_of;  // of each question 1 or 0, at each rank
   for (std::size_t i = 0; i < 3; ++i) {
     const auto& r = report.at("ranks")[i];
     const auto rank = r.at("rank").get<Index>();
     CHECK(rank == std::vector<Index>{0, 2, 8}[i]);
-    Index right = 0;
-    for (std::size_t q = 0; q < 11; ++q) right += r.at("chosen").at(q) == report.at("right_choices")[q] ? 1 : 0;
+    auto& scores = right_of.emplace_back();
+    for (std::size_t q = 0; q < 11; ++q) scores.push_back(r.at("chosen").at(q) == report.at("right_choices")[q] ? 1.0 : 0.0);
+    const auto right = std::count(scores.begin(), scores.end(), 1.0);
     CHECK(r.at("right") == right);
+    for (const char* difference : {"accuracy_above_first", "match_above_first", "loss_above_first"})
+      CHECK(r.contains(difference) == (i > 0));
+    if (i > 0) {
+      const auto expected = qd::paired_difference(scores, right_of[0]);
+      CHECK(r.at("accuracy_above_first") == qd::Json{{"value", expected.value}, {"low", expected.low}, {"high", expected.high}});
+      const auto loss = r.at("loss_above_first").at("value").get<double>();
+      CHECK(loss == Approx(r.at("loss").get<double>() - report.at("ranks")[0].at("loss").get<double>()));
+      for (const std::string of : {": loss ", ": exact match ", ": accuracy "}) {
+        const auto begin = out.find("rank " + std::to_string(rank) + of);
+        CHECK(out.substr(begin, out.find('\n', begin) - begin).ends_with("] above rank 0"));
+      }
+    }
     CHECK(r.at("accuracy").at("value").get<double>() == Approx(static_cast<double>(right) / 11.0));
     const auto texts = r.at("texts").get<std::vector<std::string>>();
     REQUIRE(texts.size() == 12);

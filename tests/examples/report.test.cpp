@@ -1,0 +1,151 @@
+// Reports of hand-made results: what their tables, JSON and CSV say, against closed forms.
+#include <cmath>
+#include <filesystem>
+#include <map>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include <qdylora/cpu/cpu.hpp>
+#include <qdylora/model.hpp>
+
+#include "common/report.hpp"
+#include "support/catch.hpp"
+#include "support/files.hpp"
+
+namespace report_test {
+
+namespace qd = qdylora;
+namespace ex = qdylora::examples;
+using qd::Index;
+
+namespace {
+
+// The base and two ranks on 200 examples of 1 to 4 tokens. The base answers every fourth right; rank 2 these and some more, but not all.
+std::vector<ex::RankResult> results() {
+  std::vector<ex::RankResult> all(3);
+  for (std::size_t r = 0; r < 3; ++r) {
+    auto& result = all[r];
+    result.rank = r == 0 ? 0 : 2 << (r - 1);
+    result.parameters = 100 * result.rank;
+    double sum = 0.0, tokens = 0.0;
+    for (int i = 0; i < 200; ++i) {
+      result.example_tokens.push_back(1.0 + i % 4);
+      result.example_losses.push_back(2.0 + 0.01 * i - 0.25 * static_cast<double>(r) + (r == 2 ? 0.05 * (i % 7) : 0.0));
+      result.matches.push_back((r == 0 ? i % 4 == 0 : i % 3 == 0) ? 1.0 : 0.0);
+      sum += result.example_tokens.back() * result.example_losses.back();
+      tokens += result.example_tokens.back();
+    }
+    result.loss = sum / tokens;
+  }
+  return all;
+}
+
+// Fields of the line of a rank, by the names in the first line.
+std::map<std::string, std::string> csv_line(const std::filesystem::path& file, const std::string& rank) {
+  const auto split = [](const std::string& line) {
+    std::vector<std::string> fields(1);
+    for (const char c : line)
+      if (c == ',') fields.emplace_back();
+      else fields.back() += c;
+    return fields;
+  };
+  std::istringstream lines(test::read_file(file));
+  std::string line;
+  REQUIRE(std::getline(lines, line));
+  const auto names = split(line);
+  while (std::getline(lines, line)) {
+    const auto fields = split(line);
+    REQUIRE(fields.size() == names.size());
+    if (fields[0] != rank) continue;
+    std::map<std::string, std::string> found;
+    for (std::size_t i = 0; i < names.size(); ++i) CHECK(found.emplace(names[i], fields[i]).second);  // no name stands twice
+    return found;
+  }
+  FAIL("no rank " << rank);
+  return {};
+}
+
+}  // namespace
+
+TEST_CASE("a task's gain has the interval of its discordant pairs", "[report]") {
+  const auto all = results();
+  const auto gains = ex::paired_above(all[0], all, &ex::RankResult::matches);
+  REQUIRE(gains.size() == 3);
+  CHECK(gains[0].value == 0.0);
+  CHECK(gains[0].low == 0.0);
+  CHECK(gains[0].high == 0.0);
+  // McNemar's: b pairs gained and c lost, of n; the difference (b - c) / n has the variance (b + c - (b - c)^2 / n) / n^2.
+  double b = 0.0, c = 0.0;
+  const double n = 200.0;
+  for (std::size_t i = 0; i < 200; ++i) {
+    b += all[1].matches[i] > all[0].matches[i] ? 1.0 : 0.0;
+    c += all[1].matches[i] < all[0].matches[i] ? 1.0 : 0.0;
+  }
+  REQUIRE(b == 50.0);
+  REQUIRE(c == 33.0);
+  const double half = 1.96 * std::sqrt((b + c - (b - c) * (b - c) / n) / (n * n));
+  CHECK(gains[1].value == Approx((b - c) / n));
+  CHECK(gains[1].low == Approx((b - c) / n - half).margin(0.1 * half));
+  CHECK(gains[1].high == Approx((b - c) / n + half).margin(0.1 * half));
+  CHECK(ex::paired_above(all[0], all, &ex::RankResult::chosen_right).empty());  // no question was asked
+  // Losses are weighed by tokens.
+  const auto losses = ex::paired_above(all[0], all, &ex::RankResult::example_losses);
+  CHECK(losses[2].value == Approx(all[2].loss - all[0].loss));
+}
+
+TEST_CASE("the report of a run has what a rank costs and what its answers gain", "[report]") {
+  const test::TemporaryFolder folder;
+  const ex::RankSummary summary(results());
+  CHECK(summary.best == 4);
+  ex::write_report(folder.path(), {.settings = {{"method", "lora"}}, .ranks = results(), .history = {}}, summary);
+  const auto json = qd::read_json(folder / "report.json");
+  const auto& rank = json.at("ranks")[1];
+  CHECK(rank.at("bytes") == 4 * 200);
+  CHECK(rank.at("answers") == 200);
+  CHECK(rank.at("correct") == 67);
+  CHECK(rank.at("match_gain").at("value").get<double>() == Approx(17.0 / 200.0));
+  const auto line = csv_line(folder / "report.csv", "2");
+  CHECK(line.at("bytes") == "800");
+  CHECK(line.at("correct") == "67");
+  CHECK(std::stod(line.at("match_gain")) == Approx(17.0 / 200.0));
+  CHECK(std::stod(line.at("match_gain_low")) == Approx(rank.at("match_gain").at("low").get<double>()));
+  CHECK(std::stod(line.at("match_gain_high")) == Approx(rank.at("match_gain").at("high").get<double>()));
+
+  auto silent = results();
+  for (auto& r : silent) r.matches.clear();
+  ex::write_report(folder.path(), {.settings = {{"method", "lora"}}, .ranks = silent, .history = {}}, ex::RankSummary(silent));
+  CHECK_FALSE(qd::read_json(folder / "report.json").at("ranks")[1].contains("match_gain"));
+  CHECK(csv_line(folder / "report.csv", "2").at("match_gain").empty());
+}
+
+TEST_CASE("the report of an evaluation has differences to the first rank, of what was measured", "[report]") {
+  const test::TemporaryFolder folder;
+  auto all = results();
+  all[0].rank = 1;  // the base was not asked for
+  for (auto& r : all) {
+    r.chosen = {0, 1, 2};
+    r.chosen_right = {1.0, r.rank == 4 ? 1.0 : 0.0, 0.0};
+    r.example_losses.clear();
+  }
+  const ex::AboveFirst above_first(all);
+  CHECK(above_first.loss.empty());
+  ex::write_evaluation(folder.path(), {}, all, above_first);
+  const auto json = qd::read_json(folder / "report.json");
+  CHECK_FALSE(json.at("ranks")[0].contains("accuracy_above_first"));
+  CHECK_FALSE(json.at("ranks")[2].contains("loss_above_first"));
+  CHECK(json.at("ranks")[2].at("accuracy_above_first").at("value").get<double>() == Approx(1.0 / 3.0));
+  CHECK(json.at("ranks")[1].at("match_above_first").at("value").get<double>() == Approx(17.0 / 200.0));
+  const auto line = csv_line(folder / "report.csv", "4");
+  CHECK(line.at("loss").empty());
+  CHECK(line.at("questions") == "3");
+  CHECK(line.at("right") == "2");
+  CHECK(std::stod(line.at("accuracy_above_first")) == Approx(1.0 / 3.0));
+  CHECK(csv_line(folder / "report.csv", "1").at("accuracy_above_first").empty());
+
+  all.resize(1);
+  ex::write_evaluation(folder.path(), {}, all, ex::AboveFirst(all));
+  CHECK(csv_line(folder / "report.csv", "1").at("accuracy_above_first_low").empty());
+}
+
+}  // namespace report_test
