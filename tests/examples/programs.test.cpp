@@ -9,6 +9,7 @@
 #include <filesystem>
 #include <limits>
 #include <map>
+#include <numeric>
 #include <sstream>
 #include <string>
 #include <string_view>
@@ -1343,20 +1344,60 @@ TEST_CASE("programs: evaluate scores questions and answers at every rank, and co
   CHECK(longer.err.find("q.jsonl: line 12: the prompt and its longest choice have") != std::string::npos);
   CHECK(longer.err.find("context is 64") != std::string::npos);
 
-  const auto compared =
-      succeeds("compare", model + " --data " + quoted(folder / "d.jsonl") + " --recipes qlora,qdylora --seeds 0 --ranks 1,4 --steps 2 " +
-                              "--batch 2 --seq-len 60 --eval-rows 2 --answers 2 --max-new-tokens 4 --choices " + quoted(folder / "q.jsonl") +
-                              " --results " + quoted(folder / "runs.jsonl"));
-  for (const std::string table : {"held-out loss", "exact match", "BLEU", "accuracy"})
-    CHECK(compared.find("| " + table + ", mean over seeds |") != std::string::npos);
+  const auto comparison = model + " --data " + quoted(folder / "d.jsonl") + " --recipes qlora,qdylora --seeds 0 --ranks 1,4 --steps 2 " +
+                          "--batch 2 --seq-len 60 --eval-rows 2 --answers 2 --max-new-tokens 4 --choices " + quoted(folder / "q.jsonl") +
+                          " --results " + quoted(folder / "runs.jsonl");
+  const auto compared = succeeds("compare", comparison);
+  const std::string intervals = "| difference to qdylora, mean over seeds, 95 % over examples |";
+  for (const std::string table : {"held-out loss", "exact match", "BLEU", "accuracy"}) {
+    const auto begin = compared.find("| " + table + ", mean over seeds |");
+    REQUIRE(begin != std::string::npos);
+    const auto end = compared.find(", mean over seeds |", compared.find(", by seed |", begin));
+    CHECK((compared.substr(begin, end - begin).find(intervals) != std::string::npos) == (table != "BLEU"));  // which is of the corpus
+  }
   const auto runs = test::read_file(folder / "runs.jsonl");
-  const auto line = qd::parse_json(std::string_view(runs).substr(0, runs.find('\n')), {});
-  for (const std::string score : {"exact match", "BLEU", "accuracy"}) CHECK(line.at("scores").at(score).size() == 3);
+  std::vector<qd::Json> lines;
+  std::istringstream in(runs);
+  for (std::string line; std::getline(in, line);) lines.push_back(qd::parse_json(line, {}));
+  REQUIRE(lines.size() == 2);
+  for (auto& line : lines) {
+    // Another key than that of earlier versions would have their runs done again.
+    CHECK(line.at("key") == qd::Json{{"model", "model"},          {"data", "d.jsonl"}, {"base", "nf4"},    {"ranks", "1,4"},
+                                     {"alpha", 64.0},             {"lr", 3e-3},        {"steps", 2},       {"batch", 2},
+                                     {"alpha_over_rank", 16.0},   {"seq_len", 60},     {"eval_rows", 2},   {"answers", 2},
+                                     {"max_new_tokens", 4},       {"shots", 0},        {"shots_file", ""}, {"choices", "q.jsonl"},
+                                     {"choice_score", "letters"}});
+    for (const std::string score : {"exact match", "BLEU", "accuracy"}) CHECK(line.at("scores").at(score).size() == 3);
+    // What stands for each example has the scores of the whole.
+    const auto tokens = line.at("example_tokens").get<std::vector<double>>();
+    REQUIRE(tokens.size() == 2);
+    for (std::size_t i = 0; i < 3; ++i) {
+      const auto losses = line.at("examples").at("held-out loss").at(i).get<std::vector<double>>();
+      REQUIRE(losses.size() == 2);
+      CHECK((tokens[0] * losses[0] + tokens[1] * losses[1]) / (tokens[0] + tokens[1]) == Approx(line.at("losses").at(i).get<double>()));
+      for (const std::string score : {"exact match", "accuracy"}) {
+        const auto right = line.at("examples").at(score).at(i).get<std::vector<double>>();
+        REQUIRE(right.size() == (score == "accuracy" ? 12 : 2));
+        CHECK(100.0 * std::accumulate(right.begin(), right.end(), 0.0) / static_cast<double>(right.size()) ==
+              Approx(line.at("scores").at(score).at(i).get<double>()));
+      }
+    }
+  }
   // Runs that stand there are not done again.
-  CHECK(succeeds("compare", model + " --data " + quoted(folder / "d.jsonl") + " --recipes qlora,qdylora --seeds 0 --ranks 1,4 --steps 2 " +
-                                "--batch 2 --seq-len 60 --eval-rows 2 --answers 2 --max-new-tokens 4 --choices " +
-                                quoted(folder / "q.jsonl") + " --results " + quoted(folder / "runs.jsonl")) == compared);
+  CHECK(succeeds("compare", comparison) == compared);
   CHECK(test::read_file(folder / "runs.jsonl") == runs);
+  // Nor those of earlier versions, which kept no examples: their means are the same.
+  std::string earlier;
+  for (auto& line : lines) {
+    line.erase("examples");
+    line.erase("example_tokens");
+    earlier += line.dump() + "\n";
+  }
+  test::write_file(folder / "runs.jsonl", earlier);
+  const auto again = succeeds("compare", comparison);
+  CHECK(test::read_file(folder / "runs.jsonl") == earlier);
+  CHECK(again.find(intervals) == std::string::npos);
+  CHECK(again.substr(0, again.find("| exact match")) == compared.substr(0, compared.find("\n" + intervals)) + "\n");
 }
 
 TEST_CASE("programs: compare trains a run for each rank beside the recipes, and 16-bit products where they are asked for") {

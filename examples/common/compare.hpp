@@ -1,0 +1,213 @@
+// What compare trains: every recipe on the same rows, from the same bases, with the same budget.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <filesystem>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include <qdylora/cpu/cpu.hpp>
+#include <qdylora/model/drawn_base.hpp>
+#include <qdylora/model/trainer.hpp>
+
+#include "comparison.hpp"
+#include "evaluation.hpp"
+#include "model.hpp"
+#include "open_model.hpp"
+#include "progress.hpp"
+#include "rows.hpp"
+#include "signals.hpp"
+#include "text.hpp"
+
+namespace qdylora::examples {
+
+struct CompareOptions {
+  std::string model, tokenizer, data, recipes, chat = "model", seeds = "0,1,2", ranks = "1,2,4,8,16,32,64", base = "nf4", eval_formats;
+  std::string init = "standard", against = "qdylora", compute = "automatic";
+  std::string out = "compare.jsonl", choices, shots_file, choice_score = "letters";
+  float alpha = 64.0f, alpha_over_rank = 16.0f;
+  double lr = 3e-3;
+  std::int64_t steps = 300;
+  Index batch = 16, seq_len = 128, eval_rows = 64, answers = 0, new_tokens = 128, shots = 0;
+  int threads = 0;
+};
+
+/// In place of a recipe: a run of qlora for each rank, with an adapter of that rank alone.
+inline constexpr std::string_view separate_runs = "separate";
+
+/// The tasks that runs are scored by beside their losses.
+inline std::vector<std::string> tasks_of(const CompareOptions& o) {
+  std::vector<std::string> names;
+  if (o.answers > 0) names = {"exact match", "BLEU"};
+  if (!o.choices.empty()) names.push_back("accuracy");
+  return names;
+}
+
+/// What tells runs apart; a line of --results with another key is of another comparison.
+inline Json key_of(const CompareOptions& o) {
+  Json key = {{"model", printable_utf8(std::filesystem::path(o.model).filename().string())},
+              {"data", printable_utf8(std::filesystem::path(o.data).filename().string())},
+              {"base", o.base},
+              {"ranks", o.ranks},
+              {"alpha", o.alpha},
+              {"alpha_over_rank", o.alpha_over_rank},
+              {"lr", o.lr},
+              {"steps", o.steps},
+              {"batch", o.batch},
+              {"seq_len", o.seq_len},
+              {"eval_rows", o.eval_rows}};
+  if (o.init != "standard") key["init"] = o.init;  // lines from before there were others have none
+  if (o.chat != "model") key["chat"] = o.chat;
+  if (o.compute != "automatic") key["compute"] = o.compute;
+  if (o.answers > 0) key.update(Json{{"answers", o.answers}, {"max_new_tokens", o.new_tokens}});
+  if (!o.choices.empty())
+    key.update(Json{{"choices", printable_utf8(std::filesystem::path(o.choices).filename().string())},
+                    {"shots", o.shots},
+                    {"shots_file", printable_utf8(std::filesystem::path(o.shots_file).filename().string())},
+                    {"choice_score", o.choice_score}});
+  return key;
+}
+
+/// A model in one of the formats that it trains on, or that losses are measured on.
+struct Base {
+  std::string format;
+  HostWeights weights;
+  bool trains;
+};
+
+/// What all runs share.
+struct CompareInput {
+  CompareOptions options;
+  std::vector<Base> bases;  // those that are trained on come first
+  std::vector<std::string> eval_formats;
+  OpenModel model;
+  Rows rows;
+  std::optional<ChoiceTask> choices;
+  Cpu cpu;
+};
+
+/// Opens what the options name. Errors: bad_argument and unsupported for options that do not go together, and those of the files.
+inline CompareInput open_input(const CompareOptions& o, const RankSet& ranks, const Cpu& cpu) {
+  const auto formats = parse_list("--base-format", o.base);
+  const auto eval_formats = o.eval_formats.empty() ? formats : parse_list("--eval-formats", o.eval_formats);
+  const AdapterInit init = adapter_init(o.init, ranks.max());
+  QDYLORA_EXPECTS(init.standard() || (formats.size() == 1 && eval_formats == formats), bad_argument,
+                  "--init " + o.init + ": adapters that begin with something of a base go with that base alone");
+  std::vector<Base> bases;
+  for (const auto* names : {&formats, &eval_formats})
+    for (const auto& format : *names)
+      if (std::none_of(bases.begin(), bases.end(), [&](const Base& b) { return b.format == format; }))
+        bases.push_back({format, nullptr, names == &formats});
+  QDYLORA_EXPECTS(std::count_if(bases.begin(), bases.end(), [](const Base& b) { return b.trains; }) == std::ssize(formats), bad_argument,
+                  "--base-format: a format stands twice in '" + printable(o.base) + "'");
+  const auto options_of = [&](const Base& base) { return BaseOptions{.format = base_format(base.format), .init = init}; };
+  for (const auto& base : bases) static_cast<void>(options_of(base));
+  const bool text = plain_text(o.data), llama2c = o.model.ends_with(".bin");
+  QDYLORA_EXPECTS(o.answers == 0 || !text, bad_argument, "--answers: plain text asks nothing; give JSON lines");
+  QDYLORA_EXPECTS(o.choices.empty() || !llama2c, unsupported, "--choices: a llama2.c model is compared on plain text alone");
+  expect_rows_fit(o.data, llama2c);
+  OpenModel model;
+  for (auto& base : bases) {
+    model = open_model(o.model, o.tokenizer, options_of(base), cpu);
+    base.weights = model.read();
+  }
+  if (!text || !o.choices.empty()) choose_chat_template(model, o.chat);
+  expect_seq_len(o.seq_len, model.config);
+  expect_ranks(ranks, model.config);
+  Rows rows({.data = o.data, .seq_len = o.seq_len, .eval_rows = o.eval_rows, .answers = o.answers}, model);
+  std::optional<ChoiceTask> choices;
+  if (!o.choices.empty()) choices = choice_task(o.choices, o.shots_file, o.shots, o.choice_score, model);
+  return {o, std::move(bases), eval_formats, std::move(model), std::move(rows), std::move(choices), cpu};
+}
+
+/// Adds what was measured at one rank, or of the base.
+inline void add_measured(const RankResult& measured, ComparedRun& run) {
+  const auto add_examples = [&](const std::string& measure, const std::vector<double>& scores) { run.examples[measure].push_back(scores); };
+  run.losses.push_back(measured.loss);
+  run.example_tokens = measured.example_tokens;
+  add_examples(held_out_loss, measured.example_losses);
+  if (measured.bleu) {
+    run.scores["exact match"].push_back(100.0 * accuracy(measured.matches));
+    add_examples("exact match", measured.matches);
+    run.scores["BLEU"].push_back(measured.bleu->score);
+  }
+  if (!measured.chosen.empty()) {
+    run.scores["accuracy"].push_back(100.0 * accuracy(measured.chosen_right));
+    add_examples("accuracy", measured.chosen_right);
+  }
+}
+
+/// One training run, measured on each of the bases at `ranks` and, where `base` says so, without an adapter as the last. Empty if it was
+/// stopped. Errors: bad_argument for too few steps.
+inline std::vector<ComparedRun> train(const CompareInput& in, const RankSet& ranks, bool base, const std::string& name, std::uint64_t seed,
+                                      const StopSignal& signal) {
+  const auto& o = in.options;
+  const bool separate = name == separate_runs;
+  const Recipe chosen = recipe(separate ? "qlora" : name);
+  const float alpha = separate || chosen.scale == ScalePolicy::over_rank ? o.alpha_over_rank : o.alpha;
+  std::vector<const DecoderWeights<float>*> trained;
+  for (const auto& b : in.bases)
+    if (b.trains) trained.push_back(b.weights.get());
+  Decoder<float> decoder(in.bases.front().weights, {.lora = adapter_options(chosen, ranks, alpha, seed)}, in.cpu);
+  // Measuring is paid for: a forward pass costs a third of a training row, and every held-back row is run at every rank and without.
+  const Index held_back = chosen.measure ? held_back_rows(o.steps * o.batch, ranks.size()) : 0;
+  const std::int64_t steps = o.steps - (held_back * (ranks.size() + 1) + 3 * o.batch - 1) / (3 * o.batch);
+  QDYLORA_EXPECTS(steps >= 1, bad_argument, "--steps: too few to pay for what " + name + " measures");
+  Trainer<float> trainer(decoder, {.recipe = chosen, .ranks = ranks, .steps = steps, .lr = o.lr, .seed = seed});
+  std::vector<Sample> back;
+  for (Index i = 0; i < held_back; ++i) back.push_back(in.rows.row(seed, -1 - i));
+  trainer.hold_back(to_batches(back, 2048));
+  Progress progress(steps);
+  while (!trainer.done()) {
+    if (signal.requested()) return {};
+    if (trained.size() > 1) set_base(decoder, *trained[drawn_base(seed, trainer.step_count(), trained.size())]);
+    const auto report = trainer.step(in.rows.step(seed, trainer.step_count(), o.batch));
+    progress.update(trainer.step_count(), report.tokens, report.loss, report.rank);
+  }
+  progress.finish();
+  std::vector<Index> all(ranks.begin(), ranks.end());
+  if (base) all.push_back(0);
+  std::vector<ComparedRun> runs;
+  for (const auto& format : in.eval_formats) {
+    const auto on = std::find_if(in.bases.begin(), in.bases.end(), [&](const Base& b) { return b.format == format; });
+    set_base(decoder, *on->weights);
+    const auto stop = [&] { return signal.requested(); };
+    const auto& questions = in.rows.to_answer();
+    auto measured = evaluate_losses(decoder, in.rows.test(), all, stop);
+    if (!questions.empty())
+      evaluate_answers(decoder, in.model.need_tokenizer(), in.model.chat_template(), questions, measured, o.new_tokens, stop);
+    if (in.choices) evaluate_choices(decoder, *in.choices, measured, stop);
+    if (stop()) return {};
+    if (!questions.empty()) evaluate_bleu(questions, measured);
+    auto& run = runs.emplace_back(ComparedRun{.recipe = name, .seed = seed, .on = format, .losses = {}, .share = trainer.nested().share});
+    for (const auto& at_rank : measured) add_measured(at_rank, run);
+  }
+  return runs;
+}
+
+/// At every rank what its own run has. Empty if one was stopped.
+inline std::vector<ComparedRun> train_separately(const CompareInput& in, const RankSet& ranks, std::uint64_t seed,
+                                                 const StopSignal& signal) {
+  std::vector<ComparedRun> all;
+  const auto append = [](auto& to, const auto& from) { to.insert(to.end(), from.begin(), from.end()); };
+  for (const Index rank : ranks) {
+    const auto own = train(in, RankSet{rank}, /*base=*/rank == ranks.max(), std::string(separate_runs), seed, signal);
+    if (own.empty()) return {};
+    if (all.empty()) {
+      all = own;
+      continue;
+    }
+    for (std::size_t i = 0; i < all.size(); ++i) {
+      append(all[i].losses, own[i].losses);
+      for (const auto& [task, scores] : own[i].scores) append(all[i].scores[task], scores);
+      for (const auto& [measure, scores] : own[i].examples) append(all[i].examples[measure], scores);
+    }
+  }
+  return all;
+}
+
+}  // namespace qdylora::examples
