@@ -5,7 +5,8 @@
 // The linear weights are quantized to double-quantized NF4 while they are read and stay frozen; LoRA adapters of the largest rank train on
 // all of them, as --recipe says, or bottlenecks beside them, or the weights become planes of signs, whose scales train (--method). Loss
 // counts on the response only. Results: report.json, report.csv, ranks.svg and a PEFT adapter in --out.
-// Ctrl-C saves the state and stops; --resume goes on, to the same bytes as an uninterrupted run.
+// Ctrl-C saves the state and stops; --resume goes on, to the same bytes as an uninterrupted run. --rival puts the same run by QLoRA, cut by
+// singular values, beside it.
 #include <algorithm>
 #include <cstdio>
 #include <limits>
@@ -96,6 +97,9 @@ void declare(CLI::App& app, FinetuneOptions& o) {
   app.add_flag("--gradient-checkpointing", o.checkpoint, "recompute activations: less memory, a third more work");
   add_chat_template(app, o.chat);
   app.add_flag("--resume", o.resume, "go on from the state in --out");
+  app.add_flag("--rival", o.rival,
+               "then train, in --out/rival, what the run has to beat: the same batches at full rank, cut by singular values (qlora-svd); "
+               "the report has both, with paired intervals");
   app.add_option("--out", o.out, "folder for results")->check(not_empty())->capture_default_str();
 }
 
@@ -183,12 +187,14 @@ void expect_own_options(const FinetuneOptions& o, AdapterMethod method, const st
 
 int finetune(const FinetuneOptions& o, const std::vector<std::string>& given) {
   QDYLORA_EXPECTS(o.toy != !o.model.empty(), bad_argument, "give either --model or --toy");
-  if (!o.resume) expect_no_unfinished_run(std::filesystem::path(o.out) / "state.safetensors");
+  if (!o.resume) expect_no_unfinished_run(state_file(o));
   const AdapterMethod method = adapter_method(o.method);
   QDYLORA_EXPECTS(method == AdapterMethod::lora || (!o.dora && !o.gates && o.init == "standard"), unsupported,
                   "--method " + o.method + ": --dora, --gates and --init are for low-rank updates");
   expect_own_options(o, method, given);
   const Recipe chosen = recipe(o.recipe_name, method);
+  if (o.rival) expect_rival(o);
+  if (o.rival && !o.resume) expect_no_unfinished_run(state_file(rival_of(o)));
   QDYLORA_EXPECTS(!o.gates || chosen.order_at < 1.0, bad_argument,
                   "--gates: the recipe " + o.recipe_name + " has no second phase to train them in; auto and order-then-nest have");
   QDYLORA_EXPECTS(o.paged.empty() || o.device == "cpu", bad_argument, "--paged: moments on a GPU are not paged to disk");

@@ -13,14 +13,13 @@
 #include <vector>
 
 #include <qdylora/io/json.hpp>
-#include <qdylora/model/memory_plan.hpp>
 #include <qdylora/model/trainer.hpp>
 #include <qdylora/optim/lion.hpp>
 
 #include "adapters.hpp"
 #include "data_order.hpp"
-#include "dataset.hpp"
 #include "evaluation.hpp"
+#include "finetune_plan.hpp"
 #include "open_model.hpp"
 #include "progress.hpp"
 #include "report.hpp"
@@ -29,37 +28,6 @@
 #include "text.hpp"
 
 namespace qdylora::examples {
-
-struct FinetuneOptions {
-  std::string model, tokenizer, data, eval, chat = "model", out = "out";
-  bool toy = false, resume = false, pack = false, group_by_length = false, gates = false, dora = false, checkpoint = false;
-  std::string ranks = "1,2,4,8,16,32,64", recipe_name = "auto", method = "lora", base = "nf4", init = "standard", optimizer = "adamw", paged;
-  std::string device = "cpu", dtype = "float32", compute = "automatic";
-  Index planes = 3, group_size = 0, trained_planes = 1;  // of the method alpha
-  float alpha = 16.0f, dropout = 0.0f;
-  double lr = 1e-3, lora_plus = 1.0;
-  std::int64_t steps = 80, save_every = 50;
-  Index batch = 8, seq_len = 256, examples = 2000, eval_examples = 48, answers = 32, new_tokens = 48;
-  int threads = 0;
-  std::uint64_t seed = 0;
-};
-
-struct FinetuneData {
-  std::vector<Example> questions;
-  std::vector<Sample> train, held_back, validation_samples;
-};
-
-/// What trains has no ranks: the rank set is {1}, the trained scales beside 0, the base.
-inline bool trains_scales(const FinetuneOptions& o) { return adapter_method(o.method) == AdapterMethod::alpha; }
-inline RankSet ranks_of(const FinetuneOptions& o) { return trains_scales(o) ? RankSet{1} : parse_ranks(o.ranks); }
-
-/// Planes of signs, by the method alpha; else none.
-inline std::optional<BinaryCodeOptions> binary_code(const FinetuneOptions& o) {
-  if (!trains_scales(o)) return std::nullopt;
-  return BinaryCodeOptions{.planes = o.planes, .group_size = o.group_size};
-}
-/// The base's format as people read it.
-inline std::string base_text(const FinetuneOptions& o) { return trains_scales(o) ? "binary" + std::to_string(o.planes) : o.base; }
 
 /// Scales have no ranks. Their losses and answers stand in two rows, 0 and 1.
 inline void show_scales(const std::vector<RankResult>& results) {
@@ -71,55 +39,6 @@ inline void show_scales(const std::vector<RankResult>& results) {
     std::printf("  %-14s %8.4f %10.3f %12s %8.2f M %7.2f MB %9.2f\n", r.rank == 0 ? "the base's" : "trained", r.loss, std::exp(r.loss),
                 match, static_cast<double>(r.parameters) / 1e6, static_cast<double>(r.bytes()) / 1e6, 1e3 * r.token_seconds);
   }
-}
-
-inline DataOrderOptions order_options(const FinetuneOptions& o) {
-  return {.rows = o.batch, .seed = o.seed, .pack_length = o.pack ? o.seq_len : 0, .group_by_length = o.group_by_length};
-}
-
-/// What the data makes of memory: the largest batches that this run will see.
-inline void plan_batches(MemoryOptions& options, const FinetuneOptions& o, const FinetuneData& data, const OpenModel& model,
-                         const RankSet& ranks) {
-  const auto look = [&options](const std::vector<Sample>& samples, Index& tokens, Index& scored) {
-    for (const auto& batch : to_batches(samples, batch_tokens)) {
-      tokens = std::max(tokens, batch.tokens());
-      scored = std::max(scored, batch.scored());
-      for (std::size_t s = 1; s < batch.offsets.size(); ++s)
-        options.longest = std::max(options.longest, batch.offsets[s] - batch.offsets[s - 1]);
-    }
-  };
-  constexpr std::int64_t looked_at = 4096;  // steps; of a longer run the worst is assumed
-  DataOrder order(data.train, order_options(o));
-  for (std::int64_t step = 0; step < std::min(o.steps, looked_at); ++step) look(order.step(step), options.tokens, options.scored);
-  if (o.steps > looked_at) {
-    Index longest = 0;
-    for (const auto& sample : data.train) longest = std::max(longest, static_cast<Index>(sample.ids.size()) - 1);
-    options.tokens = options.scored = std::max(longest, std::min(batch_tokens, o.batch * (o.pack ? o.seq_len : longest)));
-    options.longest = std::max(options.longest, longest);
-  }
-  for (const auto* samples : {&data.held_back, &data.validation_samples}) look(*samples, options.forward_tokens, options.forward_scored);
-  const Index together = trains_scales(o) ? 1 : ranks.size() + 1;  // ranks in one batch
-  const std::size_t at_once = answered_at_once(o.new_tokens, static_cast<std::size_t>(together));
-  for (std::size_t begin = 0; begin < data.questions.size(); begin += at_once) {
-    Index prompts = 0;
-    const std::size_t end = std::min(data.questions.size(), begin + at_once);
-    for (std::size_t i = begin; i < end; ++i) {
-      const auto length = static_cast<Index>(prompt_ids(data.questions[i], model.need_tokenizer(), model.chat_template()).size());
-      prompts += length;
-      options.cache_rows = std::max(options.cache_rows, length + o.new_tokens);
-    }
-    options.sequences = std::max(options.sequences, static_cast<Index>(end - begin) * together);
-    options.forward_tokens = std::max(options.forward_tokens, prompts * together);
-  }
-  options.longest = std::max(options.longest, options.cache_rows);
-}
-
-inline Json to_json(const MemoryPlan& plan) {
-  Json json = Json::object();
-  for (const auto& part : plan.parts()) json[part.name] = part.bytes;
-  json["at most at once"] = plan.total();
-  if (plan.file > 0) json["moments in a file"] = plan.file;
-  return json;
 }
 
 /// Of the base, the lowest and the highest rank.
@@ -143,53 +62,28 @@ inline void show_answers(const std::vector<RankResult>& results, const std::vect
   }
 }
 
-template <Scalar T, class Optimizer, class Device>
-int finetune_with(const FinetuneOptions& o, OpenModel& model, const FinetuneData& data, const Device& device) {
-  using Clock = std::chrono::steady_clock;
-  const auto seconds_since = [](Clock::time_point from) { return std::chrono::duration<double>(Clock::now() - from).count(); };
+inline double seconds_since(std::chrono::steady_clock::time_point from) {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - from).count();
+}
+
+/// Trains, or goes on, saving states and the adapter in --out, and measures every rank. Nothing where it was stopped, as it says.
+template <Scalar T, class Optimizer, class Device, class Weights>
+std::optional<RunReport> train_and_measure(const FinetuneOptions& o, const OpenModel& model, const FinetuneData& data, const Device& device,
+                                           const Weights& weights, const StopSignal& signal) {
   using Backend = typename Device::Backend;
   const std::filesystem::path out = o.out;
-  const auto state_file = out / "state.safetensors";
   const RankSet ranks = ranks_of(o);
   const AdapterMethod method = adapter_method(o.method);
-  const bool scales = method == AdapterMethod::alpha;
-  Recipe chosen = recipe(o.recipe_name, method);
-  chosen.gates = o.gates;
+  const AdapterInit init = adapter_init(o.init, ranks.max());
+  const bool scales = trains_scales(o);
+  const auto& w = *weights;
+  const Recipe chosen = recipe_of(o);
   const auto lora = [&] {
     auto options = adapter_options(chosen, ranks, o.alpha, o.seed);
     options.dropout = o.dropout;
     options.dora = o.dora;
     return options;
   }();
-
-  const AdapterInit init = adapter_init(o.init, ranks.max());
-  MemoryOptions memory{.base = {.format = base_format(o.base), .init = init, .binary = binary_code(o)},
-                       .coded_tables = model.coded_tables,
-                       .trained_planes = scales ? o.trained_planes : 0,
-                       .max_rank = ranks.max(),
-                       .dora_ranks = o.dora ? ranks.size() : 0,
-                       .dropout = o.dropout > 0.0f,
-                       .checkpoint = o.checkpoint,
-                       .moments_in_8_bits = o.optimizer == "adamw8bit",
-                       .one_moment = o.optimizer == "lion",
-                       .moments_in_file = !o.paged.empty()};
-  memory.follow(chosen);
-  plan_batches(memory, o, data, model, ranks);
-  auto shape = model_shape(model.config, method);
-  shape.biases = model.biases;
-  device.complete(memory, shape);
-  const MemoryPlan plan = memory_plan<T>(shape, memory);
-  std::printf("memory     planned, on %s\n%s", device.text().c_str(), plan.to_text().c_str());
-  std::fflush(stdout);
-
-  const auto start = Clock::now();
-  const auto weights = device.place(std::exchange(model.read, nullptr)());
-  const auto& w = *weights;
-  std::printf("model      %s: %lld blocks of width %lld, %.1f M linear weights in %s, %.3f bits each (%.0f MB), read in %.1f s\n",
-              model.name.c_str(), static_cast<long long>(w.config.layers), static_cast<long long>(w.config.width),
-              static_cast<double>(w.config.linear_weights()) / 1e6, base_text(o).c_str(),
-              8.0 * static_cast<double>(w.linear_bytes()) / static_cast<double>(w.config.linear_weights()),
-              static_cast<double>(w.linear_bytes()) / 1e6, seconds_since(start));
   Decoder<T, Backend> decoder(weights,
                               {.lora = lora, .checkpoint = o.checkpoint, .method = method, .alpha = {.trained_planes = o.trained_planes}},
                               device.backend());
@@ -219,49 +113,20 @@ int finetune_with(const FinetuneOptions& o, OpenModel& model, const FinetuneData
   std::fflush(stdout);
 
   make_folder(o.out);
-  // What a resumed run must share with the one that was stopped.
-  const std::string data_name = printable_utf8(o.data);
-  Json settings_json{{"model", model.name},
-                     {"data", data_name},
-                     {"ranks", o.ranks},
-                     {"recipe", o.recipe_name},
-                     {"gates", o.gates},
-                     {"base", o.base},
-                     {"alpha", o.alpha},
-                     {"dropout", o.dropout},
-                     {"lr", o.lr},
-                     {"steps", o.steps},
-                     {"batch", o.batch},
-                     {"seq_len", o.seq_len},
-                     {"seed", o.seed},
-                     {"dtype", o.dtype},
-                     {"compute", o.compute},
-                     {"examples", data.train.size()},
-                     {"device", o.device},
-                     {"optimizer", o.optimizer},
-                     {"chat", model.chat ? model.chat->name : "none"},
-                     {"pack", o.pack},
-                     {"group_by_length", o.group_by_length},
-                     {"dora", o.dora},
-                     {"lora_plus", o.lora_plus},
-                     {"init", o.init},
-                     {"method", o.method}};
-  if (scales) settings_json.update(Json{{"planes", o.planes}, {"group_size", o.group_size}, {"trained_planes", o.trained_planes}});
-  const std::string settings = settings_json.dump();
+  const std::string settings = settings_of(o, model, data).dump();
   RunReport report;
   auto& history = report.history;
   if (o.resume) {
-    load_run_state(state_file, settings, decoder, trainer, history);
+    load_run_state(state_file(o), settings, decoder, trainer, history);
     std::printf("resumed    at step %lld of %lld\n", static_cast<long long>(trainer.step_count()), static_cast<long long>(o.steps));
   }
 
-  StopSignal signal;
   DataOrder order(data.train, order_options(o));
-  const auto training_start = Clock::now();
+  const auto training_start = std::chrono::steady_clock::now();
   const double seconds_before = history.seconds;
   const auto save = [&] {
     history.seconds = seconds_before + seconds_since(training_start);
-    save_run_state(state_file, settings, decoder, trainer, history);
+    save_run_state(state_file(o), settings, decoder, trainer, history);
   };
   {
     Progress progress(o.steps, trainer.step_count());
@@ -277,8 +142,8 @@ int finetune_with(const FinetuneOptions& o, OpenModel& model, const FinetuneData
   save();
   if (!trainer.done()) {
     std::printf("\nstopped at step %lld of %lld; the state is in %s, --resume goes on\n", static_cast<long long>(trainer.step_count()),
-                static_cast<long long>(o.steps), state_file.string().c_str());
-    return 130;
+                static_cast<long long>(o.steps), state_file(o).string().c_str());
+    return {};
   }
   const auto activation_bytes = decoder.activation_bytes();  // evaluation needs less
   if (scales)
@@ -308,17 +173,10 @@ int finetune_with(const FinetuneOptions& o, OpenModel& model, const FinetuneData
     evaluate_answers(decoder, model.need_tokenizer(), model.chat_template(), data.questions, report.ranks, o.new_tokens, stop);
   if (stop()) {
     std::printf("stopped; the adapter is in %s\n", (out / "adapter").string().c_str());
-    return 130;
+    return {};
   }
 
   measure_costs(decoder, report.ranks, stop);
-  const RankSummary summary(report.ranks);
-  if (scales) show_scales(report.ranks);
-  else print_table(report.ranks, summary);
-  if (!data.questions.empty()) show_answers(report.ranks, data.questions, scales);
-  const std::size_t peak = device.peak();
-  const auto megabytes = [](std::size_t bytes) { return static_cast<double>(bytes) / 1e6; };
-  std::printf("\nmemory     %.0f MB planned, %.0f MB measured at most\n", megabytes(plan.total()), megabytes(peak));
   report.settings = {{"model", model.name},
                      {"recipe", chosen.name},
                      {"method", o.method},
@@ -337,27 +195,71 @@ int finetune_with(const FinetuneOptions& o, OpenModel& model, const FinetuneData
                      {"base_bytes", w.linear_bytes()},
                      {"adapter_parameters", trainable},
                      {"activation_bytes", activation_bytes},
-                     {"memory_plan", to_json(plan)},
-                     {"peak_memory_bytes", peak},
                      {"nested_share", trainer.nested().share},
                      {"reordered_at_end", trainer.reordered_at_end()}};
   report.settings.update(device.facts());
   if (scales) report.settings.update(Json{{"planes", o.planes}, {"group_size", o.group_size}, {"trained_planes", o.trained_planes}});
-  write_report(out, report, summary);
+  return report;
+}
+
+template <Scalar T, class Optimizer, class Device>
+int finetune_with(const FinetuneOptions& o, OpenModel& model, const FinetuneData& data, const Device& device) {
+  const bool scales = trains_scales(o);
+  const MemoryPlan plan = plan_memory<T>(o, data, model, device);
+  std::printf("memory     planned, on %s\n%s", device.text().c_str(), plan.to_text().c_str());
+  std::fflush(stdout);
+
+  const auto start = std::chrono::steady_clock::now();
+  const auto weights = device.place(std::exchange(model.read, nullptr)());
+  const auto& w = *weights;
+  std::printf("model      %s: %lld blocks of width %lld, %.1f M linear weights in %s, %.3f bits each (%.0f MB), read in %.1f s\n",
+              model.name.c_str(), static_cast<long long>(w.config.layers), static_cast<long long>(w.config.width),
+              static_cast<double>(w.config.linear_weights()) / 1e6, base_text(o).c_str(),
+              8.0 * static_cast<double>(w.linear_bytes()) / static_cast<double>(w.config.linear_weights()),
+              static_cast<double>(w.linear_bytes()) / 1e6, seconds_since(start));
+  const StopSignal signal;
+  auto report = train_and_measure<T, Optimizer>(o, model, data, device, weights, signal);
+  if (!report) return 130;
+  const RankSummary summary(report->ranks);
+  if (scales) show_scales(report->ranks);
+  else print_table(report->ranks, summary);
+  if (!data.questions.empty()) show_answers(report->ranks, data.questions, scales);
+  const std::size_t peak = device.peak();
+  const auto megabytes = [](std::size_t bytes) { return static_cast<double>(bytes) / 1e6; };
+  std::printf("\nmemory     %.0f MB planned, %.0f MB measured at most\n", megabytes(plan.total()), megabytes(peak));
+  report->settings.update(Json{{"memory_plan", to_json(plan)}, {"peak_memory_bytes", peak}});
+  write_report(o.out, *report, summary);
   if (scales) {
-    const double base = report.ranks.front().loss, loss = report.ranks.back().loss;
+    const double base = report->ranks.front().loss, loss = report->ranks.back().loss;
     std::printf("\n%s: %.3f nats a token, the base %.3f\n",
                 loss < base ? "The trained scales beat the base" : "The trained scales do NOT beat the base", loss, base);
-    std::printf("wrote      %s: report.json, report.csv, adapter/ (scales), state.safetensors\n", out.string().c_str());
+    std::printf("wrote      %s: report.json, report.csv, adapter/ (scales), state.safetensors\n", o.out.c_str());
     return 0;
   }
-  const auto worst = *std::max_element(report.ranks.begin() + 1, report.ranks.end(),
+  const auto worst = *std::max_element(report->ranks.begin() + 1, report->ranks.end(),
                                        [](const RankResult& a, const RankResult& b) { return a.loss < b.loss; });
   std::printf("\n%s: the worst rank, %lld, has %.3f nats a token, the base %.3f\n",
-              worst.loss < report.ranks.front().loss ? "Every rank beats the base" : "NOT every rank beats the base",
-              static_cast<long long>(worst.rank), worst.loss, report.ranks.front().loss);
-  std::printf("wrote      %s: report.json, report.csv, ranks.svg, adapter/ (%s %lld), state.safetensors\n", out.string().c_str(),
-              method == AdapterMethod::lora ? "PEFT, rank" : "bottlenecks, width", static_cast<long long>(ranks.max()));
+              worst.loss < report->ranks.front().loss ? "Every rank beats the base" : "NOT every rank beats the base",
+              static_cast<long long>(worst.rank), worst.loss, report->ranks.front().loss);
+  const bool lora = adapter_method(o.method) == AdapterMethod::lora;
+  std::printf("wrote      %s: report.json, report.csv, ranks.svg, adapter/ (%s %lld), state.safetensors\n", o.out.c_str(),
+              lora ? "PEFT, rank" : "bottlenecks, width", static_cast<long long>(report->ranks.back().rank));
+  if (!o.rival) {
+    if (lora && o.recipe_name != rival_recipe)
+      std::printf("rival      none: the same command with --resume --rival trains QLoRA on these batches, to be cut by singular values\n");
+    return 0;
+  }
+  const FinetuneOptions of_rival = rival_of(o);
+  std::printf("\nrival      QLoRA on the same batches, re-ordered by singular values at the end; in %s\n", of_rival.out.c_str());
+  auto rival = train_and_measure<T, Optimizer>(of_rival, model, data, device, weights, signal);
+  if (!rival) return 130;
+  print_rival(*report, *rival);
+  const std::size_t peak_of_both = device.peak();
+  std::printf("\nmemory     %.0f MB measured at most, with the rival\n", megabytes(peak_of_both));
+  rival->settings["peak_memory_bytes"] = peak_of_both;
+  write_report(o.out, *report, summary, &*rival);
+  std::printf("wrote      %s: report.json, report.csv, ranks.svg with the rival, rival/adapter/ (PEFT, rank %lld)\n", o.out.c_str(),
+              static_cast<long long>(rival->ranks.back().rank));
   return 0;
 }
 

@@ -6,7 +6,8 @@
 #include <cmath>
 #include <cstdio>
 #include <filesystem>
-#include <fstream>
+#include <optional>
+#include <span>
 #include <string>
 #include <system_error>
 #include <utility>
@@ -23,6 +24,7 @@
 
 namespace qdylora::examples {
 
+/// A run of finetune.
 struct RunReport {
   Json settings;                  // what the run was told and found: model, recipe, steps, memory ...
   std::vector<RankResult> ranks;  // rank 0 first
@@ -35,15 +37,19 @@ inline const RankResult& best_rank(const std::vector<RankResult>& ranks) {
   return *std::min_element(ranks.begin() + 1, ranks.end(), [](const RankResult& a, const RankResult& b) { return a.loss < b.loss; });
 }
 
-/// What each result has above one of them, of the same examples in pairs: of losses, a scored token; of a task's 1 and 0, a share of the
-/// examples. Empty where these were not measured. Where no example differs, the interval is 0 alone.
-inline std::vector<Interval> paired_above(const RankResult& one, const std::vector<RankResult>& results,
+/// What one result has above another, of the same examples in pairs: of losses, a scored token; of a task's 1 and 0, a share of the
+/// examples. Where no example differs, the interval is 0 alone.
+inline Interval paired_above(const RankResult& result, const RankResult& other, std::vector<double> RankResult::*scores) {
+  const bool losses = scores == &RankResult::example_losses;
+  return paired_difference(result.*scores, other.*scores, losses ? result.example_tokens : std::vector<double>{});
+}
+
+/// Of each result, above one of them; empty where these were not measured.
+inline std::vector<Interval> paired_above(const std::vector<RankResult>& results, const RankResult& one,
                                           std::vector<double> RankResult::*scores) {
   std::vector<Interval> differences;
-  if ((one.*scores).empty()) return differences;
-  const bool losses = scores == &RankResult::example_losses;
-  for (const auto& r : results)
-    differences.push_back(paired_difference(r.*scores, one.*scores, losses ? r.example_tokens : std::vector<double>{}));
+  if (!(one.*scores).empty())
+    for (const auto& r : results) differences.push_back(paired_above(r, one, scores));
   return differences;
 }
 
@@ -59,8 +65,8 @@ struct RankSummary {
   explicit RankSummary(const std::vector<RankResult>& results) {
     const auto& lowest = best_rank(results);
     best = lowest.rank;
-    above_best = paired_above(lowest, results, &RankResult::example_losses);
-    match_gains = paired_above(results.front(), results, &RankResult::matches);
+    above_best = paired_above(results, lowest, &RankResult::example_losses);
+    match_gains = paired_above(results, results.front(), &RankResult::matches);
     std::vector<Index> ranks;
     std::vector<double> losses;
     for (std::size_t i = 1; i < results.size(); ++i) {
@@ -70,6 +76,18 @@ struct RankSummary {
     area_linear = area_under_ranks(ranks, losses, RankScale::linear);
     area_log2 = area_under_ranks(ranks, losses, RankScale::log2);
     enough = smallest_rank_keeping(share, results.front().loss, ranks, losses);
+  }
+};
+
+/// What a run has above its rival at every rank, rank 0 first, on the same examples.
+struct AboveRival {
+  std::vector<Interval> loss, match;  // no match where nothing was answered
+
+  AboveRival(const std::vector<RankResult>& ours, const std::vector<RankResult>& rival) {
+    for (std::size_t i = 0; i < ours.size(); ++i) {
+      loss.push_back(paired_above(ours[i], rival[i], &RankResult::example_losses));
+      if (!ours[i].matches.empty()) match.push_back(paired_above(ours[i], rival[i], &RankResult::matches));
+    }
   }
 };
 
@@ -85,7 +103,7 @@ inline Json to_json(const Interval& interval) { return {{"value", interval.value
 inline void print_table(const std::vector<RankResult>& ranks, const RankSummary& summary) {
   const bool answers = !summary.match_gains.empty();
   std::printf("\n  %4s %8s %10s  %-27s%-*s %10s %10s %9s\n", "rank", "loss", "perplexity", "above the best, 95 %", answers ? 39 : 0,
-              answers ? " exact match, points above the base" : "", "parameters", "file", "ms/token");
+              answers ? " exact match, points above base, 95 %" : "", "parameters", "file", "ms/token");
   for (std::size_t i = 0; i < ranks.size(); ++i) {
     const auto& r = ranks[i];
     const auto& above = summary.above_best[i];
@@ -106,6 +124,10 @@ inline void print_table(const std::vector<RankResult>& ranks, const RankSummary&
                 100.0 * RankSummary::share, static_cast<long long>(summary.best));
 }
 
+inline void append(std::vector<double>& numbers, const Interval& interval) {
+  numbers.insert(numbers.end(), {interval.value, interval.low, interval.high});
+}
+
 /// `count` fields of a line of CSV, each behind a comma: those numbers, then empty ones.
 inline std::string csv_fields(const std::vector<double>& numbers, std::size_t count) {
   std::string text;
@@ -117,44 +139,46 @@ inline std::string csv_fields(const std::vector<double>& numbers, std::size_t co
   return text;
 }
 
-inline void write_report(const std::filesystem::path& folder, const RunReport& report, const RankSummary& summary) {
+/// A run beside its rival, whose ranks are the same: a table, and the means over the ranks.
+inline void print_rival(const RunReport& run, const RunReport& rival) {
+  const AboveRival above(run.ranks, rival.ranks);
+  const bool answers = !above.match.empty();
+  std::printf("\n  %4s %8s %8s  %-27s%s\n", "rank", "loss", "rival's", "above the rival, 95 %",
+              answers ? " exact match     rival's  points above the rival" : "");
+  for (std::size_t i = 1; i < run.ranks.size(); ++i) {  // the base is the same
+    const auto &ours = run.ranks[i], &theirs = rival.ranks[i];
+    char text[64];
+    std::snprintf(text, sizeof text, "%+.4f [%+.4f, %+.4f]", above.loss[i].value, above.loss[i].low, above.loss[i].high);
+    std::printf("  %4lld %8.4f %8.4f  %-27s", static_cast<long long>(ours.rank), ours.loss, theirs.loss, text);
+    if (answers)
+      std::printf(" %5lld / %-3zu %5lld / %-3zu  %+.1f [%+.1f, %+.1f]", static_cast<long long>(count_right(ours.matches)),
+                  ours.matches.size(), static_cast<long long>(count_right(theirs.matches)), theirs.matches.size(),
+                  100.0 * above.match[i].value, 100.0 * above.match[i].low, 100.0 * above.match[i].high);
+    std::printf("\n");
+  }
+  const RankSummary ours(run.ranks), theirs(rival.ranks);
+  std::printf("  mean loss over ranks %.4f, the rival's %.4f; over log2 of ranks %.4f, the rival's %.4f\n", ours.area_linear,
+              theirs.area_linear, ours.area_log2, theirs.area_log2);
+}
+
+inline Json to_json(const RunReport& report, const RankSummary& summary) {
   Json json = report.settings;
   json["ranks"] = Json::array();
-  std::string csv =
-      "rank,loss,perplexity,above_best,low,high,answers,correct,match_gain,match_gain_low,match_gain_high,parameters,bytes,ms_per_token\n";
-  Series loss{"adapter", {}}, match{"adapter", {}};
-  double base_loss = 0.0, base_match = 0.0;
-  const bool answers = !summary.match_gains.empty();
   for (std::size_t i = 0; i < report.ranks.size(); ++i) {
     const auto& r = report.ranks[i];
-    const auto& above = summary.above_best[i];
-    json["ranks"].push_back({{"rank", r.rank},
-                             {"loss", r.loss},
-                             {"perplexity", std::exp(r.loss)},
-                             {"above_best", to_json(above)},
-                             {"answers", r.matches.size()},
-                             {"correct", count_right(r.matches)},
-                             {"parameters", r.parameters},
-                             {"bytes", r.bytes()},
-                             {"ms_per_token", 1e3 * r.token_seconds},
-                             {"example_losses", r.example_losses},
-                             {"example_tokens", r.example_tokens}});
-    std::vector<double> gain;
-    if (answers) {
-      const auto& g = summary.match_gains[i];
-      gain = {g.value, g.low, g.high};
-      json["ranks"].back().update(Json{{"match_gain", to_json(g)}, {"example_matches", r.matches}});
-    }
-    csv += std::to_string(r.rank) + csv_fields({r.loss, std::exp(r.loss), above.value, above.low, above.high}, 5) + "," +
-           std::to_string(r.matches.size()) + "," + std::to_string(count_right(r.matches)) + csv_fields(gain, 3) + "," +
-           std::to_string(r.parameters) + "," + std::to_string(r.bytes()) + csv_fields({1e3 * r.token_seconds}, 1) + "\n";
-    if (r.rank == 0) {
-      base_loss = r.loss;
-      base_match = accuracy(r.matches);
-    } else {
-      loss.points.emplace_back(static_cast<double>(r.rank), r.loss);
-      match.points.emplace_back(static_cast<double>(r.rank), accuracy(r.matches));
-    }
+    Json rank{{"rank", r.rank},
+              {"loss", r.loss},
+              {"perplexity", std::exp(r.loss)},
+              {"above_best", to_json(summary.above_best[i])},
+              {"answers", r.matches.size()},
+              {"correct", count_right(r.matches)},
+              {"parameters", r.parameters},
+              {"bytes", r.bytes()},
+              {"ms_per_token", 1e3 * r.token_seconds},
+              {"example_losses", r.example_losses},
+              {"example_tokens", r.example_tokens}};
+    if (!r.matches.empty()) rank.update(Json{{"match_gain", to_json(summary.match_gains[i])}, {"example_matches", r.matches}});
+    json["ranks"].push_back(std::move(rank));
   }
   json["mean_loss_over_rank"] = summary.area_linear;
   json["mean_loss_over_log2_rank"] = summary.area_log2;
@@ -163,19 +187,68 @@ inline void write_report(const std::filesystem::path& folder, const RunReport& r
   json["training_seconds"] = report.history.seconds;
   json["tokens_per_second"] = report.history.tokens_per_second();
   json["step_losses"] = report.history.step_losses;
+  return json;
+}
+
+/// A curve over the ranks for each of the runs, beside the base.
+template <class Measure>
+LineChart rank_chart(const std::string& title, const std::string& y_label, const RunReport& report, const RunReport* rival,
+                     Measure&& measure) {
+  LineChart chart{.title = title, .x_label = "rank", .y_label = y_label, .series = {}, .base = measure(report.ranks.front())};
+  const auto add = [&](const std::string& name, const RunReport& run) {
+    Series series{name, {}};
+    for (const auto& r : std::span(run.ranks).subspan(1)) series.points.emplace_back(static_cast<double>(r.rank), measure(r));
+    chart.series.push_back(std::move(series));
+  };
+  add("adapter", report);
+  if (rival != nullptr) add("rival: QLoRA, cut by SVD", *rival);
+  return chart;
+}
+
+/// report.json, report.csv and, of ranks, ranks.svg. rival: whose ranks are the same; fields of CSV that have no numbers are empty.
+inline void write_report(const std::filesystem::path& folder, const RunReport& report, const RankSummary& summary,
+                         const RunReport* rival = nullptr) {
+  const bool answers = !summary.match_gains.empty();
+  std::optional<AboveRival> above_rival;
+  Json json = to_json(report, summary);
+  if (rival != nullptr) {
+    above_rival.emplace(report.ranks, rival->ranks);
+    json["rival"] = to_json(*rival, RankSummary(rival->ranks));
+  }
+  std::string csv =
+      "rank,loss,perplexity,above_best,low,high,answers,correct,match_gain,match_gain_low,match_gain_high,parameters,bytes,ms_per_token,"
+      "rival_loss,above_rival,above_rival_low,above_rival_high,"
+      "rival_correct,match_above_rival,match_above_rival_low,match_above_rival_high\n";
+  for (std::size_t i = 0; i < report.ranks.size(); ++i) {
+    const auto& r = report.ranks[i];
+    std::vector<double> loss{r.loss, std::exp(r.loss)}, gain, rival_loss, rival_match;
+    append(loss, summary.above_best[i]);
+    if (answers) append(gain, summary.match_gains[i]);
+    if (rival != nullptr) {
+      rival_loss = {rival->ranks[i].loss};
+      append(rival_loss, above_rival->loss[i]);
+      json["ranks"][i]["above_rival"] = to_json(above_rival->loss[i]);
+    }
+    if (rival != nullptr && answers) {
+      rival_match = {static_cast<double>(count_right(rival->ranks[i].matches))};
+      append(rival_match, above_rival->match[i]);
+      json["ranks"][i]["match_above_rival"] = to_json(above_rival->match[i]);
+    }
+    csv += std::to_string(r.rank) + csv_fields(loss, 5) + "," + std::to_string(r.matches.size()) + "," +
+           std::to_string(count_right(r.matches)) + csv_fields(gain, 3) + "," + std::to_string(r.parameters) + "," +
+           std::to_string(r.bytes()) + csv_fields({1e3 * r.token_seconds}, 1) + csv_fields(rival_loss, 4) + csv_fields(rival_match, 4) +
+           "\n";
+  }
   replace_file(folder / "report.json", json.dump(1) + "\n");
   replace_file(folder / "report.csv", csv);
   if (report.settings.at("method") == name(AdapterMethod::alpha)) return;  // nothing to draw over ranks
   std::vector<LineChart> charts;
-  charts.push_back(
-      {.title = "Loss at each rank, one run", .x_label = "rank", .y_label = "nats per token", .series = {loss}, .base = base_loss});
-  if (answers)
-    charts.push_back({.title = "Exact match at each rank",
-                      .x_label = "rank",
-                      .y_label = "answers",
-                      .series = {match},
-                      .base = base_match,
-                      .percent = true});
+  charts.push_back(rank_chart("Loss at each rank, one run", "nats per token", report, rival, [](const RankResult& r) { return r.loss; }));
+  if (answers) {
+    charts.push_back(
+        rank_chart("Exact match at each rank", "answers", report, rival, [](const RankResult& r) { return accuracy(r.matches); }));
+    charts.back().percent = true;
+  }
   write_svg(folder / "ranks.svg", charts);
 }
 
@@ -185,9 +258,9 @@ struct AboveFirst {
 
   explicit AboveFirst(const std::vector<RankResult>& results) {
     if (results.size() < 2) return;
-    loss = paired_above(results.front(), results, &RankResult::example_losses);
-    match = paired_above(results.front(), results, &RankResult::matches);
-    choice = paired_above(results.front(), results, &RankResult::chosen_right);
+    loss = paired_above(results, results.front(), &RankResult::example_losses);
+    match = paired_above(results, results.front(), &RankResult::matches);
+    choice = paired_above(results, results.front(), &RankResult::chosen_right);
   }
 };
 
@@ -207,7 +280,7 @@ inline void write_evaluation(const std::filesystem::path& folder, const Json& se
     std::vector<double> loss, match, bleu, choice;  // as the line of CSV has them
     const auto add = [&](const char* key, const Interval& interval, std::vector<double>& numbers) {
       line[key] = to_json(interval);
-      numbers.insert(numbers.end(), {interval.value, interval.low, interval.high});
+      append(numbers, interval);
     };
     const auto add_count = [&](const char* all, const char* right, const std::vector<double>& scores, std::vector<double>& numbers) {
       line.update(Json{{all, scores.size()}, {right, count_right(scores)}});

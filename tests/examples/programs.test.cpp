@@ -196,6 +196,9 @@ TEST_CASE("programs: a wrong argument or file gives one line and status 2") {
       {"finetune", "--toy --ranks 0,2", "rank 0"},
       {"finetune", "--toy --ranks 4,4", "twice"},
       {"finetune", "--toy --recipe best", "order-then-nest"},
+      {"finetune", "--toy --rival --recipe qlora-svd", "its own rival"},
+      {"finetune", "--toy --rival --method houlsby", "--method houlsby"},
+      {"finetune", "--toy --rival --method alpha", "--method alpha"},
       {"finetune", "--toy --base-format nf5", "nf4"},
       {"finetune", "--toy --alpha 0 --out " + quoted(folder / "x"), "alpha"},
       {"finetune", "--toy --data /no/such/file.jsonl", "/no/such/file.jsonl"},
@@ -432,7 +435,7 @@ TEST_CASE("programs: finetune writes its report and an adapter that loads") {
   CHECK(report.at("smallest_rank_keeping_99_percent").get<Index>() >= 1);
   CHECK(test::read_file(out / "report.csv")
             .starts_with("rank,loss,perplexity,above_best,low,high,answers,correct,match_gain,match_gain_low,match_gain_high,parameters,"
-                         "bytes,ms_per_token\n0,"));
+                         "bytes,ms_per_token,rival_loss,"));
   CHECK(test::read_file(out / "ranks.svg").find("</svg>") != std::string::npos);
   const auto adapter = qd::load_peft_adapter(out / "adapter");
   CHECK(adapter.modules.size() == 21);
@@ -475,6 +478,63 @@ TEST_CASE("programs: a run that was stopped resumes to the same bytes, on any nu
     CHECK_FALSE(adapter.empty());
     CHECK(adapter == test::read_file(folder / "parts" / "adapter" / file));
   }
+}
+
+TEST_CASE("programs: a rival has the same batches, stands beside the run at every rank, and resumes as a run of its own") {
+  if (!built("finetune")) SKIP("finetune has not been built");
+  const test::TemporaryFolder folder;
+  const auto out = folder / "out";
+  const std::string recipe = "--recipe qdylora";
+  CHECK(succeeds("finetune", toy(out, recipe)).find("with --resume --rival trains QLoRA") != std::string::npos);
+  CHECK_FALSE(qd::read_json(out / "report.json").contains("rival"));
+  const auto said = succeeds("finetune", toy(out, recipe + " --resume --rival"));  // trains the rival alone
+  CAPTURE(said);
+  CHECK(said.find("resumed    at step 12 of 12") != std::string::npos);
+  CHECK(said.find("above the rival, 95 %") != std::string::npos);
+  const auto report = qd::read_json(out / "report.json");
+  const auto& rival = report.at("rival");
+  CHECK(rival.at("recipe") == "qlora-svd");
+  CHECK(rival.at("steps") == report.at("steps"));
+  CHECK(rival.at("tokens") == report.at("tokens"));
+  CHECK(rival.at("reordered_at_end") == true);
+  REQUIRE(rival.at("ranks").size() == 4);
+  for (std::size_t i = 0; i < 4; ++i) {
+    const auto& ours = report.at("ranks")[i];
+    const auto& theirs = rival.at("ranks")[i];
+    CHECK(ours.at("rank") == theirs.at("rank"));
+    CHECK(ours.at("example_tokens") == theirs.at("example_tokens"));
+    const auto above = ours.at("above_rival").at("value").get<double>();
+    CHECK(above == Approx(ours.at("loss").get<double>() - theirs.at("loss").get<double>()).margin(1e-9));
+    CHECK((above == 0.0) == (i == 0));  // the base is the same
+    CHECK(ours.contains("match_above_rival"));
+  }
+  CHECK(test::read_file(out / "ranks.svg").find("rival") != std::string::npos);
+  CHECK(qd::load_peft_adapter(out / "rival" / "adapter").max_rank() == 16);
+
+  // It is the run that its recipe gives by itself.
+  REQUIRE(run("finetune", toy(folder / "alone", "--recipe qlora-svd")).status == 0);
+  const auto tensors = [](const std::filesystem::path& run) { return test::read_file(run / "adapter" / "adapter_model.safetensors"); };
+  CHECK(tensors(folder / "alone") == tensors(out / "rival"));
+  const auto alone = qd::read_json(folder / "alone" / "report.json");
+  for (std::size_t i = 0; i < 4; ++i) CHECK(alone.at("ranks")[i].at("example_losses") == rival.at("ranks")[i].at("example_losses"));
+
+  // Stopped in the rival, by a signal once its first state is there: not begun again unawares, and resumed to the same bytes.
+  const auto parts = folder / "parts";
+  const std::string state = (parts / "rival" / "state.safetensors").native();
+  const std::string command = "'" + std::string(QDYLORA_EXAMPLES_DIR) + "/finetune' " + toy(parts, recipe + " --rival") +
+                              " >/dev/null 2>&1 & pid=$!; while [ ! -f '" + state +
+                              "' ] && kill -0 $pid 2>/dev/null; do sleep 0.01; done; kill -TERM $pid; wait $pid";
+  const int stopped = std::system(command.c_str());
+  REQUIRE(WIFEXITED(stopped));
+  CHECK_FALSE(qd::read_json(parts / "report.json").at("ranks").empty());  // of the run itself
+  if (WEXITSTATUS(stopped) == 130) {
+    const auto refused = run("finetune", toy(parts, recipe + " --rival"));
+    CHECK(refused.status == 2);
+    CHECK(refused.err.find("rival/state.safetensors: holds a run that stopped") != std::string::npos);
+  }
+  succeeds("finetune", toy(parts, recipe + " --rival --resume"));
+  CHECK(tensors(parts / "rival") == tensors(out / "rival"));
+  CHECK(qd::read_json(parts / "report.json").at("rival").at("ranks")[1].at("loss") == rival.at("ranks")[1].at("loss"));
 }
 
 TEST_CASE("programs: the report of a resumed run counts all its parts") {

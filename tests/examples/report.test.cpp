@@ -70,7 +70,7 @@ std::map<std::string, std::string> csv_line(const std::filesystem::path& file, c
 
 TEST_CASE("a task's gain has the interval of its discordant pairs", "[report]") {
   const auto all = results();
-  const auto gains = ex::paired_above(all[0], all, &ex::RankResult::matches);
+  const auto gains = ex::paired_above(all, all[0], &ex::RankResult::matches);
   REQUIRE(gains.size() == 3);
   CHECK(gains[0].value == 0.0);
   CHECK(gains[0].low == 0.0);
@@ -88,9 +88,9 @@ TEST_CASE("a task's gain has the interval of its discordant pairs", "[report]") 
   CHECK(gains[1].value == Approx((b - c) / n));
   CHECK(gains[1].low == Approx((b - c) / n - half).margin(0.1 * half));
   CHECK(gains[1].high == Approx((b - c) / n + half).margin(0.1 * half));
-  CHECK(ex::paired_above(all[0], all, &ex::RankResult::chosen_right).empty());  // no question was asked
+  CHECK(ex::paired_above(all, all[0], &ex::RankResult::chosen_right).empty());  // no question was asked
   // Losses are weighed by tokens.
-  const auto losses = ex::paired_above(all[0], all, &ex::RankResult::example_losses);
+  const auto losses = ex::paired_above(all, all[0], &ex::RankResult::example_losses);
   CHECK(losses[2].value == Approx(all[2].loss - all[0].loss));
 }
 
@@ -117,6 +117,44 @@ TEST_CASE("the report of a run has what a rank costs and what its answers gain",
   ex::write_report(folder.path(), {.settings = {{"method", "lora"}}, .ranks = silent, .history = {}}, ex::RankSummary(silent));
   CHECK_FALSE(qd::read_json(folder / "report.json").at("ranks")[1].contains("match_gain"));
   CHECK(csv_line(folder / "report.csv", "2").at("match_gain").empty());
+}
+
+TEST_CASE("the report of a run beside its rival has both at every rank", "[report]") {
+  const test::TemporaryFolder folder;
+  const ex::RunReport run{.settings = {{"method", "lora"}}, .ranks = results(), .history = {}};
+  auto rival = run;
+  rival.settings["recipe"] = "qlora-svd";
+  for (std::size_t r = 1; r < 3; ++r) {
+    rival.ranks[r].loss += 0.5;
+    for (double& loss : rival.ranks[r].example_losses) loss += 0.5;
+    for (std::size_t i = 0; i < 10; ++i) rival.ranks[r].matches[3 * i] = 0.0;  // ten that the run has right
+  }
+  ex::write_report(folder.path(), run, ex::RankSummary(run.ranks), &rival);
+  const auto json = qd::read_json(folder / "report.json");
+  CHECK(json.at("rival").at("recipe") == "qlora-svd");
+  CHECK(json.at("rival").at("mean_loss_over_log2_rank").get<double>() ==
+        Approx(json.at("mean_loss_over_log2_rank").get<double>() + 0.5));
+  const auto& above = json.at("ranks")[2].at("above_rival");
+  CHECK(above.at("value").get<double>() == Approx(-0.5));
+  CHECK(above.at("low").get<double>() == Approx(-0.5));  // all examples differ by as much
+  CHECK(above.at("high").get<double>() == Approx(-0.5));
+  const auto line = csv_line(folder / "report.csv", "2");
+  CHECK(std::stod(line.at("rival_loss")) == Approx(run.ranks[1].loss + 0.5));
+  CHECK(std::stod(line.at("above_rival")) == Approx(-0.5));
+  CHECK(line.at("rival_correct") == "57");
+  // 10 of 200 pairs are gained and none is lost: McNemar's interval, within a pair and a half, for so few have an uneven distribution.
+  const double half = 1.96 * std::sqrt(10.0 - 100.0 / 200.0) / 200.0;
+  CHECK(std::stod(line.at("match_above_rival")) == Approx(10.0 / 200.0));
+  CHECK(std::stod(line.at("match_above_rival_low")) == Approx(10.0 / 200.0 - half).margin(1.5 / 200.0));
+  CHECK(std::stod(line.at("match_above_rival_high")) == Approx(10.0 / 200.0 + half).margin(1.5 / 200.0));
+  CHECK(csv_line(folder / "report.csv", "0").at("above_rival") == "0");  // the base is the same
+  const auto svg = test::read_file(folder / "ranks.svg");
+  CHECK(svg.find("rival: QLoRA, cut by SVD") != std::string::npos);
+
+  ex::write_report(folder.path(), run, ex::RankSummary(run.ranks));
+  CHECK_FALSE(qd::read_json(folder / "report.json").contains("rival"));
+  CHECK(csv_line(folder / "report.csv", "2").at("rival_loss").empty());
+  CHECK(test::read_file(folder / "ranks.svg").find("rival") == std::string::npos);
 }
 
 TEST_CASE("the report of an evaluation has differences to the first rank, of what was measured", "[report]") {
