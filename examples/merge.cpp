@@ -20,6 +20,7 @@
 #include <qdylora/io.hpp>
 #include <qdylora/model/load_hugging_face.hpp>
 
+#include "common/model_folder.hpp"
 #include "common/program.hpp"
 
 namespace {
@@ -173,25 +174,6 @@ class Merger {
   std::deque<Buffer<std::byte>> copies_;
 };
 
-/// The files beside the weights: config.json with the type its weights have now, the others as they are.
-void copy_beside(const std::filesystem::path& from, const std::filesystem::path& to, const std::string& dtype) {
-  for (const auto& entry : std::filesystem::directory_iterator(from)) {
-    const auto file = entry.path().filename();
-    const auto kind = file.extension();
-    if (!entry.is_regular_file() || (kind != ".json" && kind != ".txt" && kind != ".jinja" && kind != ".model" && kind != ".md")) continue;
-    if (file == "model.safetensors.index.json") continue;
-    if (file == "config.json" && dtype != "same") {
-      auto config = read_json(entry.path());
-      config.erase("quantization_config");
-      for (const char* key : {"dtype", "torch_dtype"})
-        if (config.contains(key)) config[key] = dtype;
-      replace_file(to / file, config.dump(2) + "\n");
-    } else {
-      replace_file(to / file, read_text(entry.path()));
-    }
-  }
-}
-
 /// Whole modules take the place of tensors of the same name and shape. Errc::missing_tensor, shape_mismatch; unsupported where the head is the
 /// embedding, which would change with it.
 void expect_place_for(const PeftAdapter& adapter, const SafetensorsFolder& source) {
@@ -216,32 +198,28 @@ int merge(const std::filesystem::path& model, const std::string& adapter_folder,
   const auto adapter = load_peft_adapter(adapter_folder, {.saved_modules = true});
   QDYLORA_EXPECTS(rank >= 0 && rank <= adapter.max_rank(), rank_range,
                   "--rank " + std::to_string(rank) + ": the adapter has ranks 1 ... " + std::to_string(adapter.max_rank()));
-  if (!std::filesystem::is_directory(model)) throw Error(Errc::open, "no such folder", {.file = model.string()});
+  expect_folder(model);
   const SafetensorsFolder source(model);
   for (const auto& module : adapter.modules) source.file_of(module.name + ".weight");  // all, before anything is written
   expect_place_for(adapter, source);
-  expect_no_overwrite(model, out);
   expect_no_overwrite(adapter_folder, out);
-  std::error_code failed;
-  std::filesystem::create_directories(out, failed);
-  if (failed) throw Error(Errc::open, "cannot make the folder: " + failed.message(), {.file = out.string()});
+  make_folder_of(model, source, out);
   const std::map<std::string, DType> types = {{"float32", DType::F32}, {"float16", DType::F16}, {"bfloat16", DType::BF16}};
   const auto type = types.find(dtype);
   const Index at = rank == 0 ? adapter.max_rank() : rank;
   Merger merger(adapter, at, type == types.end() ? std::nullopt : std::optional(type->second));
-  const bool indexed = std::filesystem::exists(model / "model.safetensors.index.json");
-  Json weight_map = Json::object();
-  for (const auto& file : source.files()) {
-    const auto name = std::filesystem::path(file.name()).filename();
-    merger.merge(file, out / name);
-    if (!indexed) continue;
-    const SafetensorsFile written(out / name);
-    for (const auto& tensor : written.tensors()) weight_map[tensor.name] = name.string();
-  }
-  if (indexed)
-    replace_file(out / "model.safetensors.index.json",
-                 Json({{"metadata", Json::object()}, {"weight_map", std::move(weight_map)}}).dump(1) + "\n");
-  copy_beside(model, out, dtype);
+  write_weights(source, out, [&](const SafetensorsFile& file, const std::filesystem::path& path) { merger.merge(file, path); });
+  copy_beside(model, out, [&](Json& config) {
+    if (dtype == "same") {
+      const auto quantization = config.find("quantization_config");  // whose codes are written as bytes, whatever they were stored as
+      if (quantization != config.end() && quantization->contains("bnb_4bit_quant_storage"))
+        (*quantization)["bnb_4bit_quant_storage"] = "uint8";
+      return;
+    }
+    config.erase("quantization_config");
+    for (const char* key : {"dtype", "torch_dtype"})
+      if (config.contains(key)) config[key] = dtype;
+  });
   if (merger.retained().size > 0.0) merger.retained().print("all together");
   std::printf("wrote %s: %zu weights merged at rank %lld", out.string().c_str(), merger.merged(), static_cast<long long>(at));
   if (merger.replaced() > 0) std::printf(", %zu tensors replaced", merger.replaced());

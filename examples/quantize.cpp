@@ -1,7 +1,8 @@
-// Quantizes the matrices of a safetensors file to bitsandbytes' 4-bit keys; everything else is copied. Or shows what quantization costs
-// each linear weight of a model.
+// Quantizes the linear weights of a model's blocks to bitsandbytes' 4 bits: a folder as transformers saves and loads one. Or all matrices
+// of one safetensors file. Everything else is copied. Or shows what quantization costs each linear weight of a model.
 //
-//   quantize IN.safetensors OUT.safetensors --format nf4|fp4 --block-size 64 --double-quant on|off
+//   quantize MODEL_DIR OUT_DIR --format nf4|fp4 --block-size 64 --double-quant on|off
+//   quantize IN.safetensors OUT.safetensors
 //   quantize --heat-map OUT.svg MODEL --format nf4|fp4|int4|fp8 --init loftq --rank 16
 //
 // The heat map has a row for each block and a column for each linear layer: |W - base| / |W| (Frobenius norms), and with --init the same of
@@ -13,6 +14,7 @@
 #include <limits>
 #include <memory>
 #include <set>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -21,6 +23,7 @@
 
 #include "common/heat_map.hpp"
 #include "common/model.hpp"
+#include "common/model_folder.hpp"
 #include "common/program.hpp"
 #include "common/weight_error.hpp"
 
@@ -52,41 +55,105 @@ double relative_error(const SafetensorsFile& file, const TensorInfo& t, const We
   return error.root_mean_square();
 }
 
-int quantize_file(const std::string& in, const std::string& out, BaseOptions options) {
-  expect_no_overwrite(in, out);
-  const Cpu cpu;
-  const SafetensorsFile file(in);
-  SafetensorsWriter writer;
-  BnbStates states;
-  std::deque<std::shared_ptr<const WeightFor<AnyFormat>>> weights;  // the writer borrows: these live until it has written
-  std::deque<Buffer<std::byte>> copies;
-  for (const auto& [key, value] : file.metadata()) writer.metadata(key, value);
-  double bits = 0.0;
-  Index count = 0;
-  std::printf("%-60s %14s %8s %10s\n", "tensor", "shape", "bits", "error");
-  for (const auto& t : file.tensors()) {
-    if (!is_matrix(t)) {
-      copies.push_back(file.bytes(t.name));
-      writer.add(t.name, t.dtype, t.shape, copies.back().span());
-      continue;
-    }
-    weights.push_back(at_tensor(in, t.name, [&] {
-      return make_base_weight(
-          t.shape[0], t.shape[1], options, [&](Index first, MatrixView<float> rows) { file.read_rows(t.name, first, rows); }, cpu);
-    }));
-    const auto& weight = *weights.back();
-    add_bnb_4bit(writer, states, t.name, weight, t.dtype);
-    const Index size = t.shape[0] * t.shape[1];
-    bits += 8.0 * static_cast<double>(weight.bytes());
-    count += size;
-    std::printf("%-60s %14s %8.4f %9.3f%%\n", printable(t.name, 60).c_str(),
-                (std::to_string(t.shape[0]) + "x" + std::to_string(t.shape[1])).c_str(),
-                8.0 * static_cast<double>(weight.bytes()) / static_cast<double>(size), 100.0 * relative_error(file, t, weight));
+/// Writes files with matrices in 4 bits, a line for each, and sums over all.
+class FileQuantizer {
+ public:
+  explicit FileQuantizer(const BaseOptions& options) : options_(options) {
+    std::printf("%-60s %14s %8s %10s\n", "tensor", "shape", "bits", "error");
   }
-  QDYLORA_EXPECTS(count > 0, bad_argument, in + ": has no matrix of float32, float16 or bfloat16");
-  writer.write(out);
-  std::printf("%zu matrices, %.2f M weights, %.4f bits each; %zu other tensors copied; wrote %s\n", weights.size(),
-              static_cast<double>(count) / 1e6, bits / static_cast<double>(count), copies.size(), out.c_str());
+
+  /// The tensors of a file: matrices that `chosen` says in 4 bits, the others as they are.
+  template <class Chosen>
+  void write(const SafetensorsFile& file, const std::filesystem::path& out, Chosen&& chosen) {
+    SafetensorsWriter writer;
+    BnbStates states;
+    std::deque<std::shared_ptr<const WeightFor<AnyFormat>>> weights;  // the writer borrows: these live until it has written
+    std::deque<Buffer<std::byte>> copies;
+    for (const auto& [key, value] : file.metadata()) writer.metadata(key, value);
+    for (const auto& t : file.tensors()) {
+      if (!chosen(t)) {
+        copies.push_back(file.bytes(t.name));
+        writer.add(t.name, t.dtype, t.shape, copies.back().span());
+        continue;
+      }
+      weights.push_back(at_tensor(file.name(), t.name, [&] {
+        return make_base_weight(
+            t.shape[0], t.shape[1], options_, [&](Index first, MatrixView<float> rows) { file.read_rows(t.name, first, rows); }, cpu_);
+      }));
+      const auto& weight = *weights.back();
+      add_bnb_4bit(writer, states, t.name, weight, t.dtype);
+      const Index size = t.shape[0] * t.shape[1];
+      bits_ += 8.0 * static_cast<double>(weight.bytes());
+      count_ += size;
+      std::printf("%-60s %14s %8.4f %9.3f%%\n", printable(t.name, 60).c_str(),
+                  (std::to_string(t.shape[0]) + "x" + std::to_string(t.shape[1])).c_str(),
+                  8.0 * static_cast<double>(weight.bytes()) / static_cast<double>(size), 100.0 * relative_error(file, t, weight));
+    }
+    writer.write(out);
+    matrices_ += weights.size();
+    copies_ += copies.size();
+  }
+
+  void print_sum(const std::string& out) const {
+    std::printf("%zu matrices, %.2f M weights, %.4f bits each; %zu other tensors copied; wrote %s\n", matrices_,
+                static_cast<double>(count_) / 1e6, bits_ / static_cast<double>(count_), copies_, out.c_str());
+  }
+
+ private:
+  BaseOptions options_;
+  Cpu cpu_;
+  double bits_ = 0.0;
+  Index count_ = 0;
+  std::size_t matrices_ = 0, copies_ = 0;
+};
+
+int quantize_file(const std::string& in, const std::string& out, const BaseOptions& options) {
+  expect_no_overwrite(in, out);
+  const SafetensorsFile file(in);
+  QDYLORA_EXPECTS(std::ranges::any_of(file.tensors(), is_matrix), bad_argument,
+                  in + ": has no matrix of float32, float16 or bfloat16");
+  FileQuantizer quantizer(options);
+  quantizer.write(file, out, is_matrix);
+  quantizer.print_sum(out);
+  return 0;
+}
+
+/// A model's folder, whose blocks' linear weights alone are quantized, as transformers does it: embedding, head and norms stay as they are.
+int quantize_folder(const std::filesystem::path& model, const std::filesystem::path& out, const BaseOptions& options) {
+  const auto config_file = model / "config.json";
+  const auto config = hugging_face_config(config_file);
+  const ErrorPlace config_place{.file = config_file.string()};
+  if (qdylora::detail::find_key(read_json(config_file), "quantization_config", config_place) != nullptr)
+    throw Error(Errc::unsupported, "has a quantization_config: the weights are quantized already", config_place);
+  const SafetensorsFolder source(model);
+  std::set<std::string, std::less<>> linears;
+  auto type = DType::F32;
+  for (Index i = 0; i < config.layers; ++i)
+    for (const auto& linear : config.linears()) {  // all, before anything is written
+      const auto& name = *linears.insert(config.block_name(i) + std::string(linear.name) + ".weight").first;
+      const auto& file = source.file_of(name);
+      const auto& t = file.info(name);
+      const ErrorPlace place{.file = file.name(), .tensor = name};
+      if (t.shape != std::vector{linear.out, linear.in})
+        throw Error(Errc::shape_mismatch,
+                    "expected " + qdylora::detail::shape_text(linear.out, linear.in) + ", found " +
+                        qdylora::detail::shape_text(std::span<const Index>(t.shape)),
+                    place);
+      if (!is_matrix(t))
+        throw Error(Errc::dtype, "expected a weight of F32, F16 or BF16, found " + std::string(qdylora::name(t.dtype)), place);
+      type = t.dtype;
+    }
+  make_folder_of(model, source, out);
+  FileQuantizer quantizer(options);
+  write_weights(source, out, [&](const SafetensorsFile& file, const std::filesystem::path& path) {
+    quantizer.write(file, path, [&](const TensorInfo& t) { return linears.contains(t.name); });
+  });
+  copy_beside(model, out, [&](Json& json) {
+    json["quantization_config"] = bnb_4bit_config(name(options.format), options.double_quant, type);
+  });
+  quantizer.print_sum(out.string());
+  if (config.architecture == Architecture::falcon)
+    std::printf("transformers 5 keeps a Falcon's linear layers in float and does not load this folder; this library does\n");
   return 0;
 }
 
@@ -161,14 +228,15 @@ int show_errors(const std::string& path, const std::string& svg_path, const Base
 }  // namespace
 
 int main(int argc, char** argv) {
-  CLI::App app{"Quantizes the matrices of a safetensors file to bitsandbytes' 4-bit keys, or shows what that costs a model's weights.",
+  CLI::App app{"Quantizes a model's folder, or the matrices of a safetensors file, to bitsandbytes' 4 bits, or shows what that costs a "
+               "model's weights.",
                "quantize"};
   std::string in, out, heat_map, format = "nf4", double_quant = "on", init = "standard";
   Index block_size = 64, rank = 16;
-  app.add_option("IN", in, "safetensors file to read; with --heat-map a .gguf file or a Hugging Face folder")
+  app.add_option("IN", in, "Hugging Face folder or safetensors file to read; with --heat-map a folder or a .gguf file")
       ->required()
       ->check(not_empty());
-  auto* out_option = app.add_option("OUT", out, "safetensors file to write")->check(not_empty());
+  auto* out_option = app.add_option("OUT", out, "folder or safetensors file to write")->check(not_empty());
   auto* heat_map_option =
       app.add_option("--heat-map", heat_map,
                      "write no weights, but a picture of the error of each linear weight, .svg, and a .json beside it with its numbers")
@@ -195,6 +263,6 @@ int main(int argc, char** argv) {
     QDYLORA_EXPECTS(!out.empty(), bad_argument, "give OUT, or --heat-map");
     QDYLORA_EXPECTS(options.format == BaseFormat::nf4 || options.format == BaseFormat::fp4, bad_argument,
                     "--format " + format + ": bitsandbytes' 4-bit keys hold nf4 and fp4");
-    return quantize_file(in, out, options);
+    return std::filesystem::is_directory(in) ? quantize_folder(in, out, options) : quantize_file(in, out, options);
   });
 }

@@ -10,10 +10,12 @@
 #include <limits>
 #include <map>
 #include <numeric>
+#include <span>
 #include <sstream>
 #include <string>
 #include <string_view>
 #include <tuple>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -26,6 +28,7 @@
 #include "support/files.hpp"
 #include "support/golden.hpp"
 #include "support/llama2c_files.hpp"
+#include "support/python.hpp"
 #include "support/random_data.hpp"
 #include "support/tiny_model.hpp"
 
@@ -1212,6 +1215,161 @@ TEST_CASE("programs: quantize writes bitsandbytes' keys and copies the rest") {
       CHECK(size > 0.0);
       CHECK(error / size < (format == "nf4" ? 0.012 : 0.02));
     }
+}
+
+TEST_CASE("programs: a folder's blocks are quantized as loading would, nothing else is, and it is read back as it is") {
+  if (!built("quantize")) SKIP("quantize has not been built");
+  for (const std::string name : {"qwen2", "mistral", "falcon_40b"})
+    for (const auto& options :
+         {qd::BaseOptions{}, qd::BaseOptions{.format = qd::BaseFormat::fp4, .double_quant = false, .block_size = 32}}) {
+      CAPTURE(name, options.double_quant);
+      const test::TemporaryFolder folder;
+      const auto source = test::golden(name), out = folder / "out";
+      const auto said = succeeds("quantize", quoted(source) + " " + quoted(out) + " --format " + std::string(qd::name(options.format)) +
+                                                 " --double-quant " + (options.double_quant ? "on" : "off") + " --block-size " +
+                                                 std::to_string(options.block_size));
+      CHECK((said.find("transformers 5") != said.npos) == (name == "falcon_40b"));
+      // The codes that loading the float weights makes are those that are read, whatever format is asked for.
+      const auto direct = qd::load_hugging_face(source, options), read = qd::load_hugging_face(out, {.format = qd::BaseFormat::float32});
+      const auto linears = direct->config.linears();
+      for (std::size_t b = 0; b < direct->blocks.size(); ++b)
+        for (std::size_t l = 0; l < linears.size(); ++l) {
+          const auto &expected = *direct->blocks[b]->linear[l], &found = *read->blocks[b]->linear[l];
+          CAPTURE(b, linears[l].name);
+          CHECK(found.storage().index() == expected.storage().index());
+          expected.visit([&]<class View>(const View& view) {
+            if constexpr (requires { view.codes; })
+              found.visit([&]<class Other>(const Other& other) {
+                if constexpr (std::is_same_v<View, Other>) {
+                  CHECK(other.block_size == view.block_size);
+                  CHECK(std::equal(view.codes, view.codes + qd::code_bytes<typename View::format>(view.rows * view.cols), other.codes));
+                }
+              });
+          });
+          qd::Matrix<float> x(expected.rows(), expected.cols()), y(expected.rows(), expected.cols());
+          qd::decode(expected, x.view(), qd::Cpu{});
+          qd::decode(found, y.view(), qd::Cpu{});
+          CHECK(test::same_bits(x.view(), y.view()));
+        }
+      // Whatever is no linear weight of a block has its bytes; so have the files beside, but for the one key.
+      const qd::SafetensorsFile before(source / "model.safetensors"), after(out / "model.safetensors");
+      std::size_t copied = 0;
+      for (const auto& t : before.tensors()) {
+        if (qd::is_bnb_4bit(after, t.name)) continue;
+        CAPTURE(t.name);
+        REQUIRE(after.contains(t.name));
+        CHECK(after.info(t.name).dtype == t.dtype);
+        const auto x = before.bytes(t.name), y = after.bytes(t.name);
+        CHECK(std::equal(x.span().begin(), x.span().end(), y.span().begin(), y.span().end()));
+        ++copied;
+      }
+      CHECK(before.tensors().size() - copied == direct->blocks.size() * linears.size());
+      CHECK(after.metadata() == before.metadata());
+      auto config = qd::read_json(out / "config.json");
+      const auto& quantization = config.at("quantization_config");
+      CHECK(quantization.at("bnb_4bit_quant_type") == qd::name(options.format));
+      CHECK(quantization.at("bnb_4bit_use_double_quant") == options.double_quant);
+      CHECK(quantization.at("bnb_4bit_compute_dtype") == config.at("dtype"));
+      config.erase("quantization_config");
+      CHECK(config == qd::read_json(source / "config.json"));
+    }
+}
+
+TEST_CASE("programs: shards are quantized each for itself; what is quantized, of another shape or there already is not") {
+  if (!built("quantize") || !built("merge")) SKIP("quantize or merge has not been built");
+  const test::TemporaryFolder folder;
+  const auto model = folder / "model";
+  std::filesystem::copy(test::golden("mistral"), model);
+  test::write_file(model / "tokenizer.json", "{}");
+  std::filesystem::create_directory(model / "original");
+  const auto quantize = [&](const std::filesystem::path& in, const std::string& out) {
+    return run("quantize", quoted(in) + " " + quoted(folder / out));
+  };
+  REQUIRE(quantize(model, "whole").status == 0);
+  const auto move_to_shards = [&] {
+    const qd::SafetensorsFile file(model / "model.safetensors");
+    std::vector<qd::Buffer<std::byte>> bytes;
+    for (const auto& t : file.tensors()) bytes.push_back(file.bytes(t.name));
+    qd::Json map = qd::Json::object();
+    for (std::size_t shard = 0; shard < 3; ++shard) {
+      const auto name = "model-0000" + std::to_string(shard + 1) + "-of-00003.safetensors";
+      qd::SafetensorsWriter writer;
+      for (std::size_t i = shard; i < bytes.size(); i += 3) {
+        const auto& t = file.tensors()[i];
+        writer.add(t.name, t.dtype, t.shape, bytes[i].span());
+        map[t.name] = name;
+      }
+      writer.write(model / name);
+    }
+    test::write_file(model / "model.safetensors.index.json", qd::Json({{"metadata", {{"total_size", 1}}}, {"weight_map", map}}).dump());
+    std::filesystem::remove(model / "model.safetensors");
+  };
+  move_to_shards();
+  REQUIRE(quantize(model, "shards").status == 0);
+  const qd::SafetensorsFolder whole(folder / "whole"), shards(folder / "shards");
+  CHECK(shards.files().size() == 3);
+  const auto index = qd::read_json(folder / "shards" / "model.safetensors.index.json");
+  std::uint64_t size = 0;
+  for (const auto& t : whole.files().front().tensors()) {
+    CAPTURE(t.name);
+    const auto x = whole.files().front().bytes(t.name), y = shards.file_of(t.name).bytes(t.name);
+    CHECK(std::equal(x.span().begin(), x.span().end(), y.span().begin(), y.span().end()));
+    CHECK(index.at("weight_map").at(t.name) == std::filesystem::path(shards.file_of(t.name).name()).filename().string());
+    size += t.size();
+  }
+  CHECK(index.at("weight_map").size() == whole.files().front().tensors().size());
+  CHECK(index.at("metadata").at("total_size") == size);
+  CHECK(test::read_file(folder / "shards" / "tokenizer.json") == "{}");
+  CHECK_FALSE(std::filesystem::exists(folder / "shards" / "io.safetensors"));
+
+  const auto refused = [&](const Run& result, const std::string& word) {
+    CAPTURE(result.err, word);
+    CHECK(result.status == 2);
+    CHECK(result.err.find(word) != std::string::npos);
+  };
+  refused(quantize(model, "model"), "written over");
+  refused(quantize(folder / "whole", "again"), "quantized already");
+  refused(quantize(model, "whole"), "another model that lies there");  // which has no shards
+  refused(quantize(folder / "none", "again"), "none");
+  auto config = qd::read_json(model / "config.json");
+  config["intermediate_size"] = 48;
+  test::write_file(model / "config.json", config.dump());
+  refused(quantize(model, "again"), "tensor 'model.layers.0.mlp.gate_proj.weight': expected [48, 32], found [40, 32]");
+  // 4 bits of which config.json does not know.
+  config = qd::read_json(folder / "whole" / "config.json");
+  config.erase("quantization_config");
+  test::write_file(folder / "whole" / "config.json", config.dump());
+  refused(quantize(folder / "whole", "again"), "model.layers.0.");
+  CHECK_FALSE(std::filesystem::exists(folder / "again"));
+}
+
+TEST_CASE("programs: transformers loads what quantize and merge wrote in 4 bits, and has the logits that evaluate has", "[python]") {
+  for (const char* program : {"quantize", "merge", "evaluate"})
+    if (!built(program)) SKIP(program << " has not been built");
+  if (!test::has_python("torch, bitsandbytes, accelerate, transformers, safetensors.torch"))
+    SKIP("no Python with torch, bitsandbytes, accelerate, transformers and safetensors ($QDYLORA_PYTHON)");
+  const test::TemporaryFolder models, folder;
+  REQUIRE(test::run_python("make_llama.py", models.path()) == 0);
+  const std::string ids = "1,2,3,5,8,13,21,34,47";
+  const std::vector<std::int32_t> numbers{1, 2, 3, 5, 8, 13, 21, 34, 47};
+  qd::SafetensorsWriter writer;
+  writer.add("ids", qd::DType::I32, {static_cast<Index>(numbers.size())}, std::as_bytes(std::span(numbers)));
+  writer.write(folder / "ids.safetensors");
+  const auto evaluate = [&](const std::string& name) {
+    succeeds("evaluate",
+             "--model " + quoted(folder / name) + " --ids " + ids + " --logits " + quoted(folder / (name + ".safetensors")));
+  };
+  for (const std::string options : {"--format nf4 --double-quant on", "--format nf4 --double-quant off", "--format fp4 --double-quant on",
+                                    "--format fp4 --double-quant off", "--format nf4 --double-quant on --block-size 32"})
+    for (const std::string type : {"float32", "bfloat16"}) {
+      const auto name = type + " " + options;
+      succeeds("quantize", quoted(models / type) + " " + quoted(folder / name) + " " + options);
+      evaluate(name);
+    }
+  const auto base = quoted(test::golden("llama_tiny_bnb4")), adapter = quoted(test::golden("llama_tiny_adapter"));
+  succeeds("merge", base + " " + adapter + " " + quoted(folder / "merged"));
+  evaluate("merged");
+  CHECK(test::run_python("check_quantized.py", folder.path()) == 0);
 }
 
 TEST_CASE("programs: a model whose embedding and head are in 4 bits as well is read") {

@@ -1,8 +1,6 @@
-// Files that the library writes, read by the programs they are for. The interpreter is $QDYLORA_PYTHON, or python3; a test whose
-// packages it lacks is skipped.
+// Files that the library writes, read by the programs they are for. A test whose Python packages are not there is skipped.
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <deque>
 #include <filesystem>
 #include <memory>
@@ -21,6 +19,7 @@
 
 #include "support/catch.hpp"
 #include "support/files.hpp"
+#include "support/python.hpp"
 #include "support/random_data.hpp"
 
 namespace python_test {
@@ -29,30 +28,6 @@ namespace qd = qdylora;
 using qd::Index;
 
 namespace {
-
-std::string quoted(const std::string& text) {
-  std::string result = "'";
-  for (const char c : text) result += c == '\'' ? std::string("'\\''") : std::string(1, c);
-  return result + "'";
-}
-
-std::string interpreter() {
-  const char* set = std::getenv("QDYLORA_PYTHON");
-  return quoted(set != nullptr ? set : "python3");
-}
-
-/// Whether the interpreter is there and has all of these modules.
-bool has_python(const std::string& modules) {
-  return std::system((interpreter() + " -c 'import " + modules + "' >/dev/null 2>&1").c_str()) == 0;
-}
-
-/// The exit status of tests/python/<script> on a folder; its output stays visible.
-int run_python(const std::string& script, const std::filesystem::path& folder) {
-  const auto path = std::filesystem::path(QDYLORA_GOLDEN_DIR).parent_path() / "python" / script;
-  return std::system(("PYTHONDONTWRITEBYTECODE=1 HF_HUB_OFFLINE=1 " + interpreter() + " " + quoted(path.native()) + " " +
-                      quoted(folder.native()) + " 2>&1")
-                         .c_str());
-}
 
 qd::LoRAAdapter<float> trained_adapter(Index in, Index out, qd::LoRAOptions options, std::uint64_t seed) {
   options.seed = seed;
@@ -106,7 +81,7 @@ qd::Matrix<float> to_float(const qd::Matrix<double>& x) {
 }  // namespace
 
 TEST_CASE("bitsandbytes decodes 4-bit weights written here to our values, bit for bit", "[python]") {
-  if (!has_python("torch, bitsandbytes, safetensors.torch"))
+  if (!test::has_python("torch, bitsandbytes, safetensors.torch"))
     SKIP("no Python with torch, bitsandbytes and safetensors ($QDYLORA_PYTHON)");
   test::TemporaryFolder folder;
   qd::SafetensorsWriter weights, expected;
@@ -143,11 +118,11 @@ TEST_CASE("bitsandbytes decodes 4-bit weights written here to our values, bit fo
   }
   weights.write(folder / "weights.safetensors");
   expected.write(folder / "expected.safetensors");
-  CHECK(run_python("check_bitsandbytes.py", folder.path()) == 0);
+  CHECK(test::run_python("check_bitsandbytes.py", folder.path()) == 0);
 }
 
 TEST_CASE("PEFT computes with saved adapters what we compute, at every rank, scale, gate and magnitude", "[python]") {
-  if (!has_python("torch, peft, safetensors.torch")) SKIP("no Python with torch, peft and safetensors ($QDYLORA_PYTHON)");
+  if (!test::has_python("torch, peft, safetensors.torch")) SKIP("no Python with torch, peft and safetensors ($QDYLORA_PYTHON)");
   test::TemporaryFolder folder;
   const qd::Matrix<float> up = test::normal_matrix<float>(24, 16, 1, 0.25), block_up = test::normal_matrix<float>(20, 24, 2, 0.25),
                           plain = test::normal_matrix<float>(6, 20, 3, 0.25), x = test::normal_matrix<float>(9, 16, 4);
@@ -204,12 +179,12 @@ TEST_CASE("PEFT computes with saved adapters what we compute, at every rank, sca
   const auto last = summed(summed(input, up, of_up), block_up, of_block);
   expected.add("sum", std::as_const(outputs.emplace_back(to_float(linear(last, plain, nullptr, 0)))).view());
   expected.write(folder / "expected.safetensors");
-  CHECK(run_python("check_peft.py", folder.path()) == 0);
+  CHECK(test::run_python("check_peft.py", folder.path()) == 0);
 }
 
 TEST_CASE("transformers and PEFT compute our logits from saved adapters, whichever rotary layout they were trained in",
           "[python]") {
-  if (!has_python("torch, peft, transformers, safetensors.torch")) {
+  if (!test::has_python("torch, peft, transformers, safetensors.torch")) {
     SKIP("no Python with torch, peft, transformers and safetensors ($QDYLORA_PYTHON)");
   }
   test::TemporaryFolder folder;
@@ -311,11 +286,11 @@ TEST_CASE("transformers and PEFT compute our logits from saved adapters, whichev
     }
   }
   expected.write(folder / "expected.safetensors");
-  CHECK(run_python("check_llama.py", folder.path()) == 0);
+  CHECK(test::run_python("check_llama.py", folder.path()) == 0);
 }
 
 TEST_CASE("NumPy reads the arrays written here, and they are read as it writes them", "[python]") {
-  if (!has_python("numpy")) SKIP("no Python with numpy ($QDYLORA_PYTHON)");
+  if (!test::has_python("numpy")) SKIP("no Python with numpy ($QDYLORA_PYTHON)");
   test::TemporaryFolder folder;
   std::vector<std::string> names;
   const auto write = [&]<class T>(const std::string& type, qd::DType dtype, T, const std::vector<Index>& shape) {
@@ -338,7 +313,7 @@ TEST_CASE("NumPy reads the arrays written here, and they are read as it writes t
     write("i8", qd::DType::I64, std::int64_t{}, shape);
     write("u1", qd::DType::U8, std::uint8_t{}, shape);
   }
-  REQUIRE(run_python("check_npy.py", folder.path()) == 0);
+  REQUIRE(test::run_python("check_npy.py", folder.path()) == 0);
   for (const std::string& name : names) {
     INFO(name);
     const qd::NpyFile ours(folder / ("ours_" + name + ".npy")), theirs(folder / ("theirs_" + name + ".npy"));

@@ -312,4 +312,25 @@ inline void add_bnb_4bit(SafetensorsWriter& writer, BnbStates& states, const std
 }
 void add_bnb_4bit(SafetensorsWriter&, BnbStates&, const std::string&, WeightFor<AnyFormat>&&, DType) = delete;
 
+/// "quantization_config" of the config.json beside such weights: what transformers' BitsAndBytesConfig writes. `format` is nf4 or fp4,
+/// `compute` the type that products are to be in: F32, F16 or BF16. The block size is in each weight's own state. Errc::bad_argument.
+inline Json bnb_4bit_config(std::string_view format, bool double_quant, DType compute) {
+  const auto known = std::ranges::find(detail::bnb_dtypes, compute, [](const auto& d) { return d.first; });
+  QDYLORA_EXPECTS(known != detail::bnb_dtypes.end() && (format == NF4::name || format == FP4::name), bad_argument,
+                  "bnb_4bit_config: " + std::string(format) + " with products in " + std::string(name(compute)));
+  return {{"quant_method", "bitsandbytes"},
+          {"load_in_4bit", true},
+          {"_load_in_4bit", true},
+          {"bnb_4bit_quant_type", format},
+          {"bnb_4bit_use_double_quant", double_quant},
+          {"bnb_4bit_compute_dtype", known->second},
+          {"bnb_4bit_quant_storage", "uint8"},
+          {"load_in_8bit", false},
+          {"_load_in_8bit", false},
+          {"llm_int8_enable_fp32_cpu_offload", false},
+          {"llm_int8_has_fp16_weight", false},
+          {"llm_int8_skip_modules", nullptr},
+          {"llm_int8_threshold", 6.0}};
+}
+
 }  // namespace qdylora

@@ -21,13 +21,17 @@ namespace qdylora {
 /// The tensors of one checkpoint, in one file or several.
 class SafetensorsFolder {
  public:
+  static constexpr const char* one_file = "model.safetensors";
+  static constexpr const char* index_file = "model.safetensors.index.json";
+
   /// Errors: those of the files; bad_config where the index names a path instead of a file, missing_tensor where it lies.
   explicit SafetensorsFolder(const std::filesystem::path& folder) {
-    const auto index = folder / "model.safetensors.index.json";
+    const auto index = folder / index_file;
     if (!std::filesystem::exists(index)) {
-      files_.emplace_back(folder / "model.safetensors");
+      files_.emplace_back(folder / one_file);
       return;
     }
+    indexed_ = true;
     const auto json = read_json(index);
     const ErrorPlace place{.file = index.string()};
     std::map<std::string, std::size_t> opened;
@@ -46,6 +50,8 @@ class SafetensorsFolder {
   }
 
   const std::vector<SafetensorsFile>& files() const noexcept { return files_; }
+  /// Whether they are shards that an index names.
+  bool indexed() const noexcept { return indexed_; }
   bool contains(std::string_view tensor) const noexcept {
     for (const auto& file : files_)
       if (file.contains(tensor)) return true;
@@ -61,6 +67,7 @@ class SafetensorsFolder {
 
  private:
   std::vector<SafetensorsFile> files_;
+  bool indexed_ = false;
 };
 
 namespace detail {
