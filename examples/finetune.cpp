@@ -60,7 +60,7 @@ void declare(CLI::App& app, FinetuneOptions& o) {
       ->capture_default_str();
   auto* dora = app.add_flag("--dora", o.dora, "train each output's magnitude apart from its direction (DoRA)");
   app.add_flag("--gates", o.gates, "train a factor for every row at every rank (order-then-nest)");
-  app.add_option("--base-format", o.base, "base weights: nf4, fp4, int4, fp8 or float32")->capture_default_str();
+  app.add_option("--base-format", o.base, "base weights: nf4, fp4, int4, fp8, bfloat16 or float32")->capture_default_str();
   app.add_option("--init", o.init,
                  "what adapters begin with: standard (A random, B zero); loftq, what quantization loses, which makes them adapters of the "
                  "model in --base-format alone; pissa or loftq:ITERATIONS, which make them adapters of another base than the quantized "

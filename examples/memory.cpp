@@ -76,7 +76,7 @@ void declare(CLI::App& app, Options& o) {
   app.add_option("--shapes", o.shapes, "plan for these, separated by commas; default: all that are known")
       ->check(not_empty())
       ->excludes(model);
-  app.add_option("--base-format", o.base, "base weights: nf4, fp4, int4, fp8 or float32")->capture_default_str();
+  app.add_option("--base-format", o.base, "base weights: nf4, fp4, int4, fp8, bfloat16 or float32")->capture_default_str();
   add_number(app, "--block-size", o.block_size, "weights that share a scale", 32, 4096);
   app.add_flag("--no-double-quant", o.plain_scales, "scales in float32 (nf4 and fp4)");
   auto* coded = app.add_flag("--coded-tables", o.coded_tables,

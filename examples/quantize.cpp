@@ -242,7 +242,7 @@ int main(int argc, char** argv) {
                      "write no weights, but a picture of the error of each linear weight, .svg, and a .json beside it with its numbers")
           ->check(not_empty())
           ->excludes(out_option);
-  app.add_option("--format", format, "nf4 or fp4; with --heat-map int4, fp8 or float32 too")->capture_default_str();
+  app.add_option("--format", format, "nf4 or fp4; with --heat-map int4, fp8, bfloat16 or float32 too")->capture_default_str();
   app.add_option("--block-size", block_size, "weights that share a scale")
       ->check(CLI::IsMember(std::set<Index>{32, 64, 128, 256, 512, 1024, 2048, 4096}))
       ->capture_default_str();

@@ -46,7 +46,7 @@ void declare(CLI::App& app, Options& o) {
   add_number(app, "--examples", o.examples, "examples of the data to choose on; each costs two forward passes a layer", 1, most_examples);
   add_number(app, "--held-out", o.held_out, "examples after those to compare on", 1, most_examples);
   add_number(app, "--seq-len", o.seq_len, "tokens of a sequence at most", 2, most_tokens);
-  app.add_option("--base-format", o.base, "base weights: nf4, fp4, int4, fp8 or float32")->capture_default_str();
+  app.add_option("--base-format", o.base, "base weights: nf4, fp4, int4, fp8, bfloat16 or float32")->capture_default_str();
   add_number(app, "--threads", o.threads, "0: one for each processor", 0, most_threads);
   add_chat_template(app, o.chat);
   app.add_option("OUT", o.out, "folder to write")->required()->check(not_empty());

@@ -68,6 +68,7 @@ TEMPLATE_TEST_CASE("a model has the losses and gradients on the device that it h
   for (const auto& [config, base, biases, checkpoint, method] :
        {Case{test::tiny_config(), {.format = qd::BaseFormat::float32}, true, false}, Case{config_of_blocks(), nf4, false, true},
         Case{test::tiny_falcon_config(1), {.format = qd::BaseFormat::float32}, true, false}, Case{falcon_of_blocks, nf4, false, true},
+        Case{config_of_blocks(), {.format = qd::BaseFormat::bfloat16}, true, false},
         Case{config_of_blocks(), nf4, false, true, qd::AdapterMethod::houlsby},
         Case{falcon_of_blocks, nf4, false, false, qd::AdapterMethod::parallel}}) {
     const std::shared_ptr<const qd::DecoderWeights<Acc>> weights = test::tiny_weights<Acc>(config, biases, base);

@@ -79,9 +79,38 @@ TEST_CASE("a base weight of float32 is the very matrix") {
   CHECK(weight->bytes() == 27u * 40003u * 4u);
 }
 
+TEST_CASE("a base weight of bfloat16 has the very numbers of a matrix in bfloat16, others to the nearest even, in two bytes each") {
+  const auto exact = test::normal_matrix<qd::bfloat16>(27, 40003, 1);
+  const auto stored = [](const qd::Matrix<float>& dense) {
+    const auto weight = store(dense, {.format = BaseFormat::bfloat16});
+    CHECK(weight->bytes() == static_cast<std::size_t>(dense.size()) * 2u);
+    return weight;
+  };
+  const auto same = stored(test::converted<float>(exact.view()));
+  REQUIRE(std::holds_alternative<qd::Matrix<qd::bfloat16>>(same->storage()));
+  CHECK(test::same_bits(std::get<qd::Matrix<qd::bfloat16>>(same->storage()).view(), exact.view()));
+  const auto fine = test::normal_matrix<float>(27, 40003, 1);
+  qd::Matrix<float> found(27, 40003);
+  qd::decode(*stored(fine), found.view(), qd::Cpu{});
+  Index rounded = 0, wrong = 0;
+  for (Index i = 0; i < fine.size(); ++i) {
+    rounded += found.data()[i] != fine.data()[i];
+    wrong += found.data()[i] != static_cast<float>(qd::bfloat16(fine.data()[i]));
+  }
+  CHECK(rounded > fine.size() / 2);
+  CHECK(wrong == 0);
+  // Finite in float32, and beyond bfloat16.
+  auto large = qd::clone(test::normal_matrix<float>(4, 64, 1).view());
+  large(3, 7) = std::numeric_limits<float>::max();
+  const auto error = error_of([&] { store(large, {.format = BaseFormat::bfloat16}); });
+  REQUIRE(error);
+  CHECK(error->code() == Errc::non_finite);
+  CHECK(std::string(error->what()).find("[3, 7]") != std::string::npos);
+}
+
 TEST_CASE("rows are asked for once each, in order, and at most 4 MiB at a time") {
   const auto dense = test::normal_matrix<float>(70, 40003, 1);
-  for (const auto format : {BaseFormat::nf4, BaseFormat::float32}) {
+  for (const auto format : {BaseFormat::nf4, BaseFormat::bfloat16, BaseFormat::float32}) {
     std::vector<Call> calls;
     store(dense, {.format = format, .double_quant = true, .block_size = 64}, &calls);
     CHECK(calls.size() > 1);
@@ -104,7 +133,9 @@ TEST_CASE("base formats have names") {
   CHECK(qd::name(BaseFormat::fp4) == "fp4");
   CHECK(qd::name(BaseFormat::int4) == "int4");
   CHECK(qd::name(BaseFormat::fp8) == "fp8");
+  CHECK(qd::name(BaseFormat::bfloat16) == "bfloat16");
   CHECK(qd::name(BaseFormat::float32) == "float32");
+  CHECK(qd::base_format("bfloat16") == BaseFormat::bfloat16);
 }
 
 TEST_CASE("what a base weight cannot be made of is refused") {
@@ -122,7 +153,8 @@ TEST_CASE("what a base weight cannot be made of is refused") {
 
 TEST_CASE("a base weight that is not finite is refused in every format") {
   for (const float bad : {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()})
-    for (const auto format : {BaseFormat::nf4, BaseFormat::fp4, BaseFormat::int4, BaseFormat::fp8, BaseFormat::float32}) {
+    for (const auto format :
+         {BaseFormat::nf4, BaseFormat::fp4, BaseFormat::int4, BaseFormat::fp8, BaseFormat::bfloat16, BaseFormat::float32}) {
       CAPTURE(bad, std::string(qd::name(format)));
       auto dense = qd::clone(test::normal_matrix<float>(4, 64, 1).view());
       dense(2, 5) = bad;

@@ -270,6 +270,20 @@ TEST_CASE("Qwen2's and Mistral's logits agree with transformers'") {
     for (std::size_t i = 0; i < expected.size(); ++i)
       worst = std::max(worst, std::fabs(static_cast<double>(logits.span()[i]) - static_cast<double>(expected[i])));
     CHECK(worst < 1e-4);
+    // Both files are in bfloat16, whose weights a base of bfloat16 has as they are.
+    const auto narrow = qd::load_hugging_face(folder, {.format = qd::BaseFormat::bfloat16});
+    CHECK(2 * narrow->linear_bytes() == model.weights()->linear_bytes());
+    const qd::SafetensorsFile file(folder / "model.safetensors");
+    for (std::size_t b = 0; b < narrow->blocks.size(); ++b)
+      for (std::size_t l = 0; l < narrow->blocks[b]->linear.size(); ++l) {
+        const auto tensor = model.config().block_name(static_cast<Index>(b)) + std::string(model.config().linears()[l].name) + ".weight";
+        const auto& weight = std::get<qd::Matrix<qd::bfloat16>>(narrow->blocks[b]->linear[l]->storage());
+        const auto bytes = file.bytes(tensor);
+        CAPTURE(tensor);
+        CHECK(std::ranges::equal(std::as_bytes(weight.span()), bytes.span()));
+      }
+    qd::Decoder<float> sixteen(narrow, {.lora = {.max_rank = 1}});
+    CHECK(test::same_bits(sixteen.logits(batch).view(), logits.view()));
   }
 }
 

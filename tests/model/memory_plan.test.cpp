@@ -51,6 +51,7 @@ TEST_CASE("A memory plan is what memory is asked for, byte by byte", "[memory_pl
                         {.base = {.format = BaseFormat::fp8, .block_size = 128}, .biases = true, .checkpoint = true},
                         {.base = {.format = BaseFormat::int4}, .checkpoint = true, .eight_bits = true, .dropout = 0.1f},
                         {.base = {.format = BaseFormat::float32}, .dropout = 0.1f},
+                        {.base = {.format = BaseFormat::bfloat16}, .tied = false, .biases = true},
                         {.biases = true, .dropout = 0.1f, .architecture = Architecture::falcon},
                         {.checkpoint = true, .architecture = Architecture::falcon, .shared_norm = true}};
   for (const Case& c : cases) {

@@ -65,7 +65,7 @@ void check_any(Storage storage) {
   CHECK(base->cols() == in);
   const auto& stored = std::get<Storage>(base->storage());
   if constexpr (requires { stored.bytes(); }) CHECK(base->bytes() == stored.bytes());
-  else CHECK(base->bytes() == out * in * sizeof(float));
+  else CHECK(base->bytes() == out * in * sizeof(stored(0, 0)));
   qd::DynamicLoRALinear<float, qd::Cpu, qd::AnyFormat> layer(base, options);
   const Passed found = pass(layer);
   CHECK(error(found.y, expected.y) < 1e-12);
@@ -122,6 +122,7 @@ TEST_CASE("a weight of any format gives the layer of what it decodes to") {
   check_any(quantized<qd::INT4, qd::DoubleQuant<>>());
   check_any(quantized<qd::FP8E4M3, qd::DoubleQuant<>>());
   check_any(test::normal_matrix<float>(out, in, 1, 0.1));
+  check_any(test::normal_matrix<qd::bfloat16>(out, in, 1, 0.1));
 }
 
 TEST_CASE("a format known when compiling and one known when running give the same bits") {

@@ -15,7 +15,7 @@
 
 namespace qdylora {
 
-enum class BaseFormat { nf4, fp4, int4, fp8, float32 };
+enum class BaseFormat { nf4, fp4, int4, fp8, bfloat16, float32 };
 
 constexpr std::string_view name(BaseFormat format) noexcept {
   switch (format) {
@@ -23,6 +23,7 @@ constexpr std::string_view name(BaseFormat format) noexcept {
     case BaseFormat::fp4: return "fp4";
     case BaseFormat::int4: return "int4";
     case BaseFormat::fp8: return "fp8";
+    case BaseFormat::bfloat16: return "bfloat16";
     case BaseFormat::float32: return "float32";
   }
   return "unknown";
@@ -31,7 +32,8 @@ constexpr std::string_view name(BaseFormat format) noexcept {
 /// The format of a name; Errc::bad_argument lists them if there is none such.
 inline BaseFormat base_format(std::string_view text) {
   std::string known;
-  for (const auto format : {BaseFormat::nf4, BaseFormat::fp4, BaseFormat::int4, BaseFormat::fp8, BaseFormat::float32}) {
+  for (const auto format :
+       {BaseFormat::nf4, BaseFormat::fp4, BaseFormat::int4, BaseFormat::fp8, BaseFormat::bfloat16, BaseFormat::float32}) {
     if (text == name(format)) return format;
     known += (known.empty() ? "" : ", ") + std::string(name(format));
   }
@@ -125,8 +127,8 @@ std::shared_ptr<const BinaryCodedTensor> make_binary_weight(Index rows, Index co
 }
 
 /// A weight [rows, cols] from read_rows(first_row, MatrixView<float>), which is called in order with at most 4 MiB at a time: the weight
-/// never exists in full precision unless the format is float32. Errors of the reader and of Quantizer pass through; bad_argument where the
-/// options say planes of signs, which make_binary_weight makes.
+/// never exists in full precision unless the format is float32. Errors of the reader and of Quantizer pass through; non_finite, also of what
+/// bfloat16 rounds to infinity; bad_argument where the options say planes of signs, which make_binary_weight makes.
 template <class ReadRows, class Backend>
 std::shared_ptr<const WeightFor<AnyFormat>> make_base_weight(Index rows, Index cols, BaseOptions options, ReadRows&& read_rows,
                                                              const Backend& backend) {
@@ -145,6 +147,18 @@ std::shared_ptr<const WeightFor<AnyFormat>> make_base_weight(Index rows, Index c
     case BaseFormat::fp4: return nested ? quantized(FP4{}, DoubleQuant<>{}) : quantized(FP4{}, Float32Scales{});
     case BaseFormat::int4: return quantized(INT4{}, DoubleQuant<>{});
     case BaseFormat::fp8: return quantized(FP8E4M3{}, DoubleQuant<>{});
+    case BaseFormat::bfloat16: {
+      Matrix<bfloat16> narrow(rows, cols);
+      Index first = 0;
+      detail::for_each_chunk(rows, cols, read_rows, backend, [&](MatrixView<const float> chunk, const auto&) {
+        for (Index i = 0; i < chunk.rows; ++i, ++first)
+          for (Index j = 0; j < cols; ++j) {
+            const auto x = narrow(first, j) = bfloat16(chunk(i, j));
+            if (!std::isfinite(static_cast<float>(x))) detail::raise_non_finite(first, j);
+          }
+      });
+      return std::make_shared<const Any>(std::move(narrow));
+    }
     case BaseFormat::float32: break;
   }
   Matrix<float> dense(rows, cols);

@@ -217,6 +217,7 @@ constexpr CodedBytes coded_bytes(Index rows, Index cols, const BaseOptions& base
     return {bytes(shape.planes * rows * shape.row_bytes()), bytes(4 * shape.planes * rows * shape.groups()), 0};
   }
   if (base.format == BaseFormat::float32) return {bytes(4 * count), 0, 0};
+  if (base.format == BaseFormat::bfloat16) return {bytes(2 * count), 0, 0};
   const Index blocks = (count + base.block_size - 1) / base.block_size;
   const Index codes = base.format == BaseFormat::fp8 ? code_bytes<FP8E4M3>(count) : code_bytes<NF4>(count);
   const bool four_bit_float = base.format == BaseFormat::nf4 || base.format == BaseFormat::fp4;

@@ -91,7 +91,8 @@ template <class Memory>
 struct WeightFor<AnyFormat, Memory> {
   using type = Weight<QuantizedTensor<NF4, DoubleQuant<>, Memory>, QuantizedTensor<NF4, Float32Scales, Memory>,
                       QuantizedTensor<FP4, DoubleQuant<>, Memory>, QuantizedTensor<FP4, Float32Scales, Memory>,
-                      QuantizedTensor<INT4, DoubleQuant<>, Memory>, QuantizedTensor<FP8E4M3, DoubleQuant<>, Memory>, Matrix<float, Memory>>;
+                      QuantizedTensor<INT4, DoubleQuant<>, Memory>, QuantizedTensor<FP8E4M3, DoubleQuant<>, Memory>, Matrix<float, Memory>,
+                      Matrix<bfloat16, Memory>>;
 };
 
 }  // namespace detail
