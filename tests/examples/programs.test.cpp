@@ -922,6 +922,18 @@ TEST_CASE("programs: a merged model has the logits of its adapter at that rank")
   CHECK(merge(model, "four", "").find("all together") != std::string::npos);
   CHECK(qd::is_bnb_4bit(qd::SafetensorsFile(folder / "four" / "model.safetensors"), "model.layers.0.mlp.up_proj.weight"));
   CHECK(difference(logits_of("--model " + quoted(folder / "four")), base) > 0.1);
+  // Codes that were stored as bfloat16 are bytes then, and config.json says so.
+  {
+    qd::LoRAAdapter<float> small(64, 64, {.max_rank = 2});
+    qd::copy(test::normal_matrix<float>(2, 64, 2).view(), small.b().value.view());
+    qd::save_peft_adapter(folder / "small", {{"model.layers.0.mlp.up_proj", &small}});
+    succeeds("merge", quoted(test::golden("quantized") / "nf4_storage") + " " + quoted(folder / "small") + " " + quoted(folder / "bytes"));
+    const auto config = qd::read_json(folder / "bytes" / "config.json");
+    CHECK(config.at("quantization_config").at("bnb_4bit_quant_storage") == "uint8");
+    CHECK(qd::SafetensorsFile(folder / "bytes" / "model.safetensors").info("model.layers.0.mlp.up_proj.weight").dtype == qd::DType::U8);
+    const auto expected = logits_of("--model " + quoted(folder / "bytes"));
+    CHECK(difference(logits_of("--model " + quoted(test::golden("quantized") / "nf4_storage")), expected) > 1e-2);
+  }
   // Stored floats keep their type.
   merge(quoted(folder / "half"), "again", "");
   CHECK(qd::SafetensorsFile(folder / "again" / "model.safetensors").info("model.layers.0.mlp.up_proj.weight").dtype == qd::DType::F16);

@@ -450,6 +450,36 @@ TEST_CASE("a folder that bitsandbytes quantized keeps its four bits, whatever fo
   }
 }
 
+TEST_CASE("folders in FP4, with scales in float32, and with codes stored as bfloat16 have transformers' logits") {
+  const auto folder = test::golden("quantized");
+  const qd::SafetensorsFile io(folder / "io.safetensors");
+  qd::Batch batch;
+  batch.ids = test::load<std::int32_t>(io, "input_ids");
+  batch.targets.assign(batch.ids.size(), -1);
+  batch.offsets = {0, batch.tokens()};
+  const auto check = [&]<class Tensor>(const std::string& name, qd::DType stored) {
+    CAPTURE(name);
+    const auto weights = qd::load_hugging_face(folder / name, float32);
+    for (const auto& linear : weights->blocks.front()->linear) CHECK(std::holds_alternative<Tensor>(linear->storage()));
+    CHECK(qd::SafetensorsFile(folder / name / "model.safetensors").info("model.layers.0.mlp.up_proj.weight").dtype == stored);
+    qd::Decoder<float> model(weights, {.lora = {.max_rank = 1}});
+    const auto logits = model.logits(batch);
+    const auto expected = test::load<float>(io, name);
+    REQUIRE(expected.size() == logits.span().size());
+    float worst = 0.0f, largest = 0.0f;
+    for (std::size_t i = 0; i < expected.size(); ++i) {
+      worst = std::max(worst, std::fabs(expected[i] - logits.span()[i]));
+      largest = std::max(largest, std::fabs(expected[i]));
+    }
+    CHECK(largest > 1.0f);
+    CHECK(worst <= 1e-5f * largest);
+  };
+  check.operator()<qd::QuantizedTensor<qd::FP4, qd::DoubleQuant<>>>("fp4", qd::DType::U8);
+  check.operator()<qd::QuantizedTensor<qd::FP4, qd::Float32Scales>>("fp4_plain", qd::DType::U8);
+  check.operator()<qd::QuantizedTensor<qd::NF4, qd::Float32Scales>>("nf4_plain", qd::DType::U8);
+  check.operator()<qd::NF4Tensor>("nf4_storage", qd::DType::BF16);
+}
+
 TEST_CASE("a quantized folder of another shape is refused by the tensor's name") {
   const test::TemporaryFolder folder;
   std::filesystem::copy(test::golden("llama_tiny_bnb4"), folder.path(), std::filesystem::copy_options::recursive);
