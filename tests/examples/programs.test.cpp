@@ -660,6 +660,25 @@ TEST_CASE("programs: evaluate's logits are those of transformers and PEFT") {
   }
 }
 
+TEST_CASE("programs: finetune warns of data whose tokens are scored by less than 5 %") {
+  if (!built("finetune")) SKIP("finetune has not been built");
+  const test::TemporaryFolder folder;
+  const auto said = [&](std::size_t prompt) {  // an answer of a letter and the end, behind a line feed: 2 of prompt + 3 tokens
+    std::string data;
+    for (const char letter : {'a', 'b', 'c', 'd'})
+      data += R"({"prompt":")" + std::string(prompt, letter) + R"(","response":")" + letter + "\"}\n";
+    const auto file = folder / (std::to_string(prompt) + ".jsonl");
+    test::write_file(file, data);
+    return succeeds("finetune", "--toy --data " + quoted(file) + " --eval " + quoted(file) +
+                                    " --ranks 1,2 --recipe qdylora --steps 1 --batch 1 --answers 1 --max-new-tokens 2 --out " +
+                                    quoted(folder / std::to_string(prompt)));
+  };
+  CHECK(said(37).find("warning") == std::string::npos);  // 5 % are not less
+  const auto less = said(38);
+  CAPTURE(less);
+  CHECK(less.find("41 tokens each, 5 % scored\nwarning    4.9 % of the tokens are scored") != std::string::npos);
+}
+
 TEST_CASE("programs: a run on packed rows, or on examples of like length, takes its steps; a state of one is not of the other") {
   if (!built("finetune")) SKIP("finetune has not been built");
   const test::TemporaryFolder folder;
