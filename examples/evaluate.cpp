@@ -29,7 +29,8 @@ void declare(CLI::App& app, EvaluateOptions& o) {
   app.add_option("--tokenizer", o.tokenizer,
                  "a .gguf file, or a folder with tokenizer.json, whose tokenizer to use; of a .bin model llama2.c's")
       ->check(not_empty());
-  app.add_option("--base-format", o.base, "base weights: nf4, fp4, int4, fp8, bfloat16 or float32; those already in 4 bits stay as they are")
+  app.add_option("--base-format", o.base,
+                 "base weights: nf4, fp4, int4, fp8, bfloat16 or float32; those already in 4 bits stay as they are")
       ->capture_default_str();
   app.add_option("--adapter", o.adapter,
                  "an adapter folder: PEFT's, or the bottlenecks or scales of finetune --method; of scales rank 1 are the trained ones, "

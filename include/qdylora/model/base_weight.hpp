@@ -127,8 +127,8 @@ std::shared_ptr<const BinaryCodedTensor> make_binary_weight(Index rows, Index co
 }
 
 /// A weight [rows, cols] from read_rows(first_row, MatrixView<float>), which is called in order with at most 4 MiB at a time: the weight
-/// never exists in full precision unless the format is float32. Errors of the reader and of Quantizer pass through; non_finite, also of what
-/// bfloat16 rounds to infinity; bad_argument where the options say planes of signs, which make_binary_weight makes.
+/// never exists in full precision unless the format is float32. Errors of the reader and of Quantizer pass through; non_finite, of what
+/// bfloat16 rounds to infinity as well; bad_argument where the options say planes of signs, which make_binary_weight makes.
 template <class ReadRows, class Backend>
 std::shared_ptr<const WeightFor<AnyFormat>> make_base_weight(Index rows, Index cols, BaseOptions options, ReadRows&& read_rows,
                                                              const Backend& backend) {
