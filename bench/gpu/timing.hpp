@@ -45,21 +45,18 @@ class Stopwatch {
   struct Spread {
     double median, least, most;  // microseconds of one repetition; least and most are the quartiles
   };
-  /// Each competitor's, by graphs if `graphs` is set. They take turns: what a device's clocks do happens to all.
-  std::vector<Spread> compare(const std::vector<Competitor>& competitors, int repetitions, int rounds, bool graphs = true) const {
+  /// Each competitor's. They take turns: what a device's clocks do happens to all.
+  std::vector<Spread> compare(const std::vector<Competitor>& competitors, int repetitions, int rounds) const {
     std::vector<qdylora::CudaGraph> recorded;
     std::vector<std::vector<double>> times(competitors.size());
     for (const auto& competitor : competitors) {
       competitor.run();
       context_->synchronize();
-      if (graphs) recorded.emplace_back(*context_, competitor.run);
+      recorded.emplace_back(*context_, competitor.run);
     }
     for (int round = 0; round < rounds + 1; ++round)  // the first warms up
       for (std::size_t i = 0; i < competitors.size(); ++i) {
-        const double time = measure([&] {
-          if (graphs) recorded[i].launch();
-          else competitors[i].run();
-        });
+        const double time = measure([&] { recorded[i].launch(); });
         if (round > 0) times[i].push_back(time / repetitions);
       }
     std::vector<Spread> result;

@@ -6,8 +6,10 @@ enum cudaError_t {
   cudaErrorInvalidValue = 1,
   cudaErrorMemoryAllocation = 2,
   cudaErrorInsufficientDriver = 35,
+  cudaErrorInvalidDeviceFunction = 98,
   cudaErrorNoDevice = 100,
   cudaErrorInvalidDevice = 101,
+  cudaErrorNoKernelImageForDevice = 209,
   cudaErrorStreamCaptureUnsupported = 900,
   cudaErrorStreamCaptureInvalidated = 901,
   cudaErrorStreamCaptureMerge = 902,
@@ -27,6 +29,7 @@ enum class Late { none, first, others };
 struct Machine {
   int devices = 1;
   int compute_capability = 90;
+  int compiled_capability = 120;  // what kernels were compiled for; 0: for other devices alone
   cudaError_t driver = cudaSuccess;  // what every call finds
   cudaError_t last_error = cudaSuccess;
   Late late = Late::none;

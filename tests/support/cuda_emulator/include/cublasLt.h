@@ -26,6 +26,7 @@ struct cublasLtContext {};
 using cublasLtHandle_t = cublasLtContext*;
 
 inline const char* cublasLtGetStatusString(cublasStatus_t) { return "an emulated status"; }
+inline std::size_t cublasLtGetVersion() { return 130000; }
 inline cublasStatus_t cublasLtCreate(cublasLtHandle_t* handle) {
   *handle = new cublasLtContext;
   ++test::emulator::machine().handles;

@@ -44,8 +44,10 @@ inline const char* cudaGetErrorName(cudaError_t error) {
     case cudaErrorInvalidValue: return "cudaErrorInvalidValue";
     case cudaErrorMemoryAllocation: return "cudaErrorMemoryAllocation";
     case cudaErrorInsufficientDriver: return "cudaErrorInsufficientDriver";
+    case cudaErrorInvalidDeviceFunction: return "cudaErrorInvalidDeviceFunction";
     case cudaErrorNoDevice: return "cudaErrorNoDevice";
     case cudaErrorInvalidDevice: return "cudaErrorInvalidDevice";
+    case cudaErrorNoKernelImageForDevice: return "cudaErrorNoKernelImageForDevice";
     case cudaErrorStreamCaptureUnsupported: return "cudaErrorStreamCaptureUnsupported";
     case cudaErrorStreamCaptureInvalidated: return "cudaErrorStreamCaptureInvalidated";
     case cudaErrorStreamCaptureMerge: return "cudaErrorStreamCaptureMerge";
@@ -73,6 +75,24 @@ inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
                  1 << 20};
   return test::emulator::result(cudaSuccess);
 }
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
+template <class F>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, F*) {
+  attributes->ptxVersion = test::emulator::machine().compiled_capability;
+  return test::emulator::result(attributes->ptxVersion > 0 ? cudaSuccess : cudaErrorNoKernelImageForDevice);
+}
+enum cudaDeviceAttr { cudaDevAttrClockRate = 13, cudaDevAttrMemoryClockRate = 36 };
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = 1000000;  // kHz
+  return test::emulator::result(cudaSuccess);
+}
+inline cudaError_t cudaDriverGetVersion(int* version) {
+  *version = 13000;
+  return test::emulator::result(cudaSuccess);
+}
+inline cudaError_t cudaRuntimeGetVersion(int* version) { return cudaDriverGetVersion(version); }
 inline cudaError_t cudaMemGetInfo(std::size_t* free, std::size_t* total) {
   *free = test::emulator::global_memory().free();
   *total = test::emulator::global_memory().total();
@@ -119,6 +139,16 @@ inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flag
 using cudaEvent_t = CUevent_st*;
 inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
   *event = new CUevent_st;
+  return test::emulator::result(cudaSuccess);
+}
+inline cudaError_t cudaEventCreate(cudaEvent_t* event) { return cudaEventCreateWithFlags(event, 0); }
+inline cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+  if (event->point != nullptr) event->point->wait();
+  return test::emulator::result(cudaSuccess);
+}
+/// Nothing is timed here.
+inline cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t, cudaEvent_t) {
+  *milliseconds = 1.0f;
   return test::emulator::result(cudaSuccess);
 }
 inline cudaError_t cudaEventDestroy(cudaEvent_t event) {
