@@ -12,15 +12,20 @@ using qd::Index;
 
 namespace {
 
-/// A context on a device of some compute capability, which remains as it was.
+/// A context on a device of some compute capability, with kernels compiled for another one. The machine remains as it was.
 class Gpu {
  public:
-  explicit Gpu(int capability = 90) : before_(std::exchange(test::emulator::machine().compute_capability, capability)) {}
-  ~Gpu() { test::emulator::machine().compute_capability = before_; }
+  explicit Gpu(int capability = 90, int compiled = 120)
+      : capability_before_(std::exchange(test::emulator::machine().compute_capability, capability)),
+        compiled_before_(std::exchange(test::emulator::machine().compiled_capability, compiled)) {}
+  ~Gpu() {
+    test::emulator::machine().compute_capability = capability_before_;
+    test::emulator::machine().compiled_capability = compiled_before_;
+  }
   operator Cuda() const { return Cuda(context_); }
 
  private:
-  int before_;
+  int capability_before_, compiled_before_;
   qd::CudaContext context_{{.workspace_bytes = std::size_t{4} << 20}};
 };
 
@@ -56,11 +61,13 @@ TEMPLATE_TEST_CASE("heads of every width, copied 16 bytes at a time", "[cuda]", 
     test::attention_case<Cuda, TestType>(gpu, shape, offsets, 8, 8);
 }
 
-TEMPLATE_TEST_CASE("a device of compute capability 7.5 multiplies half on tensor cores and bfloat16 without", "[cuda]", qd::bfloat16,
-                   qd::half) {
-  const Gpu gpu(75);
-  for (const Index padding : {0, 3})
-    test::attention_case<Cuda, TestType>(gpu, {2, 1, 72}, {0, 5, 38}, padding, padding);
+TEMPLATE_TEST_CASE("a device of compute capability 7.5, or code for it, multiplies half on tensor cores and bfloat16 without", "[cuda]",
+                   qd::bfloat16, qd::half) {
+  for (const auto& [capability, compiled] : {std::pair(75, 120), std::pair(90, 75)}) {
+    const Gpu gpu(capability, compiled);
+    for (const Index padding : {0, 3})
+      test::attention_case<Cuda, TestType>(gpu, {2, 1, 72}, {0, 5, 38}, padding, padding);
+  }
 }
 
 TEST_CASE("a long cache is shared among blocks, and so are many heads of one cache", "[cuda]") {

@@ -60,12 +60,30 @@ TEST_CASE("a machine that lacks something is told what") {
   CHECK(machine().handles == 0);
   machine().compute_capability = 70;
   CHECK(says(error_of_context(), Errc::unsupported, "7.5 is the least"));
+  machine().compute_capability = 90;
+  machine().compiled_capability = 0;
+  CHECK(says(error_of_context(), Errc::unsupported, "not compiled for emulated, compute capability 9.0"));
   machine().devices = 0;
   CHECK(says(error_of_context(), Errc::device, "no CUDA device"));
   machine().driver = cudaErrorInsufficientDriver;
   machine().devices = 1;
   CHECK(says(error_of_context(), Errc::device, "the driver is older"));
   CHECK(cudaPeekAtLastError() == cudaSuccess);  // what was reported is not reported again
+}
+
+TEST_CASE("kernels are chosen by what they were compiled for, where that is less than the device") {
+  const RestoredMachine restored;
+  const auto kernel = [](int device, int compiled) {
+    machine().compute_capability = device;
+    machine().compiled_capability = compiled;
+    const qd::CudaContext context({.workspace_bytes = 1024});
+    CHECK(context.compute_capability() == std::min(device, compiled));
+    return context.choose_product({.tokens = 3, .out = 64, .in = 256, .fused_types = true, .whole_chunks = true});
+  };
+  CHECK(kernel(90, 90) == qd::ProductKernel::small_batch);
+  CHECK(kernel(120, 80) == qd::ProductKernel::small_batch);
+  CHECK(kernel(75, 90) == qd::ProductKernel::slabs);
+  CHECK(kernel(90, 75) == qd::ProductKernel::slabs);  // whose body for sm_80 is empty
 }
 
 TEST_CASE("QDYLORA_CUDA_TRY names the call and the line, and clears the error") {

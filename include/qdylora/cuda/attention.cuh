@@ -53,7 +53,7 @@ void with_tile_width(const CudaContext& context, Index head_dim, SharedBytes sha
       return head_dim <= width() && static_cast<std::size_t>(shared_bytes(width)) <= context.properties().sharedMemPerBlockOptin;
     };
     using std::integral_constant;
-    if (std::same_as<T, half> || context.properties().major >= 8) {
+    if (std::same_as<T, half> || context.compute_capability() >= 80) {
       if (constexpr integral_constant<int, 64> w; fits(w)) return f(w);
       if (constexpr integral_constant<int, 128> w; fits(w)) return f(w);
       if (constexpr integral_constant<int, 256> w; fits(w)) return f(w);

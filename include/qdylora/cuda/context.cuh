@@ -15,12 +15,22 @@
 #include <type_traits>
 
 #include <qdylora/core/matrix.hpp>
+#include <qdylora/cuda/device.cuh>
 #include <qdylora/cuda/memory.cuh>
 #include <qdylora/cuda/product_plan.hpp>
 
 namespace qdylora {
 
 class Pager;  // cuda/paging.cuh
+
+namespace device {
+
+struct Nothing {
+  static constexpr int threads = warp_size;
+  __device__ void operator()(SharedMemory) const {}
+};
+
+}  // namespace device
 
 struct CudaOptions {
   int device = 0;
@@ -72,6 +82,21 @@ struct DecodingStream {
   Event multiplied[2] = {make_event(), make_event()};
 };
 
+/// What kernels were compiled for that run on the current device: their __CUDA_ARCH__ / 10, which is less than the device's where it translates
+/// PTX of an earlier one (nvcc's default is sm_75). Bodies for more are not in them.
+inline int compiled_capability(const cudaDeviceProp& properties) {
+  cudaFuncAttributes attributes{};
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, device::run<device::Nothing>);
+  if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction) {
+    cudaGetLastError();
+    raise(Errc::unsupported, std::string("this program's kernels were not compiled for ") + properties.name + ", compute capability " +
+                                 std::to_string(properties.major) + "." + std::to_string(properties.minor) +
+                                 " (CMAKE_CUDA_ARCHITECTURES, nvcc -arch)");
+  }
+  QDYLORA_CUDA_TRY(error);
+  return attributes.ptxVersion;
+}
+
 /// What cuBLASLt chooses an algorithm by.
 struct GemmProblem {
   int type, output_type;
@@ -86,13 +111,15 @@ struct GemmProblem {
 }  // namespace detail
 
 /// A device, a stream, a cuBLASLt handle and scratch memory. Throws Errc::device where there is no such device or the driver is too old,
-/// Errc::unsupported below compute capability 7.5, Errc::memory where the workspace does not fit. For one host thread at a time, with
-/// the device as that thread's current one; it outlives every handle and all memory that names its stream.
+/// Errc::unsupported below compute capability 7.5 and where kernels were compiled for other devices alone, Errc::memory where the workspace
+/// does not fit. For one host thread at a time, with the device as that thread's current one; it outlives every handle and all memory that
+/// names its stream.
 class CudaContext {
  public:
   explicit CudaContext(CudaOptions options = {})
       : device_(options.device),
         properties_(select(options.device)),
+        compute_capability_(std::min(10 * properties_.major + properties_.minor, detail::compiled_capability(properties_))),
         stream_(make_stream()),
         blas_(make_blas()),
         product_limits_(options.product_limits) {
@@ -111,6 +138,8 @@ class CudaContext {
 
   int device() const noexcept { return device_; }
   const cudaDeviceProp& properties() const noexcept { return properties_; }
+  /// What kernels may make use of, 10 * major + minor: the device's, or that which they were compiled for where it is less.
+  int compute_capability() const noexcept { return compute_capability_; }
   cudaStream_t stream() const noexcept { return stream_.get(); }
   cublasLtHandle_t blas() const noexcept { return blas_.get(); }
   /// Memory in the order of this context's stream.
@@ -121,7 +150,7 @@ class CudaContext {
   const detail::DecodingStream* decoding_stream() const noexcept { return decoding_.get(); }
   /// The kernel for a product.
   ProductKernel choose_product(const ProductProblem& problem) const noexcept {
-    return qdylora::choose_product(problem, {10 * properties_.major + properties_.minor, properties_.multiProcessorCount}, product_limits_);
+    return qdylora::choose_product(problem, {compute_capability_, properties_.multiProcessorCount}, product_limits_);
   }
   /// Algorithms that cuBLASLt has chosen: it takes longer to choose one than many a product takes.
   std::map<detail::GemmProblem, cublasLtMatmulAlgo_t>& gemm_algorithms() const noexcept { return gemm_algorithms_; }
@@ -174,6 +203,7 @@ class CudaContext {
 
   int device_;
   cudaDeviceProp properties_;
+  int compute_capability_;
   Stream stream_;
   Blas blas_;
   std::unique_ptr<const detail::DecodingStream> decoding_;

@@ -260,6 +260,8 @@ inline constexpr bool multiplies = std::same_as<T, bfloat16> || std::same_as<T, 
 template <class T>
 void multiply_add(float (&d)[4], const Words<4>& a, const Words<2>& b, int line = __builtin_LINE()) {
   static_assert(std::same_as<T, bfloat16> || std::same_as<T, half>);
+  if (const auto& m = test::emulator::machine(); std::same_as<T, bfloat16> && std::min(m.compute_capability, m.compiled_capability) < 80)
+    Running::running().fail("multiply_add of bfloat16 before sm_80");
   struct Own {
     float* d;
     Words<4> a;
@@ -317,6 +319,10 @@ std::uint32_t pack(float first, float second) {
 
 template <class K>
 concept Kernel = std::is_trivially_copyable_v<K> && K::threads % warp_size == 0 && K::threads <= 1024;
+
+/// Nobody calls it: its address stands for the kernel.
+template <Kernel K>
+void run(const K&) {}
 
 struct Launch {
   cudaStream_t stream = nullptr;
