@@ -143,6 +143,24 @@ TEST_CASE("a stream that is put off shows a wait that is missing") {
     }
 }
 
+TEST_CASE("memory without a stream of its own waits for all contexts, also where each thread has its own default stream") {
+  const RestoredMachine restored;
+  const qd::CudaContext context({.workspace_bytes = 1 << 20});
+  test::DeviceArray<int> target(1);
+  for (const bool per_thread : {false, true}) {
+    machine().default_stream_per_thread = per_thread;
+    machine().late = test::emulator::Late::first;
+    target.set(std::vector{1});
+    {
+      qd::Matrix<int, qd::DeviceMemory> source(1, 1);
+      cudaMemsetAsync(source.data(), 0, sizeof(int), context.stream());
+      cudaMemcpyAsync(target.data(), source.data(), sizeof(int), cudaMemcpyDeviceToDevice, context.stream());
+      CHECK(target.host()[0] == 1);
+    }
+    CHECK(target.host()[0] == 0);  // the source was given back once it had been read
+  }
+}
+
 TEST_CASE("what the runtime refuses to record") {
   const RestoredMachine restored;
   const qd::CudaContext context({.workspace_bytes = 1 << 20});

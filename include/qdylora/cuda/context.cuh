@@ -189,7 +189,7 @@ class CudaContext {
                         std::to_string(properties.minor) + "; 7.5 is the least");
     return properties;
   }
-  // A stream that the default stream waits for, and it for the default stream: what DeviceMemory{} relies on.
+  // A stream that the legacy default stream waits for, and it for that: what DeviceMemory{} relies on.
   static Stream make_stream() {
     cudaStream_t stream = nullptr;
     QDYLORA_CUDA_TRY(cudaStreamCreate(&stream));

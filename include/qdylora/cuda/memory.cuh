@@ -26,11 +26,12 @@ inline std::string mebibytes(std::size_t bytes) { return std::to_string((bytes +
 }  // namespace detail
 
 /// The device's memory, from its pool and in the order of a stream: a block may be given back while work that was queued before still
-/// uses it. Without a stream of its own the order is the default stream's, which waits for the streams of all contexts and they for it.
+/// uses it. Without a stream of its own the order is the legacy default stream's, which waits for the streams of all contexts and they for
+/// it, whatever nvcc's --default-stream is.
 struct DeviceMemory {
   static constexpr bool host = false;
 
-  cudaStream_t stream = nullptr;
+  cudaStream_t stream = cudaStreamLegacy;
 
   void* allocate(std::size_t bytes) const {
     void* pointer = nullptr;

@@ -33,6 +33,7 @@ struct Machine {
   cudaError_t driver = cudaSuccess;  // what every call finds
   cudaError_t last_error = cudaSuccess;
   Late late = Late::none;
+  bool default_stream_per_thread = false;  // nvcc --default-stream per-thread
   int streams = 0;  // that live
   int handles = 0;  // of cuBLASLt
   long launches = 0;  // of kernels, ever

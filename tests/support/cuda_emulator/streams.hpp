@@ -191,6 +191,11 @@ inline std::vector<CUstream_st*>& streams() {
   static std::vector<CUstream_st*> living;
   return living;
 }
+/// The default stream of all threads. That of name null is the same, unless each thread has one of its own, which waits for nothing.
+inline CUstream_st* const legacy_stream = reinterpret_cast<CUstream_st*>(1);
+inline bool is_default(CUstream_st* stream) { return stream == nullptr || stream == legacy_stream; }
+inline bool waits_for_all(CUstream_st* stream) { return stream == legacy_stream || !machine().default_stream_per_thread; }
+
 /// What the default stream waits for.
 inline void run_blocking_streams() {
   for (CUstream_st* stream : streams())
@@ -207,12 +212,14 @@ inline cudaError_t unless_captured(cudaError_t otherwise = cudaSuccess) {
 /// Does work in a stream's order, puts it off, or takes it down.
 template <class F>
 cudaError_t issue(CUstream_st* stream, F&& work) {
-  if (stream == nullptr) {
-    if (!captures().empty()) {
-      spoil_captures();
-      return cudaErrorStreamCaptureImplicit;
+  if (is_default(stream)) {
+    if (waits_for_all(stream)) {
+      if (!captures().empty()) {
+        spoil_captures();
+        return cudaErrorStreamCaptureImplicit;
+      }
+      run_blocking_streams();
     }
-    run_blocking_streams();
     work();
   } else if (stream->capture) {
     if (!stream->capture->valid) return cudaErrorStreamCaptureInvalidated;
@@ -228,7 +235,7 @@ cudaError_t issue(CUstream_st* stream, F&& work) {
 }
 
 inline cudaError_t record(CUevent_st* event, CUstream_st* stream) {
-  if (stream != nullptr && stream->capture) {
+  if (!is_default(stream) && stream->capture) {
     if (!stream->capture->valid) return cudaErrorStreamCaptureInvalidated;
     Recording& recording = *stream->capture->recording;
     event->capture = stream->capture;
@@ -237,13 +244,13 @@ inline cudaError_t record(CUevent_st* event, CUstream_st* stream) {
     return cudaSuccess;
   }
   event->capture.reset();
-  event->point = std::make_shared<Point>(Point{stream == nullptr ? nullptr : stream->line});
+  event->point = std::make_shared<Point>(Point{is_default(stream) ? nullptr : stream->line});
   return issue(stream, [point = event->point] { point->passed = true; });
 }
 
 inline cudaError_t wait(CUstream_st* stream, CUevent_st* event) {
   if (const auto capture = event->capture.lock()) {
-    if (stream == nullptr) return unless_captured();
+    if (is_default(stream)) return unless_captured();
     if (!stream->capture) {  // the stream is recorded from here on
       stream->capture = capture;
       stream->captured_line = capture->recording->lines++;
@@ -256,7 +263,7 @@ inline cudaError_t wait(CUstream_st* stream, CUevent_st* event) {
     capture->recording->nodes.push_back({Recording::Node::Step::wait, stream->captured_line, event->captured_point});
     return cudaSuccess;
   }
-  if (stream != nullptr && stream->capture) {
+  if (!is_default(stream) && stream->capture) {
     spoil_captures();
     return cudaErrorStreamCaptureIsolation;
   }
@@ -265,7 +272,7 @@ inline cudaError_t wait(CUstream_st* stream, CUevent_st* event) {
 }
 
 inline cudaError_t begin_capture(CUstream_st* stream) {
-  if (stream == nullptr) return cudaErrorStreamCaptureUnsupported;
+  if (is_default(stream)) return cudaErrorStreamCaptureUnsupported;
   if (stream->capture) return cudaErrorInvalidValue;
   stream->capture = std::make_shared<Capture>();
   stream->capture->streams.push_back(stream);
@@ -276,7 +283,7 @@ inline cudaError_t begin_capture(CUstream_st* stream) {
 
 inline cudaError_t end_capture(CUstream_st* stream, CUgraph_st** graph) {
   *graph = nullptr;
-  if (stream == nullptr || !stream->capture || stream->capture->streams.front() != stream) return cudaErrorStreamCaptureUnmatched;
+  if (is_default(stream) || !stream->capture || stream->capture->streams.front() != stream) return cudaErrorStreamCaptureUnmatched;
   const auto capture = stream->capture;
   std::erase(captures(), capture);
   for (CUstream_st* member : capture->streams) member->capture.reset();

@@ -37,6 +37,7 @@ struct cudaDeviceProp {
 };
 
 using cudaStream_t = CUstream_st*;
+inline const cudaStream_t cudaStreamLegacy = test::emulator::legacy_stream;
 
 inline const char* cudaGetErrorName(cudaError_t error) {
   switch (error) {
@@ -163,8 +164,8 @@ inline cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, u
 }
 inline cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
   if (const auto refused = test::emulator::unless_captured(); refused != cudaSuccess) return test::emulator::result(refused);
-  if (stream == nullptr) test::emulator::run_blocking_streams();
-  else stream->line->run_all();
+  if (!test::emulator::is_default(stream)) stream->line->run_all();
+  else if (test::emulator::waits_for_all(stream)) test::emulator::run_blocking_streams();
   return test::emulator::result(cudaSuccess);
 }
 
@@ -184,7 +185,7 @@ inline cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph)
   return test::emulator::result(test::emulator::end_capture(stream, graph));
 }
 inline cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
-  *status = stream == nullptr || !stream->capture ? cudaStreamCaptureStatusNone
+  *status = test::emulator::is_default(stream) || !stream->capture ? cudaStreamCaptureStatusNone
             : stream->capture->valid              ? cudaStreamCaptureStatusActive
                                                   : cudaStreamCaptureStatusInvalidated;
   return test::emulator::result(cudaSuccess);
@@ -225,7 +226,7 @@ inline cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
 
 inline cudaError_t cudaMallocAsync(void** pointer, std::size_t bytes, cudaStream_t stream) {
   *pointer = nullptr;
-  if (stream != nullptr && stream->capture) {
+  if (!test::emulator::is_default(stream) && stream->capture) {
     if (!stream->capture->valid) return test::emulator::result(cudaErrorStreamCaptureInvalidated);
     *pointer = stream->capture->recording->allocate(stream->captured_line, bytes);
   } else {
@@ -236,7 +237,7 @@ inline cudaError_t cudaMallocAsync(void** pointer, std::size_t bytes, cudaStream
   return test::emulator::result(*pointer != nullptr ? cudaSuccess : cudaErrorMemoryAllocation);
 }
 inline cudaError_t cudaFreeAsync(void* pointer, cudaStream_t stream) {
-  if (stream != nullptr && stream->capture) {
+  if (!test::emulator::is_default(stream) && stream->capture) {
     if (stream->capture->recording->release(stream->captured_line, pointer)) return test::emulator::result(cudaSuccess);
     test::emulator::spoil_captures();
     return test::emulator::result(cudaErrorInvalidValue);
@@ -247,11 +248,11 @@ inline cudaError_t cudaFreeAsync(void* pointer, cudaStream_t stream) {
 // Kernels reach pinned and managed memory as well. To take it, or to give it back, waits for the device.
 inline cudaError_t cudaMallocHost(void** pointer, std::size_t bytes) {
   if (const auto refused = test::emulator::unless_captured(); refused != cudaSuccess) return test::emulator::result(refused);
-  return cudaMallocAsync(pointer, bytes, nullptr);
+  return cudaMallocAsync(pointer, bytes, cudaStreamLegacy);
 }
 inline cudaError_t cudaFreeHost(void* pointer) {
   if (const auto refused = test::emulator::unless_captured(); refused != cudaSuccess) return test::emulator::result(refused);
-  return cudaFreeAsync(pointer, nullptr);
+  return cudaFreeAsync(pointer, cudaStreamLegacy);
 }
 inline cudaError_t cudaMallocManaged(void** pointer, std::size_t bytes, unsigned) { return cudaMallocHost(pointer, bytes); }
 inline cudaError_t cudaFree(void* pointer) { return cudaFreeHost(pointer); }
@@ -271,7 +272,7 @@ inline cudaError_t cudaMemcpy2DAsync(void* to, std::size_t to_pitch, const void*
   };
   const auto* const source = static_cast<const std::byte*>(from);
   // Recorded, it would name memory of the host that is not there any more.
-  if ((from_outside || to_outside) && stream != nullptr && stream->capture)
+  if ((from_outside || to_outside) && !test::emulator::is_default(stream) && stream->capture)
     return test::emulator::result(test::emulator::unless_captured());
   if (from_outside) {  // pageable: it is staged before the call returns
     std::vector<std::byte> staged(source, source + (height - 1) * from_pitch + width);
@@ -279,7 +280,7 @@ inline cudaError_t cudaMemcpy2DAsync(void* to, std::size_t to_pitch, const void*
         test::emulator::issue(stream, [copy, staged = std::move(staged), from_pitch] { copy(staged.data(), from_pitch); }));
   }
   const auto done = test::emulator::issue(stream, [=] { copy(source, from_pitch); });
-  if (to_outside && done == cudaSuccess && stream != nullptr) stream->line->run_all();  // the host waits
+  if (to_outside && done == cudaSuccess && !test::emulator::is_default(stream)) stream->line->run_all();  // the host waits
   return test::emulator::result(done);
 }
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {
