@@ -205,7 +205,7 @@ template <class B, class T>
 concept HasMemory = MemoryResource<typename B::Memory> && requires(const B b, MatrixView<T> y, MatrixView<const T> x) {
   b.fill(y, T{});      // y[i, j] = value
   b.copy(x, y);        // y = x, both in Backend::Memory; shapes equal
-  b.upload(x, y);      // host -> backend
+  b.upload(x, y);      // host -> backend; x lives until synchronize, or what waits
   b.download(x, y);    // backend -> host; waits
   b.synchronize();     // waits for all work given so far
 };

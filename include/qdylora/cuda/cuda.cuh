@@ -22,7 +22,7 @@
 namespace qdylora {
 
 /// A handle on a context that the user owns and that outlives it. Operations are queued on the context's stream and return before they
-/// are done; download, quantize, sum_squares and synchronize wait. Lists of the host (ids, positions, rows) are copied at once.
+/// are done; download, quantize, the upload of a weight, sum_squares and synchronize wait. Lists of the host (ids, positions, rows) are copied at once.
 class Cuda {
  public:
   using Memory = DeviceMemory;
@@ -43,7 +43,7 @@ class Cuda {
   void copy(MatrixView<X> x, MatrixView<Y> y) const {
     detail::convert(*context_, MatrixView<const std::remove_const_t<X>>(x), y);
   }
-  /// From pinned memory the copy runs beside the host, and the source must live until it is done.
+  /// The source must live, as it is, until the copy is done: the copy may run beside the host, from pinned memory it does.
   template <class T>
   void upload(In<T> x, MatrixView<T> y) const {
     expect_shape("upload: target", y, x.rows, x.cols);
@@ -67,11 +67,13 @@ class Cuda {
     expect_shape("dequantize: y", y, weight.rows, weight.cols);
     detail::dequantize(*context_, weight, y);
   }
-  /// A weight that the host has quantized or loaded.
+  /// A weight that the host has quantized or loaded, and may let go at once. Waits.
   template <CodeFormat Format, class Scales>
   QuantizedTensor<Format, Scales, DeviceMemory> upload(const QuantizedTensor<Format, Scales>& w) const {
-    return {w.rows(), w.cols(), w.block_size(), detail::on_device(*context_, w.codes()),
-            detail::on_device<Scales>(*context_, w.scales())};
+    QuantizedTensor<Format, Scales, DeviceMemory> there(w.rows(), w.cols(), w.block_size(), detail::on_device(*context_, w.codes()),
+                                                        detail::on_device<Scales>(*context_, w.scales()));
+    synchronize();
+    return there;
   }
 
   // products

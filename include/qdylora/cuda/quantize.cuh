@@ -74,6 +74,7 @@ struct QuantizeBlocks {
 #if !defined(QDYLORA_DEVICE_ONLY)
 namespace detail {
 
+/// A copy, whose source lives until it is done.
 template <class T>
 Buffer<T, DeviceMemory> on_device(const CudaContext& context, const Buffer<T>& source) {
   Buffer<T, DeviceMemory> target(source.size(), context.memory());
@@ -116,7 +117,11 @@ QuantizedTensor<Format, Scales, DeviceMemory> quantize(const CudaContext& contex
     for (Index b = 0; b < blocks; ++b)
       if (!(seen[static_cast<std::size_t>(b)] <= std::numeric_limits<float>::max()))
         raise_first_non_finite(context, x, b * options.block_size);
-  return {x.rows, x.cols, options.block_size, std::move(codes), on_device<Scales>(context, make_scales<Scales>(seen))};
+  const auto scales = make_scales<Scales>(seen);
+  QuantizedTensor<Format, Scales, DeviceMemory> result(x.rows, x.cols, options.block_size, std::move(codes),
+                                                       on_device<Scales>(context, scales));
+  context.synchronize();  // the host's scales are given back
+  return result;
 }
 
 }  // namespace detail

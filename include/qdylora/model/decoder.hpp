@@ -273,6 +273,7 @@ class Decoder {
       const auto table = rope_table<Acc>(rows, config().heads.head_dim, config().rope_base);
       rope_.resize(rows, config().heads.head_dim);
       backend_.upload(table.view(), rope_.view());
+      backend_.synchronize();  // the host's table is given back
     }
     const auto tokens = plan_.expand(batch.offsets);
     for_each_trained([&](auto& layer) { layer.set_ranks(tokens); });

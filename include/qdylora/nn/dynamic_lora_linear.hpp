@@ -193,6 +193,7 @@ class DynamicLoRALinear : public AdapterLayer<T, Backend> {
     Matrix<Acc, Memory> scaled(rank, out());
     backend_.upload(as_const(on_host), scaled.view());
     backend_.weight_gradient(as_const(scaled), rows_of(adapter_.a(), rank), merged.view(), Update::accumulate);
+    backend_.synchronize();  // on_host is given back
     if constexpr (HasMagnitude<Backend, T>)
       if (adapter_.dora()) {
         MagnitudeContext<T, Memory> context;

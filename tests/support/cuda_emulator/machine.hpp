@@ -35,6 +35,7 @@ struct Machine {
   Late late = Late::none;
   bool default_stream_per_thread = false;  // nvcc --default-stream per-thread
   int streams = 0;  // that live
+  int unawaited_copies = 0;  // from pageable memory, which nothing has waited for since: a GPU may still read it
   int handles = 0;  // of cuBLASLt
   long launches = 0;  // of kernels, ever
 };

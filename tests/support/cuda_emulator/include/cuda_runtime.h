@@ -166,6 +166,7 @@ inline cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
   if (const auto refused = test::emulator::unless_captured(); refused != cudaSuccess) return test::emulator::result(refused);
   if (!test::emulator::is_default(stream)) stream->line->run_all();
   else if (test::emulator::waits_for_all(stream)) test::emulator::run_blocking_streams();
+  test::emulator::machine().unawaited_copies = 0;
   return test::emulator::result(cudaSuccess);
 }
 
@@ -274,13 +275,14 @@ inline cudaError_t cudaMemcpy2DAsync(void* to, std::size_t to_pitch, const void*
   // Recorded, it would name memory of the host that is not there any more.
   if ((from_outside || to_outside) && !test::emulator::is_default(stream) && stream->capture)
     return test::emulator::result(test::emulator::unless_captured());
-  if (from_outside) {  // pageable: it is staged before the call returns
+  if (from_outside) {  // pageable: it is staged before the call returns, which a GPU does not promise
+    ++test::emulator::machine().unawaited_copies;
     std::vector<std::byte> staged(source, source + (height - 1) * from_pitch + width);
     return test::emulator::result(
         test::emulator::issue(stream, [copy, staged = std::move(staged), from_pitch] { copy(staged.data(), from_pitch); }));
   }
   const auto done = test::emulator::issue(stream, [=] { copy(source, from_pitch); });
-  if (to_outside && done == cudaSuccess && !test::emulator::is_default(stream)) stream->line->run_all();  // the host waits
+  if (to_outside && done == cudaSuccess && !test::emulator::is_default(stream)) cudaStreamSynchronize(stream);  // the host waits
   return test::emulator::result(done);
 }
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {
