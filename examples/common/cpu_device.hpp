@@ -32,7 +32,7 @@ class CpuDevice {
     options.process_bytes = static_cast<std::size_t>(memory_use().bytes);
     // Two weights' gradients by head, which attention sums up; the sums of a gradient through the head in eight parts.
     const Index rows = std::max(options.tokens, options.forward_tokens), heads = shape.linears.front().out;
-    options.backend_bytes = static_cast<std::size_t>(options.training ? 2 * rows * heads * 4 + 8 * head_chunk * shape.width * 4 : 0);
+    options.backend_bytes = static_cast<std::size_t>(options.training ? 2 * rows * heads * 4 + 8 * head_chunk(false) * shape.width * 4 : 0);
   }
   /// The most memory so far, as the plan's total counts it.
   std::size_t peak() const { return static_cast<std::size_t>(memory_use().peak); }

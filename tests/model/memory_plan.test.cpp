@@ -62,7 +62,7 @@ TEST_CASE("A memory plan is what memory is asked for, byte by byte", "[memory_pl
     CAPTURE(static_cast<int>(c.architecture), c.shared_norm);
     CAPTURE(std::string(name(c.base.format)), c.tied, c.biases, c.checkpoint, c.dropout);
     const auto host_weights = test::tiny_weights<float>(config, c.biases, c.base);
-    const auto batch = test::random_batch(config.vocab, {21, 40, 3}, 5, 7);
+    const auto batch = test::random_batch(config.vocab, {33, 40, 40, 40}, 5, 7);
     auto shape = model_shape(config);
     if (c.biases)
       for (const auto& linear : shape.linears) shape.biases += linear.out;
@@ -76,7 +76,8 @@ TEST_CASE("A memory plan is what memory is asked for, byte by byte", "[memory_pl
     options.scored = batch.scored();
     options.longest = 39;  // inputs of the longest text
     options.device = true;
-    REQUIRE(options.scored < head_chunk);  // else the chunk is a little less than planned
+    REQUIRE(options.scored > head_chunk(false));
+    REQUIRE(options.scored < head_chunk(true));  // else the chunk is a little less than planned
     const auto plan = memory_plan<float>(shape, options);
 
     const CountedDevice device;
@@ -289,10 +290,10 @@ TEST_CASE("A training step of Falcon-40b by its shapes", "[memory_plan]") {
     CHECK(plan.gradients == plan.adapters);
     CHECK(gigabytes(plan.moments) == Approx(0.903).epsilon(0.001));
     CHECK(gigabytes(plan.checkpoints) == Approx(row.checkpoints).epsilon(0.02));
-    // The table's embedding has 16 bits, the plan's 8; its chunk of logits has 512 rows, the decoder's at most 96; it has one temporary of
-    // the width more than the block uses.
+    // The table's embedding has 16 bits, the plan's 8; it has one temporary of the width more than the block uses.
     CHECK(gigabytes(plan.total()) + 1.065 - gigabytes(plan.tables) == Approx(row.total).epsilon(0.012));
-    if (row.batch <= 4) CHECK(plan.total() < std::size_t{32} << 30);
+    // Room is left for the slabs that are wide enough for 4h -> h (cuda/product_plan.hpp), in a workspace of 256 MiB.
+    if (row.batch <= 4) CHECK(plan.total() - 64'000'000 + (std::size_t{256} << 20) < std::size_t{32} << 30);
   }
   options.moments_in_8_bits = false;
   CHECK(gigabytes(memory_plan<bfloat16>(falcon, options).moments) == Approx(3.555).epsilon(0.001));

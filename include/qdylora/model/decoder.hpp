@@ -21,7 +21,9 @@
 
 namespace qdylora {
 
-inline constexpr Index head_chunk = 96;  // rows of logits in memory at a time, at most
+/// Rows of logits in memory at a time, at most. Each chunk decodes the head twice, forward and backward; a device multiplies so fast that with
+/// 96 rows it would hardly do anything else.
+constexpr Index head_chunk(bool device) noexcept { return device ? 512 : 96; }
 
 struct DecoderOptions {
   LoRAOptions lora = {};    // of every adapter; names and layer numbers are filled in
@@ -362,7 +364,8 @@ class Decoder {
     normed_.resize(scored, width);
     backend_.gather_rows(x, std::span<const Index>(rows), selected_.view());
     normalize(backend_, std::as_const(selected_).view(), weights_->final_norm, config().norm_epsilon, normed_.view(), statistics_);
-    const Index chunks = (scored + head_chunk - 1) / head_chunk, chunk = (scored + chunks - 1) / chunks;
+    constexpr Index most = head_chunk(!Memory::host);
+    const Index chunks = (scored + most - 1) / most, chunk = (scored + chunks - 1) / chunks;
     for (Index first = 0; first < scored; first += chunk) {
       const Index count = std::min(chunk, scored - first);
       // Rows a multiple of 4 KiB apart would crowd into few sets of a cache.

@@ -307,7 +307,7 @@ MemoryPlan memory_plan(const ModelShape& s, const MemoryOptions& o) {
   }
   passing = std::max(passing, decoded * acc);
   plan.workspace += bytes(passing);
-  plan.logits = bytes(std::min(scored, head_chunk) * (s.vocab + 17) * acc + scored * (2 * s.width * t + s.statistics * acc));
+  plan.logits = bytes(std::min(scored, head_chunk(o.device)) * (s.vocab + 17) * acc + scored * (2 * s.width * t + s.statistics * acc));
   if (o.second_moments && o.training) plan.reordering += bytes(s.layers * adapters * 2 * rank * rank * acc);
   if (o.snapshot && o.training) plan.reordering += plan.adapters;
 
