@@ -36,7 +36,7 @@ Options parse(int argc, char** argv) {
 int main(int argc, char** argv) {
   try {
     const Options options = parse(argc, argv);
-    const qd::CudaContext context({.workspace_bytes = std::size_t{128} << 20});
+    const qd::CudaContext context;
     const bench::Cells cells(context, options);
     cells.machine();
     cells.ceilings();

@@ -123,6 +123,41 @@ TEST_CASE("a product's kernel is chosen by its shape, the device and the user") 
   CHECK(context.choose_product({5, 64, 64, true, true}) != small_batch);
 }
 
+TEST_CASE("slabs have lines enough to hide what is read again for each, and memory for two") {
+  // An H100: half of an L2 cache of 50 MB, and what the default workspace leaves beside cuBLASLt's.
+  const auto lines = [](Index length, Index tokens_converted = 0, Index slabs = 2) {
+    const auto memory = static_cast<Index>(qd::CudaOptions{}.workspace_bytes) - qd::detail::gemm_workspace - tokens_converted;
+    return qd::detail::piece_of(1 << 20, qd::slab_lines(2 * length, slabs, 25'000'000, qd::least_slab_lines, memory));
+  };
+  CHECK(lines(4096) == 1408);  // what the cache holds
+  CHECK(lines(8192) == 1024);
+  CHECK(lines(32768) == 1024);                          // out of the cache
+  CHECK(lines(65024, 2 * 512 * 65024) >= 512);          // the head's, backward, beside a chunk of logits
+  CHECK(qd::slab_lines(2 * 32768, 2, 25'000'000, 0, 1 << 30) == 190);  // slab_bytes by the user
+  CHECK(qd::slab_lines(2 * 32768, 2, 0, qd::least_slab_lines, 1 << 20) == 8);
+  const qd::CudaContext by_itself({.workspace_bytes = 1 << 20}), told({.workspace_bytes = 1 << 20, .slab_bytes = 4096});
+  CHECK(by_itself.least_slab_lines() == qd::least_slab_lines);
+  CHECK(told.least_slab_lines() == 0);
+}
+
+#ifdef QDYLORA_CUDA_EMULATOR
+TEST_CASE("activations that fit are converted once for all slabs") {
+  const qd::CudaContext context({.workspace_bytes = 60000, .slab_bytes = 20000});
+  const Cuda cuda(context);
+  const auto w = cuda.upload(qd::quantize(test::normal_matrix<float>(130, 259, 1).view()));
+  const auto launches_of = [&]<class X>(X) {
+    const test::Remote<Cuda, X> x(cuda, test::normal_matrix<X>(8, 259, 2).view());
+    test::Output<Cuda, qd::bfloat16> y(cuda, 8, 130, qd::Update::overwrite);
+    const long before = test::emulator::machine().launches;
+    cuda.matmul(x.in(), w.view(), y.view());
+    return test::emulator::machine().launches - before;
+  };
+  const long slabs = launches_of(qd::bfloat16{});  // a launch decodes each
+  CHECK(slabs == 9);
+  CHECK(launches_of(float{}) == slabs + 1);
+}
+#endif
+
 TEST_CASE("a workspace too small for one row of a slab is an error") {
   const qd::CudaContext context({.workspace_bytes = 1024});
   const Cuda cuda(context);

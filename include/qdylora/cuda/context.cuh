@@ -34,8 +34,10 @@ struct Nothing {
 
 struct CudaOptions {
   int device = 0;
-  std::size_t workspace_bytes = std::size_t{64} << 20;  // scratch memory of all operations; they allocate no other
-  std::size_t slab_bytes = 0;  // decoded weights at once in products of many tokens; 0: what the L2 cache holds beside the activations
+  /// Scratch memory of all operations; they allocate no other. It takes two slabs of 1024 lines of 32768 numbers in 16 bits, 64 MiB each, as
+  /// much again of activations in another type (a quarter: 512 rows of Falcon's logits), and the 32 MiB that cuBLASLt makes use of.
+  std::size_t workspace_bytes = std::size_t{256} << 20;
+  std::size_t slab_bytes = 0;  // decoded weights at once in products of many tokens; 0: as cuda/product_plan.hpp has it
   bool overlap_slabs = true;  // a slab is decoded, on a stream of its own, while the one before is multiplied
   ProductLimits product_limits = {};  // which kernel makes a product, by its tokens
 };
@@ -125,7 +127,14 @@ class CudaContext {
         product_limits_(options.product_limits) {
     const auto half_cache = static_cast<std::size_t>(properties_.l2CacheSize) / 2;
     if (options.overlap_slabs) decoding_ = std::make_unique<const detail::DecodingStream>();
-    slab_bytes_ = static_cast<Index>(options.slab_bytes > 0 ? options.slab_bytes : std::min(half_cache, options.workspace_bytes / 2));
+    if (options.slab_bytes > 0) {
+      slab_bytes_ = static_cast<Index>(options.slab_bytes);
+      converted_bytes_ = slab_bytes_ / 2;
+    } else {
+      slab_bytes_ = static_cast<Index>(std::min(half_cache, options.workspace_bytes / 2));
+      converted_bytes_ = static_cast<Index>(options.workspace_bytes / 4);
+      least_slab_lines_ = qdylora::least_slab_lines;
+    }
     // Memory that is given back stays in the pool, else every synchronization would return it to the driver.
     cudaMemPool_t pool = nullptr;
     std::uint64_t keep = std::numeric_limits<std::uint64_t>::max();
@@ -144,8 +153,11 @@ class CudaContext {
   cublasLtHandle_t blas() const noexcept { return blas_.get(); }
   /// Memory in the order of this context's stream.
   DeviceMemory memory() const noexcept { return {stream()}; }
-  /// Bytes of a weight that products decode at once.
+  /// Bytes of a weight that products decode at once, and the lines that they do where those take more.
   Index slab_bytes() const noexcept { return slab_bytes_; }
+  Index least_slab_lines() const noexcept { return least_slab_lines_; }
+  /// Bytes of an operand's copy in another type; a weight's gradient has two.
+  Index converted_bytes() const noexcept { return converted_bytes_; }
   /// Null where slabs are not to overlap.
   const detail::DecodingStream* decoding_stream() const noexcept { return decoding_.get(); }
   /// The kernel for a product.
@@ -208,7 +220,7 @@ class CudaContext {
   Blas blas_;
   std::unique_ptr<const detail::DecodingStream> decoding_;
   ProductLimits product_limits_;
-  Index slab_bytes_ = 0;
+  Index slab_bytes_ = 0, converted_bytes_ = 0, least_slab_lines_ = 0;
   mutable std::map<detail::GemmProblem, cublasLtMatmulAlgo_t> gemm_algorithms_;
   Buffer<std::byte, DeviceMemory> workspace_;
   mutable std::shared_ptr<const Pager> pager_;

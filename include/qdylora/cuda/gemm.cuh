@@ -105,19 +105,20 @@ class GemmCall {
   cublasLtMatrixLayoutOpaque_t a_, b_, y_;
 };
 
+inline constexpr Index gemm_workspace = Index{32} << 20;  // what cuBLASLt makes use of on Hopper; less elsewhere
+
 /// y [m, n] (+)= a [m, k] . b [k, n]. cuBLASLt works in what `scratch` has left.
 template <class C, class Y>
   requires MultipliedTypes<C, Y>
 void gemm(const CudaContext& context, const Scratch& scratch, const Factor<C>& a, const Factor<C>& b, MatrixView<Y> y, Update update) {
   using S = Accumulator<C>;
-  constexpr Index most_workspace = Index{32} << 20;  // what cuBLASLt makes use of on Hopper; less elsewhere
   constexpr std::size_t most_algorithms = 4096;
   if (y.empty()) return;
   if (a.cols() == 0) {
     if (update == Update::overwrite) fill(context, y, Y{});
     return;
   }
-  const auto workspace = scratch.rest(most_workspace);
+  const auto workspace = scratch.rest(gemm_workspace);
   const GemmProblem problem{blas_type<C>(), blas_type<Y>(),   a.transposed,  b.transposed,  a.rows(),
                             b.cols(),       a.cols(),         a.stride(),    b.stride(),    y.rows > 1 ? y.stride : y.cols,
                             a.alignment(),  b.alignment(),    Factor<C>::alignment_of(y.data), workspace.size()};

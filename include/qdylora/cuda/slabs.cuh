@@ -1,5 +1,5 @@
 // Products whose operands are not what cuBLASLt multiplies: codes, or elements of another type. A slab of the weight at a time is decoded
-// into the workspace, where the L2 cache holds it, and multiplied there, while the next one is decoded on a stream of its own:
+// into the workspace, where the L2 cache holds it if it can, and multiplied there, while the next one is decoded on a stream of its own:
 //
 //   decoding             slab 0   slab 1            slab 2 (into the memory of slab 0, once that is multiplied)
 //   the context's        ....... 0 decoded: product 0   1 decoded: product 1   2 decoded: product 2
@@ -77,7 +77,7 @@ void for_each_piece(Index extent, Index piece, F&& f) {
   for (Index begin = 0; begin < extent; begin += piece) f(begin, std::min(piece, extent - begin));
 }
 
-/// Rows of x as C, a piece at a time: where they are, or converted into the workspace.
+/// Rows of x as C, a piece at a time: where they are, or converted into the workspace, once where one piece is all.
 template <class C, class X>
 class ConvertedRows {
  public:
@@ -97,7 +97,8 @@ class ConvertedRows {
       return x_.middle_rows(begin, count);
     } else {
       const MatrixView<C> copy(copy_, count, x_.cols, stride_);
-      convert(context, x_.middle_rows(begin, count), copy);
+      if (!all_here_) convert(context, x_.middle_rows(begin, count), copy);
+      all_here_ = count == x_.rows;
       return copy;
     }
   }
@@ -107,20 +108,21 @@ class ConvertedRows {
   Index at_once_;
   Index stride_ = 0;
   C* copy_ = nullptr;
+  mutable bool all_here_ = false;
 };
-
-/// A slab takes half of the workspace at most, and converted activations half of that: two of them are for a weight's gradient, which has
-/// no slab.
-inline Index converted_bytes(const CudaContext& context) { return context.slab_bytes() / 2; }
 
 /// make(stream, memory, first, count) makes the slab of an extent's lines [first, first + count) in `memory`, and use(memory, first, count)
 /// multiplies it, for all slabs in order. room(count): elements of C that a slab takes; line_bytes: what one of its lines does.
 template <class C, class Room, class Make, class Use>
 void for_each_slab(const CudaContext& context, Scratch& scratch, Index extent, Index line_bytes, Room room, Make make, Use use) {
   const DecodingStream* side = context.decoding_stream();
-  Index at_once = piece_of(extent, context.slab_bytes() / std::max<Index>(line_bytes, 1));
+  const Index memory_bytes = scratch.room() - std::min(gemm_workspace, scratch.room() / 4);
+  const auto lines = [&](Index slabs) {
+    return piece_of(extent, slab_lines(line_bytes, slabs, context.slab_bytes(), context.least_slab_lines(), memory_bytes));
+  };
+  Index at_once = lines(1);
   if (side != nullptr) {
-    const Index halves = piece_of(extent, context.slab_bytes() / 2 / std::max<Index>(line_bytes, 1));
+    const Index halves = lines(2);
     const bool fit = 2 * (room(halves) * static_cast<Index>(sizeof(C)) + 256) <= scratch.room();
     if (halves < extent && fit) at_once = halves;
     else side = nullptr;  // one slab is all, or all there is room for
@@ -161,7 +163,7 @@ template <class X, class W, class Y>
 void multiply_by_slabs(const CudaContext& context, MatrixView<const X> x, const W& w, MatrixView<Y> y, Update update) {
   using C = ProductType<X, Element<W>, Y>;
   Scratch scratch(context);
-  const ConvertedRows<C, X> input(scratch, x, converted_bytes(context));
+  const ConvertedRows<C, X> input(scratch, x, context.converted_bytes());
   const auto multiply = [&](MatrixView<const C> slab, Index first) {
     multiply_slab<C>(context, scratch, input, {slab, true}, first, y, update);
   };
@@ -183,7 +185,7 @@ template <class X, class W, class Y>
 void multiply_transposed_by_slabs(const CudaContext& context, MatrixView<const X> x, const W& w, MatrixView<Y> y, Update update) {
   using C = ProductType<X, Element<W>, Y>;
   Scratch scratch(context);
-  const ConvertedRows<C, X> input(scratch, x, converted_bytes(context));
+  const ConvertedRows<C, X> input(scratch, x, context.converted_bytes());
   const auto multiply = [&](MatrixView<const C> slab, Index first) {
     multiply_slab<C>(context, scratch, input, {slab}, first, y, update);
   };
@@ -205,8 +207,8 @@ template <class U, class X, class S>
 void weight_gradient_by_slabs(const CudaContext& context, MatrixView<const U> u, MatrixView<const X> x, MatrixView<S> g, Update update) {
   using C = ProductType<X, U, S>;
   Scratch scratch(context);
-  const ConvertedRows<C, U> left(scratch, u, converted_bytes(context));
-  const ConvertedRows<C, X> right(scratch, x, converted_bytes(context));
+  const ConvertedRows<C, U> left(scratch, u, context.converted_bytes());
+  const ConvertedRows<C, X> right(scratch, x, context.converted_bytes());
   if (x.rows == 0) return gemm<C>(context, scratch, {left.take(context, 0, 0), true}, {right.take(context, 0, 0)}, g, update);
   for_each_piece(x.rows, std::min(left.at_once(), right.at_once()), [&](Index begin, Index count) {
     gemm<C>(context, scratch, {left.take(context, begin, count), true}, {right.take(context, begin, count)}, g,
