@@ -12,20 +12,11 @@ using qd::Index;
 
 namespace {
 
-/// A context on a device of some compute capability, with kernels compiled for another one. The machine remains as it was.
 class Gpu {
  public:
-  explicit Gpu(int capability = 90, int compiled = 120)
-      : capability_before_(std::exchange(test::emulator::machine().compute_capability, capability)),
-        compiled_before_(std::exchange(test::emulator::machine().compiled_capability, compiled)) {}
-  ~Gpu() {
-    test::emulator::machine().compute_capability = capability_before_;
-    test::emulator::machine().compiled_capability = compiled_before_;
-  }
   operator Cuda() const { return Cuda(context_); }
 
  private:
-  int capability_before_, compiled_before_;
   qd::CudaContext context_{{.workspace_bytes = std::size_t{4} << 20}};
 };
 
@@ -61,14 +52,32 @@ TEMPLATE_TEST_CASE("heads of every width, copied 16 bytes at a time", "[cuda]", 
     test::attention_case<Cuda, TestType>(gpu, shape, offsets, 8, 8);
 }
 
+#ifdef QDYLORA_CUDA_EMULATOR
+namespace {
+
+/// A device of some compute capability, with kernels compiled for another one, until the end of a scope.
+struct Capabilities {
+  Capabilities(int device, int compiled)
+      : device_before(std::exchange(test::emulator::machine().compute_capability, device)),
+        compiled_before(std::exchange(test::emulator::machine().compiled_capability, compiled)) {}
+  ~Capabilities() {
+    test::emulator::machine().compute_capability = device_before;
+    test::emulator::machine().compiled_capability = compiled_before;
+  }
+  int device_before, compiled_before;
+};
+
+}  // namespace
+
 TEMPLATE_TEST_CASE("a device of compute capability 7.5, or code for it, multiplies half on tensor cores and bfloat16 without", "[cuda]",
                    qd::bfloat16, qd::half) {
-  for (const auto& [capability, compiled] : {std::pair(75, 120), std::pair(90, 75)}) {
-    const Gpu gpu(capability, compiled);
-    for (const Index padding : {0, 3})
-      test::attention_case<Cuda, TestType>(gpu, {2, 1, 72}, {0, 5, 38}, padding, padding);
+  for (const auto& [device, compiled] : {std::pair(75, 120), std::pair(90, 75)}) {
+    const Capabilities capabilities(device, compiled);
+    const Gpu gpu;
+    for (const Index padding : {0, 3}) test::attention_case<Cuda, TestType>(gpu, {2, 1, 72}, {0, 5, 38}, padding, padding);
   }
 }
+#endif
 
 TEST_CASE("a long cache is shared among blocks, and so are many heads of one cache", "[cuda]") {
   using T = qd::bfloat16;

@@ -1,8 +1,8 @@
-// Products that decode on the way into the tensor cores, on the emulated device.
-#include <qdylora/cuda/tiles.cuh>
+// Products that decode on the way into the tensor cores, on the emulated device. Rows are long enough for the loops that load ahead, and for
+// sums in several parts.
+#include <qdylora/cuda.hpp>
 
 #include <qdylora/cpu/reference.hpp>
-#include <qdylora/cuda/quantize.cuh>
 
 #include "support/catch.hpp"
 #include "support/distortion.hpp"
@@ -21,20 +21,35 @@ namespace {
 template <class T>
 class OnDevice {
  public:
-  OnDevice(MatrixView<const T> host, Index offset = 0, Index padding = 0)
-      : memory_(1, offset + host.rows * (host.cols + padding)), view_(memory_.data() + offset, host.rows, host.cols, host.cols + padding) {
-    for (Index i = 0; i < memory_.size(); ++i) memory_.data()[i] = test::scalar<T>(std::numeric_limits<double>::quiet_NaN());
-    for (Index i = 0; i < host.rows; ++i) std::copy_n(host.row(i), host.cols, view_.row(i));
+  OnDevice(const qd::CudaContext& context, MatrixView<const T> host, Index offset = 0, Index padding = 0)
+      : cuda_(context),
+        offset_(offset),
+        mirror_(1, offset + host.rows * (host.cols + padding)),
+        memory_(1, mirror_.size()),
+        view_(memory_.data() + offset, host.rows, host.cols, host.cols + padding) {
+    for (T& x : mirror_.span()) x = test::scalar<T>(std::numeric_limits<double>::quiet_NaN());
+    for (Index i = 0; i < host.rows; ++i) std::copy_n(host.row(i), host.cols, mirror_.data() + offset + i * view_.stride);
+    cuda_.upload(std::as_const(mirror_).view(), memory_.view());
+    cuda_.synchronize();
   }
   MatrixView<T> view() const { return view_; }
-  bool padding_intact() const {
-    Index numbers = 0;
-    for (Index i = 0; i < memory_.size(); ++i) numbers += static_cast<double>(memory_.data()[i]) == static_cast<double>(memory_.data()[i]);
+  /// As it is now; valid until the next call.
+  MatrixView<const T> host() {
+    cuda_.download(std::as_const(memory_).view(), mirror_.view());
+    return {mirror_.data() + offset_, view_.rows, view_.cols, view_.stride};
+  }
+  bool padding_intact() {
+    host();
+    const auto numbers = std::count_if(mirror_.span().begin(), mirror_.span().end(),
+                                       [](T x) { return static_cast<double>(x) == static_cast<double>(x); });
     return numbers == view_.size();
   }
 
  private:
-  Matrix<T, qd::DeviceMemory> memory_;  // which is the host's
+  qd::Cuda cuda_;
+  Index offset_;
+  Matrix<T> mirror_;
+  Matrix<T, qd::DeviceMemory> memory_;
   MatrixView<T> view_;
 };
 
@@ -52,8 +67,8 @@ void check(const qd::CudaContext& context, const Case& c, Index offset = 0, Inde
                                                                 qd::detail::on_device<Scales>(context, host.scales()));
   const auto x = test::normal_matrix<T>(c.tokens, c.in, 2);
   const auto u = test::normal_matrix<float>(c.tokens, c.rank, 3, 0.5), b = test::normal_matrix<float>(c.rank, c.out, 4);
-  const OnDevice<T> device_x(x.view(), offset, padding);
-  const OnDevice<float> device_u(u.view(), 0, 1), device_b(b.view(), 0, 3);
+  const OnDevice<T> device_x(context, x.view(), offset, padding);
+  const OnDevice<float> device_u(context, u.view(), 0, 1), device_b(context, b.view(), 0, 3);
   for (const Update update : {Update::overwrite, Update::accumulate}) {
     Matrix<T> initial = test::normal_matrix<T>(c.tokens, c.out, 5);
     Matrix<Y> start(c.tokens, c.out);
@@ -66,11 +81,11 @@ void check(const qd::CudaContext& context, const Case& c, Index offset = 0, Inde
     for (Index i = 0; i < c.tokens; ++i)
       for (Index j = 0; j < c.out; ++j)
         for (Index r = 0; r < c.rank; ++r) expected(i, j) += static_cast<double>(u(i, r)) * static_cast<double>(b(r, j));
-    OnDevice<Y> y(start.view(), 0, 3);
+    OnDevice<Y> y(context, start.view(), 0, 3);
     const MatrixView<const T> in = device_x.view();
     if constexpr (kernel == Kernel::tiles) qd::detail::multiply_tiles(context, in, w.view(), y.view(), update);
     else qd::detail::multiply_small_batch(context, in, w.view(), y.view(), update, {device_u.view(), device_b.view()});
-    CHECK(test::normalised_squared_error(y.view(), expected.view()) <= (std::is_same_v<T, qd::half> ? 5e-7 : 2e-5));
+    CHECK(test::normalised_squared_error(y.host(), expected.view()) <= (std::is_same_v<T, qd::half> ? 5e-7 : 2e-5));
     CHECK(y.padding_intact());
   }
 }
@@ -117,10 +132,12 @@ TEST_CASE("a weight that is not a number spoils its own outputs, and no others")
   const auto host = qd::reference::quantize<qd::NF4, qd::Float32Scales>(MatrixView<const float>(weight.view()), 64);
   const qd::QuantizedTensor<qd::NF4, qd::Float32Scales, qd::DeviceMemory> w(
       40, 256, 64, qd::detail::on_device(context, host.codes()), qd::detail::on_device<qd::Float32Scales>(context, host.scales()));
-  const OnDevice<T> x(test::normal_matrix<T>(3, 256, 2).view()), y(test::normal_matrix<T>(3, 40, 2).view());
+  const OnDevice<T> x(context, test::normal_matrix<T>(3, 256, 2).view());
+  OnDevice<T> y(context, test::normal_matrix<T>(3, 40, 2).view());
   qd::detail::multiply_small_batch(context, MatrixView<const T>(x.view()), w.view(), y.view(), Update::overwrite);
+  const auto found = y.host();
   for (Index i = 0; i < 3; ++i)
-    for (Index j = 0; j < 40; ++j) CHECK(std::isfinite(static_cast<float>(y.view()(i, j))) == (j != 17));
+    for (Index j = 0; j < 40; ++j) CHECK(std::isfinite(static_cast<float>(found(i, j))) == (j != 17));
 }
 
 }  // namespace fused_products_test

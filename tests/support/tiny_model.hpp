@@ -71,7 +71,7 @@ template <class Acc>
 qdylora::NormWeights<Acc> tiny_norm(const qdylora::DecoderConfig& config, std::uint64_t seed) {
   Matrix<Acc> weight = qdylora::clone(normal_matrix<Acc>(1, config.width, seed, 0.1).view());
   for (Acc& x : weight.span()) x += Acc{1};
-  if (config.architecture == qdylora::Architecture::llama) return weight;
+  if (config.architecture == qdylora::Architecture::llama) return qdylora::NormWeights<Acc>(std::move(weight));
   return {std::move(weight), qdylora::clone(normal_matrix<Acc>(1, config.width, seed + 1000, 0.2).view())};
 }
 

@@ -97,7 +97,7 @@ struct INT4 {
     return result;
   }();
 
-  QDYLORA_HD static constexpr std::uint8_t encode(float v) noexcept {
+  static constexpr std::uint8_t encode(float v) noexcept {
     return static_cast<std::uint8_t>(1 + detail::thresholds_below(v, thresholds));
   }
 };

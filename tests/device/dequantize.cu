@@ -1,0 +1,1 @@
+#include "cuda/dequantize.test.cpp"
