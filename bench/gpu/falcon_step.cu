@@ -115,15 +115,16 @@ void run(const Options& o, const qd::CudaContext& context, const qd::MemoryPlan&
   }
   std::sort(seconds.begin(), seconds.end());
   cudaMemPool_t pool = nullptr;
-  std::uint64_t peak = 0;
+  std::uint64_t peak = 0, reserved = 0;
   QDYLORA_CUDA_TRY(cudaDeviceGetDefaultMemPool(&pool, context.device()));
   QDYLORA_CUDA_TRY(cudaMemPoolGetAttribute(pool, cudaMemPoolAttrUsedMemHigh, &peak));
+  QDYLORA_CUDA_TRY(cudaMemPoolGetAttribute(pool, cudaMemPoolAttrReservedMemHigh, &reserved));
   std::printf(
       "{\"falcon_step\": {\"gpu\": \"%s\", \"layers\": %lld, \"batch\": %lld, \"tokens\": %lld, \"moments\": %lld, \"cap_gib\": %lld, "
-      "\"ranks\": [%s], \"loss\": %.4f, \"median_s\": %.4f, \"planned_gb\": %.3f, \"peak_gb\": %.3f}}\n",
+      "\"ranks\": [%s], \"loss\": %.4f, \"median_s\": %.4f, \"planned_gb\": %.3f, \"peak_gb\": %.3f, \"reserved_gb\": %.3f}}\n",
       context.properties().name, static_cast<long long>(o.layers), static_cast<long long>(o.batch), static_cast<long long>(o.tokens),
       static_cast<long long>(o.moments), static_cast<long long>(o.cap), drawn.c_str(), loss, seconds[seconds.size() / 2],
-      1e-9 * static_cast<double>(plan.total()), 1e-9 * static_cast<double>(peak));
+      1e-9 * static_cast<double>(plan.total()), 1e-9 * static_cast<double>(peak), 1e-9 * static_cast<double>(reserved));
 }
 
 Options parse(int argc, char** argv) {
@@ -165,6 +166,7 @@ int main(int argc, char** argv) {
                                                                        .device = true,
                                                                        .backend_bytes = qd::CudaOptions{}.workspace_bytes});
     std::fprintf(stderr, "%s", plan.to_text().c_str());
+    qd::expect_room(plan, Cuda(context));
     if (o.moments == 8) run<qd::AdamW8bit<float, Cuda>>(o, context, plan);
     else run<qd::AdamW<float, Cuda>>(o, context, plan);
     QDYLORA_CUDA_TRY(cudaFree(beyond_cap));

@@ -208,6 +208,7 @@ int finetune_with(const FinetuneOptions& o, OpenModel& model, const FinetuneData
   const MemoryPlan plan = plan_memory<T>(o, data, model, device);
   std::printf("memory     planned, on %s\n%s", device.text().c_str(), plan.to_text().c_str());
   std::fflush(stdout);
+  if constexpr (requires { device.expect_room(plan); }) device.expect_room(plan);
 
   const auto start = std::chrono::steady_clock::now();
   const auto weights = device.place(std::exchange(model.read, nullptr)());

@@ -41,6 +41,8 @@ class CudaDevice {
     options.backend_bytes = CudaOptions{}.workspace_bytes;
     options.process_bytes = static_cast<std::size_t>(memory_use().bytes);
   }
+  /// Errors: Errc::memory, with the plan.
+  void expect_room(const MemoryPlan& plan) const { qdylora::expect_room(plan, cuda_); }
   /// The most of the device's memory so far, as the plan's total counts it.
   std::size_t peak() const {
     std::uint64_t most = 0;

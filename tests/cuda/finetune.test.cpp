@@ -91,7 +91,11 @@ TEST_CASE("finetune and evaluate on the device do what they do on the CPU", "[cu
     // The plan beside what the device's pool has held.
     const auto planned = found.at("memory_plan").at("at most at once").get<double>(), peak = found.at("peak_memory_bytes").get<double>();
     const auto workspace = static_cast<double>(qd::CudaOptions{}.workspace_bytes);
+#ifdef QDYLORA_CUDA_EMULATOR
     CHECK(peak <= planned);
+#else
+    CHECK(peak <= 1.05 * planned);  // a GPU's pool rounds blocks up
+#endif
     CHECK(peak - workspace >= 0.95 * (planned - workspace));
   }
 
@@ -112,5 +116,37 @@ TEST_CASE("finetune and evaluate on the device do what they do on the CPU", "[cu
   for (Index i = 0; i < here.rows(); ++i)
     for (Index j = 0; j < here.cols(); ++j) CHECK(std::fabs(there(i, j) - here(i, j)) <= 1e-3f);
 }
+
+#ifdef QDYLORA_CUDA_EMULATOR
+TEST_CASE("finetune on a device with too little memory says so, with the plan, before it reads the model", "[cuda]") {
+  const test::TemporaryFolder folder;
+  examples::FinetuneData data;
+  data.train = samples(6, 0);
+  data.validation_samples = samples(2, 40);
+  examples::FinetuneOptions options;
+  options.ranks = "1,8";
+  options.steps = 1;
+  options.batch = 2;
+  options.out = (folder / "gpu").string();
+  options.device = "cuda";
+  const examples::CudaDevice gpu;
+  auto model = open();
+  model.read = []() -> decltype(test::tiny_weights<float>(config(), false)) { throw std::logic_error("the model was read"); };
+  auto& memory = test::emulator::global_memory();
+  struct Restored {
+    std::size_t total = test::emulator::global_memory().total();
+    ~Restored() { test::emulator::global_memory().set_total(total); }
+  } restored;
+  memory.set_total(memory.used() + (1 << 16));
+  const auto error = test::error_of([&] { examples::finetune<float>(options, model, data, gpu); });
+  REQUIRE(error);
+  CHECK(error->code() == qd::Errc::memory);
+  const std::string text = error->what();
+  CHECK(text.find("1 MB are free. The plan:\n") != std::string::npos);
+  CHECK(text.find("their gradients") != std::string::npos);
+  memory.set_total(restored.total);
+  CHECK_THROWS_AS(examples::finetune<float>(options, model, data, gpu), std::logic_error);  // there is room
+}
+#endif
 
 }  // namespace finetune_test

@@ -34,6 +34,8 @@ class Cuda {
   // memory
   /// In the order of the context's stream.
   DeviceMemory memory() const noexcept { return context_->memory(); }
+  /// Bytes that may be had: what the device has free, and what its pool holds unused.
+  std::size_t free_memory() const { return detail::free_memory(context_->device()); }
   template <class T>
   void fill(MatrixView<T> y, std::type_identity_t<T> value) const {
     detail::fill(*context_, y, value);

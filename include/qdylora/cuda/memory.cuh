@@ -5,6 +5,7 @@
 #if !defined(QDYLORA_DEVICE_ONLY)
 
 #include <cstddef>
+#include <cstdint>
 #include <string>
 
 #include <qdylora/core/memory.hpp>
@@ -21,6 +22,18 @@ inline std::string mebibytes(std::size_t bytes) { return std::to_string((bytes +
   QDYLORA_CUDA_TRY(cudaMemGetInfo(&free, &total));
   raise(Errc::memory, std::string(what) + ": " + mebibytes(bytes) + " asked for, " + mebibytes(free) + " of the device's " +
                           mebibytes(total) + " are free");
+}
+
+/// What the current device, whose number is this, has free, and what its pool holds unused.
+inline std::size_t free_memory(int device) {
+  std::size_t free = 0, total = 0;
+  cudaMemPool_t pool = nullptr;
+  std::uint64_t reserved = 0, used = 0;
+  QDYLORA_CUDA_TRY(cudaMemGetInfo(&free, &total));
+  QDYLORA_CUDA_TRY(cudaDeviceGetDefaultMemPool(&pool, device));
+  QDYLORA_CUDA_TRY(cudaMemPoolGetAttribute(pool, cudaMemPoolAttrReservedMemCurrent, &reserved));
+  QDYLORA_CUDA_TRY(cudaMemPoolGetAttribute(pool, cudaMemPoolAttrUsedMemCurrent, &used));
+  return free + static_cast<std::size_t>(reserved - used);
 }
 
 }  // namespace detail

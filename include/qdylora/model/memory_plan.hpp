@@ -202,6 +202,18 @@ struct MemoryPlan {
   }
 };
 
+/// Before anything of the plan is allocated, on a device whose workspace is there already. Throws Errc::memory, with the plan, where less is
+/// free than the rest of it takes.
+template <class Backend>
+  requires requires(const Backend backend) { backend.free_memory(); }
+void expect_room(const MemoryPlan& plan, const Backend& backend) {
+  const std::size_t needed = plan.total() - plan.backend, free = backend.free_memory();
+  const auto megabytes = [](std::size_t bytes) { return std::to_string((bytes + 999'999) / 1'000'000) + " MB"; };
+  QDYLORA_EXPECTS(needed <= free, memory,
+                  "too little memory on the device: " + megabytes(needed) + " are needed beside its workspace, " + megabytes(free) +
+                      " are free. The plan:\n" + plan.to_text());
+}
+
 namespace detail {
 
 struct CodedBytes {

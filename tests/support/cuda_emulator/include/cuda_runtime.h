@@ -102,7 +102,13 @@ inline cudaError_t cudaMemGetInfo(std::size_t* free, std::size_t* total) {
 
 struct CUmemPoolHandle_st {};
 using cudaMemPool_t = CUmemPoolHandle_st*;
-enum cudaMemPoolAttr { cudaMemPoolAttrReleaseThreshold = 4, cudaMemPoolAttrUsedMemCurrent = 7, cudaMemPoolAttrUsedMemHigh = 8 };
+/// The pool holds what is used, and no more.
+enum cudaMemPoolAttr {
+  cudaMemPoolAttrReleaseThreshold = 4,
+  cudaMemPoolAttrReservedMemCurrent = 5,
+  cudaMemPoolAttrUsedMemCurrent = 7,
+  cudaMemPoolAttrUsedMemHigh = 8
+};
 inline cudaError_t cudaDeviceGetDefaultMemPool(cudaMemPool_t* pool, int) {
   *pool = nullptr;
   return test::emulator::result(cudaSuccess);
