@@ -199,7 +199,8 @@ class Cells {
                        "{\"op\": \"%s\", \"out\": %lld, \"in\": %lld, \"tokens\": %lld, \"who\": \"%s\", \"us\": %.3f, \"quartiles\": [%.3f, "
                        "%.3f], \"error\": %.4e}\n",
                        forward ? "forward" : "backward", static_cast<long long>(out), static_cast<long long>(in),
-                       static_cast<long long>(tokens), competitors[c].name.c_str(), times[c].median, times[c].least, times[c].most, error);
+                       static_cast<long long>(tokens), competitors[c].name.c_str(), times[c].median, times[c].least, times[c].most,
+                       std::isfinite(error) ? error : 1e30);  // JSON has no NaN
         }
         std::fflush(lines_);
       }

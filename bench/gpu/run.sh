@@ -10,8 +10,10 @@
 #                 PyPI, and the headers of Eigen, nlohmann/json and Catch2 from their Debian packages here
 #   --no-build, --no-tests, --no-sanitizer, --no-bench, --no-report   leave that step out
 # Environment: BUILD_DIR (build/gpu), JOBS, ARCHITECTURES (of the GPU at hand, else 90a), BITSANDBYTES, a libbitsandbytes_cuda*.so (else one in build/gpu-peers;
-#   without any, ours is beside cuBLAS alone).
-# Then a training step of Falcon-40b's shape under a cap of 32 GiB: batch 4, and batch 8 with moments in 8 bits.
+#   without any, ours is beside cuBLAS alone), PEER_PYTHON, an interpreter with torch, bitsandbytes, peft and transformers (else python3: where
+#   it lacks them, PEFT + bitsandbytes are left out).
+# Then a training step of Falcon-40b's shape under a cap of 32 GiB: batch 4, and batch 8 with moments in 8 bits; and of 4 of its blocks beside
+# PEFT + bitsandbytes.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$(cd "$here/../.." && pwd)
@@ -21,6 +23,7 @@ jobs=${JOBS:-$(nproc)}
 out=$root/bench/results name='' quick=''
 build_it=yes tests=yes sanitizer=yes bench=yes report=yes
 wheel=bitsandbytes==0.50.2
+peer_python=${PEER_PYTHON:-python3}
 
 while (($# > 0)); do
   case $1 in
@@ -58,6 +61,10 @@ PYTHON
   shift
 done
 
+# What compute-sanitizer looks at: a case or two of every family of kernels.
+small_shapes='quantized products*,dense products*,weight gradients*,an adapter rides*,few tokens with*,tiles of tokens*,attention on*,attention of one*'
+small_shapes+=',heads of every*,zeros*,codes at an odd*,moments in the host*,the squares of*,a model has*'
+
 say() { printf '\n== %s  (%d s)\n' "$*" "$SECONDS"; }
 PATH=$PATH:/usr/local/cuda/bin
 library=${BITSANDBYTES:-}
@@ -89,7 +96,7 @@ if [[ $sanitizer == yes ]]; then
   if command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck; do
       say "compute-sanitizer, $tool"
-      compute-sanitizer --tool "$tool" --error-exitcode 1 "$build/tests/test_device" 'quantized products*,a model has*' | tail -n 5
+      compute-sanitizer --tool "$tool" --error-exitcode 1 "$build/tests/test_device" "$small_shapes" | tail -n 5
     done
   else
     echo "compute-sanitizer is not installed: its step is left out"
@@ -110,6 +117,14 @@ if [[ $bench == yes ]]; then
     "$build/bench/falcon_step" ${quick:+--layers 2} $case >>"$build/cells.jsonl" ||
       echo "{\"falcon_step_failed\": \"$case\"}" | tee -a "$build/cells.jsonl"
   done
+  if "$peer_python" -c 'import torch, bitsandbytes, peft, transformers; assert torch.cuda.is_available()' 2>/dev/null; then
+    say "PEFT + bitsandbytes"
+    "$peer_python" "$here/peers.py" layers ${quick:+--shapes 4096x4096,11008x4096 --tokens 256} >>"$build/cells.jsonl" || echo "its layers failed"
+    "$build/bench/falcon_step" --layers 4 --moments 8 >>"$build/cells.jsonl" || echo "ours failed"
+    "$peer_python" "$here/peers.py" step >>"$build/cells.jsonl" || echo "its step failed"
+  else
+    echo "$peer_python has no torch for this GPU, bitsandbytes, peft and transformers: PEFT + bitsandbytes are left out"
+  fi
 fi
 
 if [[ $report == yes ]]; then
