@@ -1,1 +1,0 @@
-#include "cuda/finetune.test.cpp"
