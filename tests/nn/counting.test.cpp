@@ -135,11 +135,23 @@ TEST_CASE("a strict optimizer updates the rows that were trained and no others")
   layer.forward(x);
   layer.backward(dy.view());
   backend.forget();
-  strict.step();
+  const double norm = strict.step().gradient_norm;
   CHECK(backend.counts().adamw_elements == 3 * (in + out));
+  CHECK(backend.counts().squared_elements == 3 * (in + out));
   backend.forget();
-  dense.step();
+  CHECK(dense.step().gradient_norm == Approx(norm).epsilon(1e-12));  // the other rows' gradients are zero
   CHECK(backend.counts().adamw_elements == max_rank * (in + out));
+  CHECK(backend.counts().squared_elements == max_rank * (in + out));
+  backend.forget();
+  strict.zero_grad();
+  CHECK(backend.counts().filled_elements == 3 * (in + out));
+  for (const auto& p : layer.parameters())
+    CHECK(std::all_of(p->gradient.span().begin(), p->gradient.span().end(), [](float g) { return g == 0.0f; }));
+  backend.forget();
+  strict.zero_grad();
+  CHECK(backend.counts().filled_elements == 0);
+  dense.zero_grad();
+  CHECK(backend.counts().filled_elements == max_rank * (in + out));
 }
 
 TEST_CASE("a layer computes the same on the counting backend and on the CPU") {

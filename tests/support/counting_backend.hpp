@@ -28,7 +28,7 @@ class CountingBackend {
     int matmul_transposed_quantized = 0;     // dy . W
     std::vector<Touched> dense_reads = {};   // by either product
     std::vector<Touched> gradients = {};
-    qdylora::Index adamw_elements = 0;
+    qdylora::Index adamw_elements = 0, squared_elements = 0, filled_elements = 0;
 
     qdylora::Index dense_elements() const {
       qdylora::Index sum = 0;
@@ -46,6 +46,7 @@ class CountingBackend {
   // memory
   template <class T>
   void fill(qdylora::MatrixView<T> y, std::type_identity_t<T> value) const {
+    counts_->filled_elements += y.size();
     cpu_.fill(y, value);
   }
   template <class X, class Y>
@@ -133,6 +134,7 @@ class CountingBackend {
   }
   template <class S>
   double sum_squares(qdylora::MatrixView<S> x) const {
+    counts_->squared_elements += x.size();
     return cpu_.sum_squares(x);
   }
 

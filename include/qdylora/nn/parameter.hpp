@@ -22,7 +22,7 @@ struct Parameter {
   std::string name;
   Matrix<S, Memory> value;
   Matrix<S, Memory> gradient;
-  std::vector<bool> touched;   // rows that received gradient since the last zero_grad: what a strict optimizer updates
+  std::vector<bool> touched;   // rows that received gradient since the last zero_grad: what a strict optimizer updates, and zeroes up to
   std::vector<float> row_lr;   // learning-rate multiplier of each row; empty: all 1. LoRA+ is one for all rows of B
 
   void touch(Index begin, Index end) { std::fill(touched.begin() + begin, touched.begin() + end, true); }

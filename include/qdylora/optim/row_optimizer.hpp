@@ -15,7 +15,8 @@
 namespace qdylora {
 
 /// Rows that got no gradient since zero_grad. dense: updated with a zero gradient, so momentum and decay still move them (torch's
-/// behaviour). strict: untouched, moments and step count too.
+/// behaviour). strict: untouched, moments and step count too; no part of the norm either, so that a step and zero_grad go through the rows
+/// of the rank that was drawn alone.
 enum class UntouchedRows { dense, strict };
 
 /// Options_ are those of an algorithm (optim/adamw.hpp, optim/lion.hpp), Moments what a parameter's moments are kept in (optim/moments.hpp),
@@ -70,29 +71,25 @@ class RowOptimizer {
     for (std::size_t i = 0; i < parameters_.size(); ++i) {
       auto& p = *parameters_[i];
       auto& s = states_[i];
-      const Index rows = p.value.rows();
       update.row_lr = p.row_lr;
       if constexpr (requires { update.row_steps; }) update.row_steps = s.steps;
-      for (Index first = 0; first < rows;) {
-        if (!updates(p, first)) {
-          ++first;
-          continue;
-        }
-        Index last = first;
-        for (; last < rows && updates(p, last); ++last) ++s.steps[static_cast<std::size_t>(last)];
-        const Index count = last - first;
+      for_each_run(p, [&](Index first, Index count) {
+        for (Index row = first; row < first + count; ++row) ++s.steps[static_cast<std::size_t>(row)];
         s.update(backend_, p.value.view().middle_rows(first, count), std::as_const(p.gradient).view().middle_rows(first, count), first,
                  detail::middle_rows(update, first, count));
-        first = last;
-      }
+      });
       page_out(s);
     }
     return report;
   }
 
+  /// Of a strict optimizer's parameters the first rows, up to the last that was touched: all others are zero since the first call.
   void zero_grad() {
+    const bool all = options_.untouched_rows == UntouchedRows::dense || !std::exchange(zeroed_, true);
     for (const auto& p : parameters_) {
-      backend_.fill(p->gradient.view(), Acc{});
+      Index rows = p->value.rows();
+      while (!all && rows > 0 && !p->touched[static_cast<std::size_t>(rows - 1)]) --rows;
+      if (rows > 0) backend_.fill(p->gradient.view().top_rows(rows), Acc{});
       p->touched.assign(p->touched.size(), false);
     }
   }
@@ -133,14 +130,24 @@ class RowOptimizer {
   /// Of all parameters at once where the backend can: each sum is a wait for a device.
   double gradient_squares() const {
     using View = MatrixView<const Acc>;
-    if constexpr (requires(std::span<const View> all) { backend_.sum_squares(all); }) {
-      std::vector<View> all;
-      for (const auto& p : parameters_) all.push_back(std::as_const(p->gradient).view());
+    std::vector<View> all;
+    for (const auto& p : parameters_)
+      for_each_run(*p, [&](Index first, Index count) { all.push_back(std::as_const(p->gradient).view().middle_rows(first, count)); });
+    if constexpr (requires { backend_.sum_squares(std::span<const View>(all)); }) {
       return backend_.sum_squares(std::span<const View>(all));
     } else {
       double squares = 0.0;
-      for (const auto& p : parameters_) squares += backend_.sum_squares(std::as_const(p->gradient).view());
+      for (const View& rows : all) squares += backend_.sum_squares(rows);
       return squares;
+    }
+  }
+  /// f(first, count) for the runs of rows that a step updates.
+  template <class F>
+  void for_each_run(const Parameter<Acc, typename Backend::Memory>& p, F&& f) const {
+    const Index rows = p.value.rows();
+    for (Index first = 0, last = 0; first < rows; first = last + 1) {
+      for (last = first; last < rows && updates(p, last);) ++last;
+      if (last > first) f(first, last - first);
     }
   }
   /// Moments whose turn is over leave memory that can be without them (PagedMemory), so that it has one parameter's at a time.
@@ -157,6 +164,7 @@ class RowOptimizer {
   Backend backend_;
   StateMemory memory_;
   std::vector<State> states_;
+  bool zeroed_ = false;  // all gradients, once
   std::int64_t step_ = 0;
   std::int64_t skipped_ = 0;
 };
