@@ -1,4 +1,4 @@
-// The cells of a benchmark: products, layers and ceilings of one device, ours beside cuBLAS in bfloat16 and bitsandbytes, each a line of JSON.
+// The cells of a benchmark, each a line of JSON: products, layers and ceilings of one device, ours beside cuBLAS in bfloat16 and bitsandbytes.
 //
 // Weights are random codes with random scales, activations random: constant data runs faster, because it draws less power. Each
 // operation cycles through as many weights as exceed the second-level cache several times over.
@@ -67,9 +67,10 @@ struct ExactProduct {
     const auto part = memory.take<double>(threads);
     const int own = qd::device::thread();
     const Index t = qd::device::block().y, c = qd::device::block().x;
+    const float* const column = w + c * spread * row_step;
     double sum = 0.0;
     for (Index k = own; k < x.cols; k += threads)
-      sum += static_cast<double>(qd::device::read(x, t, k)) * static_cast<double>(qd::device::load(w + c * spread * row_step + k * col_step));
+      sum += static_cast<double>(qd::device::read(x, t, k)) * static_cast<double>(qd::device::load(column + k * col_step));
     part.store(own, sum);
     for (int half = threads / 2; half > 0; half /= 2) {
       qd::device::sync_block();
@@ -134,13 +135,11 @@ class Cells {
     Matrix<std::uint32_t> sum(1, 1);
     const ReadWords read{reinterpret_cast<const qd::device::Words<4>*>(source.data()), bytes / 16, sum.data()};
     const auto blocks = static_cast<unsigned>(64 * context_.properties().multiProcessorCount);
-    const auto times = watch_.compare(
-        {{"copy",
-          [&] {
-            QDYLORA_CUDA_TRY(cudaMemcpyAsync(target.data(), source.data(), static_cast<std::size_t>(bytes), cudaMemcpyDeviceToDevice, stream_));
-          }},
-         {"read", [&] { qd::device::launch({stream_, blocks}, read); }}},
-        1, options_.rounds);
+    const auto copy = [&] {
+      QDYLORA_CUDA_TRY(cudaMemcpyAsync(target.data(), source.data(), source.bytes(), cudaMemcpyDeviceToDevice, stream_));
+    };
+    const auto times =
+        watch_.compare({{"copy", copy}, {"read", [&] { qd::device::launch({stream_, blocks}, read); }}}, 1, options_.rounds);
     std::fprintf(lines_, "{\"ceiling\": \"copy\", \"tb_s\": %.4f}\n", 2e-6 * static_cast<double>(bytes) / times[0].median);
     std::fprintf(lines_, "{\"ceiling\": \"read\", \"tb_s\": %.4f}\n", 1e-6 * static_cast<double>(bytes) / times[1].median);
     const auto a = activations(n, n, 3), b = activations(n, n, 4);
@@ -196,8 +195,8 @@ class Cells {
           competitors[c].run();
           const double error = distance(x, decoded, forward, y);
           std::fprintf(lines_,
-                       "{\"op\": \"%s\", \"out\": %lld, \"in\": %lld, \"tokens\": %lld, \"who\": \"%s\", \"us\": %.3f, \"quartiles\": [%.3f, "
-                       "%.3f], \"error\": %.4e}\n",
+                       "{\"op\": \"%s\", \"out\": %lld, \"in\": %lld, \"tokens\": %lld, \"who\": \"%s\", \"us\": %.3f, "
+                       "\"quartiles\": [%.3f, %.3f], \"error\": %.4e}\n",
                        forward ? "forward" : "backward", static_cast<long long>(out), static_cast<long long>(in),
                        static_cast<long long>(tokens), competitors[c].name.c_str(), times[c].median, times[c].least, times[c].most,
                        std::isfinite(error) ? error : 1e30);  // JSON has no NaN

@@ -71,8 +71,8 @@ def layers(options):
         dy = torch.randn(options.tokens, out, dtype=torch.bfloat16, device=options.device)
         us = 1e6 * median_seconds(lambda: checkpoint(model, x, use_reentrant=False).backward(dy), options.rounds, options.device)
         assert x.grad is not None and torch.isfinite(x.grad).all()
-        print(json.dumps({"op": "layer", "out": out, "in": inputs, "tokens": options.tokens, "who": "PEFT + bitsandbytes", "us": round(us, 3),
-                          "torch": torch.__version__, "bitsandbytes": bnb.__version__}), flush=True)
+        print(json.dumps({"op": "layer", "out": out, "in": inputs, "tokens": options.tokens, "who": "PEFT + bitsandbytes",
+                          "us": round(us, 3), "torch": torch.__version__, "bitsandbytes": bnb.__version__}), flush=True)
 
 
 def step(options):
@@ -80,7 +80,8 @@ def step(options):
 
     width, heads, vocab = (64, 4, 128) if options.small else (8192, 128, 65024)
     config = FalconConfig(vocab_size=vocab, hidden_size=width, num_hidden_layers=options.layers, num_attention_heads=heads,
-                          num_kv_heads=2 if options.small else 8, new_decoder_architecture=True, parallel_attn=True, bias=False, alibi=False)
+                          num_kv_heads=2 if options.small else 8, new_decoder_architecture=True, parallel_attn=True, bias=False,
+                          alibi=False)
     torch.manual_seed(0)
     targets = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
     default = torch.get_default_dtype()
@@ -112,16 +113,16 @@ def step(options):
 
     seconds = median_seconds(one, options.steps, options.device)
     peak = torch.cuda.max_memory_allocated() if options.device == "cuda" else 0
-    print(json.dumps({"peer_step": {"who": "PEFT + bitsandbytes", "layers": options.layers, "batch": options.batch, "tokens": options.tokens,
-                                    "moments": options.moments, "median_s": round(seconds, 4), "peak_gb": round(1e-9 * peak, 3),
-                                    "loss": round(float(one()), 4)}}), flush=True)
+    print(json.dumps({"peer_step": {"who": "PEFT + bitsandbytes", "layers": options.layers, "batch": options.batch,
+                                    "tokens": options.tokens, "moments": options.moments, "median_s": round(seconds, 4),
+                                    "peak_gb": round(1e-9 * peak, 3), "loss": round(float(one()), 4)}}), flush=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=["layers", "step"])
-    parser.add_argument("--shapes", default="4096x4096,11008x4096,4096x11008,12288x4096,22016x4096,5120x5120,13824x5120,5120x13824,8192x8192,"
-                                            "22016x8192,8192x22016,9216x8192,32768x8192,8192x32768")
+    parser.add_argument("--shapes", default="4096x4096,11008x4096,4096x11008,12288x4096,22016x4096,5120x5120,13824x5120,5120x13824,"
+                                            "8192x8192,22016x8192,8192x22016,9216x8192,32768x8192,8192x32768")
     parser.add_argument("--tokens", type=int, default=None)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--layers", type=int, default=4)

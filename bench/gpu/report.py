@@ -2,8 +2,8 @@
 
 python3 bench/gpu/report.py CELLS.jsonl [--out FOLDER] [--name NAME] [--bitsandbytes LIBRARY]
 
-Exit status 1 where a result is wrong (an error against float64 that rounding to bfloat16 does not explain) or a step's memory is more than 5 %
-off its plan; goals of speed that are missed are said, no more.
+Exit status 1 where a result is wrong (an error against float64 that rounding to bfloat16 does not explain) or a step's memory is more
+than 5 % off its plan; goals of speed that are missed are said, no more.
 """
 
 import argparse
@@ -199,7 +199,8 @@ def write(lines, args):
             layers.setdefault(key(cell), []).append(cell)
     if layers:
         text += ["## A layer with an adapter of rank 64: forward, forward again, backward", "",
-                 "| out × in | M | ours, µs | times as fast as bfloat16 | as bitsandbytes | as PEFT + bitsandbytes |", "|---|---|---|---|---|---|"]
+                 "| out × in | M | ours, µs | times as fast as bfloat16 | as bitsandbytes | as PEFT + bitsandbytes |",
+                 "|---|---|---|---|---|---|"]
         for (o, i, t), cells in layers.items():
             by_name = {c["who"]: c["us"] for c in cells}
             if "ours" not in by_name:
@@ -214,22 +215,26 @@ def write(lines, args):
         text += ["## A training step of Falcon-40b's shape", "",
                  "Adapters of rank 64 on all four linear layers of each block, ranks drawn from 1 to 64, activations recomputed, random weights; "
                  "all memory beyond the cap taken away beforehand.", "",
-                 "| blocks | batch | tokens each | moments | cap, GiB | planned, GB | peak, GB | reserved, GB | s a step | PEFT + bitsandbytes, s |",
+                 "| blocks | batch | tokens each | moments | cap, GiB | planned, GB | peak, GB | reserved, GB | s a step "
+                 "| PEFT + bitsandbytes, s |",
                  "|---|---|---|---|---|---|---|---|---|---|"]
         peers = [line["peer_step"] for line in lines if "peer_step" in line]
         for s in steps:
             peer = next((p for p in peers if all(p[k] == s[k] for k in ("layers", "batch", "tokens", "moments"))), None)
             text.append(f"| {s['layers']} | {s['batch']} | {s['tokens']} | {s['moments']} bits | {s['cap_gib']} | {s['planned_gb']:.2f} | "
-                        f"{s['peak_gb']:.2f} | {s['reserved_gb']:.2f} | {s['median_s']:.2f} | " + (f"{peer['median_s']:.2f}" if peer else "–") + " |")
+                        f"{s['peak_gb']:.2f} | {s['reserved_gb']:.2f} | {s['median_s']:.2f} | "
+                        + (f"{peer['median_s']:.2f}" if peer else "–") + " |")
         text.append("")
     for s in beside_plan(lines):
-        text += [f"**Batch {s['batch']}, {s['layers']} blocks: {s['peak_gb']:.2f} GB are more than 5 % off the plan's {s['planned_gb']:.2f}.**", ""]
+        text += [f"**Batch {s['batch']}, {s['layers']} blocks: {s['peak_gb']:.2f} GB are more than 5 % off the plan's "
+                 f"{s['planned_gb']:.2f}.**", ""]
     for line in lines:
         if "falcon_step_failed" in line:
             text += [f"**A step of Falcon-40b's shape failed: {line['falcon_step_failed']}.**", ""]
     args.out.mkdir(parents=True, exist_ok=True)
     record = {"date": day, "machine": machine, "ceilings": ceilings, "bitsandbytes": args.bitsandbytes,
-              "goals": [dict(zip(("goal", "at_least", "aim", "found", "verdict"), (*g, verdict(*g)))) for g in goals(lines, machine["gpu"])],
+              "goals": [dict(zip(("goal", "at_least", "aim", "found", "verdict"), (*g, verdict(*g))))
+                        for g in goals(lines, machine["gpu"])],
               "cells": [line for line in lines if "op" in line], "falcon_steps": steps,
               "peer_steps": [line["peer_step"] for line in lines if "peer_step" in line]}
     (args.out / f"gpu-{name}.json").write_text(json.dumps(record, indent=1) + "\n")

@@ -10,10 +10,10 @@
 #                 PyPI, and the headers of Eigen, nlohmann/json and Catch2 from their Debian packages here
 #   --no-build, --no-tests, --no-sanitizer, --no-bench, --no-report   leave that step out
 # Environment: BUILD_DIR (build/gpu), JOBS, ARCHITECTURES (of the GPU at hand, else 90a), BITSANDBYTES, a libbitsandbytes_cuda*.so (else one in build/gpu-peers;
-#   without any, ours is beside cuBLAS alone), PEER_PYTHON, an interpreter with torch, bitsandbytes, peft and transformers (else python3: where
-#   it lacks them, PEFT + bitsandbytes are left out).
-# Then a training step of Falcon-40b's shape under a cap of 32 GiB: batch 4, and batch 8 with moments in 8 bits; and of 4 of its blocks beside
-# PEFT + bitsandbytes.
+#   without any, ours is beside cuBLAS alone), PEER_PYTHON, an interpreter with torch, bitsandbytes, peft and transformers (else python3:
+#   where it lacks them, PEFT + bitsandbytes are left out).
+# Then a training step of Falcon-40b's shape under a cap of 32 GiB: batch 4, and batch 8 with moments in 8 bits; and of 4 of its blocks
+# beside PEFT + bitsandbytes.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$(cd "$here/../.." && pwd)
@@ -62,8 +62,8 @@ PYTHON
 done
 
 # What compute-sanitizer looks at: a case or two of every family of kernels.
-small_shapes='quantized products*,dense products*,weight gradients*,an adapter rides*,few tokens with*,tiles of tokens*,attention on*,attention of one*'
-small_shapes+=',heads of every*,zeros*,codes at an odd*,moments in the host*,the squares of*,a model has*'
+small_shapes='quantized products*,dense products*,weight gradients*,an adapter rides*,few tokens with*,tiles of tokens*,attention on*'
+small_shapes+=',attention of one*,heads of every*,zeros*,codes at an odd*,moments in the host*,the squares of*,a model has*'
 
 say() { printf '\n== %s  (%d s)\n' "$*" "$SECONDS"; }
 PATH=$PATH:/usr/local/cuda/bin
@@ -119,7 +119,8 @@ if [[ $bench == yes ]]; then
   done
   if "$peer_python" -c 'import torch, bitsandbytes, peft, transformers; assert torch.cuda.is_available()' 2>/dev/null; then
     say "PEFT + bitsandbytes"
-    "$peer_python" "$here/peers.py" layers ${quick:+--shapes 4096x4096,11008x4096 --tokens 256} >>"$build/cells.jsonl" || echo "its layers failed"
+    "$peer_python" "$here/peers.py" layers ${quick:+--shapes 4096x4096,11008x4096 --tokens 256} >>"$build/cells.jsonl" ||
+      echo "its layers failed"
     "$build/bench/falcon_step" --layers 4 --moments 8 >>"$build/cells.jsonl" || echo "ours failed"
     "$peer_python" "$here/peers.py" step >>"$build/cells.jsonl" || echo "its step failed"
   else

@@ -1,5 +1,5 @@
-// Products that decode on the way into the tensor cores, on the emulated device. Rows are long enough for the loops that load ahead, and for
-// sums in several parts.
+// Products that decode on the way into the tensor cores, on the emulated device. Rows are long enough for the loops that load ahead, and
+// for sums in several parts.
 #include <qdylora/cuda.hpp>
 
 #include <qdylora/cpu/reference.hpp>

@@ -34,8 +34,8 @@ struct Nothing {
 
 struct CudaOptions {
   int device = 0;
-  /// Scratch memory of all operations; they allocate no other. It takes two slabs of 1024 lines of 32768 numbers in 16 bits, 64 MiB each, as
-  /// much again of activations in another type (a quarter: 512 rows of Falcon's logits), and the 32 MiB that cuBLASLt makes use of.
+  /// Scratch memory of all operations; they allocate no other. It takes two slabs of 1024 lines of 32768 numbers in 16 bits, 64 MiB each,
+  /// as much as one of activations in another type (512 rows of Falcon's logits), and the 32 MiB that cuBLASLt makes use of.
   std::size_t workspace_bytes = std::size_t{256} << 20;
   std::size_t slab_bytes = 0;  // decoded weights at once in products of many tokens; 0: as cuda/product_plan.hpp has it
   bool overlap_slabs = true;  // a slab is decoded, on a stream of its own, while the one before is multiplied
@@ -84,8 +84,8 @@ struct DecodingStream {
   Event multiplied[2] = {make_event(), make_event()};
 };
 
-/// What kernels were compiled for that run on the current device: their __CUDA_ARCH__ / 10, which is less than the device's where it translates
-/// PTX of an earlier one (nvcc's default is sm_75). Bodies for more are not in them.
+/// What kernels were compiled for that run on the current device: their __CUDA_ARCH__ / 10, which is less than the device's where it
+/// translates PTX of an earlier one (nvcc's default is sm_75). Bodies for more are not in them.
 inline int compiled_capability(const cudaDeviceProp& properties) {
   cudaFuncAttributes attributes{};
   const cudaError_t error = cudaFuncGetAttributes(&attributes, device::run<device::Nothing>);

@@ -22,7 +22,8 @@
 namespace qdylora {
 
 /// A handle on a context that the user owns and that outlives it. Operations are queued on the context's stream and return before they
-/// are done; download, quantize, the upload of a weight, sum_squares and synchronize wait. Lists of the host (ids, positions, rows) are copied at once.
+/// are done; download, quantize, the upload of a weight, sum_squares and synchronize wait. Lists of the host (ids, positions, rows) are
+/// copied at once.
 class Cuda {
  public:
   using Memory = DeviceMemory;

@@ -20,16 +20,16 @@
 //
 // The numbers come from instruction counts and data sheets, not from measurements. ProductLimits overrides them.
 //
-// How many lines a slab has (rows of w forward, columns backward, K numbers each), for a product with x [T, K]. By data sheets of an H100 (an
-// H200), 790 (770) TFLOP/s in bfloat16 and 3.0 (4.3) TB/s, it is at least:
+// How many lines a slab has (rows of w forward, columns backward, K numbers each), for a product with x [T, K]. By what others measured of
+// an H100 (an H200), 790 (770) TFLOP/s in bfloat16 and 3.0 (4.3) TB/s, it is at least:
 //
 //   x is read again for each slab, 2 T K bytes beside 2 T K lines operations: hidden from 263 (179) lines on
 //   a wave of tiles of 128 x 256 is full: T / 128 x lines / 256 of 132 processors, at T = 4096 with 1024 lines 128 of them
 //
 // and, so that two of them stay in half of the L2 cache, 12.5 MB each of 50, at most 762 lines of K = 8192, or 190 of K = 32768. Out of the
 // cache a slab's 2 bytes a weight are written and read, 1.3 ps beside 2 T / 790e12 = 10 ps of arithmetic at T = 4096. So 1024 lines it has,
-// in the cache or not, where the workspace takes two. Falcon-40b's 4h -> h [8192, 32768] at T = 4096 is 2.8 ms of arithmetic: 64 products of
-// 128 lines, 32 tiles each, read x 64 times, 17 GB in 5.7 ms; 8 products of 1024 lines read it 8 times, in 0.7 ms.
+// in the cache or not, where the workspace takes two. Falcon-40b's 4h -> h [8192, 32768] at T = 4096 is 2.8 ms of arithmetic: 64 products
+// of 128 lines, 32 tiles each, read x 64 times, 17 GB in 5.7 ms; 8 products of 1024 lines read it 8 times, in 0.7 ms.
 #pragma once
 
 #include <algorithm>

@@ -21,6 +21,10 @@ struct LinearShape {
   Index in = 0;
 };
 
+/// Rows of logits in memory at a time, at most. Each chunk decodes the head twice, forward and backward; a device multiplies so fast that
+/// with 96 rows it would hardly do anything else.
+constexpr Index head_chunk(bool device) noexcept { return device ? 512 : 96; }
+
 struct DecoderConfig {
   Architecture architecture = Architecture::llama;
   Index vocab = 0;  // rows of the embedding

@@ -21,10 +21,6 @@
 
 namespace qdylora {
 
-/// Rows of logits in memory at a time, at most. Each chunk decodes the head twice, forward and backward; a device multiplies so fast that with
-/// 96 rows it would hardly do anything else.
-constexpr Index head_chunk(bool device) noexcept { return device ? 512 : 96; }
-
 struct DecoderOptions {
   LoRAOptions lora = {};    // of every adapter; names and layer numbers are filled in
   bool checkpoint = false;  // keep only each block's input and run blocks again in the backward pass: a third more work, far less memory

@@ -202,8 +202,8 @@ struct MemoryPlan {
   }
 };
 
-/// Before anything of the plan is allocated, on a device whose workspace is there already. Throws Errc::memory, with the plan, where less is
-/// free than the rest of it takes.
+/// Before anything of the plan is allocated, on a device whose workspace is there already. Throws Errc::memory, with the plan, where less
+/// is free than the rest of it takes.
 template <class Backend>
   requires requires(const Backend backend) { backend.free_memory(); }
 void expect_room(const MemoryPlan& plan, const Backend& backend) {
