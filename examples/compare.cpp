@@ -28,6 +28,7 @@
 
 #include "common/compare.hpp"
 #include "common/comparison.hpp"
+#include "common/cpu_device.hpp"
 #include "common/program.hpp"
 #include "common/signals.hpp"
 
@@ -91,7 +92,7 @@ Comparison comparison(const CompareOptions& o) {
 
 int compare(const CompareOptions& o) {
   Comparison c = comparison(o);
-  const auto input = open_input(o, c.ranks, Cpu(o.threads).with_compute(compute_of(o.compute)));
+  const auto input = open_input(o, c.ranks, CpuDevice(o.threads, compute_of(o.compute)));
   const Json key = key_of(o);
   c.runs = read_runs(o.out, key, o.base, c.ranks.size(), tasks_of(o));
   std::ofstream file(o.out, std::ios::app);  // before hours of training

@@ -62,9 +62,10 @@ void declare(CLI::App& app, FinetuneOptions& o) {
   app.add_flag("--gates", o.gates, "train a factor for every row at every rank (order-then-nest)");
   app.add_option("--base-format", o.base, "base weights: nf4, fp4, int4, fp8, bfloat16 or float32")->capture_default_str();
   app.add_option("--init", o.init,
-                 "what adapters begin with: standard (A random, B zero); loftq, what quantization loses, which makes them adapters of the "
-                 "model in --base-format alone; pissa or loftq:ITERATIONS, which make them adapters of another base than the quantized "
-                 "model: evaluate and rank_map make it again, other programs refuse it")
+                 "what adapters begin with: standard (A random, B zero); loftq, what quantization loses, or qera, which weighs that by the "
+                 "inputs of each layer on the first 128 training rows: these make them adapters of the model in --base-format alone; "
+                 "pissa or loftq:ITERATIONS, which make them adapters of another base than the quantized model: evaluate and rank_map "
+                 "make it again, other programs refuse it")
       ->capture_default_str();
   app.add_option("--optimizer", o.optimizer,
                  "adamw; adamw8bit: moments in 8 bits, a quarter of their memory; lion: one moment, half of it, at a tenth of the --lr")

@@ -213,7 +213,7 @@ void measure_model(std::vector<Row> rows, const Options& o, OpenModel& model, co
     texts.push_back(samples_of(file, o, model));
     names.push_back(printable_utf8(std::filesystem::path(file).filename().string()));
   }
-  const auto weights = model.read();
+  const auto weights = model.read(model.base);
   const Linears linears = float_linears(*weights, cpu);
   Decoder<float> decoder(weights, {.lora = {.max_rank = 1}}, cpu);
   const std::vector<Index> base_alone = {0};

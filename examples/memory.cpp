@@ -198,7 +198,7 @@ int measure(const Options& o, OpenModel& model, const CpuDevice& cpu) {
   const auto plan = memory_plan<T>(shape, options);
 
   const std::size_t at_first = live_bytes;
-  const auto weights = std::exchange(model.read, nullptr)();
+  const auto weights = std::exchange(model.read, nullptr)(model.base);
   peak_bytes = live_bytes.load();
   Decoder<T> decoder(weights, {.lora = {.max_rank = o.rank}, .checkpoint = o.checkpoint}, cpu.backend());
   std::size_t values = 0, gradients = 0;

@@ -170,7 +170,7 @@ int optimizers(const Options& o) {
   expect_seq_len(o.seq_len, model.config);
   expect_ranks(ranks, model.config);
   const Rows rows({.data = o.data, .seq_len = o.seq_len, .eval_rows = o.eval_rows}, model);
-  const HostWeights weights = std::exchange(model.read, nullptr)();
+  const HostWeights weights = std::exchange(model.read, nullptr)(model.base);
   bool all = true;
   for (const auto seed : seeds) all = compare(o, weights, rows, seed, cpu) && all;
   if (!all) std::fprintf(stderr, "optimizers: paging has changed parameters\n");

@@ -162,7 +162,7 @@ int show_errors(const std::string& path, const std::string& svg_path, const Base
   for (const std::filesystem::path& out : {std::filesystem::path(svg_path), json_path}) expect_no_overwrite(path, out);
   const Cpu cpu;
   const auto model = open_model(path, "", {.format = BaseFormat::float32}, cpu);
-  const auto weights = model.read();
+  const auto weights = model.read(model.base);
   const auto& config = weights->config;
   const auto linears = config.linears();
   const bool begun = !options.init.standard();
@@ -258,6 +258,7 @@ int main(int argc, char** argv) {
     BaseOptions options{.format = base_format(format), .double_quant = double_quant == "on", .block_size = block_size};
     if (!heat_map.empty()) {
       options.init = adapter_init(init, rank);
+      QDYLORA_EXPECTS(!options.init.calibrated(), unsupported, "--init " + init + ": looks at what passes through the model on texts");
       return show_errors(in, heat_map, options);
     }
     QDYLORA_EXPECTS(!out.empty(), bad_argument, "give OUT, or --heat-map");

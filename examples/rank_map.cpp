@@ -84,7 +84,7 @@ int choose(const Options& o) {
   samples.erase(samples.begin(), samples.begin() + static_cast<std::ptrdiff_t>(few));
   samples.resize(std::min<std::size_t>(samples.size(), static_cast<std::size_t>(o.held_out)));
 
-  Decoder<float> decoder(model.read(), {.lora = lora_options(adapter)}, cpu);
+  Decoder<float> decoder(model.read(model.base), {.lora = lora_options(adapter)}, cpu);
   assign_adapter(adapter, o.adapter, decoder);
   auto ranks = adapter.ranks.empty() ? std::vector<Index>{} : adapter.ranks;
   if (ranks.empty() || ranks.back() != max_rank) {

@@ -15,6 +15,7 @@
 #include <qdylora/model/trainer.hpp>
 
 #include "comparison.hpp"
+#include "cpu_device.hpp"
 #include "evaluation.hpp"
 #include "model.hpp"
 #include "open_model.hpp"
@@ -91,7 +92,8 @@ struct CompareInput {
 };
 
 /// Opens what the options name. Errors: bad_argument and unsupported for options that do not go together, and those of the files.
-inline CompareInput open_input(const CompareOptions& o, const RankSet& ranks, const Cpu& cpu) {
+inline CompareInput open_input(const CompareOptions& o, const RankSet& ranks, const CpuDevice& device) {
+  const Cpu& cpu = device.backend();
   const auto formats = parse_list("--base-format", o.base);
   const auto eval_formats = o.eval_formats.empty() ? formats : parse_list("--eval-formats", o.eval_formats);
   const AdapterInit init = adapter_init(o.init, ranks.max());
@@ -113,12 +115,14 @@ inline CompareInput open_input(const CompareOptions& o, const RankSet& ranks, co
   OpenModel model;
   for (auto& base : bases) {
     model = open_model(o.model, o.tokenizer, options_of(base), cpu);
-    base.weights = model.read();
+    if (!init.calibrated()) base.weights = model.read(model.base);
   }
   if (!text || !o.choices.empty()) choose_chat_template(model, o.chat);
   expect_seq_len(o.seq_len, model.config);
   expect_ranks(ranks, model.config);
   Rows rows({.data = o.data, .seq_len = o.seq_len, .eval_rows = o.eval_rows, .answers = o.answers}, model);
+  // On the same rows whatever --seeds: all lines of --results begin alike.
+  if (init.calibrated()) bases.front().weights = model.read(calibrated<float>(model, rows.step(0, 0, calibration_rows), device));
   std::optional<ChoiceTask> choices;
   if (!o.choices.empty()) choices = choice_task(o.choices, o.shots_file, o.shots, o.choice_score, model);
   return {o, std::move(bases), eval_formats, std::move(model), std::move(rows), std::move(choices), cpu};

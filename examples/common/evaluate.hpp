@@ -160,7 +160,7 @@ int evaluate(const EvaluateOptions& o, const OpenAdapter& open, OpenModel& model
   const LoRAOptions lora = adapter ? lora_options(*adapter) : LoRAOptions{.max_rank = 1};
   const auto tasks = ids.empty() ? read_tasks(o, model) : EvaluationTasks{};  // before anything large is read
   if (!o.out.empty()) make_folder(o.out);
-  auto read = std::exchange(model.read, nullptr)();
+  auto read = std::exchange(model.read, nullptr)(model.base);
   if (adapter) at_tensor(o.adapter, "", [&] { replace_modules(*read, adapter->saved); });
   const auto weights = device.place(std::move(read));
   const AlphaOptions alpha{.trained_planes = open.alpha ? open.alpha->trained_planes : 1};

@@ -7,6 +7,7 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include <qdylora/io/json.hpp>
@@ -125,6 +126,26 @@ inline void plan_batches(MemoryOptions& options, const FinetuneOptions& o, const
     options.forward_tokens = std::max(options.forward_tokens, prompts * together);
   }
   options.longest = std::max(options.longest, options.cache_rows);
+}
+
+/// The training rows that the run begins with, as many as calibrate a model, or all.
+inline std::vector<Batch> first_batches(const FinetuneOptions& o, const FinetuneData& data) {
+  DataOrder order(data.train, order_options(o));
+  std::vector<Batch> batches;
+  for (std::int64_t step = 0; step < o.steps && step * o.batch < calibration_rows; ++step)
+    for (auto& batch : to_batches(order.step(step), batch_tokens)) batches.push_back(std::move(batch));
+  return batches;
+}
+
+/// How the base is to be stored for the run and its rival. Where both go on from states, these have what has become of initial values.
+template <Scalar T, class Device>
+BaseOptions base_of(const FinetuneOptions& o, const FinetuneData& data, const OpenModel& model, const Device& device) {
+  BaseOptions base = model.base;
+  if (!base.init.calibrated()) return base;
+  const bool begins = !o.resume || (o.rival && !rival_of(o).resume);
+  if (begins) return calibrated<T>(model, first_batches(o, data), device);
+  base.init = {};
+  return base;
 }
 
 /// What a run will take of memory, part by part, on a device.

@@ -132,7 +132,7 @@ std::shared_ptr<DecoderWeights<float>> load_llama2c(const std::filesystem::path&
       const std::string tensor = name(i, shapes[p].name);
       auto& block = *blocks[static_cast<std::size_t>(i)];
       read_linear(
-          block, p, rows, cols, options,
+          block, i, p, rows, cols, options,
           [&](Index first, MatrixView<float> out) {
             file.read(begin + 4 * static_cast<std::uint64_t>(first) * static_cast<std::uint64_t>(cols), out, tensor);
           },

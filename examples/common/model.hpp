@@ -53,8 +53,9 @@ inline void choose_chat_template(OpenModel& model, const std::string& choice) {
 
 /// Opens a .gguf file or a Hugging Face folder; `tokenizer_file` is another one whose tokenizer is used instead, "" for none. A .bin file is
 /// llama2.c's, and so is its tokenizer file, which it needs: Errc::bad_argument.
-inline OpenModel open_model(const std::filesystem::path& path, const std::string& tokenizer_file, BaseOptions options, const Cpu& cpu) {
+inline OpenModel open_model(const std::filesystem::path& path, const std::string& tokenizer_file, BaseOptions base, const Cpu& cpu) {
   OpenModel model;
+  model.base = std::move(base);
   model.name = printable_utf8((path.has_filename() ? path : path.parent_path()).filename().string());
   const bool llama2c = model.llama2c = path.extension() == ".bin" && !std::filesystem::is_directory(path);
   QDYLORA_EXPECTS(!llama2c || !tokenizer_file.empty(), bad_argument, "--tokenizer: a llama2.c model needs its tokenizer file");
@@ -71,10 +72,10 @@ inline OpenModel open_model(const std::filesystem::path& path, const std::string
   if (std::filesystem::is_directory(path)) {
     model.config = hugging_face_config(path / "config.json");
     if (tokenizer_file.empty() && std::filesystem::exists(path / "tokenizer.json")) own_tokenizer([&] { return open_tokenizer(path); });
-    model.read = [=] { return load_hugging_face(path, options, cpu); };
+    model.read = [=](const BaseOptions& options) { return load_hugging_face(path, options, cpu); };
   } else if (llama2c) {
     model.config = llama2c_config(path);
-    model.read = [=] { return load_llama2c(path, options, cpu); };
+    model.read = [=](const BaseOptions& options) { return load_llama2c(path, options, cpu); };
   } else {
     const auto file = std::make_shared<const GgufFile>(path);
     model.config = gguf_config(*file);
@@ -83,7 +84,7 @@ inline OpenModel open_model(const std::filesystem::path& path, const std::string
       if (tensor.name.starts_with("blk.0.") && tensor.name.ends_with(".bias") && tensor.shape.size() == 1)
         model.biases += std::min(tensor.shape.front(), std::max(model.config.mlp_width, model.config.query_width()));
     if (tokenizer_file.empty()) own_tokenizer([&] { return load_tokenizer(*file); });
-    model.read = [=] { return load_gguf(*file, options, cpu); };
+    model.read = [=](const BaseOptions& options) { return load_gguf(*file, options, cpu); };
   }
   if (model.tokenizer) {
     expect_vocabulary(model.tokenizer->vocab_size(), model.config, tokenizer_file.empty() ? path.string() : tokenizer_file);
@@ -117,7 +118,7 @@ inline std::shared_ptr<DecoderWeights<float>> toy_weights(const DecoderConfig& c
     for (std::size_t p = 0; p < shapes.size(); ++p) {
       const auto w = normal(shapes[p].out, shapes[p].in, 0.6f / std::sqrt(static_cast<float>(shapes[p].in)));
       read_linear(
-          *block, p, w.rows(), w.cols(), options,
+          *block, i, p, w.rows(), w.cols(), options,
           [&](Index first, MatrixView<float> out) { copy(w.view().middle_rows(first, out.rows), out); }, cpu);
     }
     weights->blocks.push_back(std::move(block));
@@ -127,8 +128,9 @@ inline std::shared_ptr<DecoderWeights<float>> toy_weights(const DecoderConfig& c
 
 /// A small transformer with random weights over single bytes. Its adapters have as many rows as it has features, so they can learn what a
 /// base never knew.
-inline OpenModel toy_model(BaseOptions options, const Cpu& cpu, std::uint64_t seed = 1) {
+inline OpenModel toy_model(BaseOptions base, const Cpu& cpu, std::uint64_t seed = 1) {
   OpenModel model;
+  model.base = std::move(base);
   model.name = "toy";
   TokenizerData data;
   for (const char32_t letter : qdylora::detail::byte_alphabet) {
@@ -150,7 +152,7 @@ inline OpenModel toy_model(BaseOptions options, const Cpu& cpu, std::uint64_t se
   c.heads = {4, 2, 16};
   c.context = 512;
   c.rope_layout = RopeLayout::interleaved;
-  model.read = [=, config = c] { return toy_weights(config, options, cpu, seed); };
+  model.read = [=, config = c](const BaseOptions& options) { return toy_weights(config, options, cpu, seed); };
   return model;
 }
 

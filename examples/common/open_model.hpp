@@ -4,9 +4,12 @@
 #include <functional>
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
 #include <utility>
 
+#include <qdylora/model/base_weight.hpp>
+#include <qdylora/model/calibrate.hpp>
 #include <qdylora/model/chat.hpp>
 #include <qdylora/model/decoder.hpp>
 #include <qdylora/model/tokenizer.hpp>
@@ -26,7 +29,8 @@ struct OpenModel {
   bool llama2c = false;              // a checkpoint of llama2.c's, with its tokenizer
   bool coded_tables = false;         // the file has its embedding in 8 bits, and so will memory
   Index biases = 0;                  // numbers in a block's biases
-  std::function<std::shared_ptr<DecoderWeights<float>>()> read;
+  BaseOptions base;                  // how its linear weights are to be stored
+  std::function<std::shared_ptr<DecoderWeights<float>>(const BaseOptions&)> read;  // of `base`, or of what calibrated() makes of it
 
   const ChatTemplate* chat_template() const noexcept { return chat ? &*chat : nullptr; }
 
@@ -38,6 +42,21 @@ struct OpenModel {
     return *tokenizer;
   }
 };
+
+inline constexpr Index calibration_rows = 128;  // of training data, the first of a run
+
+/// How the model's linear weights are to be stored, with what initial values of adapters need to know of the model besides: what passes
+/// through it on the texts of some batches, for which it is read once more. device: CpuDevice, or a GPU's.
+template <Scalar T, class Device>
+BaseOptions calibrated(const OpenModel& model, std::span<const Batch> batches, const Device& device) {
+  BaseOptions base = model.base;
+  if (!base.init.calibrated()) return base;
+  auto plain = base;
+  plain.init = {};
+  Decoder<T, typename Device::Backend> decoder(device.place(model.read(plain)), {.lora = {.max_rank = 1}}, device.backend());
+  base.input_rms = std::make_shared<const InputScales>(calibrate(decoder, batches));
+  return base;
+}
 
 /// Throws Errc::bad_argument where sequences of --seq-len tokens, whose last is no input, do not fit the model.
 inline void expect_seq_len(Index seq_len, const DecoderConfig& config) {

@@ -44,7 +44,7 @@ struct Run {
 
   Run() : Run(qd::recipe("order-then-nest"), {1, 4, 16}) {}
   Run(const qd::Recipe& recipe, const qd::RankSet& ranks)
-      : model(qd::examples::toy_model({}, qd::Cpu(1)).read(), {.lora = qd::adapter_options(recipe, ranks, 16.0f, 1)}, qd::Cpu(1)),
+      : model(qd::examples::toy_model({}, qd::Cpu(1)).read({}), {.lora = qd::adapter_options(recipe, ranks, 16.0f, 1)}, qd::Cpu(1)),
         trainer(model, {.recipe = recipe, .ranks = ranks, .steps = steps, .lr = 1e-3, .warmup_steps = 2}) {}
 
   std::vector<float> values() const {

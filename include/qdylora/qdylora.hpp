@@ -19,7 +19,7 @@
 #include <qdylora/cpu/cpu.hpp>
 
 // nn: ranks, the adapter, DynamicLoRALinear, several adapters mixed in a batch or summed, DoRA's magnitudes, bottleneck adapters,
-// AlphaTuning's layer, initial values by PiSSA and LoftQ, re-ordering by singular values
+// AlphaTuning's layer, initial values by PiSSA, LoftQ and QERA, re-ordering by singular values
 #include <qdylora/nn/activation.hpp>
 #include <qdylora/nn/adapter_plan.hpp>
 #include <qdylora/nn/alpha_linear.hpp>

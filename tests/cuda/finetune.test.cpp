@@ -33,7 +33,7 @@ examples::OpenModel open() {
   examples::OpenModel model;
   model.name = "tiny";
   model.config = config();
-  model.read = [] { return test::tiny_weights<float>(config(), false, {.format = qd::BaseFormat::nf4}); };
+  model.read = [](const qd::BaseOptions&) { return test::tiny_weights<float>(config(), false, {.format = qd::BaseFormat::nf4}); };
   return model;
 }
 

@@ -275,7 +275,7 @@ TEST_CASE("the sample has fifty questions of five subjects, five more of each to
 TEST_CASE("a model that was taught the letters chooses them at the ranks that learned, the base is at chance", "[choices]") {
   const qd::Cpu cpu;
   auto open = ex::toy_model({.format = qd::BaseFormat::float32}, cpu);
-  qd::Decoder<float> model(open.read(), {.lora = {.max_rank = 8, .alpha = 16}}, cpu);
+  qd::Decoder<float> model(open.read(open.base), {.lora = {.max_rank = 8, .alpha = 16}}, cpu);
   std::string text;
   for (int i = 0; i < 8; ++i)
     text += "{\"question\": \"" + std::string(3, static_cast<char>('a' + i)) +

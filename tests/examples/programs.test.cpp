@@ -241,6 +241,7 @@ TEST_CASE("programs: a wrong argument or file gives one line and status 2") {
       {"finetune", "--toy --paged /tmp --device cuda", "--paged"},
       {"finetune", "--toy --init eva", "loftq:ITERATIONS"},
       {"finetune", "--toy --init loftq --dora", "--dora excludes --init"},
+      {"finetune", "--toy --init qera --recipe qdylora", "alpha/b"},
       {"finetune", "--toy --init pissa --recipe qdylora", "alpha/b"},
       {"finetune", "--toy --dropout nan", "--dropout"},
       {"finetune", "--toy --seed -1", "--seed"},
@@ -351,6 +352,7 @@ TEST_CASE("programs: a wrong argument or file gives one line and status 2") {
       {"quantize", "in out --init loftq", "--init requires --heat-map"},
       {"quantize", "--heat-map " + quoted(folder / "map.svg") + " " + junk, "junk.gguf"},
       {"quantize", "--heat-map map.svg --init eva m", "loftq:ITERATIONS"},
+      {"quantize", "--heat-map map.svg --init qera m", "--init qera"},
       {"quantize", quoted(folder / "junk.safetensors") + " out", "junk.safetensors"},
       {"quantize", quoted(test::golden("codes.safetensors")) + " out", "no matrix"},
       {"quantize", quoted(test::golden("linear4bit_io.safetensors")) + " " + quoted(folder / "q") + " --block-size 48", "48"},
@@ -471,7 +473,8 @@ TEST_CASE("programs: a base of bfloat16 is a file in bfloat16 as it is; adapters
 
 TEST_CASE("programs: a run that was stopped resumes to the same bytes, on any number of threads") {
   if (!built("finetune")) SKIP("finetune has not been built");
-  for (const std::string recipe : {"--recipe auto", "--recipe qdylora --optimizer adamw8bit", "--method houlsby", "--method alpha"}) {
+  for (const std::string recipe : {"--recipe auto", "--recipe qdylora --optimizer adamw8bit", "--recipe qlora --init qera",
+                                   "--method houlsby", "--method alpha"}) {
     const test::TemporaryFolder folder;
     const bool scales = recipe.ends_with("alpha");
     const auto more = (scales ? "" : "--dropout 0.1 ") + recipe;
@@ -558,6 +561,22 @@ TEST_CASE("programs: a rival has the same batches, stands beside the run at ever
   succeeds("finetune", toy(parts, recipe + " --rival --resume"));
   CHECK(tensors(parts / "rival") == tensors(out / "rival"));
   CHECK(qd::read_json(parts / "report.json").at("rival").at("ranks")[1].at("loss") == rival.at("ranks")[1].at("loss"));
+}
+
+TEST_CASE("programs: a rival begins with the same initial values, even where the run before it goes on from its state") {
+  if (!built("finetune")) SKIP("finetune has not been built");
+  const std::string options = " --init qera";
+  CAPTURE(options);
+  const test::TemporaryFolder folder;
+  const auto tensors = [](const std::filesystem::path& run) { return test::read_file(run / "adapter" / "adapter_model.safetensors"); };
+  succeeds("finetune", toy(folder / "alone", "--recipe qlora-svd" + options));
+  succeeds("finetune", toy(folder / "out", "--recipe qlora" + options));
+  const auto before = tensors(folder / "out");
+  for (int i = 0; i < 2; ++i) {  // the second time both go on
+    succeeds("finetune", toy(folder / "out", "--resume --rival --recipe qlora" + options));
+    CHECK(tensors(folder / "out" / "rival") == tensors(folder / "alone"));
+    CHECK(tensors(folder / "out") == before);
+  }
 }
 
 TEST_CASE("programs: the report of a resumed run counts all its parts") {
@@ -808,6 +827,44 @@ TEST_CASE("programs: an adapter that began on a base of its own is used with tha
   CHECK(logits("pissa", "nf4").size() == plain.size());
   CHECK(logits("pissa", "nf4") != plain);
   CHECK(logits("loftq", "int4").find("--base-format int4") != std::string::npos);
+}
+
+TEST_CASE("programs: an adapter that begins as the inputs of the first training rows say is one of the plain quantized model") {
+  if (!built("finetune")) SKIP("finetune has not been built");
+  const test::TemporaryFolder folder;
+  const auto ranks = [&](const std::string& init, const std::string& more = "") {
+    const auto out = folder / (init + more);
+    const auto told = succeeds("finetune", toy(out, "--recipe qlora --init " + init + more));
+    CHECK((init == "standard" || told.find("begin as " + init + "; rank 0 is the plain quantized model") != std::string::npos));
+    const auto adapter = qd::load_peft_adapter(out / "adapter");
+    CHECK(adapter.init == qd::adapter_init(init, 16));
+    CHECK(adapter.base_format == (init == "standard" ? "" : "nf4"));
+    return qd::read_json(out / "report.json").at("ranks");
+  };
+  const auto standard = ranks("standard"), loftq = ranks("loftq"), qera = ranks("qera");
+  CHECK(qera[0].at("loss") == standard[0].at("loss"));
+  CHECK(qera[3].at("loss") != standard[3].at("loss"));
+  CHECK(qera[3].at("loss") != loftq[3].at("loss"));
+  CHECK(ranks("qera", " --threads 1")[3].at("loss") == qera[3].at("loss"));
+}
+
+TEST_CASE("programs: compare lets adapters begin as the inputs of the first rows say") {
+  if (!built("compare")) SKIP("compare has not been built");
+  const test::TemporaryFolder folder;
+  const auto model = llama2c_model(folder) + " --tokenizer " + quoted(folder / "tokenizer.bin");
+  std::string text;
+  for (int i = 0; i < 200; ++i) text += "word" + std::to_string(i % 13) + " ";
+  test::write_file(folder / "d.txt", text);
+  const auto losses = [&](const std::string& init) {
+    const auto runs = folder / (init + ".jsonl");
+    succeeds("compare", model + " --data " + quoted(folder / "d.txt") + " --recipes qlora --against qlora --seeds 0 --ranks 1,4 --steps 1" +
+                            " --batch 2 --seq-len 16 --eval-rows 2 --init " + init + " --results " + quoted(runs));
+    return qd::parse_json(test::read_file(runs), {}).at("losses");
+  };
+  const auto standard = losses("standard"), loftq = losses("loftq"), qera = losses("qera");
+  CHECK(qera[2] == standard[2]);  // of the base
+  CHECK(qera[1] != standard[1]);
+  CHECK(qera[1] != loftq[1]);
 }
 
 TEST_CASE("programs: a heat map shows the error of each linear weight, and has its numbers beside it") {

@@ -609,7 +609,7 @@ TEST_CASE("a damaged or foreign adapter is an error that says what is wrong") {
 TEST_CASE("how an adapter began is saved with it, and where that changed the base, it loads for those alone who make that base again") {
   test::TemporaryFolder folder;
   const auto adapter = make_adapter(6, 6, {.max_rank = 4}, 1);
-  for (const std::string text : {"standard", "loftq", "loftq:3", "pissa"}) {
+  for (const std::string text : {"standard", "loftq", "loftq:3", "pissa", "qera"}) {
     CAPTURE(text);
     const auto init = qd::adapter_init(text, 4);
     const auto base_format = init.standard() ? std::string() : std::string("nf4");

@@ -338,7 +338,7 @@ TEST_CASE("what does not go with scales is refused by name") {
   qd::BlockWeights<float> block(config);
   const auto none = [](Index, qd::MatrixView<float> out) { std::fill_n(out.data, out.size(), 0.0f); };
   CHECK(code_of([&] {
-          qd::read_linear(block, 0, 16, 12, {.init = qd::adapter_init("loftq", 2), .binary = qd::BinaryCodeOptions{}}, none, qd::Cpu{});
+          qd::read_linear(block, 0, 0, 16, 12, {.init = qd::adapter_init("loftq", 2), .binary = qd::BinaryCodeOptions{}}, none, qd::Cpu{});
         }) == Errc::unsupported);
   CHECK(code_of([&] { qd::make_base_weight(16, 12, {.binary = qd::BinaryCodeOptions{}}, none, qd::Cpu{}); }) == Errc::bad_argument);
   CHECK(code_of([&] { qd::upload(*weights, test::CountedDevice{}); }) == Errc::unsupported);

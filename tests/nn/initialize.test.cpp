@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <memory>
 #include <string>
 #include <utility>
@@ -192,6 +193,91 @@ TEST_CASE("LoftQ: iterations never end with a larger error, and are those of the
   CHECK(code_of([&] { qd::loftq(w.view(), 24, 0, [](auto view) { return quantize(view); }, cpu); }) == Errc::bad_argument);
 }
 
+// |(w - base - prefix) D| at ranks 0 ... r.
+std::vector<double> weighted_errors(const qd::Matrix<float>& w, const Dense& base, const qd::LowRank<float>& adapter,
+                                    const Eigen::VectorXd& d) {
+  std::vector<double> all;
+  for (Index b = 0; b <= adapter.rank(); ++b) all.push_back(((dense(w.view()) - base - product(adapter, b)) * d.asDiagonal()).norm());
+  return all;
+}
+
+TEST_CASE("QERA: on the plain base, every prefix is the best of its rank where inputs are weighed by their size") {
+  const qd::Cpu cpu(2);
+  for (const auto& [out, in] : {std::pair<Index, Index>{96, 160}, {160, 96}}) {
+    CAPTURE(out, in);
+    const auto w = trained_like(out, in, 11);
+    // Some inputs are a hundred times as large as others, as a transformer's are, and some always zero.
+    std::vector<float> rms;
+    Eigen::VectorXd d(in);
+    qd::Rng rng(5);
+    for (Index k = 0; k < in; ++k) {
+      rms.push_back(k % 17 == 3 ? 0.0f : std::exp(1.2f * rng.normal()));
+      d[k] = static_cast<double>(rms.back());
+    }
+    const auto quantize_plainly = [](auto view) { return quantize(view); };
+    const auto made = qd::qera(w.view(), 32, rms, quantize_plainly, cpu);
+    REQUIRE(made.adapter.rank() == 32);
+    const auto plain = quantize(w.view());
+    CHECK(std::ranges::equal(std::get<0>(made.base->storage()).codes().span(), std::get<0>(plain->storage()).codes().span()));
+    const Dense base = decoded(*plain);
+
+    const Eigen::BDCSVD<Dense> svd((dense(w.view()) - base) * d.asDiagonal(), Eigen::ComputeThinU | Eigen::ComputeThinV);
+    std::vector<double> least;
+    for (Index b = 0; b <= 32; ++b) least.push_back(svd.singularValues().tail(svd.singularValues().size() - b).norm());
+    const auto found = weighted_errors(w, base, made.adapter, d);
+    check_falls(found);
+    check_as_good(found, least, 1e-3);
+    for (std::size_t b = 0; b < found.size(); ++b) CHECK(found[b] >= (1.0 - 1e-6) * least[b]);
+    // LoftQ knows nothing of the inputs.
+    const auto loftq = weighted_errors(w, base, qd::loftq(w.view(), 32, 1, quantize_plainly, cpu).adapter, d);
+    for (std::size_t b = 1; b < found.size(); ++b) CHECK(found[b] < 0.99 * loftq[b]);
+
+    for (const Index i : {0, 1, 31})
+      CHECK(dense(made.adapter.a.view()).row(i).norm() == Approx(dense(made.adapter.b.view()).row(i).norm()).epsilon(1e-5));
+    const auto other = qd::qera(w.view(), 32, rms, quantize_plainly, qd::Cpu(3));
+    CHECK(test::same_bits(made.adapter.a.view(), other.adapter.a.view()));
+    CHECK(test::same_bits(made.adapter.b.view(), other.adapter.b.view()));
+  }
+}
+
+TEST_CASE("QERA: where all inputs are equally large it is LoftQ's first iteration, whatever their size") {
+  const qd::Cpu cpu(2);
+  const auto w = trained_like(96, 160, 12);
+  const auto quantize_plainly = [](auto view) { return quantize(view); };
+  const auto loftq = qd::loftq(w.view(), 24, 1, quantize_plainly, cpu);
+  for (const float size : {1.0f, 0.03125f, 1024.0f}) {  // powers of two, so that nothing is rounded
+    CAPTURE(size);
+    const auto made = qd::qera(w.view(), 24, std::vector<float>(160, size), quantize_plainly, cpu);
+    REQUIRE(made.adapter.rank() == 24);
+    for (Index b = 1; b <= 24; ++b)
+      CHECK((product(made.adapter, b) - product(loftq.adapter, b)).norm() <= 1e-5 * product(loftq.adapter, b).norm());
+    CHECK((dense(made.adapter.a.view()) - dense(loftq.adapter.a.view())).norm() <= 1e-5 * dense(loftq.adapter.a.view()).norm());
+    CHECK((dense(made.adapter.b.view()) - dense(loftq.adapter.b.view())).norm() <= 1e-5 * dense(loftq.adapter.b.view()).norm());
+  }
+}
+
+TEST_CASE("QERA: inputs that never come, and what is no root mean square") {
+  const qd::Cpu cpu(1);
+  const auto w = trained_like(48, 64, 13);
+  const auto made = [&](const std::vector<float>& rms, Index rank = 8) {
+    return qd::qera(w.view(), rank, rms, [](auto view) { return quantize(view); }, cpu);
+  };
+  CHECK(made(std::vector<float>(64)).adapter.rank() == 0);
+  std::vector<float> few(64);
+  few[3] = few[40] = 2.0f;
+  const auto two = made(few);
+  CHECK(two.adapter.rank() == 2);  // as many as there are inputs
+  CHECK(dense(two.adapter.a.view()).allFinite());
+  CHECK(code_of([&] { made(std::vector<float>(63, 1.0f)); }) == Errc::shape_mismatch);
+  CHECK(code_of([&] { made({}); }) == Errc::shape_mismatch);
+  CHECK(code_of([&] { made(std::vector<float>(64, 1.0f), 0); }) == Errc::rank_range);
+  for (const float x : {-1.0f, std::nanf(""), std::numeric_limits<float>::infinity()}) {
+    std::vector<float> rms(64, 1.0f);
+    rms[9] = x;
+    CHECK(code_of([&] { made(rms); }) == Errc::bad_argument);
+  }
+}
+
 TEST_CASE("initial values are PEFT's") {
   const qd::Cpu cpu(2);
   const qd::SafetensorsFile golden(test::golden("initial.safetensors"));
@@ -256,14 +342,17 @@ TEST_CASE("a layer that begins with a product has it at every rank, whatever its
 }
 
 TEST_CASE("initial values have names") {
-  for (const std::string text : {"standard", "pissa", "loftq", "loftq:5"}) CHECK(qd::name(qd::adapter_init(text, 8)) == text);
+  for (const std::string text : {"standard", "pissa", "loftq", "loftq:5", "qera"}) CHECK(qd::name(qd::adapter_init(text, 8)) == text);
   CHECK(qd::adapter_init("pissa", 8) == AdapterInit{AdapterInit::Kind::pissa, 8, 1});
   CHECK(qd::adapter_init("loftq:1", 8) == qd::adapter_init("loftq", 8));
   CHECK_FALSE(qd::adapter_init("standard", 8).changes_base());
   CHECK_FALSE(qd::adapter_init("loftq", 8).changes_base());
   CHECK(qd::adapter_init("loftq:2", 8).changes_base());
   CHECK(qd::adapter_init("pissa", 8).changes_base());
-  for (const std::string text : {"", "loftq:", "loftq:0", "loftq:101", "loftq:2x", "pissa:2", "eva"}) {
+  CHECK_FALSE(qd::adapter_init("qera", 8).changes_base());
+  CHECK(qd::adapter_init("qera", 8).calibrated());
+  CHECK_FALSE(qd::adapter_init("loftq", 8).calibrated());
+  for (const std::string text : {"", "loftq:", "loftq:0", "loftq:101", "loftq:2x", "pissa:2", "qera:2", "eva"}) {
     CAPTURE(text);
     CHECK(code_of([&] { qd::adapter_init(text, 8); }) == Errc::bad_argument);
   }

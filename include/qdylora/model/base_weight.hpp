@@ -7,6 +7,7 @@
 #include <optional>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include <qdylora/nn/low_rank.hpp>
 #include <qdylora/nn/weight.hpp>
@@ -40,11 +41,15 @@ inline BaseFormat base_format(std::string_view text) {
   throw Error(Errc::bad_argument, "no base format '" + printable(text) + "'; there are " + known);
 }
 
+/// The root mean square of each input, [in], of every linear weight of a model, in the order of Decoder::for_each_linear.
+using InputScales = std::vector<std::vector<float>>;
+
 struct BaseOptions {
   BaseFormat format = BaseFormat::nf4;
   bool double_quant = true;  // nf4 and fp4; int4 and fp8 always have it
   Index block_size = 64;
   AdapterInit init = {};  // what the adapters begin with, of which the base may be made anew; see initial_weight.hpp
+  std::shared_ptr<const InputScales> input_rms = {};  // what an init that is calibrated() begins with; see calibrate.hpp
   std::optional<BinaryCodeOptions> binary = {};  // planes of signs in place of a format, for AdapterMethod::alpha
 };
 

@@ -47,6 +47,22 @@ struct Batch {
       QDYLORA_EXPECTS(offsets[static_cast<std::size_t>(s)] < offsets[static_cast<std::size_t>(s) + 1], bad_argument,
                       "sequence " + std::to_string(s) + " of the batch has no tokens");
   }
+  /// The same unless it is one for a model, besides: ids within its vocabulary, sequences within its context.
+  void validate(Index vocab, Index context) const {
+    validate();
+    for (Index s = 0; s < sequences(); ++s) {
+      const Index length = offsets[static_cast<std::size_t>(s) + 1] - offsets[static_cast<std::size_t>(s)];
+      QDYLORA_EXPECTS(length <= context, bad_argument,
+                      "sequence " + std::to_string(s) + " has " + std::to_string(length) + " tokens, the model's context is " +
+                          std::to_string(context));
+    }
+    for (const auto id : ids)
+      QDYLORA_EXPECTS(id >= 0 && id < vocab, bad_argument,
+                      "token id " + std::to_string(id) + " is outside the vocabulary of " + std::to_string(vocab));
+    for (const auto id : targets)
+      QDYLORA_EXPECTS(id >= -1 && id < vocab, bad_argument,
+                      "target " + std::to_string(id) + " is outside the vocabulary of " + std::to_string(vocab));
+  }
 
   /// The batch of some of the sequences, in this order. Throws Errc::bad_argument for one that is not there.
   Batch select(std::span<const Index> chosen) const {

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <functional>
 #include <memory>
 #include <span>
 #include <string>
@@ -64,6 +65,7 @@ struct BlockContext {
   std::vector<AlphaContext<T>> alpha;          // in its place by AdapterMethod::alpha
   std::array<Matrix<T, Memory>, 2> projected;  // by Houlsby, of each sublayer what its bottleneck reads; else empty
   std::vector<typename Bottleneck::Context> bottleneck;
+  std::function<void(std::size_t, MatrixView<const T>)> observe;  // where there is one: the number of each linear layer, and its input
 
   std::size_t bytes() const noexcept {
     std::size_t sum = attention_norm.capacity_bytes() + mlp_norm.capacity_bytes() + lse.capacity_bytes();
@@ -191,6 +193,7 @@ class BlockSteps {
   template <class P>
   void apply(P p, MatrixView<const T> x, MatrixView<T> y, Context& context) const {
     const auto i = static_cast<std::size_t>(p);
+    if (context.observe) context.observe(i, x);
     if constexpr (AlphaBackend<Backend, T>)
       if (method_ == AdapterMethod::alpha) {
         context.alpha.resize(alpha_.size());

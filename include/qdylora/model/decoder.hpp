@@ -13,6 +13,7 @@
 
 #include <qdylora/model/batch.hpp>
 #include <qdylora/model/config.hpp>
+#include <qdylora/model/decoder_options.hpp>
 #include <qdylora/model/decoder_weights.hpp>
 #include <qdylora/model/falcon_block.hpp>
 #include <qdylora/model/kv_cache.hpp>
@@ -20,13 +21,6 @@
 #include <qdylora/nn/rope.hpp>
 
 namespace qdylora {
-
-struct DecoderOptions {
-  LoRAOptions lora = {};    // of every adapter; names and layer numbers are filled in
-  bool checkpoint = false;  // keep only each block's input and run blocks again in the backward pass: a third more work, far less memory
-  AdapterMethod method = AdapterMethod::lora;  // by alpha, max_rank is 1, whatever lora says
-  AlphaOptions alpha = {};                     // of every layer by that method; names are filled in
-};
 
 namespace detail {
 
@@ -175,6 +169,22 @@ class Decoder {
     return {host.span().begin(), host.span().end()};
   }
 
+  /// observe(i, x) with what enters each linear layer, [tokens, in], numbered in the order of DecoderConfig::linears block by block.
+  template <class F>
+  void observe_inputs(const Batch& batch, F&& observe) {
+    prepare(batch, {});
+    const auto tokens = tokens_of(batch);
+    Matrix<T, Memory> x(batch.tokens(), config().width), y(batch.tokens(), config().width);
+    embed(batch.ids, x.view());
+    BlockContext<T, Backend> context;
+    for (std::size_t i = 0; i < blocks_.size(); ++i) {
+      const std::size_t first = i * config().linears().size();
+      context.observe = [&observe, first](std::size_t linear, MatrixView<const T> input) { observe(first + linear, input); };
+      run_block(i, std::as_const(x).view(), tokens, y.view(), context);
+      std::swap(x, y);
+    }
+  }
+
   /// Logits [tokens, vocab] of every position.
   Matrix<Acc, Memory> logits(const Batch& batch) {
     const auto x = run(batch, false);
@@ -207,21 +217,7 @@ class Decoder {
   }
 
   /// Throws Errc::bad_argument unless the batch is one this model can run: valid, ids within the vocabulary, sequences within the context.
-  void check(const Batch& batch) const {
-    batch.validate();
-    for (Index s = 0; s < batch.sequences(); ++s) {
-      const Index length = batch.offsets[static_cast<std::size_t>(s) + 1] - batch.offsets[static_cast<std::size_t>(s)];
-      QDYLORA_EXPECTS(length <= config().context, bad_argument,
-                      "sequence " + std::to_string(s) + " has " + std::to_string(length) + " tokens, the model's context is " +
-                          std::to_string(config().context));
-    }
-    for (const auto id : batch.ids)
-      QDYLORA_EXPECTS(id >= 0 && id < config().vocab, bad_argument,
-                      "token id " + std::to_string(id) + " is outside the vocabulary of " + std::to_string(config().vocab));
-    for (const auto id : batch.targets)
-      QDYLORA_EXPECTS(id >= -1 && id < config().vocab, bad_argument,
-                      "target " + std::to_string(id) + " is outside the vocabulary of " + std::to_string(config().vocab));
-  }
+  void check(const Batch& batch) const { batch.validate(config().vocab, config().context); }
 
   /// The residual stream [tokens, width] after `layer` blocks of the last loss_and_gradient.
   MatrixView<const T> stream(Index layer) const { return streams_.at(static_cast<std::size_t>(layer)).view(); }

@@ -92,11 +92,11 @@ std::shared_ptr<DecoderWeights<float>> load_gguf(const GgufFile& file, BaseOptio
   const auto dense = [&](const std::string& tensor, Index rows, Index cols) {
     return checked_weight(file.matrix(tensor), rows, cols, file.name(), tensor);
   };
-  const auto linear = [&](BlockWeights<float>& block, std::size_t p, const std::string& tensor, Index rows, Index cols) {
+  const auto linear = [&](BlockWeights<float>& block, Index index, std::size_t p, const std::string& tensor, Index rows, Index cols) {
     detail::expect_matrix(file, tensor, rows, cols);
     at_tensor(file.name(), tensor, [&] {
       read_linear(
-          block, p, rows, cols, options,
+          block, index, p, rows, cols, options,
           [&](Index first, MatrixView<float> out) {  // decoding is the slow part of reading: share it out
             constexpr Index grain = 64;
             backend.parallel_for((out.rows + grain - 1) / grain, [&](Index task) {
@@ -122,7 +122,7 @@ std::shared_ptr<DecoderWeights<float>> load_gguf(const GgufFile& file, BaseOptio
     block->attention_norm = dense(prefix + "attn_norm.weight", 1, config.width);
     block->mlp_norm = dense(prefix + "ffn_norm.weight", 1, config.width);
     for (std::size_t p = 0; p < shapes.size(); ++p) {
-      linear(*block, p, prefix + names[p] + ".weight", shapes[p].out, shapes[p].in);
+      linear(*block, i, p, prefix + names[p] + ".weight", shapes[p].out, shapes[p].in);
       if (const auto bias = prefix + names[p] + ".bias"; file.contains(bias)) block->bias[p] = dense(bias, 1, shapes[p].out);
     }
     weights->blocks.push_back(std::move(block));

@@ -115,7 +115,7 @@ std::shared_ptr<DecoderWeights<float>> load_hugging_face(const std::filesystem::
     }
     return checked_weight(std::move(matrix), rows, cols, file.name(), tensor);
   };
-  const auto linear = [&](BlockWeights<float>& block, std::size_t p, const std::string& tensor, Index rows, Index cols) {
+  const auto linear = [&](BlockWeights<float>& block, Index index, std::size_t p, const std::string& tensor, Index rows, Index cols) {
     const auto& file = files.file_of(tensor);
     if (is_bnb_4bit(file, tensor)) {
       if (!options.init.standard())
@@ -128,7 +128,7 @@ std::shared_ptr<DecoderWeights<float>> load_hugging_face(const std::filesystem::
         decode(*weight, decoded.view(), backend);
         at_tensor(file.name(), tensor, [&] {
           read_linear(
-              block, p, rows, cols, options,
+              block, index, p, rows, cols, options,
               [&](Index first, MatrixView<float> out) { copy(decoded.view().middle_rows(first, out.rows), out); }, backend);
         });
       } else {
@@ -141,7 +141,7 @@ std::shared_ptr<DecoderWeights<float>> load_hugging_face(const std::filesystem::
       throw mismatch(file, tensor, rows, cols, shape.empty() ? 0 : shape[0], shape.size() < 2 ? 1 : shape[1]);
     at_tensor(file.name(), tensor, [&] {
       read_linear(
-          block, p, rows, cols, options, [&](Index first, MatrixView<float> out) { file.read_rows(tensor, first, out); }, backend);
+          block, index, p, rows, cols, options, [&](Index first, MatrixView<float> out) { file.read_rows(tensor, first, out); }, backend);
     });
   };
   const auto norm = [&](const std::string& module) -> NormWeights<float> {
@@ -161,7 +161,7 @@ std::shared_ptr<DecoderWeights<float>> load_hugging_face(const std::filesystem::
     if (!config.shared_norm) block->mlp_norm = norm(prefix + names.mlp_norm);
     for (std::size_t p = 0; p < shapes.size(); ++p) {
       const std::string name = prefix + std::string(shapes[p].name);
-      linear(*block, p, name + ".weight", shapes[p].out, shapes[p].in);
+      linear(*block, i, p, name + ".weight", shapes[p].out, shapes[p].in);
       if (p < model.biased_linears || files.contains(name + ".bias")) block->bias[p] = dense(name + ".bias", 1, shapes[p].out);
     }
     weights->blocks.push_back(std::move(block));

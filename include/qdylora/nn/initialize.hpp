@@ -2,17 +2,22 @@
 //
 //   pissa   B^T A = the leading triplets of W;  the base is quantize(W - B^T A)                            (Meng et al. 2024)
 //   loftq   B^T A = 0, then in turns  base = quantize(W - B^T A),  B^T A = the leading triplets of W - base  (Li et al. 2023)
+//   qera    base = quantize(W),  B^T A D = the leading triplets of (W - base) D,  D = diag(rms of each input)
+//           (QERA-approx, Zhang et al. 2024)
 //
 // Singular values fall from row to row and are shared out evenly, A_i = sqrt(sigma_i) v_i, B_i = sqrt(sigma_i) u_i. So every prefix of rows
 // is the best of its rank: the error |W - base - sum_{i < b} B_i^T A_i| falls with b. At rank 0 there is the base alone. That of loftq with
-// one iteration is the plain quantized weight. That of pissa lacks all the triplets: it trains well at full rank, but its low ranks begin
-// far from the model.
+// one iteration, and of qera, is the plain quantized weight. That of pissa lacks all the triplets: it trains well at full rank, but its low
+// ranks begin far from the model. Prefixes of qera are the best in |(W - base - sum_{i < b} B_i^T A_i) D|, the error that a layer's outputs
+// are expected to have where its inputs are not correlated; its rows are balanced too, |A_i| = |B_i|.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <optional>
+#include <span>
+#include <string>
 #include <utility>
 
 #include <qdylora/backend.hpp>
@@ -146,6 +151,31 @@ auto loftq(MatrixView<const float> w, Index rank, Index iterations, Quantize&& q
     }
   }
   return std::move(*best);
+}
+
+/// QERA-approx of a weight [out, in], where input k has the root mean square input_rms[k]. An input that is always zero counts for nothing.
+/// Takes the memory of two more weights in float. Errors: shape_mismatch, and bad_argument for what is no root mean square.
+template <class Quantize, class Backend>
+auto qera(MatrixView<const float> w, Index rank, std::span<const float> input_rms, Quantize&& quantize, const Backend& backend,
+          const SvdOptions& options = {}) {
+  QDYLORA_EXPECTS(static_cast<Index>(input_rms.size()) == w.cols, shape_mismatch,
+                  "qera: expected root mean squares of " + std::to_string(w.cols) + " inputs, found " + std::to_string(input_rms.size()));
+  for (const float x : input_rms)
+    QDYLORA_EXPECTS(x >= 0.0f && std::isfinite(x), bad_argument, "qera: an input has a root mean square of " + std::to_string(x));
+  BaseAndAdapter<decltype(quantize(w))> pair{quantize(w), {}};
+  Matrix<float> error(w.rows, w.cols), weighted(w.rows, w.cols);
+  detail::quantization_error(w, *pair.base, error.view(), backend);
+  backend.scale_columns(std::as_const(error).view(), input_rms, weighted.view());
+  pair.adapter = leading_triplets(std::as_const(weighted).view(), rank, backend, options);
+  if (pair.adapter.rank() == 0) return pair;
+  // With the left vectors U, B^T A D = U^T U (W - base) D: so A = U (W - base), and nothing is divided by D.
+  auto a = as_eigen(pair.adapter.a.view()), b = as_eigen(pair.adapter.b.view());
+  b.rowwise().normalize();
+  backend.matmul_transposed(std::as_const(pair.adapter.b).view(), std::as_const(error).view(), pair.adapter.a.view());
+  const auto roots = a.rowwise().norm().array().sqrt().eval();
+  a = (roots.inverse().matrix().asDiagonal() * a).eval();
+  b = (roots.matrix().asDiagonal() * b).eval();
+  return pair;
 }
 
 }  // namespace qdylora

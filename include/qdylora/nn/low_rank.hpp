@@ -24,21 +24,24 @@ struct LowRank {
 
 /// How an adapter begins, and what its base is then.
 struct AdapterInit {
-  /// standard: A random, B zero; the base is the quantized weight. pissa, loftq: <qdylora/nn/initialize.hpp>.
-  enum class Kind { standard, pissa, loftq } kind = Kind::standard;
+  /// standard: A random, B zero; the base is the quantized weight. The others: <qdylora/nn/initialize.hpp>.
+  enum class Kind { standard, pissa, loftq, qera } kind = Kind::standard;
   Index rank = 0;        // of the product that the adapter begins with
   Index iterations = 1;  // loftq's
 
   bool standard() const noexcept { return kind == Kind::standard; }
+  /// Whether it looks at what passes through the model (<qdylora/model/calibrate.hpp>).
+  bool calibrated() const noexcept { return kind == Kind::qera; }
   /// Whether the base is another one than the weight's own quantization, so that the adapter fits no other.
   bool changes_base() const noexcept { return kind == Kind::pissa || (kind == Kind::loftq && iterations > 1); }
   bool operator==(const AdapterInit&) const = default;
 };
 
-/// standard, pissa, loftq or loftq:ITERATIONS.
+/// standard, pissa, loftq, loftq:ITERATIONS or qera.
 inline std::string name(const AdapterInit& init) {
   if (init.standard()) return "standard";
   if (init.kind == AdapterInit::Kind::pissa) return "pissa";
+  if (init.kind == AdapterInit::Kind::qera) return "qera";
   return init.iterations == 1 ? "loftq" : "loftq:" + std::to_string(init.iterations);
 }
 
@@ -46,6 +49,7 @@ inline std::string name(const AdapterInit& init) {
 inline AdapterInit adapter_init(std::string_view text, Index rank) {
   if (text == "standard") return {};
   if (text == "pissa") return {AdapterInit::Kind::pissa, rank, 1};
+  if (text == "qera") return {AdapterInit::Kind::qera, rank, 1};
   AdapterInit init{AdapterInit::Kind::loftq, rank, 1};
   constexpr std::string_view counted = "loftq:";
   bool known = text == "loftq";
@@ -55,7 +59,7 @@ inline AdapterInit adapter_init(std::string_view text, Index rank) {
     known = read.ec == std::errc{} && read.ptr == end && init.iterations >= 1 && init.iterations <= 100;
   }
   QDYLORA_EXPECTS(known, bad_argument,
-                  "no initial values '" + printable(text) + "'; there are standard, pissa, loftq and loftq:ITERATIONS (1 ... 100)");
+                  "no initial values '" + printable(text) + "'; there are standard, pissa, loftq, loftq:ITERATIONS (1 ... 100) and qera");
   return init;
 }
 
