@@ -49,7 +49,7 @@ void declare(CLI::App& app, CompareOptions& o) {
   app.add_option("--seeds", o.seeds, "of adapters, data order and ranks; the same for every recipe")->capture_default_str();
   app.add_option("--ranks", o.ranks, "ranks")->capture_default_str();
   add_number(app, "--alpha", o.alpha, "of recipes whose scale is alpha/r", 1e-6, 1e6);
-  add_number(app, "--alpha-over-rank", o.alpha_over_rank, "of recipes whose scale is alpha/b, and of separate runs", 1e-6, 1e6);
+  add_number(app, "--alpha-over-rank", o.alpha_over_rank, "of recipes whose scale is alpha/b or alpha/sqrt(b), and of separate runs", 1e-6, 1e6);
   add_number(app, "--lr", o.lr, "peak learning rate", 1e-9, 10.0);
   add_number(app, "--steps", o.steps, "optimizer steps", 1, most_steps);
   add_number(app, "--batch", o.batch, "rows a step", 1, most_batch);

@@ -56,7 +56,8 @@ void declare(CLI::App& app, FinetuneOptions& o) {
   add_number(app, "--trained-planes", o.trained_planes, "the first planes, whose scales train; 1 as published", 1, 8);
   app.add_option("--recipe", o.recipe_name,
                  "auto, order-then-nest, qlora or qlora-svd; qdylora, qdylora-frozen or per-row, which take changes, such as "
-                 "qdylora+geometric, of +frozen, +geometric, +row, +step, +alpha/r, +alpha/b")
+                 "qdylora+geometric, of +frozen, +geometric, +row, +step, +alpha/r, +alpha/b, +alpha/sqrt(b); qlora takes the last two, "
+                 "'qlora+alpha/sqrt(b)' being rsLoRA")
       ->capture_default_str();
   auto* dora = app.add_flag("--dora", o.dora, "train each output's magnitude apart from its direction (DoRA)");
   app.add_flag("--gates", o.gates, "train a factor for every row at every rank (order-then-nest)");

@@ -152,7 +152,7 @@ inline std::vector<ComparedRun> train(const CompareInput& in, const RankSet& ran
   const auto& o = in.options;
   const bool separate = name == separate_runs;
   const Recipe chosen = recipe(separate ? "qlora" : name);
-  const float alpha = separate || chosen.scale == ScalePolicy::over_rank ? o.alpha_over_rank : o.alpha;
+  const float alpha = separate || chosen.scale != ScalePolicy::constant ? o.alpha_over_rank : o.alpha;
   std::vector<const DecoderWeights<float>*> trained;
   for (const auto& b : in.bases)
     if (b.trains) trained.push_back(b.weights.get());

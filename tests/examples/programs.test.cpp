@@ -242,6 +242,8 @@ TEST_CASE("programs: a wrong argument or file gives one line and status 2") {
       {"finetune", "--toy --init eva", "loftq:ITERATIONS"},
       {"finetune", "--toy --init loftq --dora", "--dora excludes --init"},
       {"finetune", "--toy --init qera --recipe qdylora", "alpha/b"},
+      {"finetune", "--toy --init loftq --recipe 'qlora+alpha/sqrt(b)'", "alpha/sqrt(b)"},
+      {"finetune", "--toy --recipe 'auto+alpha/sqrt(b)'", "auto re-orders"},
       {"finetune", "--toy --init pissa --recipe qdylora", "alpha/b"},
       {"finetune", "--toy --dropout nan", "--dropout"},
       {"finetune", "--toy --seed -1", "--seed"},
@@ -469,6 +471,21 @@ TEST_CASE("programs: a base of bfloat16 is a file in bfloat16 as it is; adapters
   CHECK(report.at("memory_plan").at("base codes") == report.at("base_bytes"));
   CHECK(report.at("base_bytes") == 2 * 3 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 192 * 64));  // 3 blocks of the toy's linear weights
   CHECK(report.at("ranks").back().at("loss").get<double>() < report.at("ranks").front().at("loss").get<double>());
+}
+
+TEST_CASE("programs: an adapter whose scale is rsLoRA's is saved with what every LoRA reader divides by its rank") {
+  if (!built("finetune")) SKIP("finetune has not been built");
+  const test::TemporaryFolder folder;
+  succeeds("finetune", toy(folder / "out", "--recipe 'per-row+alpha/sqrt(b)'"));
+  const auto config = qd::read_json(folder / "out" / "adapter" / "adapter_config.json");
+  CHECK(config.at("r") == 16);
+  CHECK(config.at("use_rslora") == false);
+  CHECK(config.at("lora_alpha") == 64);  // 16 * sqrt(16)
+  const auto adapter = qd::load_peft_adapter(folder / "out" / "adapter");
+  for (const auto& module : adapter.modules) {
+    CHECK(module.policy == qd::ScalePolicy::over_sqrt_rank);
+    CHECK(qd::to_adapter(module).scale(4) == 8.0f);
+  }
 }
 
 TEST_CASE("programs: a run that was stopped resumes to the same bytes, on any number of threads") {

@@ -110,6 +110,13 @@ TEST_CASE("a recipe that draws ranks can be changed part by part, by names behin
   CHECK(qd::recipe("per-row+step").granularity == Granularity::step);
   CHECK(qd::recipe("qdylora+alpha/r").scale == qd::ScalePolicy::constant);
   CHECK(qd::recipe("per-row+alpha/b").scale == qd::ScalePolicy::over_rank);
+  for (const char* name : {"qdylora+alpha/sqrt(b)", "per-row+alpha/sqrt(b)", "qlora+alpha/sqrt(b)", "qdylora-frozen+row+alpha/sqrt(b)"}) {
+    const auto rslora = qd::recipe(name);
+    CHECK(rslora.name == name);
+    CHECK(rslora.scale == qd::ScalePolicy::over_sqrt_rank);
+    CHECK(qd::adapter_options(rslora, {1, 4}, 8.0f, 0).scale == qd::ScalePolicy::over_sqrt_rank);
+  }
+  CHECK_FALSE(qd::recipe("qlora+alpha/sqrt(b)").draw_ranks);
   const auto all = qd::recipe("qdylora+row+frozen+alpha/r+geometric");
   CHECK(all.name == "qdylora+row+frozen+alpha/r+geometric");
   CHECK(all.draw_ranks);
@@ -122,13 +129,19 @@ TEST_CASE("a recipe that draws ranks can be changed part by part, by names behin
 
 TEST_CASE("changes that are none, or that a recipe cannot have, are refused by name") {
   const std::pair<const char*, const char*> cases[] = {
-      {"qdylora+uniform", "there are frozen, geometric, row, step, alpha/r and alpha/b"},
+      {"qdylora+uniform", "there are frozen, geometric, row, step, alpha/r, alpha/b and alpha/sqrt(b)"},
       {"qdylora+", "no change '+'"},
       {"+frozen", "no recipe ''"},
       {"best+frozen", "order-then-nest"},
       {"auto+geometric", "auto draws no ranks at first"},
       {"order-then-nest+frozen", "goes with qdylora, qdylora-frozen and per-row"},
-      {"qlora+alpha/b", "qlora draws no ranks"},
+      {"qlora+row", "qlora draws no ranks"},
+      {"qlora+alpha/r", "is as '+alpha/r'"},
+      {"qlora+alpha/b+alpha/b", "qlora+alpha/b is as"},
+      {"qlora+alpha/sqrt(r)", "no change '+alpha/sqrt(r)'"},
+      {"auto+alpha/sqrt(b)", "auto re-orders, which takes one scale; '+alpha/sqrt(b)' goes with qdylora, qdylora-frozen, per-row and qlora"},
+      {"qlora-svd+alpha/b", "qlora-svd re-orders"},
+      {"order-then-nest+alpha/sqrt(b)", "order-then-nest re-orders"},
       {"qdylora+step", "qdylora is as '+step' would have it"},
       {"qdylora-frozen+frozen", "is as '+frozen'"},
       {"qdylora+geometric+geometric", "qdylora+geometric is as"},
@@ -178,6 +191,25 @@ TEST_CASE("qdylora+frozen is qdylora-frozen to the bit") {
   }
   CHECK(losses[0] == losses[1]);
   CHECK(losses[0] != losses[2]);
+}
+
+TEST_CASE("qlora+alpha/sqrt(b) trains as rsLoRA: as by alpha/r with an alpha of sqrt(r) times as much, to the bit") {
+  const qd::RankSet few{1, 4};
+  std::vector<std::vector<double>> trained, ranked;
+  for (const auto& [name, alpha] : {std::pair("qlora+alpha/sqrt(b)", 6.0f), std::pair("qlora", 12.0f), std::pair("qlora", 6.0f)}) {
+    const auto recipe = qd::recipe(name);
+    qd::Decoder<float> model(test::tiny_weights<float>(test::tiny_config()), {.lora = qd::adapter_options(recipe, few, alpha, 3)});
+    auto options = options_of(recipe, 8);
+    options.ranks = few;
+    Trainer trainer(model, options);
+    trained.emplace_back();
+    while (!trainer.done()) trained.back().push_back(trainer.step(batch_of(static_cast<std::uint64_t>(trainer.step_count()))).loss);
+    ranked.push_back(trainer.losses_by_rank(held_back()));
+  }
+  CHECK(trained[0] == trained[1]);
+  CHECK(trained[0] != trained[2]);
+  CHECK(ranked[0][1] == ranked[1][1]);
+  CHECK(ranked[0][0] != ranked[1][0]);  // of rank 1, whose scale is alpha itself
 }
 
 TEST_CASE("adapters are made as the recipe wants them") {

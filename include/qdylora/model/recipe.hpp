@@ -15,7 +15,8 @@
 //   frozen      only the last row of a rank is trained (qdylora+frozen is qdylora-frozen)
 //   geometric   rank b is drawn with weight 0.85^(b - 1), as in DyLoRA's ablations (Valipour et al. 2022); else all alike
 //   row, step   ranks are dealt out row by row of a batch, or drawn for whole steps
-//   alpha/r, alpha/b   the scale: the same at every rank, or larger at small ones
+//   alpha/r, alpha/b, alpha/sqrt(b)   the scale: the same at every rank, or larger at small ones; the last is rsLoRA's (Kalajdzievski 2023),
+//               qlora+alpha/sqrt(b) rsLoRA itself. qlora can have its scale changed too, but not what is drawn
 //
 // Re-ordering takes apart the product of A and B, which a bottleneck is not: its recipes are qdylora, qdylora-frozen, per-row and, for one
 // width, qlora. For a bottleneck `auto` is per-row. Scales of AdapterMethod::alpha have no ranks: of them `auto` is qlora, and no other fits.
@@ -72,13 +73,16 @@ inline constexpr std::array<std::string_view, 7> recipe_names = {"auto",    "ord
 
 namespace detail {
 
-/// Of a recipe that draws ranks from the first step on, one part. Throws Errc::bad_argument if there is no such change, or none that the
-/// recipe can have or does not have already.
+/// One part of a recipe that draws ranks from the first step on; the scale of one that never re-orders, since a product that is re-ordered
+/// has its prefixes at one scale. Throws Errc::bad_argument if there is no such change, or none that the recipe can have or does not have
+/// already.
 inline void change(Recipe& r, std::string_view what) {
   using Granularity = SamplerOptions::Granularity;
+  const bool of_scale = what.starts_with("alpha/");
   QDYLORA_EXPECTS(
-      r.draw_ranks, bad_argument,
-      "the recipe " + r.name + " draws no ranks at first; '+" + printable(what) + "' goes with qdylora, qdylora-frozen and per-row");
+      r.draw_ranks || (of_scale && !r.reorders()), bad_argument,
+      "the recipe " + r.name + (of_scale ? " re-orders, which takes one scale" : " draws no ranks at first") + "; '+" + printable(what) +
+          "' goes with qdylora, qdylora-frozen" + (of_scale ? ", per-row and qlora" : " and per-row"));
   const auto set = [&](auto& part, const auto& value) {
     QDYLORA_EXPECTS(part != value, bad_argument, "the recipe " + r.name + " is as '+" + printable(what) + "' would have it");
     part = value;
@@ -89,9 +93,10 @@ inline void change(Recipe& r, std::string_view what) {
   else if (what == "step") set(r.granularity, Granularity::step);
   else if (what == "alpha/r") set(r.scale, ScalePolicy::constant);
   else if (what == "alpha/b") set(r.scale, ScalePolicy::over_rank);
+  else if (what == "alpha/sqrt(b)") set(r.scale, ScalePolicy::over_sqrt_rank);
   else
-    throw Error(Errc::bad_argument,
-                "no change '+" + printable(what) + "' of a recipe; there are frozen, geometric, row, step, alpha/r and alpha/b");
+    throw Error(Errc::bad_argument, "no change '+" + printable(what) +
+                                        "' of a recipe; there are frozen, geometric, row, step, alpha/r, alpha/b and alpha/sqrt(b)");
   r.name += "+" + std::string(what);
 }
 
