@@ -75,6 +75,10 @@ void declare(CLI::App& app, FinetuneOptions& o) {
   app.add_option("--paged", o.paged, "a folder on a disk that is to hold the moments, where memory is too short for them")
       ->check(not_empty());
   add_number(app, "--alpha", o.alpha, "LoRA's alpha", 1e-6, 1e6);
+  app.add_option("--rank-pattern", o.rank_pattern,
+                 "the largest ranks of layers that have others, by the ends of their names as PEFT's rank_pattern has them, such as "
+                 "q_proj=8,layers.0.mlp.down_proj=32; at higher ranks they use these");
+  app.add_option("--alpha-pattern", o.alpha_pattern, "alphas of layers that have others, likewise");
   add_number(app, "--dropout", o.dropout, "on the adapters' inputs", 0.0, 0.99);
   dora->excludes("--init");
   add_number(app, "--lr", o.lr, "peak learning rate", 1e-9, 10.0);
@@ -191,8 +195,10 @@ int finetune(const FinetuneOptions& o, const std::vector<std::string>& given) {
   QDYLORA_EXPECTS(o.toy != !o.model.empty(), bad_argument, "give either --model or --toy");
   if (!o.resume) expect_no_unfinished_run(state_file(o));
   const AdapterMethod method = adapter_method(o.method);
-  QDYLORA_EXPECTS(method == AdapterMethod::lora || (!o.dora && !o.gates && o.init == "standard"), unsupported,
-                  "--method " + o.method + ": --dora, --gates and --init are for low-rank updates");
+  const bool patterns = !o.rank_pattern.empty() || !o.alpha_pattern.empty();
+  QDYLORA_EXPECTS(method == AdapterMethod::lora || (!o.dora && !o.gates && o.init == "standard" && !patterns), unsupported,
+                  "--method " + o.method + ": --dora, --gates, --init, --rank-pattern and --alpha-pattern are for low-rank updates");
+  QDYLORA_EXPECTS(!o.gates || !patterns, unsupported, "--gates: are of one rank set and one alpha for all layers");
   expect_own_options(o, method, given);
   const Recipe chosen = recipe(o.recipe_name, method);
   if (o.rival) expect_rival(o);
@@ -206,10 +212,13 @@ int finetune(const FinetuneOptions& o, const std::vector<std::string>& given) {
   QDYLORA_EXPECTS(base.init.standard() || chosen.scale == ScalePolicy::constant, bad_argument,
                   "--init " + o.init + ": needs a scale that is the same at every rank, and that of the recipe " + o.recipe_name + " is " +
                       std::string(name(chosen.scale)));
+  QDYLORA_EXPECTS(!base.init.changes_base() || o.rank_pattern.empty(), unsupported,
+                  "--rank-pattern: --init " + o.init + " takes as much from the base of each layer as the largest rank gives back");
   OpenModel model = o.toy ? toy_model(base, cpu.backend()) : open_model(o.model, o.tokenizer, base, cpu.backend());
   choose_chat_template(model, o.chat);
   expect_seq_len(o.seq_len, model.config);
   expect_ranks(ranks, model.config);
+  expect_fits(decoder_options(o), model.config);
   const auto data = load_data(o, model, chosen.measure ? held_back_rows(o.steps * o.batch, ranks.size()) : 0);
   if (o.device == "cuda") return finetune_on_cuda(o, model, data);
   return with_dtype(o.dtype, [&]<class T>(std::type_identity<T>) { return examples::finetune<T>(o, model, data, cpu); });

@@ -78,15 +78,7 @@ std::optional<RunReport> train_and_measure(const FinetuneOptions& o, const OpenM
   const bool scales = trains_scales(o);
   const auto& w = *weights;
   const Recipe chosen = recipe_of(o);
-  const auto lora = [&] {
-    auto options = adapter_options(chosen, ranks, o.alpha, o.seed);
-    options.dropout = o.dropout;
-    options.dora = o.dora;
-    return options;
-  }();
-  Decoder<T, Backend> decoder(weights,
-                              {.lora = lora, .checkpoint = o.checkpoint, .method = method, .alpha = {.trained_planes = o.trained_planes}},
-                              device.backend());
+  Decoder<T, Backend> decoder(weights, decoder_options(o), device.backend());
   Trainer<T, Backend, Optimizer> trainer(
       decoder, {.recipe = chosen, .ranks = ranks, .steps = o.steps, .lr = o.lr, .b_lr_ratio = o.lora_plus, .seed = o.seed},
       device.moments_memory(o.paged));
@@ -107,6 +99,8 @@ std::optional<RunReport> train_and_measure(const FinetuneOptions& o, const OpenM
                 method != AdapterMethod::lora ? o.method.c_str()
                 : o.dora                      ? ", DoRA"
                                               : "");
+  if (!o.rank_pattern.empty()) std::printf("           ranks by pattern: %s\n", printable_utf8(o.rank_pattern).c_str());
+  if (!o.alpha_pattern.empty()) std::printf("           alphas by pattern: %s\n", printable_utf8(o.alpha_pattern).c_str());
   if (!init.standard())
     std::printf("           begin as %s; rank 0 is %s\n", o.init.c_str(),
                 init.changes_base() ? "not the model, but what they leave of it" : "the plain quantized model");
@@ -192,6 +186,8 @@ std::optional<RunReport> train_and_measure(const FinetuneOptions& o, const OpenM
                      {"dora", o.dora},
                      {"lora_plus", o.lora_plus},
                      {"init", o.init},
+                     {"rank_pattern", printable_utf8(o.rank_pattern)},
+                     {"alpha_pattern", printable_utf8(o.alpha_pattern)},
                      {"base_bytes", w.linear_bytes()},
                      {"adapter_parameters", trainable},
                      {"activation_bytes", activation_bytes},

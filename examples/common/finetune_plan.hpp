@@ -11,6 +11,7 @@
 #include <vector>
 
 #include <qdylora/io/json.hpp>
+#include <qdylora/model/decoder_options.hpp>
 #include <qdylora/model/memory_plan.hpp>
 #include <qdylora/model/recipe.hpp>
 #include <qdylora/model/trainer.hpp>
@@ -27,6 +28,7 @@ struct FinetuneOptions {
   std::string model, tokenizer, data, eval, chat = "model", out = "out";
   bool toy = false, resume = false, rival = false, pack = false, group_by_length = false, gates = false, dora = false, checkpoint = false;
   std::string ranks = "1,2,4,8,16,32,64", recipe_name = "auto", method = "lora", base = "nf4", init = "standard", optimizer = "adamw", paged;
+  std::string rank_pattern, alpha_pattern;
   std::string device = "cpu", dtype = "float32", compute = "automatic";
   Index planes = 3, group_size = 0, trained_planes = 1;  // of the method alpha
   float alpha = 16.0f, dropout = 0.0f;
@@ -85,6 +87,18 @@ inline Recipe recipe_of(const FinetuneOptions& o) {
   Recipe chosen = recipe(o.recipe_name, adapter_method(o.method));
   chosen.gates = o.gates;
   return chosen;
+}
+
+/// What trains in the model, and how.
+inline DecoderOptions decoder_options(const FinetuneOptions& o) {
+  DecoderOptions options{.lora = adapter_options(recipe_of(o), ranks_of(o), o.alpha, o.seed),
+                         .checkpoint = o.checkpoint,
+                         .method = adapter_method(o.method),
+                         .alpha = {.trained_planes = o.trained_planes}};
+  options.patterns = {parse_patterns("--rank-pattern", o.rank_pattern), parse_patterns("--alpha-pattern", o.alpha_pattern)};
+  options.lora.dropout = o.dropout;
+  options.lora.dora = o.dora;
+  return options;
 }
 
 inline DataOrderOptions order_options(const FinetuneOptions& o) {
@@ -152,11 +166,12 @@ BaseOptions base_of(const FinetuneOptions& o, const FinetuneData& data, const Op
 template <Scalar T, class Device>
 MemoryPlan plan_memory(const FinetuneOptions& o, const FinetuneData& data, const OpenModel& model, const Device& device) {
   const RankSet ranks = ranks_of(o);
-  const AdapterMethod method = adapter_method(o.method);
+  const DecoderOptions options = decoder_options(o);
   MemoryOptions memory{.base = {.format = base_format(o.base), .init = adapter_init(o.init, ranks.max()), .binary = binary_code(o)},
                        .coded_tables = model.coded_tables,
                        .trained_planes = trains_scales(o) ? o.trained_planes : 0,
                        .max_rank = ranks.max(),
+                       .ranks = options.patterns.rank.empty() ? std::vector<Index>{} : layer_ranks(options, model.config),
                        .dora_ranks = o.dora ? ranks.size() : 0,
                        .dropout = o.dropout > 0.0f,
                        .checkpoint = o.checkpoint,
@@ -165,7 +180,7 @@ MemoryPlan plan_memory(const FinetuneOptions& o, const FinetuneData& data, const
                        .moments_in_file = !o.paged.empty()};
   memory.follow(recipe_of(o));
   plan_batches(memory, o, data, model, ranks);
-  auto shape = model_shape(model.config, method);
+  auto shape = model_shape(model.config, options.method);
   shape.biases = model.biases;
   device.complete(memory, shape);
   return memory_plan<T>(shape, memory);
@@ -205,7 +220,9 @@ inline Json settings_of(const FinetuneOptions& o, const OpenModel& model, const 
                 {"dora", o.dora},
                 {"lora_plus", o.lora_plus},
                 {"init", o.init},
-                {"method", o.method}};
+                {"method", o.method},
+                {"rank_pattern", printable_utf8(o.rank_pattern)},
+                {"alpha_pattern", printable_utf8(o.alpha_pattern)}};
   if (trains_scales(o)) settings.update(Json{{"planes", o.planes}, {"group_size", o.group_size}, {"trained_planes", o.trained_planes}});
   return settings;
 }

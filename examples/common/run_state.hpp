@@ -80,7 +80,8 @@ void load_run_state(const std::filesystem::path& path, const std::string& settin
     // Settings that earlier versions did not have had these values.
     const Json earlier = {{"dtype", "float32"}, {"device", "cpu"},  {"optimizer", "adamw"},
                           {"dora", false},      {"lora_plus", 1.0}, {"init", "standard"},
-                          {"method", "lora"},   {"compute", "automatic"}};
+                          {"method", "lora"},   {"compute", "automatic"},
+                          {"rank_pattern", ""}, {"alpha_pattern", ""}};
     for (const auto& [key, value] : earlier.items())
       if (!then.contains(key)) then[key] = value;
     std::string differences;

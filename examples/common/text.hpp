@@ -3,11 +3,13 @@
 
 #include <algorithm>
 #include <charconv>
+#include <cmath>
 #include <string>
 #include <string_view>
 #include <vector>
 
 #include <qdylora/core/error.hpp>
+#include <qdylora/io/module_patterns.hpp>
 #include <qdylora/model/unicode.hpp>
 #include <qdylora/nn/ranks.hpp>
 
@@ -54,6 +56,22 @@ std::vector<T> parse_numbers(const std::string& option, const std::string& text,
     numbers.push_back(number);
   }
   return numbers;
+}
+
+/// "q_proj=8,down_proj=32" as values of modules by patterns of their names; "": none. Errc::bad_argument, and those of ModulePatterns.
+inline ModulePatterns parse_patterns(const std::string& option, const std::string& text) {
+  ModulePatterns patterns(option);
+  if (text.empty()) return patterns;
+  for (const auto& item : parse_list(option, text)) {
+    const auto equals = std::min(item.rfind('='), item.size());
+    const auto begin = std::min(equals + 1, item.size());
+    double value = 0.0;
+    const auto [end, status] = std::from_chars(item.data() + begin, item.data() + item.size(), value);
+    QDYLORA_EXPECTS(equals > 0 && status == std::errc{} && end == item.data() + item.size() && std::isfinite(value) && value > 0.0,
+                    bad_argument, option + ": expected a list like q_proj=8,down_proj=32, found '" + printable(text) + "'");
+    patterns.add(item.substr(0, equals), value);
+  }
+  return patterns;
 }
 
 /// "1,2,4" as a rank set.

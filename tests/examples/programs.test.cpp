@@ -244,6 +244,18 @@ TEST_CASE("programs: a wrong argument or file gives one line and status 2") {
       {"finetune", "--toy --init qera --recipe qdylora", "alpha/b"},
       {"finetune", "--toy --init loftq --recipe 'qlora+alpha/sqrt(b)'", "alpha/sqrt(b)"},
       {"finetune", "--toy --recipe 'auto+alpha/sqrt(b)'", "auto re-orders"},
+      {"finetune", "--toy --rank-pattern q_proj", "--rank-pattern: expected a list"},
+      {"finetune", "--toy --rank-pattern q_proj=", "--rank-pattern: expected a list"},
+      {"finetune", "--toy --rank-pattern =4", "--rank-pattern: expected a list"},
+      {"finetune", "--toy --rank-pattern q_proj=65", "q_proj: rank 65"},
+      {"finetune", "--toy --rank-pattern q_prog=4", "--rank-pattern: 'q_prog' matches no module"},
+      {"finetune", "--toy --rank-pattern q_proj=4,q_proj=4", "stands there twice"},
+      {"finetune", "--toy --rank-pattern '.*=4'", "no layer has rank 64"},
+      {"finetune", "--toy --rank-pattern q_proj=4 --init pissa", "--rank-pattern: --init pissa"},
+      {"finetune", "--toy --rank-pattern q_proj=4 --gates", "--gates"},
+      {"finetune", "--toy --alpha-pattern q_proj=-1", "--alpha-pattern: expected a list"},
+      {"finetune", "--toy --alpha-pattern q_proj=nan", "--alpha-pattern: expected a list"},
+      {"finetune", "--toy --alpha-pattern q_proj=2 --method houlsby", "--alpha-pattern"},
       {"finetune", "--toy --init pissa --recipe qdylora", "alpha/b"},
       {"finetune", "--toy --dropout nan", "--dropout"},
       {"finetune", "--toy --seed -1", "--seed"},
@@ -473,6 +485,28 @@ TEST_CASE("programs: a base of bfloat16 is a file in bfloat16 as it is; adapters
   CHECK(report.at("ranks").back().at("loss").get<double>() < report.at("ranks").front().at("loss").get<double>());
 }
 
+TEST_CASE("programs: layers have ranks and alphas by the ends of their names") {
+  if (!built("finetune")) SKIP("finetune has not been built");
+  const test::TemporaryFolder folder;
+  succeeds("finetune", toy(folder / "out", "--rank-pattern q_proj=4,layers.2.mlp.down_proj=2 --alpha-pattern v_proj=8"));
+  const auto adapter = qd::load_peft_adapter(folder / "out" / "adapter");
+  CHECK(adapter.modules.size() == 21);
+  CHECK(adapter.ranks == std::vector<Index>{1, 4, 16});
+  Index parameters = 0;
+  for (const auto& module : adapter.modules) {
+    CAPTURE(module.name);
+    const bool q = module.name.ends_with("q_proj"), down = module.name == "model.layers.2.mlp.down_proj";
+    CHECK(module.rank() == (q ? 4 : down ? 2 : 16));
+    CHECK(module.alpha == (module.name.ends_with("v_proj") ? 8.0 : 16.0));
+    parameters += module.rank() * (module.in() + module.out());
+  }
+  const auto report = qd::read_json(folder / "out" / "report.json");
+  CHECK(report.at("adapter_parameters") == parameters);
+  CHECK(report.at("ranks")[3].at("parameters") == parameters);
+  CHECK(report.at("memory_plan").at("adapters") == 4 * parameters);
+  CHECK(report.at("rank_pattern") == "q_proj=4,layers.2.mlp.down_proj=2");
+}
+
 TEST_CASE("programs: an adapter whose scale is rsLoRA's is saved with what every LoRA reader divides by its rank") {
   if (!built("finetune")) SKIP("finetune has not been built");
   const test::TemporaryFolder folder;
@@ -491,6 +525,7 @@ TEST_CASE("programs: an adapter whose scale is rsLoRA's is saved with what every
 TEST_CASE("programs: a run that was stopped resumes to the same bytes, on any number of threads") {
   if (!built("finetune")) SKIP("finetune has not been built");
   for (const std::string recipe : {"--recipe auto", "--recipe qdylora --optimizer adamw8bit", "--recipe qlora --init qera",
+                                   "--recipe order-then-nest --rank-pattern q_proj=4,down_proj=1 --alpha-pattern o_proj=4",
                                    "--method houlsby", "--method alpha"}) {
     const test::TemporaryFolder folder;
     const bool scales = recipe.ends_with("alpha");
@@ -580,10 +615,9 @@ TEST_CASE("programs: a rival has the same batches, stands beside the run at ever
   CHECK(qd::read_json(parts / "report.json").at("rival").at("ranks")[1].at("loss") == rival.at("ranks")[1].at("loss"));
 }
 
-TEST_CASE("programs: a rival begins with the same initial values, even where the run before it goes on from its state") {
+TEST_CASE("programs: a rival begins with the same initial values and layers, even where the run before it goes on from its state") {
   if (!built("finetune")) SKIP("finetune has not been built");
-  const std::string options = " --init qera";
-  CAPTURE(options);
+  const std::string options = " --init qera --rank-pattern q_proj=4 --alpha-pattern o_proj=4";
   const test::TemporaryFolder folder;
   const auto tensors = [](const std::filesystem::path& run) { return test::read_file(run / "adapter" / "adapter_model.safetensors"); };
   succeeds("finetune", toy(folder / "alone", "--recipe qlora-svd" + options));
@@ -594,6 +628,8 @@ TEST_CASE("programs: a rival begins with the same initial values, even where the
     CHECK(tensors(folder / "out" / "rival") == tensors(folder / "alone"));
     CHECK(tensors(folder / "out") == before);
   }
+  for (const auto& module : qd::load_peft_adapter(folder / "out" / "rival" / "adapter").modules)
+    CHECK(module.rank() == (module.name.ends_with("q_proj") ? 4 : 16));
 }
 
 TEST_CASE("programs: the report of a resumed run counts all its parts") {

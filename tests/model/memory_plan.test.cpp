@@ -35,6 +35,7 @@ struct Case {
   float dropout = 0.0f;
   Architecture architecture = Architecture::llama;
   bool shared_norm = false;
+  bool patterns = false;
 };
 
 template <class Optimizer>
@@ -53,14 +54,16 @@ TEST_CASE("A memory plan is what memory is asked for, byte by byte", "[memory_pl
                         {.base = {.format = BaseFormat::float32}, .dropout = 0.1f},
                         {.base = {.format = BaseFormat::bfloat16}, .tied = false, .biases = true},
                         {.biases = true, .dropout = 0.1f, .architecture = Architecture::falcon},
-                        {.checkpoint = true, .architecture = Architecture::falcon, .shared_norm = true}};
+                        {.checkpoint = true, .architecture = Architecture::falcon, .shared_norm = true},
+                        {.patterns = true},
+                        {.checkpoint = true, .eight_bits = true, .dropout = 0.1f, .patterns = true}};
   for (const Case& c : cases) {
     auto config = test::small_config();
     config.tied_head = c.tied;
     config.architecture = c.architecture;
     config.shared_norm = c.shared_norm;
     CAPTURE(static_cast<int>(c.architecture), c.shared_norm);
-    CAPTURE(std::string(name(c.base.format)), c.tied, c.biases, c.checkpoint, c.dropout);
+    CAPTURE(std::string(name(c.base.format)), c.tied, c.biases, c.checkpoint, c.dropout, c.patterns);
     const auto host_weights = test::tiny_weights<float>(config, c.biases, c.base);
     const auto batch = test::random_batch(config.vocab, {33, 40, 40, 40}, 5, 7);
     auto shape = model_shape(config);
@@ -76,6 +79,12 @@ TEST_CASE("A memory plan is what memory is asked for, byte by byte", "[memory_pl
     options.scored = batch.scored();
     options.longest = 39;  // inputs of the longest text
     options.device = true;
+    DecoderOptions decoder_options{.lora = {.max_rank = options.max_rank, .dropout = c.dropout}, .checkpoint = c.checkpoint};
+    if (c.patterns) {
+      for (const auto& [pattern, rank] : {std::pair("q_proj", 5), std::pair("layers.0.mlp.up_proj", 7), std::pair("down_proj", 1)})
+        decoder_options.patterns.rank.add(pattern, rank);
+      options.ranks = layer_ranks(decoder_options, config);
+    }
     REQUIRE(options.scored > head_chunk(false));
     REQUIRE(options.scored < head_chunk(true));  // else the chunk is a little less than planned
     const auto plan = memory_plan<float>(shape, options);
@@ -88,9 +97,8 @@ TEST_CASE("A memory plan is what memory is asked for, byte by byte", "[memory_pl
     CHECK(weights->table_bytes() == plan.tables);
     CHECK(plan.staging == frozen);
 
-    const LoRAOptions lora{.max_rank = options.max_rank, .dropout = c.dropout};
     std::optional<Decoder<float, CountedDevice>> model;
-    CHECK(grown([&] { model.emplace(weights, DecoderOptions{.lora = lora, .checkpoint = c.checkpoint}, device); }) ==
+    CHECK(grown([&] { model.emplace(weights, decoder_options, device); }) ==
           plan.adapters + plan.gradients + bias_copies);
     if (c.eight_bits) expect_moments<AdamW8bit<float, CountedDevice>>(*model, device, plan.moments);
     else expect_moments<AdamW<float, CountedDevice>>(*model, device, plan.moments);

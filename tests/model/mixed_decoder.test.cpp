@@ -28,10 +28,17 @@ auto weights() {
                                                 {.format = qd::BaseFormat::nf4, .double_quant = true, .block_size = 64});
 }
 
-// Adapters of different ranks and kinds.
-const std::vector<qd::DecoderOptions> options = {{.lora = {.max_rank = 8, .dropout = 0.1f, .seed = 1}},
-                                                 {.lora = {.max_rank = 4, .alpha = 4, .seed = 2}, .checkpoint = true},
-                                                 {.lora = {.max_rank = 6, .seed = 3}, .method = qd::AdapterMethod::houlsby}};
+qd::LayerPatterns two_rows(const std::string& of) {
+  qd::LayerPatterns patterns;
+  patterns.rank.add(of, 2.0);
+  return patterns;
+}
+
+// Adapters of different ranks and kinds, one with layers of fewer rows.
+const std::vector<qd::DecoderOptions> options = {
+    {.lora = {.max_rank = 8, .dropout = 0.1f, .seed = 1}},
+    {.lora = {.max_rank = 4, .alpha = 4, .seed = 2}, .checkpoint = true, .patterns = two_rows("q_proj")},
+    {.lora = {.max_rank = 6, .seed = 3}, .method = qd::AdapterMethod::houlsby}};
 
 template <class T>
 std::vector<qd::Decoder<T>> separate() {

@@ -16,8 +16,8 @@
 
 #include <qdylora/io/checked.hpp>
 #include <qdylora/io/json.hpp>
+#include <qdylora/io/module_patterns.hpp>
 #include <qdylora/io/peft_format.hpp>
-#include <qdylora/io/peft_patterns.hpp>
 #include <qdylora/io/safetensors.hpp>
 
 namespace qdylora {
@@ -58,6 +58,15 @@ inline PeftSaved saved_modules(const Json& config, const PeftLoadOptions& option
     throw Error(Errc::unsupported, "modules_to_save: has whole modules (" + names + "), which cannot be used here", place);
   }
   return saved;
+}
+
+/// rank_pattern or alpha_pattern.
+inline ModulePatterns module_patterns(const Json& config, std::string_view key, const ErrorPlace& place) {
+  ModulePatterns patterns(key, place);
+  const auto at = config.find(key);
+  if (at == config.end() || at->is_null()) return patterns;
+  for (const auto& [pattern, value] : get_object(config, key, place).items()) patterns.add(pattern, json_number(value, key, place));
+  return patterns;
 }
 
 /// Some initial values come with another base weight.
@@ -161,7 +170,8 @@ inline PeftAdapter load_peft_adapter(const std::filesystem::path& folder, const 
   const Json& targets = detail::expect_key(json, "target_modules", place);
   if (!targets.is_string()) config.target_modules = get_strings(json, "target_modules", place);
   const std::set<std::string, std::less<>> target_names(config.target_modules.begin(), config.target_modules.end());
-  const detail::PeftPatterns ranks(json, "rank_pattern", place), alphas(json, "alpha_pattern", place);
+  const ModulePatterns ranks = detail::module_patterns(json, "rank_pattern", place);
+  const ModulePatterns alphas = detail::module_patterns(json, "alpha_pattern", place);
 
   const SafetensorsFile file(folder / detail::peft_model_file, options.limits);
   adapter.metadata = file.metadata();
@@ -226,7 +236,7 @@ inline PeftAdapter load_peft_adapter(const std::filesystem::path& folder, const 
     if (tensor.shape.size() != 2) {
       throw Error(Errc::shape, "expected a matrix, found " + std::to_string(tensor.shape.size()) + " dimensions", at);
     }
-    const bool targeted = targets.is_string() || detail::PeftPatterns::for_each_ending(module, [&](std::string_view ending) {
+    const bool targeted = targets.is_string() || ModulePatterns::for_each_ending(module, [&](std::string_view ending) {
                             return target_names.contains(ending);
                           });
     if (!targeted) throw Error(Errc::bad_config, "target_modules of the config names no such module", at);

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include <qdylora/model/config.hpp>
+#include <qdylora/model/decoder_options.hpp>
 #include <qdylora/model/norm.hpp>
 #include <qdylora/nn/alpha_linear.hpp>
 #include <qdylora/nn/bottleneck_adapter.hpp>
@@ -120,10 +121,10 @@ class BlockSteps {
   using Workspace = BlockWorkspace<T, Backend>;
 
   /// Throws Errc::unsupported for another method than lora on weights that come with what low-rank adapters are to begin with, and for
-  /// alpha on a backend that is no AlphaBackend; shape_mismatch where a weight has another shape, or is not there.
-  BlockSteps(const DecoderConfig& config, std::shared_ptr<const BlockWeights<Acc, Memory>> weights, Index index, const LoRAOptions& lora,
-             Backend backend, AdapterMethod method = AdapterMethod::lora, const AlphaOptions& alpha = {})
-      : config_(config), weights_(std::move(weights)), backend_(backend), method_(method) {
+  /// alpha on a backend that is no AlphaBackend; shape_mismatch where a weight has another shape, or is not there; rank_range of a pattern.
+  BlockSteps(const DecoderConfig& config, std::shared_ptr<const BlockWeights<Acc, Memory>> weights, Index index,
+             const DecoderOptions& all, Backend backend)
+      : config_(config), weights_(std::move(weights)), backend_(backend), method_(all.method) {
     const auto shapes = config.linears();
     const std::string prefix = config.block_name(index);
     QDYLORA_EXPECTS(
@@ -133,19 +134,21 @@ class BlockSteps {
         prefix + ": expected " + std::to_string(shapes.size()) + " linear weights, found " + std::to_string(weights_->linear.size()));
     linear_.reserve(shapes.size());
     for (std::size_t i = 0; i < shapes.size(); ++i) {
-      auto options = lora;
+      auto options = all.lora;
       options.name = prefix + std::string(shapes[i].name);
+      options.max_rank = all.patterns.rank_of(options.name, all.lora.max_rank);
+      options.alpha = all.patterns.alpha_of(options.name, all.lora.alpha);
       options.layer = static_cast<std::uint32_t>(static_cast<std::size_t>(index) * shapes.size() + i);
       const auto expect = [&](const auto& weight, const char* kind) {
         QDYLORA_EXPECTS(weight && weight->rows() == shapes[i].out && weight->cols() == shapes[i].in, shape_mismatch,
                         options.name + ".weight: expected " + kind + detail::shape_text(shapes[i].out, shapes[i].in) + ", found " +
                             (weight ? detail::shape_text(weight->rows(), weight->cols()) : "nothing"));
       };
-      QDYLORA_EXPECTS(method == AdapterMethod::lora || weights_->initial[i].rank() == 0, unsupported,
-                      options.name + ": initial values of low-rank adapters are none of the method " + std::string(name(method)));
-      if (method == AdapterMethod::alpha) {
+      QDYLORA_EXPECTS(method_ == AdapterMethod::lora || weights_->initial[i].rank() == 0, unsupported,
+                      options.name + ": initial values of low-rank adapters are none of the method " + std::string(name(method_)));
+      if (method_ == AdapterMethod::alpha) {
         expect(weights_->codes[i], "planes of signs ");
-        add_alpha(i, options.name, alpha);
+        add_alpha(i, options.name, all.alpha);
         continue;
       }
       const auto& base = weights_->linear[i];
@@ -157,7 +160,7 @@ class BlockSteps {
     }
     expect_norm("attention norm", weights_->attention_norm, config);
     if (!config.shared_norm) expect_norm("mlp norm", weights_->mlp_norm, config);
-    if (linears_frozen()) add_bottlenecks(prefix, index, lora);
+    if (linears_frozen()) add_bottlenecks(prefix, index, all.lora);
   }
 
   std::vector<Linear>& linears() noexcept { return linear_; }

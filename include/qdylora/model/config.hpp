@@ -67,6 +67,13 @@ struct DecoderConfig {
   /// Hugging Face's checkpoints and PEFT's adapters name a layer "<block_names><index>.<name within the block>".
   std::string_view block_names() const noexcept { return architecture == Architecture::falcon ? "transformer.h." : "model.layers."; }
   std::string block_name(Index index) const { return std::string(block_names()) + std::to_string(index) + "."; }
+  /// Of every linear layer, block by block.
+  std::vector<std::string> linear_names() const {
+    std::vector<std::string> names;
+    for (Index i = 0; i < layers; ++i)
+      for (const auto& linear : linears()) names.push_back(block_name(i) + std::string(linear.name));
+    return names;
+  }
   /// Linear weights of the blocks, which are the ones that are quantized.
   Index linear_weights() const {
     Index sum = 0;

@@ -58,6 +58,7 @@ class Decoder {
     QDYLORA_EXPECTS(static_cast<Index>(weights_->blocks.size()) == c.layers, bad_config,
                     "expected " + std::to_string(c.layers) + " blocks, found " + std::to_string(weights_->blocks.size()));
     if (options_.method == AdapterMethod::alpha) options_.lora.max_rank = 1;
+    expect_fits(options_, c);
     blocks_.reserve(weights_->blocks.size());
     for (Index i = 0; i < c.layers; ++i) {
       const auto& block = weights_->blocks[static_cast<std::size_t>(i)];
@@ -114,15 +115,18 @@ class Decoder {
     return all;
   }
 
-  /// The rank of each sequence of the coming batches, or one for all; by AdapterMethod::alpha one for all, 0 or 1. Errc::rank_range,
-  /// unsupported.
+  /// The rank of each sequence of the coming batches, or one for all; by AdapterMethod::alpha one for all, 0 or 1. A layer whose pattern
+  /// gives it fewer rows uses them all. Errc::rank_range, unsupported.
   void set_ranks(const RankPlan& plan) {
-    for_each_trained([&](const auto& layer) { layer.adapter().check_rank(plan.max_rank()); });
-    if (options_.method == AdapterMethod::alpha) {
-      QDYLORA_EXPECTS(plan.runs().size() <= 1, unsupported, "alpha: scales are of the layers, not of a text; set one rank for all");
-      QDYLORA_EXPECTS(plan.max_rank() <= 1, rank_range, "alpha: rank " + std::to_string(plan.max_rank()) + " is not in 0 ... 1");
-    }
+    check_rank(plan.max_rank());
+    QDYLORA_EXPECTS(options_.method != AdapterMethod::alpha || plan.runs().size() <= 1, unsupported,
+                    "alpha: scales are of the layers, not of a text; set one rank for all");
     plan_ = plan;
+  }
+  /// Throws Errc::rank_range for a rank that no layer has.
+  void check_rank(Index rank) const {
+    QDYLORA_EXPECTS(rank >= 0 && rank <= options_.lora.max_rank, rank_range,
+                    "rank " + std::to_string(rank) + " is not in 0 ... " + std::to_string(options_.lora.max_rank));
   }
   /// Whether dropout acts (not until told so), the step its masks belong to, and the tokens of that step in earlier micro-batches.
   void set_training(bool training, std::uint32_t step = 0, Index first_row = 0) {
@@ -239,7 +243,7 @@ class Decoder {
 
   template <class Kind>
   void add_block(const std::shared_ptr<const BlockWeights<Acc, Memory>>& weights, Index index) {
-    blocks_.emplace_back(std::in_place_type<Kind>, config(), weights, index, options_.lora, backend_, options_.method, options_.alpha);
+    blocks_.emplace_back(std::in_place_type<Kind>, config(), weights, index, options_, backend_);
   }
 
   // Of the batch that was prepared last.
@@ -270,7 +274,7 @@ class Decoder {
       backend_.synchronize();  // the host's table is given back
     }
     const auto tokens = plan_.expand(batch.offsets);
-    for_each_trained([&](auto& layer) { layer.set_ranks(tokens); });
+    for_each_trained([&](auto& layer) { layer.set_ranks(tokens.limited(std::as_const(layer).adapter().max_rank())); });
     for_each_alpha([&](auto& layer) { layer.set_tuned(plan_.max_rank() > 0); });
   }
 

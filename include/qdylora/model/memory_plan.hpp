@@ -92,6 +92,7 @@ struct MemoryOptions {
 
   Index trained_planes = 0;  // by AdapterMethod::alpha, of the planes of base.binary; else 0
   Index max_rank = 8;
+  std::vector<Index> ranks = {};  // of each adapter, block by block, where they differ: LayerPatterns
   Index dora_ranks = 0;  // with DoRA, the ranks that it is used at, each of which has norms of its own; 0: plain LoRA
   bool dropout = false;
   bool training = true;     // false: forward passes alone, and no optimizer
@@ -245,14 +246,18 @@ template <Scalar T>
 MemoryPlan memory_plan(const ModelShape& s, const MemoryOptions& o) {
   constexpr auto t = static_cast<Index>(sizeof(T)), acc = static_cast<Index>(sizeof(Accumulator<T>));
   const auto bytes = [](Index n) { return static_cast<std::size_t>(n); };
-  const Index adapters = static_cast<Index>(s.adapted.size()), rank = adapters > 0 ? o.max_rank : 0;
+  const Index adapters = static_cast<Index>(s.adapted.size());
+  QDYLORA_EXPECTS(o.ranks.empty() || static_cast<Index>(o.ranks.size()) == s.layers * adapters, bad_argument,
+                  "memory_plan: ranks of " + std::to_string(o.ranks.size()) + " adapters, the model has " +
+                      std::to_string(s.layers * adapters));
+  const Index rank = adapters == 0 ? 0 : o.ranks.empty() ? o.max_rank : *std::ranges::max_element(o.ranks);
   MemoryPlan plan;
   plan.device = o.device;
   plan.paged_moments = o.paged_moments;
   const bool dora = o.dora_ranks > 0;
   std::vector<BaseOptions> bases(1 + o.more_formats.size(), o.base);
   for (std::size_t i = 0; i < o.more_formats.size(); ++i) bases[i + 1].format = o.more_formats[i];
-  Index widest_in = 0, widest_out = 0, in_sum = 0;
+  Index widest_out = 0, in_sum = 0;
   std::size_t largest = 0;  // moments of a parameter
   for (const auto& [name, out, in] : s.linears) {
     for (const BaseOptions& base : bases) {
@@ -262,19 +267,35 @@ MemoryPlan memory_plan(const ModelShape& s, const MemoryOptions& o) {
       plan.nested_scales += bytes(s.layers) * weight.nested;
     }
   }
-  const auto add_moments = [&](Index rows, Index cols) {  // of a parameter
+  const auto add_moments = [&](Index count, Index rows, Index cols) {  // of as many parameters
     if (!o.training) return;
     const bool coded = o.moments_in_8_bits && !o.one_moment && rows * cols >= BlockwiseMoments<HostMemory>::least_elements;
     const auto moments = bytes(rows * (o.one_moment ? 1 : 2) * (coded ? cols + 4 * Moments8View::blocks(cols) : acc * cols));
-    plan.moments += bytes(s.layers) * moments;
+    plan.moments += bytes(count) * moments;
     largest = std::max(largest, moments);
   };
-  for (const auto& [name, out, in] : s.adapted) {
-    widest_in = std::max(widest_in, in);
+  // Numbers in A and B, and in second moments. In z: of all blocks after the first; of the first, or of any that takes its context in passes
+  // without gradients; of a context that all blocks share. Bytes of a token that a backward pass gives back.
+  const Index tokens = o.training ? o.tokens : 0, most = std::max(tokens, o.forward_tokens);
+  Index numbers = 0, squares = 0, later_z = 0, first_z = 0, shared_z = 0, given_back = 0;
+  for (Index i = 0; i < adapters; ++i) {
+    const auto& [name, out, in] = s.adapted[static_cast<std::size_t>(i)];
+    const auto rank_of = [&, i](Index layer) { return o.ranks.empty() ? rank : o.ranks[static_cast<std::size_t>(layer * adapters + i)]; };
     widest_out = std::max(widest_out, out);
     in_sum += in;
-    for (const auto& [rows, cols] : {std::pair(rank, in), std::pair(rank, out), std::pair(Index{dora}, out)})
-      add_moments(rows, cols);  // A, B, m
+    add_moments(s.layers, Index{dora}, out);  // m
+    Index largest_rank = 0;
+    for (Index layer = 0; layer < s.layers; ++layer) {
+      const Index r = rank_of(layer);
+      for (const Index cols : {in, out}) add_moments(1, r, cols);  // A, B
+      numbers += r * (in + out);
+      squares += 2 * r * r;
+      if (layer > 0) later_z += tokens * r;
+      largest_rank = std::max(largest_rank, r);
+    }
+    first_z += std::max(tokens * rank_of(0), o.forward_tokens * largest_rank);
+    shared_z += most * largest_rank;
+    given_back = std::max(given_back, 2 * largest_rank * acc + (o.dropout ? in * t : 0));
   }
   Index scales = 0, decoded = 0;  // of AlphaLinear: a block's trained scales; the most numbers that a pass has of a layer and gives back
   if (o.trained_planes > 0) {
@@ -282,7 +303,7 @@ MemoryPlan memory_plan(const ModelShape& s, const MemoryOptions& o) {
     for (const auto& [name, out, in] : s.linears) {
       const Index groups = BinaryCodeShape{out, in, o.base.binary->planes, o.base.binary->group_size}.groups();
       const Index rows = std::min(alpha_panel_size, out);
-      add_moments(o.trained_planes * out, groups);
+      add_moments(s.layers, o.trained_planes * out, groups);
       scales += o.trained_planes * out * groups;
       decoded = std::max(decoded, rows * in);
       if (o.training) decoded = std::max({decoded, out * std::min(alpha_panel_size, in), rows * (in + o.tokens)});  // dx; D and its dy
@@ -293,16 +314,16 @@ MemoryPlan memory_plan(const ModelShape& s, const MemoryOptions& o) {
   plan.tables = bytes(s.tables * (o.coded_tables ? table + table / 32 * 4 : table * acc));
   plan.norms = bytes((s.layers * (s.norms + 2 * s.biases) + s.final_norms) * acc);  // layers have copies of their biases
   if (!o.base.init.standard()) plan.initial = bytes(s.adapter_numbers(o.base.init.rank) * acc);
-  plan.adapters = plan.gradients = bytes((s.adapter_numbers(rank) + s.layers * scales + (dora ? s.layers * s.outputs() : 0)) * acc);
+  plan.adapters = plan.gradients = bytes((numbers + s.layers * scales + (dora ? s.layers * s.outputs() : 0)) * acc);
 
   // Decoder's buffers keep the size of the largest batch. Passes without gradients take two streams and one context.
-  const Index tokens = o.training ? o.tokens : 0, most = std::max(tokens, o.forward_tokens);
   const Index streams = s.width * t;
-  const Index context = s.kept * t + s.kept_accumulators * acc + adapters * rank * acc + (o.dropout && o.training ? in_sum * t : 0) +
+  const Index context = s.kept * t + s.kept_accumulators * acc + (o.dropout && o.training ? in_sum * t : 0) +
                         (dora ? s.outputs() * t : 0);
   plan.checkpoints = bytes(o.training ? ((s.layers - 1) * tokens + 2 * most) * streams : 2 * most * streams);
-  plan.prompts = bytes(2 * most * streams + most * context);
-  plan.activations = bytes((o.training && !o.checkpoint ? (s.layers - 1) * tokens + most : most) * context);
+  plan.prompts = bytes(2 * most * streams + most * context + shared_z * acc);
+  plan.activations = o.training && !o.checkpoint ? bytes(((s.layers - 1) * tokens + most) * context + (later_z + first_z) * acc)
+                                                 : bytes(most * context + shared_z * acc);
   const Index scored = std::max(o.training ? o.scored : 0, o.forward_scored);
   plan.workspace = bytes(most * s.forward_temporaries * t + o.longest * s.head_dim * acc);
   Index passing =
@@ -314,13 +335,13 @@ MemoryPlan memory_plan(const ModelShape& s, const MemoryOptions& o) {
   }
   if (o.training) {
     plan.workspace += bytes(tokens * (s.backward_temporaries + s.width + (o.checkpoint ? s.width : 0)) * t);  // d; a spare stream
-    passing = std::max({passing, tokens * (2 * rank * acc + (o.dropout ? widest_in * t : 0) + (dora ? widest_out * t : 0)),
+    passing = std::max({passing, tokens * (given_back + (dora ? widest_out * t : 0)),
                         o.scored * s.width * t});
   }
   passing = std::max(passing, decoded * acc);
   plan.workspace += bytes(passing);
   plan.logits = bytes(std::min(scored, head_chunk(o.device)) * (s.vocab + 17) * acc + scored * (2 * s.width * t + s.statistics * acc));
-  if (o.second_moments && o.training) plan.reordering += bytes(s.layers * adapters * 2 * rank * rank * acc);
+  if (o.second_moments && o.training) plan.reordering += bytes(squares * acc);
   if (o.snapshot && o.training) plan.reordering += plan.adapters;
 
   plan.caches = bytes(o.sequences * (o.cache_rows * s.layers * 2 * s.kv_width * t + s.vocab * acc * (o.device ? 1 : 2)));

@@ -50,8 +50,7 @@ class MixedDecoder {
 
   /// The adapter and rank of each sequence of the coming batches, or one for all. Errc::bad_argument, rank_range.
   void set_plan(const AdapterPlan& plan) {
-    for (const auto& run : plan.runs())
-      std::as_const(*this).at(run.adapter).for_each_trained([&](const auto& layer) { layer.adapter().check_rank(run.rank); });
+    for (const auto& run : plan.runs()) at(run.adapter).check_rank(run.rank);
     plan_ = plan;
   }
   /// Whether dropout acts, and the step its masks belong to. The micro-batches of a step follow each other: each adapter's masks are those

@@ -365,8 +365,9 @@ class Trainer {
       for (float& x : of_b) x *= static_cast<float>(options_.b_lr_ratio);
     }
     model_.for_each_trained([&](auto& linear) {
-      linear.adapter().a().row_lr = multipliers;
-      linear.adapter().b().row_lr = of_b;
+      auto& adapter = linear.adapter();
+      for (const auto& [parameter, all] : {std::pair(&adapter.a(), &multipliers), std::pair(&adapter.b(), &of_b)})
+        parameter->row_lr.assign(all->begin(), all->begin() + std::min<Index>(adapter.max_rank(), std::ssize(*all)));
     });
     return lr;
   }
