@@ -207,8 +207,8 @@ int finetune_with(const FinetuneOptions& o, OpenModel& model, const FinetuneData
   if constexpr (requires { device.expect_room(plan); }) device.expect_room(plan);
 
   const auto start = std::chrono::steady_clock::now();
-  const BaseOptions base = base_of<T>(o, data, model, device);
-  const auto weights = device.place(std::exchange(model.read, nullptr)(base));
+  const BaseOptions stored = base_of<T>(o, data, model, device);
+  const auto weights = device.place(std::exchange(model.read, nullptr)(stored));
   const auto& w = *weights;
   std::printf("model      %s: %lld blocks of width %lld, %.1f M linear weights in %s, %.3f bits each (%.0f MB), read in %.1f s\n",
               model.name.c_str(), static_cast<long long>(w.config.layers), static_cast<long long>(w.config.width),
