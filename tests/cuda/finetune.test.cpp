@@ -126,7 +126,9 @@ TEST_CASE("finetune on a device with too little memory says so, with the plan, b
   options.device = "cuda";
   const examples::CudaDevice gpu;
   auto model = open();
-  model.read = []() -> decltype(test::tiny_weights<float>(config(), false)) { throw std::logic_error("the model was read"); };
+  model.read = [](const qd::BaseOptions&) -> decltype(test::tiny_weights<float>(config(), false)) {
+    throw std::logic_error("the model was read");
+  };
   auto& memory = test::emulator::global_memory();
   struct Restored {
     std::size_t total = test::emulator::global_memory().total();

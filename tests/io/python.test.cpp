@@ -81,9 +81,9 @@ qd::Matrix<float> to_float(const qd::Matrix<double>& x) {
 }  // namespace
 
 TEST_CASE("the report of a GPU says which goals are reached, and fails where a result is wrong", "[python]") {
-  if (!has_python("json")) SKIP("no Python ($QDYLORA_PYTHON)");
+  if (!test::has_python("json")) SKIP("no Python ($QDYLORA_PYTHON)");
   const test::TemporaryFolder folder;
-  CHECK(run_python("check_gpu_report.py", folder.path()) == 0);
+  CHECK(test::run_python("check_gpu_report.py", folder.path()) == 0);
 }
 
 TEST_CASE("bitsandbytes decodes 4-bit weights written here to our values, bit for bit", "[python]") {

@@ -25,7 +25,7 @@ using test::error_of;
 
 namespace {
 
-constexpr qd::BaseOptions float32{.format = qd::BaseFormat::float32, .double_quant = true, .block_size = 64};
+const qd::BaseOptions float32{.format = qd::BaseFormat::float32, .double_quant = true, .block_size = 64};
 const std::string golden_models[] = {"falcon_7b", "falcon_40b", "falcon_11b", "falcon_biased"};
 
 qd::Decoder<float> golden_model(const std::string& name, bool checkpoint = false) {

@@ -24,7 +24,7 @@ using Float = qd::Matrix<float>;
 
 namespace {
 
-constexpr qd::BaseOptions float32{.format = qd::BaseFormat::float32, .double_quant = true, .block_size = 64};
+const qd::BaseOptions float32{.format = qd::BaseFormat::float32, .double_quant = true, .block_size = 64};
 constexpr std::uint32_t f32 = 0, f16 = 1, q8_0 = 8, bf16 = 30;  // ggml's numbers of types
 
 struct Tensor {

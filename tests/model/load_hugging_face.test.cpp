@@ -27,7 +27,7 @@ using Float = qd::Matrix<float>;
 
 namespace {
 
-constexpr qd::BaseOptions float32{.format = qd::BaseFormat::float32, .double_quant = true, .block_size = 64};
+const qd::BaseOptions float32{.format = qd::BaseFormat::float32, .double_quant = true, .block_size = 64};
 
 struct Tensor {
   std::vector<Index> shape;

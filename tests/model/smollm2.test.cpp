@@ -24,7 +24,7 @@ using Model = qd::Decoder<float>;
 
 namespace {
 
-constexpr qd::BaseOptions float32{.format = qd::BaseFormat::float32, .double_quant = true, .block_size = 64};
+const qd::BaseOptions float32{.format = qd::BaseFormat::float32, .double_quant = true, .block_size = 64};
 
 std::optional<std::filesystem::path> model_file() {
   std::filesystem::path path;

@@ -29,7 +29,7 @@ using Ids = std::vector<std::int32_t>;
 
 namespace {
 
-constexpr qd::BaseOptions float32{.format = qd::BaseFormat::float32, .double_quant = true, .block_size = 64};
+const qd::BaseOptions float32{.format = qd::BaseFormat::float32, .double_quant = true, .block_size = 64};
 constexpr const char* absent = "the reference data of stories260K is absent (set QDYLORA_REFERENCE)";
 
 std::vector<float> read_floats(const std::filesystem::path& path) {
