@@ -111,9 +111,6 @@ class DynamicLoRALinear : public AdapterLayer<T, Backend> {
     const auto x = context.x;
     const bool want_dx = dx.data != nullptr;
     const Index rank = context.plan.max_rank();
-    const auto through_base = [&](MatrixView<const T> from, MatrixView<T> to) {
-      base_->visit([&](const auto& w) { backend_.matmul_transposed(from, w, to, Update::overwrite); });
-    };
     Matrix<T, Memory> scaled_dy;
     const bool dropped = context.dropped.size() > 0;
     bool have_dx = !want_dx;
@@ -124,18 +121,18 @@ class DynamicLoRALinear : public AdapterLayer<T, Backend> {
           forget_norms();
         }
         if (want_dx && dropped) {  // dy W + mask(((m / n - 1) * dy) W)
-          through_base(dy, dx);
+          backward_base(dy, dx);
           have_dx = true;
           auto excess = temporary<T>(backend_, x.rows, out()), masked = temporary<T>(backend_, x.rows, in());
           scale_by_factors(dy, context.plan, context.magnitude, adapter_, 1, excess.view(), backend_);
-          through_base(as_const(excess), masked.view());
+          backward_base(as_const(excess), masked.view());
           backend_.dropout(as_const(masked), adapter_.options().dropout, context.dropout, dx, Update::accumulate);
         }
         scaled_dy = temporary<T>(backend_, x.rows, out());
         scale_by_factors(dy, context.plan, context.magnitude, adapter_, 0, scaled_dy.view(), backend_);
         dy = scaled_dy.view();
       }
-    if (!have_dx) through_base(dy, dx);
+    if (!have_dx) backward_base(dy, dx);
     add_backward(dy, dx, context, mode);
   }
 
