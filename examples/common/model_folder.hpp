@@ -3,12 +3,12 @@
 
 #include <cstdint>
 #include <filesystem>
-#include <system_error>
 #include <utility>
 
 #include <qdylora/io.hpp>
 #include <qdylora/model/load_hugging_face.hpp>
 
+#include "folder.hpp"
 #include "program.hpp"
 
 namespace qdylora::examples {
@@ -25,9 +25,7 @@ inline void make_folder_of(const std::filesystem::path& model, const Safetensors
   const auto other = out / (weights.indexed() ? SafetensorsFolder::one_file : SafetensorsFolder::index_file);
   if (std::filesystem::exists(other))
     throw Error(Errc::bad_argument, "is of another model that lies there; give another folder", {.file = other.string()});
-  std::error_code failed;
-  std::filesystem::create_directories(out, failed);
-  if (failed) throw Error(Errc::open, "cannot make the folder: " + failed.message(), {.file = out.string()});
+  make_folder(out);
 }
 
 /// write(file, path) for each file of weights, path of the same name in `out`; then the index, if there is one.

@@ -9,7 +9,6 @@
 #include <optional>
 #include <span>
 #include <string>
-#include <system_error>
 #include <utility>
 #include <vector>
 
@@ -18,6 +17,7 @@
 #include <qdylora/model/rank_report.hpp>
 
 #include "evaluation.hpp"
+#include "folder.hpp"
 #include "progress.hpp"
 #include "run_state.hpp"
 #include "svg.hpp"
@@ -90,13 +90,6 @@ struct AboveRival {
     }
   }
 };
-
-/// A folder for results, made where there is none. Errors: open.
-inline void make_folder(const std::string& folder) {
-  std::error_code failure;
-  std::filesystem::create_directories(folder, failure);
-  if (failure) throw Error(Errc::open, "cannot make the folder: " + failure.message(), {.file = folder});
-}
 
 inline Json to_json(const Interval& interval) { return {{"value", interval.value}, {"low", interval.low}, {"high", interval.high}}; }
 
