@@ -112,6 +112,26 @@ TEMPLATE_TEST_CASE("products with quantized weights are within the bounds of the
   CHECK(cases >= 3 * 2 * std::ssize(edge_sizes));  // on a machine without vector instructions; five times as many on others
 }
 
+TEMPLATE_TEST_CASE("codes that no quantizer writes are within the bounds of their class too", "[cpu][classes]", qd::NF4, qd::FP4, qd::INT4) {
+  Rng rng(11, qd::Purpose::data);
+  const ProductShape shapes[] = {{1, 33, 64}, {4, 40, 128}, {7, 65, 96}, {16, 67, 192}, {35, 64, 256}, {70, 37, 512}};
+  for (const auto& [tokens, out, in] : shapes) {
+    const Index block_size = in % 64 == 0 ? 64 : 32;
+    CAPTURE(tokens, out, in, block_size);
+    qd::Buffer<std::uint8_t> codes(qd::code_bytes<TestType>(out * in));
+    for (auto& code : codes.span()) code = static_cast<std::uint8_t>(rng.next());  // INT4: -8, which stands for less than -absmax
+    qd::Float32Scales::Storage<qd::HostMemory> scales{qd::Buffer<float>(out * in / block_size)};
+    for (auto& scale : scales.absmax.span()) scale = 0.1f + static_cast<float>(rng.uniform());
+    const qd::QuantizedTensor<TestType, qd::Float32Scales> tensor{out, in, block_size, std::move(codes), std::move(scales)};
+    const DecodedWeight decoded = decoded_weight(tensor.view());
+    const auto forward = normal_problem<float>(Direction::forward, tokens, decoded, rng.next());
+    const auto backward = normal_problem<float>(Direction::backward, tokens, decoded, rng.next());
+    Index cases = 0;
+    each_class([&](const qd::Cpu& cpu) { check_products(cpu, forward, backward, tensor.view(), Place{}, cases); });
+    CHECK(cases >= 3);
+  }
+}
+
 TEST_CASE("the named shapes are within the bounds of their class", "[cpu][classes]") {
   Rng rng(1, qd::Purpose::data);
   quantized_products_by_class<float, qd::NF4, qd::DoubleQuant<>>(product_shapes, rng);

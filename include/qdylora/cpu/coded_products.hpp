@@ -66,7 +66,7 @@ void few_forward(const CpuRun& run, const FewKernels& few, MatrixView<const floa
     run.parallel_ranges(w.rows, task_rows, [&](Index task_begin, Index task_end) {
       float* scales = scratch<float, 6>(scale_rows * blocks + 16);
       std::fill_n(scales + scale_rows * blocks, 16, 0.0f);
-      float* workspace = scratch<float, 7>(16 * blocks);
+      float* workspace = scratch<float, 7>(std::max(16 * blocks, w.cols / 32 + 16));
       alignas(64) float total[16 * 16];
       for (Index begin = task_begin; begin < task_end; begin += scale_rows) {
         const Index end = std::min(task_end, begin + scale_rows);
@@ -139,13 +139,23 @@ void multiply_bytes(const CpuRun& run, const CodedWeight& w, MatrixView<const T>
   constexpr Index task_rows = 64;
   const CodeKernels& kernels = run.codes();
   const Index blocks = w.row_blocks(), unit = std::min(w.block_size, kernels.few_int8.unit), units = w.cols / unit;
-  const Index cols = w.cols / 4, stride = uncrowded_stride<std::uint32_t>(cols);
-  std::uint32_t* cells = scratch<std::uint32_t, 10>(x.rows * stride);
-  float* x_scales = scratch<float, 4>(x.rows * units);
-  std::int32_t* starts = scratch<std::int32_t, 5>(x.rows * units);
-  run.parallel_ranges(x.rows, row_grain(x.cols), [&](Index begin, Index end) {
-    for (Index i = begin; i < end; ++i)
-      kernels.few_int8.row(row_as<float, 2>(x, i), w.cols / 8, w.block_size, cells + i * stride, x_scales + i * units, starts + i * units);
+  const Index cols = w.cols / 4, stride = uncrowded_stride<std::uint32_t>(cols), side = kernels.bytes.x_rows;
+  std::uint32_t* cells = scratch<std::uint32_t, 10>(rounded_up(x.rows, side) * stride);
+  float* x_scales = scratch<float, 4>(rounded_up(x.rows, side) * units);
+  std::int32_t* starts = scratch<std::int32_t, 5>(rounded_up(x.rows, side) * units);
+  each_x_rows(run, x.rows, x.cols, side, [&](Index row, Index rows) {
+    const auto round = [&](std::uint32_t* to, float* scale, std::int32_t* start) {
+      for (Index r = 0; r < rows; ++r)
+        kernels.few_int8.row(row_as<float, 2>(x, row + r), w.cols / 8, w.block_size, to + r * stride, scale + r * units, start + r * units);
+    };
+    if (side == 1) return round(cells + row * stride, x_scales + row * units, starts + row * units);
+    std::uint32_t* row_cells = scratch<std::uint32_t, 8>(rows * stride);
+    float* row_scales = scratch<float, 6>(rows * units);
+    std::int32_t* row_starts = scratch<std::int32_t, 9>(rows * units);
+    round(row_cells, row_scales, row_starts);
+    side_by_side(run, row_cells, stride, rows, cols, cells + row * stride);
+    side_by_side(run, row_scales, units, rows, units, x_scales + row * units);
+    side_by_side(run, row_starts, units, rows, units, starts + row * units);
   });
   const Index groups = div_up(x.rows, token_group);
   run.parallel_for(div_up(w.rows, task_rows) * groups, [&](Index task) {
@@ -166,8 +176,8 @@ void multiply_bytes(const CpuRun& run, const CodedWeight& w, MatrixView<const T>
       for (Index m = 0; m < tokens; m += token_block)
         for (Index p = 0; p < width; p += panel_width) {
           if (m == 0) w.prefetch(first + p + (more ? 0 : width), panel_width, more ? k + depth : 0, part);
-          kernels.bytes.gemm(std::min(token_block, tokens - m), depth / unit, unit / 4, cells + (token + m) * stride + k / 4, stride,
-                             x_scales + (token + m) * units + k / unit, starts + (token + m) * units + k / unit, units,
+          kernels.bytes.gemm(std::min(token_block, tokens - m), depth / unit, unit / 4, cells + (token + m) * stride + k / 4 * side, stride,
+                             x_scales + (token + m) * units + k / unit * side, starts + (token + m) * units + k / unit * side, units,
                              panel + p * part / 4, panel_scales + p * part / 32, out + m * task_rows + p, task_rows, k > 0);
         }
     }

@@ -129,10 +129,27 @@ struct ElementPanels {
 
 // ---- the arithmetic of a product by panels: what a cell of x and of a panel is -----------------------------------------------------
 
+/// f(first row, rows) for every x_rows rows of x, which kernels take side by side; in parallel.
+template <class F>
+void each_x_rows(const CpuRun& run, Index rows, Index cols, Index x_rows, F f) {
+  run.parallel_ranges(div_up(rows, x_rows), row_grain(x_rows * cols), [&](Index begin, Index end) {
+    for (Index row = begin * x_rows; row < std::min(rows, end * x_rows); row += x_rows) f(row, std::min(x_rows, rows - row));
+  });
+}
+
+/// out[k * 4 + r] = x[r * stride + k] of up to four rows; zero for those that are not there.
+template <class Cell>
+void side_by_side(const CpuRun& run, const Cell* x, Index stride, Index rows, Index cols, Cell* out) {
+  static_assert(sizeof(Cell) == 4);
+  run.codes().few_float32.interleave[1](x, stride, rows, cols, out);
+}
+
 template <class S>
 struct PlainCells {
   using Cell = S;
   const KernelTable<S>& kernels;
+
+  static constexpr Index x_rows() noexcept { return 1; }
 
   /// Of a sum, in a panel.
   static constexpr Index panel_depth() noexcept { return panel_cells; }
@@ -159,12 +176,15 @@ struct Bits16Cells {
 
   Index panel_depth() const noexcept { return panel_cells / kernels.cells * kernels.numbers; }
   Index cells_of(Index depth) const noexcept { return kernels.cells_of(depth); }
+  Index x_rows() const noexcept { return kernels.x_rows; }
   template <class T>
   MatrixView<const Cell> prepare(const CpuRun& run, MatrixView<const T> x) const {
     const Index cols = cells_of(x.cols), stride = uncrowded_stride<Cell>(cols);
-    const MatrixView<Cell> cells{scratch<Cell, 10>(x.rows * stride), x.rows, cols, stride};
-    run.parallel_ranges(x.rows, row_grain(x.cols), [&](Index begin, Index end) {
-      for (Index i = begin; i < end; ++i) kernels.round(row_as<float, 2>(x, i), x.cols, cells.row(i));
+    const MatrixView<Cell> cells{scratch<Cell, 10>(rounded_up(x.rows, x_rows()) * stride), x.rows, cols, stride};
+    each_x_rows(run, x.rows, x.cols, x_rows(), [&](Index row, Index rows) {
+      Cell* to = x_rows() == 1 ? cells.row(row) : scratch<Cell, 8>(rows * stride);
+      for (Index r = 0; r < rows; ++r) kernels.round(row_as<float, 2>(x, row + r), x.cols, to + r * stride);
+      if (x_rows() > 1) side_by_side(run, to, stride, rows, cols, cells.row(row));
     });
     return cells;
   }
@@ -224,7 +244,7 @@ void multiply_panels(const CpuRun& run, const Cells& cells, const Panels& panels
                               task_outputs / panel_width);
           }
           cells.gemm(std::min(token_block, tokens - m), width - p > panel_width / 2 ? panel_width : panel_width / 2, here,
-                     input.row(token + m) + cells.cells_of(k), input.stride, panel + p * apart, out.row(m) + p, out.stride, add);
+                     input.row(token + m) + cells.cells_of(k) * cells.x_rows(), input.stride, panel + p * apart, out.row(m) + p, out.stride, add);
         }
     }
     if (!direct && parts == 1)

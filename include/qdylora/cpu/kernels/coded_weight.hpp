@@ -12,6 +12,7 @@ struct CodedWeight {
   const std::uint8_t* codes = nullptr;
   const float* values = nullptr;  // of each code: 16 or 256
   int bits = 4;
+  float one_in_7_bits = 63.0f, one_in_8_bits = 127.0f;  // of 4-bit codes, see integer_scale
   float byte_step = 0.0f;  // where a code is a number in two's complement, what one is worth: values[c] = c * byte_step
   Index rows = 0, cols = 0, block_size = 64;
   // absmax of block i: absmax[i], or where that is null  scale_values[scale_codes[i]] * nested_absmax[i / 256] + offset
@@ -44,6 +45,29 @@ struct CodedWeight {
   }
 };
 
+/// What 1 becomes where the values of 4-bit codes become signed integers of so many bits: of the scales that they fit at, in sixteenths, the one
+/// that moves them least.
+template <CodeFormat Format>
+constexpr float integer_scale(int bits) {
+  const int half = 1 << (bits - 1);
+  float best = 0.0f, least = 1e30f;
+  for (int i = 16 * half; i > 4 * half; --i) {
+    const float scale = static_cast<float>(i) / 16.0f;
+    float moved = 0.0f;
+    for (const float value : Format::values) {
+      const float x = value * scale;
+      const int nearest = static_cast<int>(x < 0.0f ? x - 0.5f : x + 0.5f);
+      const float by = (static_cast<float>(nearest) - x) / scale;
+      moved += nearest < -half || nearest >= half ? 1e30f : by * by;
+    }
+    if (moved < least) {
+      least = moved;
+      best = scale;
+    }
+  }
+  return best;
+}
+
 template <CodeFormat Code>
 inline constexpr auto byte_planes = [] {
   std::array<std::uint8_t, 1024> planes{};
@@ -59,6 +83,11 @@ CodedWeight coded(const QuantizedView<Format, Scales>& w) noexcept {
   c.codes = w.codes;
   c.values = Format::values.data();
   c.bits = Format::bits;
+  if constexpr (Format::bits == 4) {
+    constexpr float in_7_bits = integer_scale<Format>(7), in_8_bits = integer_scale<Format>(8);
+    c.one_in_7_bits = in_7_bits;
+    c.one_in_8_bits = in_8_bits;
+  }
   if constexpr (std::is_same_v<Format, INT8>) c.byte_step = INT8::step;
   c.rows = w.rows;
   c.cols = w.cols;

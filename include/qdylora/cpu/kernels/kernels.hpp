@@ -79,6 +79,7 @@ struct CellKernels {
   void (*round)(const float* x, Index count, std::uint32_t* out) = nullptr;
   void (*gemm)(Index m, Index n, Index depth, const std::uint32_t* a, Index a_row, Index a_depth, const std::uint32_t* b, Index b_depth,
                float* c, Index c_row, bool accumulate) = nullptr;
+  Index x_rows = 1;  // that stand side by side: cell k of row i at i / x_rows * x_rows * a_row + k * x_rows + i % x_rows
   explicit operator bool() const noexcept { return gemm != nullptr; }
   Index cells_of(Index depth) const noexcept { return (depth + numbers - 1) / numbers * cells; }
 };
@@ -94,6 +95,7 @@ struct ByteKernels {
                   float* scales) = nullptr;
   void (*gemm)(Index m, Index units, Index cells, const std::uint32_t* a, Index a_row, const float* a_scale, const std::int32_t* a_start,
                Index unit_row, const std::uint32_t* b, const float* b_scale, float* c, Index c_row, bool accumulate) = nullptr;
+  Index x_rows = 1;  // of cells, scales and starts, as in CellKernels
   explicit operator bool() const noexcept { return gemm != nullptr; }
 };
 
@@ -140,14 +142,17 @@ namespace avx2 {
 #include <qdylora/cpu/kernels/codes.inc>
 #include <qdylora/cpu/kernels/few.inc>
 #include <qdylora/cpu/kernels/avx2_words.inc>
+#include <qdylora/cpu/kernels/avx2_bytes.inc>
 #undef QDYLORA_VECTOR_BYTES
 #undef QDYLORA_TILE_ROWS
 #undef QDYLORA_TILE_VECTORS
 inline constexpr CodeKernels code_table = [] {
   CodeKernels table = own_code_table;
   table.few_float32 = few_kernels<FewFloat32>(8);
-  table.few_bits16 = few_kernels<FewInt16>();
-  table.bits16 = {word_unit, word_cells, word_columns, nullptr, word_panel, words, word_gemm};
+  table.few_bits16 = few_kernels<FewInt16>(8);
+  table.few_int8 = few_kernels<FewInt8>(8);
+  table.bits16 = {word_unit, word_cells, word_columns, nullptr, word_panel, words, word_gemm, x_rows};
+  table.bytes = {byte_columns, byte_gemm, x_rows};
   return table;
 }();
 }  // namespace avx2
