@@ -30,6 +30,7 @@
 #include "support/llama2c_files.hpp"
 #include "support/python.hpp"
 #include "support/random_data.hpp"
+#include "support/smollm2.hpp"
 #include "support/tiny_model.hpp"
 
 namespace programs_test {
@@ -1531,6 +1532,32 @@ TEST_CASE("programs: transformers loads what quantize and merge wrote in 4 bits,
   succeeds("merge", base + " " + adapter + " " + quoted(folder / "merged"));
   evaluate("merged");
   CHECK(test::run_python("check_quantized.py", folder.path()) == 0);
+}
+
+TEST_CASE("programs: an adapter moves llama.cpp's logits as it moves ours", "[python]") {
+  for (const char* program : {"finetune", "adapter", "evaluate"})
+    if (!built(program)) SKIP(program << " has not been built");
+  const auto model = test::smollm2();
+  if (!model) SKIP(test::no_smollm2);
+  if (!test::has_python("llama_cpp, numpy")) SKIP("no Python with llama_cpp and numpy ($QDYLORA_PYTHON)");
+  const test::TemporaryFolder folder;
+  std::filesystem::create_symlink(*model, folder / "model.gguf");
+  std::string examples;
+  for (int i = 0; i < 8; ++i) examples += R"({"prompt": "What comes after )" + std::to_string(i) + R"(?", "response": ")" + std::to_string(i + 1) + "\"}\n";
+  test::write_file(folder / "data.jsonl", examples);
+  const std::string base = "--model " + quoted(folder / "model.gguf");
+  succeeds("finetune", base + " --data " + quoted(folder / "data.jsonl") + " --out " + quoted(folder / "run") +
+                           " --steps 4 --batch 1 --seq-len 64 --eval-rows 2 --lr 0.01 --ranks 2,8");
+  succeeds("adapter", "gguf " + quoted(folder / "run" / "adapter") + " " + base + " " + quoted(folder / "adapter.gguf"));
+  const std::vector<std::int32_t> ids{1, 504, 2365, 282, 260, 5354, 314, 624, 7042, 281};
+  const Index shape[] = {static_cast<Index>(ids.size())};
+  qd::write_npy(folder / "ids.npy", qd::DType::I32, shape, std::as_bytes(std::span(ids)));
+  std::string list;
+  for (const auto id : ids) list += (list.empty() ? "" : ",") + std::to_string(id);
+  const auto logits = base + " --base-format float32 --ids " + list + " --logits ";
+  succeeds("evaluate", logits + quoted(folder / "base.npy"));
+  succeeds("evaluate", logits + quoted(folder / "adapted.npy") + " --adapter " + quoted(folder / "run" / "adapter"));
+  CHECK(test::run_python("check_gguf_adapter.py", folder.path()) == 0);
 }
 
 TEST_CASE("programs: a model whose embedding and head are in 4 bits as well is read") {

@@ -1,5 +1,4 @@
-// SmolLM2-135M-Instruct against a float32 reference in another program. Skipped where the model or the reference data is absent;
-// the model is the file that QDYLORA_MODEL names, or the one that examples/run.sh keeps.
+// SmolLM2-135M-Instruct against a float32 reference in another program. Skipped where the model or the reference data is absent.
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -14,6 +13,7 @@
 #include "support/catch.hpp"
 #include "support/files.hpp"
 #include "support/golden.hpp"
+#include "support/smollm2.hpp"
 
 namespace smollm2_test {
 
@@ -26,21 +26,6 @@ namespace {
 
 const qd::BaseOptions float32{.format = qd::BaseFormat::float32, .double_quant = true, .block_size = 64};
 
-std::optional<std::filesystem::path> model_file() {
-  std::filesystem::path path;
-  if (const char* named = std::getenv("QDYLORA_MODEL")) {
-    path = named;
-  } else {
-    const char* cache = std::getenv("XDG_CACHE_HOME");
-    const char* home = std::getenv("HOME");
-    path = cache != nullptr && *cache != '\0' ? std::filesystem::path(cache)
-                                              : std::filesystem::path(home != nullptr ? home : "") / ".cache";
-    path /= "qdylora/SmolLM2-135M-Instruct.Q4_1.gguf";
-  }
-  if (!std::filesystem::is_regular_file(path)) return std::nullopt;
-  return path;
-}
-
 struct Files {
   std::filesystem::path model;
   qd::Json reference;
@@ -48,7 +33,7 @@ struct Files {
 };
 
 std::optional<Files> find_files() {
-  const auto model = model_file(), reference = test::shared("data/ref_smollm2.json"),
+  const auto model = test::smollm2(), reference = test::shared("data/ref_smollm2.json"),
              logits = test::shared("data/ref_plain_logits_pos.f32"),
              hidden = test::shared("data/ref_plain_hidden_first4tok_first8dim.f32");
   if (!model || !reference || !logits || !hidden) return std::nullopt;

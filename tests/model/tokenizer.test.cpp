@@ -19,6 +19,7 @@
 #include <qdylora/model/unicode.hpp>
 
 #include "support/catch.hpp"
+#include "support/smollm2.hpp"
 
 namespace tokenizer_test {
 
@@ -111,22 +112,6 @@ std::filesystem::path shared_file(const char* name) {
   const auto path = std::filesystem::path(folder) / "data" / name;
   return std::filesystem::exists(path) ? path : std::filesystem::path{};
 }
-
-/// SmolLM2's GGUF file, or an empty path.
-std::filesystem::path model_file() {
-  const auto variable = [](const char* name) {
-    const char* value = std::getenv(name);
-    return std::string(value == nullptr ? "" : value);
-  };
-  std::filesystem::path path = variable("QDYLORA_MODEL");
-  if (path.empty()) {
-    const std::filesystem::path cache = variable("XDG_CACHE_HOME");
-    path = (cache.empty() ? std::filesystem::path(variable("HOME")) / ".cache" : cache) / "qdylora/SmolLM2-135M-Instruct.Q4_1.gguf";
-  }
-  return std::filesystem::exists(path) ? path : std::filesystem::path{};
-}
-
-constexpr const char* no_model = "no model file: set QDYLORA_MODEL to SmolLM2-135M-Instruct.Q4_1.gguf";
 
 }  // namespace
 
@@ -340,10 +325,11 @@ TEST_CASE("a megabyte without a space is encoded, not searched for ever", "[toke
 }
 
 TEST_CASE("SmolLM2's ids equal the reference's, and decode to the same bytes", "[tokenizer][model]") {
-  if (model_file().empty()) SKIP(no_model);
+  const auto model = test::smollm2();
+  if (!model) SKIP(test::no_smollm2);
   const auto reference_file = shared_file("ref_smollm2.json");
   if (reference_file.empty()) SKIP("no ref_smollm2.json: set QDYLORA_REFERENCE");
-  const qd::Tokenizer tokenizer = qd::load_tokenizer(qd::GgufFile(model_file()));
+  const qd::Tokenizer tokenizer = qd::load_tokenizer(qd::GgufFile(*model));
   const auto reference = nlohmann::json::parse(read_file(reference_file));
   for (const char* prompt : {"plain", "chat"}) {
     const auto& entry = reference.at("prompts").at(prompt);
@@ -352,7 +338,7 @@ TEST_CASE("SmolLM2's ids equal the reference's, and decode to the same bytes", "
     CHECK(tokenizer.decode(entry.at("greedy").get<Ids>()) == entry.at("greedy_text").get<std::string>());
   }
   const std::vector<qd::ChatMessage> chat{{"user", "What is the capital of France?"}};
-  const auto smollm2 = qd::recognize_chat_template(qd::chat_template_text(qd::GgufFile(model_file())));
+  const auto smollm2 = qd::recognize_chat_template(qd::chat_template_text(qd::GgufFile(*model)));
   REQUIRE(smollm2);
   CHECK(smollm2->name == "smollm2");
   CHECK(qd::encode_chat(tokenizer, *smollm2, chat) == reference["prompts"]["chat"]["ids"].get<Ids>());
@@ -369,8 +355,9 @@ TEST_CASE("SmolLM2's ids equal the reference's, and decode to the same bytes", "
 }
 
 TEST_CASE("SmolLM2's vocabulary encodes random Unicode without loss", "[tokenizer][model]") {
-  if (model_file().empty()) SKIP(no_model);
-  const qd::Tokenizer tokenizer = qd::load_tokenizer(qd::GgufFile(model_file()));
+  const auto model = test::smollm2();
+  if (!model) SKIP(test::no_smollm2);
+  const qd::Tokenizer tokenizer = qd::load_tokenizer(qd::GgufFile(*model));
   CHECK(tokenizer.vocab_size() == 49152);
   CHECK(tokenizer.eos() == tokenizer.id("<|im_end|>"));
   // Typographic quotes, a fraction, CJK, an emoji with joiners, a run of white space: ids of the `tokenizers` package.
