@@ -340,6 +340,13 @@ concept HasEmbedding = requires(const B b, std::span<const std::int32_t> ids, Ma
   b.embed(ids, coded, y);
 };
 
+/// What training the weights of a model themselves takes on top: the gradient of an embedding, and of norms' weights. Optional.
+template <class B, class T>
+concept HasWeightTraining = requires(const B b, std::span<const std::int32_t> ids, MatrixView<const T> x, MatrixView<Accumulator<T>> h) {
+  b.embed_backward(ids, x, h);  // h[ids[i]] += x[i], in the order of i; an id outside h is Errc::bad_argument
+  b.column_products(x, x, h);   // h[0, j] += sum_i first[i, j] * second[i, j]
+};
+
 /// Some rows of an activation: the positions whose loss counts.
 template <class B, class T>
 concept HasRowSelection = requires(const B b, std::span<const Index> rows, MatrixView<const T> x, MatrixView<T> y) {
@@ -372,5 +379,9 @@ concept BackendFor = Backend<B, T>;
 template <class B, class T>
 concept TransformerBackend = Backend<B, T> && HasNorm<B, T> && HasRope<B, T> && HasAttention<B, T> && HasActivation<B, T> &&
                              HasEmbedding<B, T> && HasRowSelection<B, T> && HasCrossEntropy<B, T> && HasHostLoop<B>;
+
+/// What a transformer whose weights all train needs.
+template <class B, class T>
+concept FullBackend = TransformerBackend<B, T> && HasWeightTraining<B, T>;
 
 }  // namespace qdylora

@@ -19,11 +19,12 @@
 #include <qdylora/cpu/cpu.hpp>
 
 // nn: ranks, the adapter, DynamicLoRALinear, several adapters mixed in a batch or summed, DoRA's magnitudes, bottleneck adapters,
-// AlphaTuning's layer, initial values by PiSSA, LoftQ and QERA, re-ordering by singular values
+// AlphaTuning's layer, a layer whose weight trains itself, initial values by PiSSA, LoftQ and QERA, re-ordering by singular values
 #include <qdylora/nn/activation.hpp>
 #include <qdylora/nn/adapter_plan.hpp>
 #include <qdylora/nn/alpha_linear.hpp>
 #include <qdylora/nn/bottleneck_adapter.hpp>
+#include <qdylora/nn/dense_linear.hpp>
 #include <qdylora/nn/dynamic_lora_linear.hpp>
 #include <qdylora/nn/initialize.hpp>
 #include <qdylora/nn/magnitude.hpp>

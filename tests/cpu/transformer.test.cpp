@@ -40,6 +40,10 @@ TEMPLATE_TEST_CASE("embedding copies rows of the table", "[cpu]", float, double,
   each_isa([](const qd::Cpu& cpu) { test::embedding<qd::Cpu, TestType>(cpu); });
 }
 
+TEMPLATE_TEST_CASE("the gradient of an embedding is the sum over the tokens of each row", "[cpu]", float, double, qd::bfloat16, qd::half) {
+  each_isa([](const qd::Cpu& cpu) { test::embedding_backward<qd::Cpu, TestType>(cpu); });
+}
+
 TEMPLATE_TEST_CASE("cross-entropy is the reference's", "[cpu]", float, double) {
   each_isa([](const qd::Cpu& cpu) { test::cross_entropy<qd::Cpu, TestType>(cpu); });
 }

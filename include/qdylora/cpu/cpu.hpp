@@ -203,6 +203,10 @@ class Cpu {
     detail::embed(run_, ids, table, y);
   }
   template <class T>
+  void embed_backward(std::span<const std::int32_t> ids, MatrixView<const T> dy, MatrixView<Accumulator<T>> gradient) const {
+    detail::embed_backward(run_, ids, dy, gradient);
+  }
+  template <class T>
   void gather_rows(In<T> x, std::span<const Index> rows, MatrixView<T> y) const {
     detail::gather_rows(run_, x, rows, y);
   }
@@ -228,7 +232,6 @@ class Cpu {
 };
 
 static_assert(HasAdamW8<Cpu> && HasLion<Cpu, float> && HasLayerNorm<Cpu, float> && HasLayerNorm<Cpu, bfloat16>);
-static_assert(TransformerBackend<Cpu, float> && TransformerBackend<Cpu, double> && TransformerBackend<Cpu, bfloat16> &&
-              TransformerBackend<Cpu, half>);
+static_assert(FullBackend<Cpu, float> && FullBackend<Cpu, double> && FullBackend<Cpu, bfloat16> && FullBackend<Cpu, half>);
 
 }  // namespace qdylora

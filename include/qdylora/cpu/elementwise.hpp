@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
 #include <qdylora/backend.hpp>
 #include <qdylora/cpu/run.hpp>
@@ -12,9 +13,10 @@ namespace qdylora::detail {
 template <class X, class Y>
 void convert(const CpuRun& run, MatrixView<const X> x, MatrixView<Y> y) {
   expect_shape("copy: target", y, x.rows, x.cols);
+  using Between = std::conditional_t<std::is_same_v<X, double> && sizeof(Y) == 2, float, X>;  // what 16 bits are rounded from
   run.parallel_ranges(x.rows, row_grain(x.cols), [&](Index begin, Index end) {
     for (Index i = begin; i < end; ++i)
-      for (Index j = 0; j < x.cols; ++j) y(i, j) = static_cast<Y>(x(i, j));
+      for (Index j = 0; j < x.cols; ++j) y(i, j) = static_cast<Y>(static_cast<Between>(x(i, j)));
   });
 }
 
@@ -142,6 +144,18 @@ void embed(const CpuRun& run, std::span<const std::int32_t> ids, const Table& ta
                             [&](float* row) { run.codes().decode(coded(table), id * table.cols, table.cols, row); });
       else
         for (Index j = 0; j < y.cols; ++j) y(i, j) = static_cast<T>(table(id, j));
+    }
+  });
+}
+
+/// Each thread has columns of its own, since tokens share rows.
+template <class T, class S>
+void embed_backward(const CpuRun& run, std::span<const std::int32_t> ids, MatrixView<const T> dy, MatrixView<S> gradient) {
+  expect_embed(ids, gradient, dy);
+  run.parallel_ranges(dy.cols, row_grain(dy.rows), [&](Index begin, Index end) {
+    for (Index i = 0; i < dy.rows; ++i) {
+      S* row = gradient.row(ids[static_cast<std::size_t>(i)]);
+      for (Index j = begin; j < end; ++j) row[j] += static_cast<S>(dy(i, j));
     }
   });
 }
