@@ -16,14 +16,6 @@
 
 namespace qdylora::examples {
 
-/// What save_peft_adapter and assign take as rope_heads for the linear layer at a place in DecoderConfig::linears: 0 but for q and k in
-/// GGUF's rotary layout, which only Llamas come in.
-inline Index rope_heads(const DecoderConfig& config, std::size_t linear) {
-  const auto p = static_cast<Projection>(linear);
-  if (config.rope_layout != RopeLayout::interleaved || (p != Projection::q && p != Projection::k)) return 0;
-  return p == Projection::q ? config.heads.heads : config.heads.kv_heads;
-}
-
 /// f(layer, heads) for every layer with an adapter: heads are its rope_heads.
 template <class Model, class F>
 void for_each_adapter(Model& model, F&& f) {

@@ -1,4 +1,4 @@
-// What the blocks of all architectures share: weights, what a forward pass keeps, linear layers by number, attention with and without a
+// What the blocks of all architectures share: what a forward pass keeps, linear layers by number, attention with and without a
 // cache, and where bottlenecks stand.
 #pragma once
 
@@ -11,36 +11,14 @@
 #include <utility>
 #include <vector>
 
-#include <qdylora/model/config.hpp>
 #include <qdylora/model/decoder_options.hpp>
-#include <qdylora/model/norm.hpp>
+#include <qdylora/model/decoder_weights.hpp>
 #include <qdylora/nn/alpha_linear.hpp>
 #include <qdylora/nn/bottleneck_adapter.hpp>
+#include <qdylora/nn/dense_linear.hpp>
 #include <qdylora/nn/dynamic_lora_linear.hpp>
-#include <qdylora/nn/low_rank.hpp>
 
 namespace qdylora {
-
-/// Frozen weights of a block. Lists are in the order of DecoderConfig::linears.
-template <class Acc, MemoryResource Memory = HostMemory>
-struct BlockWeights {
-  std::vector<std::shared_ptr<const WeightFor<AnyFormat, Memory>>> linear;  // [out, in]
-  std::vector<std::shared_ptr<const BinaryCodedTensor>> codes;              // [out, in] too, in their place for AdapterMethod::alpha
-  std::vector<Matrix<Acc, Memory>> bias;                                    // [1, out], or empty
-  std::vector<LowRank<Acc, Memory>> initial;                                // what adapters begin with, or empty
-  NormWeights<Acc, Memory> attention_norm, mlp_norm;                        // mlp_norm is empty where the norm is shared
-
-  explicit BlockWeights(const DecoderConfig& config)
-      : linear(config.linears().size()), codes(linear.size()), bias(linear.size()), initial(linear.size()) {}
-
-  /// Bytes of the linear weights.
-  std::size_t linear_bytes() const noexcept {
-    std::size_t sum = 0;
-    for (const auto& w : linear) sum += w ? w->bytes() : 0;
-    for (const auto& c : codes) sum += c ? c->bytes() : 0;
-    return sum;
-  }
-};
 
 /// The tokens of a pass: whole sequences, or, where there are caches, one token of each.
 template <class T, MemoryResource Memory>
@@ -64,6 +42,7 @@ struct BlockContext {
   Matrix<T, Memory> q, k, v, attended, mid, gate, up;  // mid and gate are Llama's alone
   std::vector<typename Linear::Context> linear;
   std::vector<AlphaContext<T>> alpha;          // in its place by AdapterMethod::alpha
+  std::vector<DenseContext<T>> dense;          // and by AdapterMethod::full
   std::array<Matrix<T, Memory>, 2> projected;  // by Houlsby, of each sublayer what its bottleneck reads; else empty
   std::vector<typename Bottleneck::Context> bottleneck;
   std::function<void(std::size_t, MatrixView<const T>)> observe;  // where there is one: the number of each linear layer, and its input
@@ -120,11 +99,18 @@ class BlockSteps {
   using Context = BlockContext<T, Backend>;
   using Workspace = BlockWorkspace<T, Backend>;
 
-  /// Throws Errc::unsupported for another method than lora on weights that come with what low-rank adapters are to begin with, and for
-  /// alpha on a backend that is no AlphaBackend; shape_mismatch where a weight has another shape, or is not there; rank_range of a pattern.
+  /// By AdapterMethod::full the block keeps copies of the weights, which train; else the weights, which it shares.
+  /// Throws Errc::unsupported for another method than lora on weights that come with what low-rank adapters are to begin with, for alpha on a
+  /// backend that is no AlphaBackend, and for full on weights in codes; shape_mismatch where a weight has another shape, or is not there;
+  /// rank_range of a pattern.
   BlockSteps(const DecoderConfig& config, std::shared_ptr<const BlockWeights<Acc, Memory>> weights, Index index,
              const DecoderOptions& all, Backend backend)
-      : config_(config), weights_(std::move(weights)), backend_(backend), method_(all.method) {
+      : config_(config),
+        weights_(std::move(weights)),
+        backend_(backend),
+        attention_norm_(norm_of(weights_->attention_norm, index, &ModuleNames::attention_norm, all.method)),
+        mlp_norm_(norm_of(weights_->mlp_norm, index, &ModuleNames::mlp_norm, all.method)),
+        method_(all.method) {
     const auto shapes = config.linears();
     const std::string prefix = config.block_name(index);
     QDYLORA_EXPECTS(
@@ -132,7 +118,8 @@ class BlockSteps {
             weights_->initial.size() == shapes.size(),
         shape_mismatch,
         prefix + ": expected " + std::to_string(shapes.size()) + " linear weights, found " + std::to_string(weights_->linear.size()));
-    linear_.reserve(shapes.size());
+    if (method_ == AdapterMethod::full) dense_.reserve(shapes.size());
+    else linear_.reserve(shapes.size());
     for (std::size_t i = 0; i < shapes.size(); ++i) {
       auto options = all.lora;
       options.name = prefix + std::string(shapes[i].name);
@@ -153,6 +140,10 @@ class BlockSteps {
       }
       const auto& base = weights_->linear[i];
       expect(base, "");
+      if (method_ == AdapterMethod::full) {
+        add_dense(i, options.name);
+        continue;
+      }
       if (linears_frozen()) linear_.push_back(Linear::frozen(base, options.name, backend));
       else linear_.emplace_back(base, std::move(options), backend);
       if (weights_->bias[i].size() > 0) linear_.back().set_bias(weights_->bias[i].view());
@@ -161,6 +152,7 @@ class BlockSteps {
     expect_norm("attention norm", weights_->attention_norm, config);
     if (!config.shared_norm) expect_norm("mlp norm", weights_->mlp_norm, config);
     if (linears_frozen()) add_bottlenecks(prefix, index, all.lora);
+    if (method_ == AdapterMethod::full) weights_.reset();
   }
 
   std::vector<Linear>& linears() noexcept { return linear_; }
@@ -174,6 +166,17 @@ class BlockSteps {
   void for_each_alpha(F&& f) const {
     if constexpr (AlphaBackend<Backend, T>) std::for_each(alpha_.begin(), alpha_.end(), f);
   }
+  /// f(layer) for each DenseLinear, in the order of DecoderConfig::linears; by another method than full there is none.
+  template <class F>
+  void for_each_dense(F&& f) {
+    std::for_each(dense_.begin(), dense_.end(), f);
+  }
+  template <class F>
+  void for_each_dense(F&& f) const {
+    std::for_each(dense_.begin(), dense_.end(), f);
+  }
+  /// By AdapterMethod::full, of the norms; else none.
+  Parameters<Acc, Memory> norm_parameters() const { return parameters(attention_norm_, mlp_norm_); }
   /// f(layer) for each layer with an adapter that trains, in the order of DecoderConfig::adapted: a Linear or a Bottleneck.
   template <class F>
   void for_each_trained(F&& f) {
@@ -202,13 +205,20 @@ class BlockSteps {
         context.alpha.resize(alpha_.size());
         return alpha_[i].forward(x, y, context.alpha[i]);
       }
+    if constexpr (FullBackend<Backend, T>)
+      if (method_ == AdapterMethod::full) {
+        context.dense.resize(dense_.size());
+        return dense_[i].forward(x, y, context.dense[i]);
+      }
     context.linear.resize(linear_.size());
     linear_[i].forward(x, y, context.linear[i]);
   }
   template <class P>
   void apply(P p, MatrixView<const T> x, Matrix<T, Memory>& y, Context& context) const {
     const auto i = static_cast<std::size_t>(p);
-    y.resize(x.rows, method_ == AdapterMethod::alpha ? weights_->codes[i]->rows() : linear_[i].out());
+    y.resize(x.rows, method_ == AdapterMethod::alpha  ? weights_->codes[i]->rows()
+                     : method_ == AdapterMethod::full ? dense_[i].out()
+                                                      : linear_[i].out());
     apply(p, x, y.view(), context);
   }
   // The input of a layer may have been made anew since its forward pass, in other memory. An empty dx is not computed.
@@ -219,6 +229,11 @@ class BlockSteps {
       if (method_ == AdapterMethod::alpha) {
         context.alpha[i].x = input;
         return alpha_[i].backward(dy, dx, context.alpha[i]);
+      }
+    if constexpr (FullBackend<Backend, T>)
+      if (method_ == AdapterMethod::full) {
+        context.dense[i].x = input;
+        return dense_[i].backward(dy, dx, context.dense[i]);
       }
     context.linear[i].x = input;
     linear_[i].backward(dy, dx, context.linear[i]);
@@ -264,9 +279,9 @@ class BlockSteps {
   }
 
   // work.normed = norm(x)
-  void normalize(MatrixView<const T> x, const NormWeights<Acc, Memory>& norm, Matrix<Acc, Memory>& statistics, Workspace& work) const {
+  void normalize(MatrixView<const T> x, const Norm<T, Backend>& norm, Matrix<Acc, Memory>& statistics, Workspace& work) const {
     work.normed.resize(x.rows, x.cols);
-    qdylora::normalize(backend_, x, norm, config_.norm_epsilon, work.normed.view(), statistics);
+    norm.forward(x, work.normed.view(), statistics);
   }
 
   // context.attended = attention of context.q, k and v, which are turned to their positions.
@@ -295,10 +310,32 @@ class BlockSteps {
   }
 
   DecoderConfig config_;
-  std::shared_ptr<const BlockWeights<Acc, Memory>> weights_;
+  std::shared_ptr<const BlockWeights<Acc, Memory>> weights_;  // none by AdapterMethod::full
   Backend backend_;
+  Norm<T, Backend> attention_norm_, mlp_norm_;
 
  private:
+  Norm<T, Backend> norm_of(const NormWeights<Acc, Memory>& weights, Index index, std::string ModuleNames::*name, AdapterMethod method) const {
+    return {weights, config_.block_name(index) + config_.module_names().*name, method == AdapterMethod::full, config_.norm_epsilon, backend_};
+  }
+
+  // The layer that begins with linear weight [i]; one in bfloat16 stays what is computed with.
+  void add_dense(std::size_t i, const std::string& name) {
+    if constexpr (FullBackend<Backend, T>) {
+      weights_->linear[i]->visit([&](const auto& w) {
+        if constexpr (requires { w.codes; }) {
+          throw Error(Errc::unsupported, name + ": full fine-tuning takes weights in float32 or bfloat16, these are in codes");
+        } else {
+          constexpr bool narrow = std::is_same_v<std::remove_cvref_t<decltype(*w.data)>, bfloat16>;
+          dense_.emplace_back(w, DenseOptions{.bfloat16 = narrow, .name = name}, backend_);
+        }
+      });
+      if (weights_->bias[i].size() > 0) dense_.back().set_bias(weights_->bias[i].view());
+    } else {
+      throw Error(Errc::unsupported, name + ": this backend has no gradients of embedding and norms, which full fine-tuning takes");
+    }
+  }
+
   // The layer on codes [i].
   void add_alpha(std::size_t i, const std::string& name, AlphaOptions options) {
     if constexpr (AlphaBackend<Backend, T>) {
@@ -341,6 +378,7 @@ class BlockSteps {
 
   AdapterMethod method_;
   std::vector<Linear> linear_;
+  std::vector<DenseLinear<T, Backend>> dense_;
   std::vector<Bottleneck> bottleneck_;
   std::vector<typename detail::AlphaLinearOf<T, Backend>::type> alpha_;
 };

@@ -21,6 +21,11 @@ struct LinearShape {
   Index in = 0;
 };
 
+/// Modules of a model that are no linear layers, as Hugging Face's checkpoints have them; the last two are within a block.
+struct ModuleNames {
+  std::string embedding, head, final_norm, attention_norm, mlp_norm;
+};
+
 /// Rows of logits in memory at a time, at most. Each chunk decodes the head twice, forward and backward; a device multiplies so fast that
 /// with 96 rows it would hardly do anything else.
 constexpr Index head_chunk(bool device) noexcept { return device ? 512 : 96; }
@@ -58,7 +63,8 @@ struct DecoderConfig {
   std::vector<LinearShape> adapted(AdapterMethod method) const {
     switch (method) {
       case AdapterMethod::lora:
-      case AdapterMethod::alpha: break;
+      case AdapterMethod::alpha:
+      case AdapterMethod::full: break;
       case AdapterMethod::houlsby: return {{"attention_adapter", width, width}, {"mlp_adapter", width, width}};
       case AdapterMethod::parallel: return {{"mlp_adapter", width, width}};
     }
@@ -67,6 +73,12 @@ struct DecoderConfig {
   /// Hugging Face's checkpoints and PEFT's adapters name a layer "<block_names><index>.<name within the block>".
   std::string_view block_names() const noexcept { return architecture == Architecture::falcon ? "transformer.h." : "model.layers."; }
   std::string block_name(Index index) const { return std::string(block_names()) + std::to_string(index) + "."; }
+  ModuleNames module_names() const {
+    if (architecture == Architecture::llama)
+      return {"model.embed_tokens", "lm_head", "model.norm", "input_layernorm", "post_attention_layernorm"};
+    return {"transformer.word_embeddings", "lm_head", "transformer.ln_f", shared_norm ? "input_layernorm" : "ln_attn",
+            shared_norm ? "" : "ln_mlp"};
+  }
   /// Of every linear layer, block by block.
   std::vector<std::string> linear_names() const {
     std::vector<std::string> names;

@@ -1,5 +1,7 @@
 // Decoder: a decoder-only transformer of DynamicLoRALinear layers. The base is frozen and shared; what trains are the adapters: those of the
-// linear layers, or bottlenecks in the blocks; or the layers are AlphaLinear, whose scales train.
+// linear layers, or bottlenecks in the blocks; or the layers are AlphaLinear, whose scales train. By AdapterMethod::full all weights train,
+// which are copies of the base's then: linear layers are DenseLinear, in bfloat16 where the base is, and norms, embedding and head are in
+// Accumulator<T>; nothing is kept of the base, so that whoever lets it go has its memory back.
 #pragma once
 
 #include <algorithm>
@@ -14,7 +16,7 @@
 #include <qdylora/model/batch.hpp>
 #include <qdylora/model/config.hpp>
 #include <qdylora/model/decoder_options.hpp>
-#include <qdylora/model/decoder_weights.hpp>
+#include <qdylora/model/embedding_and_head.hpp>
 #include <qdylora/model/falcon_block.hpp>
 #include <qdylora/model/kv_cache.hpp>
 #include <qdylora/model/llama_block.hpp>
@@ -49,7 +51,10 @@ class Decoder {
   using Cache = KVCache<T, Memory>;
 
   explicit Decoder(std::shared_ptr<const Weights> weights, DecoderOptions options = {}, Backend backend = {})
-      : weights_(std::move(weights)), options_(std::move(options)), backend_(backend) {
+      : weights_(std::move(weights)),
+        options_(std::move(options)),
+        backend_(backend),
+        ends_(*weights_, options_.method == AdapterMethod::full, backend) {
     const auto& c = config();
     c.validate();
     expect_shape("embedding", weights_->embedding, c.vocab, c.width);
@@ -57,7 +62,7 @@ class Decoder {
     if (!c.tied_head) expect_shape("head", weights_->head, c.vocab, c.width);
     QDYLORA_EXPECTS(static_cast<Index>(weights_->blocks.size()) == c.layers, bad_config,
                     "expected " + std::to_string(c.layers) + " blocks, found " + std::to_string(weights_->blocks.size()));
-    if (options_.method == AdapterMethod::alpha) options_.lora.max_rank = 1;
+    if (!has_ranks(options_.method)) options_.lora.max_rank = 1;
     expect_fits(options_, c);
     blocks_.reserve(weights_->blocks.size());
     for (Index i = 0; i < c.layers; ++i) {
@@ -66,16 +71,22 @@ class Decoder {
       else if constexpr (FalconBackend<Backend, T>) add_block<FalconBlock<T, Backend>>(block, i);
       else throw Error(Errc::unsupported, "a Falcon needs layer norms, which this backend lacks");
     }
+    if (options_.method == AdapterMethod::full) {
+      auto rest = std::make_shared<Weights>();
+      rest->config = c;
+      weights_ = std::move(rest);
+    }
     set_ranks(RankPlan::uniform(options_.lora.max_rank));
     set_training(false);
   }
 
   const DecoderConfig& config() const noexcept { return weights_->config; }
   const DecoderOptions& options() const noexcept { return options_; }
+  /// By AdapterMethod::full of its config alone.
   const std::shared_ptr<const Weights>& weights() const noexcept { return weights_; }
   const Backend& backend() const noexcept { return backend_; }
 
-  /// f(layer) for every linear layer, block by block in the order of DecoderConfig::linears; by AdapterMethod::alpha for none.
+  /// f(layer) for every linear layer, block by block in the order of DecoderConfig::linears; by AdapterMethod::alpha and full for none.
   template <class F>
   void for_each_linear(F&& f) {
     for (auto& block : blocks_)
@@ -105,18 +116,36 @@ class Decoder {
   void for_each_alpha(F&& f) const {
     for (const auto& block : blocks_) std::visit([&](const auto& b) { b.for_each_alpha(f); }, block);
   }
+  /// f(layer) for every DenseLinear, block by block in the order of DecoderConfig::linears; by another method than full for none.
+  template <class F>
+  void for_each_dense(F&& f) {
+    for (auto& block : blocks_) std::visit([&](auto& b) { b.for_each_dense(f); }, block);
+  }
+  template <class F>
+  void for_each_dense(F&& f) const {
+    for (const auto& block : blocks_) std::visit([&](const auto& b) { b.for_each_dense(f); }, block);
+  }
+  /// By AdapterMethod::full of norms, embedding and head, which are computed with as their values are; else none.
+  Parameters<Acc, Memory> other_parameters() const {
+    auto all = ends_.parameters();
+    for (const auto& block : blocks_)
+      for (auto& p : std::visit([](const auto& b) { return b.norm_parameters(); }, block)) all.push_back(std::move(p));
+    return all;
+  }
+  /// All that train. By AdapterMethod::full they are named as tensors of a checkpoint.
   Parameters<Acc, Memory> parameters() const {
-    Parameters<Acc, Memory> all;
+    auto all = other_parameters();
     const auto append = [&](const auto& layer) {
       for (auto& p : layer.parameters()) all.push_back(std::move(p));
     };
     for_each_trained(append);
     for_each_alpha(append);
+    for_each_dense(append);
     return all;
   }
 
-  /// The rank of each sequence of the coming batches, or one for all; by AdapterMethod::alpha one for all, 0 or 1. A layer whose pattern
-  /// gives it fewer rows uses them all. Errc::rank_range, unsupported.
+  /// The rank of each sequence of the coming batches, or one for all; by AdapterMethod::alpha one for all, 0 or 1, by full 1. A layer whose
+  /// pattern gives it fewer rows uses them all. Errc::rank_range, unsupported.
   void set_ranks(const RankPlan& plan) {
     check_rank(plan.max_rank());
     QDYLORA_EXPECTS(options_.method != AdapterMethod::alpha || plan.runs().size() <= 1, unsupported,
@@ -127,16 +156,19 @@ class Decoder {
   void check_rank(Index rank) const {
     QDYLORA_EXPECTS(rank >= 0 && rank <= options_.lora.max_rank, rank_range,
                     "rank " + std::to_string(rank) + " is not in 0 ... " + std::to_string(options_.lora.max_rank));
+    QDYLORA_EXPECTS(rank > 0 || options_.method != AdapterMethod::full, unsupported, "rank 0: of a model that trains whole no base is kept");
   }
-  /// Whether dropout acts (not until told so), the step its masks belong to, and the tokens of that step in earlier micro-batches.
+  /// Whether dropout acts (not until told so), the step its masks belong to, and the tokens of that step in earlier micro-batches. To be
+  /// called too after parameters have changed, before the next pass: layers keep what they make of them (norms of rows, roundings).
   void set_training(bool training, std::uint32_t step = 0, Index first_row = 0) {
     for_each_trained([&](auto& layer) { layer.set_training(training, step, first_row); });
+    changed_ = true;
   }
 
   /// Cross-entropy in nats of each scored position, in order; nothing is kept for a backward pass.
   std::vector<double> losses(const Batch& batch) {
     const auto x = run(batch, false);
-    head_losses(batch, x, 0.0, {});
+    ends_.run(batch, x, 0.0, {});
     return scored_losses();
   }
 
@@ -152,7 +184,7 @@ class Decoder {
   void queue_loss_and_gradient(const Batch& batch, double scale) {
     const auto x = run(batch, true);
     d_.resize(batch.tokens(), config().width);
-    head_losses(batch, x, scale, d_.view());
+    ends_.run(batch, x, scale, d_.view());
     const auto tokens = tokens_of(batch);
     for (std::size_t i = blocks_.size(); i-- > 0;) {
       auto& context = contexts_[options_.checkpoint ? 0 : i];
@@ -161,15 +193,16 @@ class Decoder {
           [&](auto& block) {
             if (options_.checkpoint && i + 1 < blocks_.size())  // the last block's context is still the right one
               block.forward(input, tokens, spare_.view(), context, work_);
-            block.backward(input, tokens, d_.view(), context, work_, i > 0);
+            block.backward(input, tokens, d_.view(), context, work_, i > 0 || options_.method == AdapterMethod::full);
           },
           blocks_[i]);
     }
+    ends_.embed_backward(batch.ids, d_.view());
   }
   /// Cross-entropy in nats of each position that the last pass scored, in order. Waits.
   std::vector<double> scored_losses() const {
-    Matrix<Acc> host(row_losses_.rows(), 1);
-    backend_.download(row_losses_.view(), host.view());
+    Matrix<Acc> host(ends_.losses().rows, 1);
+    backend_.download(ends_.losses(), host.view());
     return {host.span().begin(), host.span().end()};
   }
 
@@ -179,7 +212,7 @@ class Decoder {
     prepare(batch, {});
     const auto tokens = tokens_of(batch);
     Matrix<T, Memory> x(batch.tokens(), config().width), y(batch.tokens(), config().width);
-    embed(batch.ids, x.view());
+    ends_.embed(batch.ids, x.view());
     BlockContext<T, Backend> context;
     for (std::size_t i = 0; i < blocks_.size(); ++i) {
       const std::size_t first = i * config().linears().size();
@@ -191,8 +224,7 @@ class Decoder {
 
   /// Logits [tokens, vocab] of every position.
   Matrix<Acc, Memory> logits(const Batch& batch) {
-    const auto x = run(batch, false);
-    return project_head(x);
+    return ends_.logits(run(batch, false));
   }
 
   /// Feeds new tokens of several sequences and returns the logits of each one's last, [sequences, vocab]. Either all caches are empty
@@ -215,9 +247,7 @@ class Decoder {
     for (Index s = 0; s < batch.sequences(); ++s)
       caches[static_cast<std::size_t>(s)].length +=
           batch.offsets[static_cast<std::size_t>(s) + 1] - batch.offsets[static_cast<std::size_t>(s)];
-    selected_.resize(batch.sequences(), config().width);
-    backend_.gather_rows(x, std::span<const Index>(last), selected_.view());
-    return project_head(std::as_const(selected_).view());
+    return ends_.logits(x, std::span<const Index>(last));
   }
 
   /// Throws Errc::bad_argument unless the batch is one this model can run: valid, ids within the vocabulary, sequences within the context.
@@ -228,19 +258,13 @@ class Decoder {
 
   /// Bytes kept between passes: contexts, streams and workspaces.
   std::size_t activation_bytes() const noexcept {
-    std::size_t sum = d_.capacity_bytes() + spare_.capacity_bytes() + selected_.capacity_bytes() + normed_.capacity_bytes() +
-                      logits_.capacity_bytes() + work_.bytes();
+    std::size_t sum = d_.capacity_bytes() + spare_.capacity_bytes() + ends_.bytes() + work_.bytes();
     for (const auto& s : streams_) sum += s.capacity_bytes();
     for (const auto& c : contexts_) sum += c.bytes();
     return sum;
   }
 
  private:
-  void embed(std::span<const std::int32_t> ids, MatrixView<T> x) const {
-    weights_->embedding.visit([&](const auto& table) { backend_.embed(ids, table, x); });
-  }
-  const TableWeight<Acc, Memory>& head() const noexcept { return config().tied_head ? weights_->embedding : weights_->head; }
-
   template <class Kind>
   void add_block(const std::shared_ptr<const BlockWeights<Acc, Memory>>& weights, Index index) {
     blocks_.emplace_back(std::in_place_type<Kind>, config(), weights, index, options_, backend_);
@@ -273,6 +297,7 @@ class Decoder {
       backend_.upload(table.view(), rope_.view());
       backend_.synchronize();  // the host's table is given back
     }
+    if (std::exchange(changed_, false)) for_each_dense([](auto& layer) { layer.round(); });
     const auto tokens = plan_.expand(batch.offsets);
     for_each_trained([&](auto& layer) { layer.set_ranks(tokens.limited(std::as_const(layer).adapter().max_rank())); });
     for_each_alpha([&](auto& layer) { layer.set_tuned(plan_.max_rank() > 0); });
@@ -286,7 +311,7 @@ class Decoder {
     contexts_.resize(keep && !options_.checkpoint ? static_cast<std::size_t>(layers) : 1);
     for (auto& s : streams_) s.resize(batch.tokens(), config().width);
     if (keep && options_.checkpoint) spare_.resize(batch.tokens(), config().width);
-    embed(batch.ids, streams_[0].view());
+    ends_.embed(batch.ids, streams_[0].view());
     const auto tokens = tokens_of(batch);
     std::size_t at = 0;
     for (std::size_t i = 0; i < blocks_.size(); ++i) {
@@ -313,7 +338,7 @@ class Decoder {
     streams_.resize(2);
     contexts_.resize(1);
     for (auto& s : streams_) s.resize(batch.tokens(), config().width);
-    embed(batch.ids, streams_[0].view());
+    ends_.embed(batch.ids, streams_[0].view());
     std::vector<Matrix<T, Memory>*> keys(caches.size()), values(caches.size());
     auto tokens = tokens_of(batch);
     tokens.key_caches = keys;
@@ -330,71 +355,19 @@ class Decoder {
     return std::as_const(streams_[at]).view();
   }
 
-  Matrix<Acc, Memory> project_head(MatrixView<const T> x) {
-    normed_.resize(x.rows, x.cols);
-    normalize(backend_, x, weights_->final_norm, config().norm_epsilon, normed_.view(), statistics_);
-    Matrix<Acc, Memory> result;
-    result.resize(x.rows, config().vocab);
-    head().visit([&](const auto& w) { backend_.matmul(std::as_const(normed_).view(), w, result.view(), Update::overwrite); });
-    return result;
-  }
-
-  // row_losses_ = losses of the scored rows; with dx, the gradient of scale * their sum with respect to x as well. Logits exist chunk by
-  // chunk only.
-  void head_losses(const Batch& batch, MatrixView<const T> x, double scale, MatrixView<T> dx) {
-    std::vector<Index> rows;
-    std::vector<std::int32_t> targets;
-    for (Index t = 0; t < batch.tokens(); ++t)
-      if (batch.targets[static_cast<std::size_t>(t)] >= 0) {
-        rows.push_back(t);
-        targets.push_back(batch.targets[static_cast<std::size_t>(t)]);
-      }
-    const auto scored = static_cast<Index>(rows.size());
-    row_losses_.resize(scored, 1);
-    if (scored == 0) {
-      if (dx.data != nullptr) backend_.fill(dx, T{});
-      return;
-    }
-    const Index width = config().width;
-    selected_.resize(scored, width);
-    normed_.resize(scored, width);
-    backend_.gather_rows(x, std::span<const Index>(rows), selected_.view());
-    normalize(backend_, std::as_const(selected_).view(), weights_->final_norm, config().norm_epsilon, normed_.view(), statistics_);
-    constexpr Index most = head_chunk(!Memory::host);
-    const Index chunks = (scored + most - 1) / most, chunk = (scored + chunks - 1) / chunks;
-    for (Index first = 0; first < scored; first += chunk) {
-      const Index count = std::min(chunk, scored - first);
-      // Rows a multiple of 4 KiB apart would crowd into few sets of a cache.
-      logits_.resize(count, config().vocab + 16);
-      const auto logits = logits_.view().left_cols(config().vocab);
-      const auto normed = normed_.view().middle_rows(first, count);
-      head().visit([&](const auto& w) { backend_.matmul(normed, w, logits, Update::overwrite); });
-      backend_.cross_entropy(
-          logits, std::span<const std::int32_t>(targets).subspan(static_cast<std::size_t>(first), static_cast<std::size_t>(count)), scale,
-          row_losses_.view().middle_rows(first, count));
-      if (dx.data == nullptr) continue;
-      head().visit([&](const auto& w) { backend_.matmul_transposed(MatrixView<const Acc>(logits), w, normed, Update::overwrite); });
-    }
-    if (dx.data != nullptr) {
-      auto d_selected = temporary<T>(backend_, scored, width);
-      normalize_backward(backend_, std::as_const(normed_).view(), std::as_const(selected_).view(), weights_->final_norm, statistics_,
-                         d_selected.view(), Update::overwrite);
-      backend_.scatter_rows(std::as_const(d_selected).view(), std::span<const Index>(rows), dx);
-    }
-  }
-
   std::shared_ptr<const Weights> weights_;
   DecoderOptions options_;
   Backend backend_;
+  EmbeddingAndHead<T, Backend> ends_;
   std::vector<Block> blocks_;
   RankPlan plan_;
+  bool changed_ = false;  // parameters may have, since layers rounded them
   Matrix<Acc, Memory> rope_;
   std::vector<std::int32_t> positions_;
   std::vector<Matrix<T, Memory>> streams_;
   std::vector<BlockContext<T, Backend>> contexts_;
   BlockWorkspace<T, Backend> work_;
-  Matrix<T, Memory> d_, spare_, selected_, normed_;
-  Matrix<Acc, Memory> statistics_, logits_, row_losses_;
+  Matrix<T, Memory> d_, spare_;
 };
 
 }  // namespace qdylora

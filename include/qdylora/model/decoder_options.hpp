@@ -39,7 +39,7 @@ struct LayerPatterns {
 struct DecoderOptions {
   LoRAOptions lora = {};    // of every adapter; names and layer numbers are filled in
   bool checkpoint = false;  // keep only each block's input and run blocks again in the backward pass: a third more work, far less memory
-  AdapterMethod method = AdapterMethod::lora;  // by alpha, max_rank is 1, whatever lora says
+  AdapterMethod method = AdapterMethod::lora;  // by alpha and full, max_rank is 1, whatever lora says
   AlphaOptions alpha = {};                     // of every layer by that method; names are filled in
   LayerPatterns patterns = {};                 // by AdapterMethod::lora, and without gates
 };

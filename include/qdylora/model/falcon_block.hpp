@@ -31,7 +31,7 @@ class FalconBlock : public BlockSteps<T, Backend> {
 
   /// y = block(x), both [tokens, width]; y may not be x.
   void forward(MatrixView<const T> x, const Tokens& tokens, MatrixView<T> y, Context& context, Workspace& work) const {
-    normalize(x, weights_->attention_norm, context.attention_norm, work);
+    normalize(x, attention_norm_, context.attention_norm, work);
     apply(query_key_value, as_const(work.normed), work.fused, context);
     context.q.resize(x.rows, config_.query_width());
     context.k.resize(x.rows, config_.kv_width());
@@ -39,7 +39,7 @@ class FalconBlock : public BlockSteps<T, Backend> {
     for_each_part(context.q, context.k, context.v, work.fused,
                   [&](MatrixView<T> part, MatrixView<const T> of_fused) { backend_.copy(of_fused, part); });
     attend(tokens, context);
-    if (!config_.shared_norm) normalize(x, weights_->mlp_norm, context.mlp_norm, work);
+    if (!config_.shared_norm) normalize(x, mlp_norm_, context.mlp_norm, work);
     apply(dense_h_to_4h, as_const(work.normed), context.up, context);
     activate(context, work);
     project(dense_4h_to_h, Sublayer::mlp, as_const(work.activated), y, context);
@@ -61,8 +61,8 @@ class FalconBlock : public BlockSteps<T, Backend> {
     work.d_wide.resize(rows, config_.mlp_width);
     project_backward(dense_4h_to_h, Sublayer::mlp, d, as_const(work.activated), work.d_wide.view(), context, work);
     backend_.gelu_backward(as_const(work.d_wide), as_const(context.up), context.up.view());
-    if (config_.shared_norm) normalize(x, weights_->attention_norm, context.attention_norm, work);
-    else normalize(x, weights_->mlp_norm, context.mlp_norm, work);
+    if (config_.shared_norm) normalize(x, attention_norm_, context.attention_norm, work);
+    else normalize(x, mlp_norm_, context.mlp_norm, work);
     back(dense_h_to_4h, as_const(context.up), as_const(work.normed), want_dx ? work.d_normed.view() : none, context);
     add_parallel_backward(d, as_const(work.normed), want_dx ? work.d_normed.view() : none, context);
     // attention
@@ -74,21 +74,21 @@ class FalconBlock : public BlockSteps<T, Backend> {
     work.fused.resize(rows, config_.query_width() + 2 * config_.kv_width());
     for_each_part(work.dq, work.dk, work.dv, work.fused,
                   [&](MatrixView<const T> part, MatrixView<T> of_fused) { backend_.copy(part, of_fused); });
-    if (!config_.shared_norm) normalize(x, weights_->attention_norm, context.attention_norm, work);
+    if (!config_.shared_norm) normalize(x, attention_norm_, context.attention_norm, work);
     back(query_key_value, as_const(work.fused), as_const(work.normed), want_dx ? work.part.view() : none, context);
     if (!want_dx) return;
     if (config_.shared_norm) {
       backend_.add(as_const(work.d_normed), work.part.view());
     } else {
-      normalize_backward(backend_, as_const(work.d_normed), x, weights_->mlp_norm, context.mlp_norm, d, Update::accumulate);
+      mlp_norm_.backward(as_const(work.d_normed), x, context.mlp_norm, d, Update::accumulate);
     }
-    normalize_backward(backend_, as_const(work.part), x, weights_->attention_norm, context.attention_norm, d, Update::accumulate);
+    attention_norm_.backward(as_const(work.part), x, context.attention_norm, d, Update::accumulate);
   }
 
  private:
   using Base::add_parallel, Base::add_parallel_backward, Base::apply, Base::as_const, Base::attend, Base::attend_backward, Base::back;
   using Base::linears_frozen, Base::normalize, Base::project, Base::project_backward;
-  using Base::backend_, Base::config_, Base::weights_;
+  using Base::attention_norm_, Base::backend_, Base::config_, Base::mlp_norm_;
   using enum FalconProjection;
 
   void activate(Context& context, Workspace& work) const {

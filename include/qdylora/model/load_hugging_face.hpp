@@ -70,21 +70,6 @@ class SafetensorsFolder {
   bool indexed_ = false;
 };
 
-namespace detail {
-
-/// Modules of a checkpoint that are no linear layers; the last two are within a block.
-struct HuggingFaceNames {
-  std::string embedding, final_norm, attention_norm, mlp_norm;
-};
-inline HuggingFaceNames hugging_face_names(const DecoderConfig& config) {
-  if (config.architecture == Architecture::llama)
-    return {"model.embed_tokens", "model.norm", "input_layernorm", "post_attention_layernorm"};
-  const bool shared = config.shared_norm;
-  return {"transformer.word_embeddings", "transformer.ln_f", shared ? "input_layernorm" : "ln_attn", shared ? "" : "ln_mlp"};
-}
-
-}  // namespace detail
-
 /// Reads a model. Linear weights in float are stored as `options` says while they are read; those already in 4 bits stay as they are,
 /// unless they are to be planes of signs.
 /// Errors: those of hugging_face_config and of the files, missing_tensor, unexpected_tensor (a layer beyond the count), shape_mismatch,
@@ -149,9 +134,9 @@ std::shared_ptr<DecoderWeights<float>> load_hugging_face(const std::filesystem::
     if (config.architecture == Architecture::llama) return weight;
     return {std::move(weight), dense(module + ".bias", 1, config.width)};
   };
-  const auto names = detail::hugging_face_names(config);
+  const auto names = config.module_names();
   weights->embedding = dense(names.embedding + ".weight", config.vocab, config.width);
-  if (!config.tied_head) weights->head = dense("lm_head.weight", config.vocab, config.width);
+  if (!config.tied_head) weights->head = dense(names.head + ".weight", config.vocab, config.width);
   weights->final_norm = norm(names.final_norm);
   const auto shapes = config.linears();
   for (Index i = 0; i < config.layers; ++i) {

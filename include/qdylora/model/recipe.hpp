@@ -19,7 +19,8 @@
 //               qlora+alpha/sqrt(b) rsLoRA itself. qlora can have its scale changed too, but not what is drawn
 //
 // Re-ordering takes apart the product of A and B, which a bottleneck is not: its recipes are qdylora, qdylora-frozen, per-row and, for one
-// width, qlora. For a bottleneck `auto` is per-row. Scales of AdapterMethod::alpha have no ranks: of them `auto` is qlora, and no other fits.
+// width, qlora. For a bottleneck `auto` is per-row. Scales of AdapterMethod::alpha and the weights of AdapterMethod::full have no ranks: of
+// them `auto` is qlora, and no other fits.
 #pragma once
 
 #include <algorithm>
@@ -138,17 +139,17 @@ inline Recipe recipe(std::string_view name) {
 /// Throws Errc::unsupported, naming method and recipes, for a recipe that re-orders what the method cannot have re-ordered, or deals out
 /// ranks where there are none.
 inline void expect_fits(const Recipe& recipe, AdapterMethod method) {
-  QDYLORA_EXPECTS(method != AdapterMethod::alpha || !(recipe.reorders() || recipe.draw_ranks || recipe.gates), unsupported,
-                  "the recipe " + recipe.name + " is for ranks, of which alpha has none; auto fits");
+  QDYLORA_EXPECTS(has_ranks(method) || !(recipe.reorders() || recipe.draw_ranks || recipe.gates), unsupported,
+                  "the recipe " + recipe.name + " is for ranks, of which " + std::string(name(method)) + " has none; auto fits");
   QDYLORA_EXPECTS(method == AdapterMethod::lora || !recipe.reorders(), unsupported,
                   "the recipe " + recipe.name + " re-orders by singular values, and the units of " + std::string(name(method)) +
                       " have none; recipes that fit are qdylora, qdylora-frozen, per-row and qlora");
 }
 
-/// The recipe of a name for a method: a bottleneck's `auto` is per-row, that of alpha qlora. Errors of recipe and expect_fits.
+/// The recipe of a name for a method: a bottleneck's `auto` is per-row, that of alpha and full qlora. Errors of recipe and expect_fits.
 inline Recipe recipe(std::string_view name, AdapterMethod method) {
   const bool own = name == "auto" && method != AdapterMethod::lora;
-  Recipe r = recipe(!own ? name : method == AdapterMethod::alpha ? std::string_view("qlora") : std::string_view("per-row"));
+  Recipe r = recipe(!own ? name : has_ranks(method) ? std::string_view("per-row") : std::string_view("qlora"));
   expect_fits(r, method);
   return r;
 }

@@ -44,7 +44,7 @@ inline Matrix<float>* norm_part(NormWeights<float>& norm, std::string_view part)
 /// shape_mismatch; all name the tensor. After an error the weights may be changed in part.
 inline void replace_modules(DecoderWeights<float>& weights, const PeftSaved& saved) {
   auto& config = weights.config;
-  const auto names = detail::hugging_face_names(config);
+  const auto names = config.module_names();
   for (const PeftTensor& tensor : saved.tensors) {
     const ErrorPlace place{.tensor = tensor.name};
     const auto expect = [&](Index rows, Index cols) {
@@ -68,7 +68,7 @@ inline void replace_modules(DecoderWeights<float>& weights, const PeftSaved& sav
       weights.embedding = std::move(value);
       continue;
     }
-    if (tensor.name == "lm_head.weight") {
+    if (tensor.name == names.head + ".weight") {
       auto value = table();
       if (config.tied_head && saved.ties_weights) weights.embedding = std::move(value);
       else weights.head = std::move(value);

@@ -40,7 +40,7 @@ inline LoRAOptions adapter_options(const Recipe& recipe, const RankSet& ranks, f
   return options;
 }
 
-/// Optimizer is AdamW, AdamW8bit or Lion, of the adapters; gates are few and have AdamW.
+/// Optimizer is AdamW, AdamW8bit or Lion, of what the model trains; gates are few and have AdamW.
 template <Scalar T, class Backend = Cpu, class Optimizer = AdamW<T, Backend>>
 class Trainer {
  public:
@@ -127,8 +127,7 @@ class Trainer {
       first += batch.counts();
     }
     model_.set_training(false);
-    const bool rows_are_ranks = model_.options().method != AdapterMethod::alpha;
-    const Index rows = rows_are_ranks ? plan.max_rank() : std::numeric_limits<Index>::max();
+    const Index rows = has_ranks(model_.options().method) ? plan.max_rank() : std::numeric_limits<Index>::max();
     workers_.sum_gradients(parameters(optimizer_, gate_optimizer_), rows, {&sum, 1}, model_.backend());
     const auto result = optimizer_.step();
     if (!result.skipped && nesting_) gate_optimizer_.step();
@@ -141,7 +140,8 @@ class Trainer {
   }
   Report step(const Batch& batch) { return step(std::span<const Batch>(&batch, 1)); }
 
-  /// Mean loss of the batches at each rank of the set, and without adapter at the end; without dropout.
+  /// Mean loss of the batches at each rank of the set, and without adapter at the end (by AdapterMethod::full there is no such); without
+  /// dropout.
   std::vector<double> losses_by_rank(std::span<const Batch> batches) {
     std::vector<double> result;
     model_.set_training(false);
@@ -157,7 +157,7 @@ class Trainer {
       result.push_back(sum / static_cast<double>(std::max<std::size_t>(scored, 1)));
     };
     for (const Index rank : options_.ranks) mean(rank);
-    mean(0);
+    if (model_.options().method != AdapterMethod::full) mean(0);
     return result;
   }
 
