@@ -158,9 +158,8 @@ int plan_shapes(const Options& o) {
   for (std::size_t part = 0; part < own.front().parts().size(); ++part) {
     std::vector<double> bytes;
     for (const auto& plan : own) bytes.push_back(static_cast<double>(plan.parts()[part].bytes));
-    const auto [name, first, on_device] = own.front().parts()[part];
-    const bool staging = std::string(name) == "upload staging";  // the host's copy of the weights, before training
-    if (std::any_of(bytes.begin(), bytes.end(), [](double b) { return b > 0.0; }) && !staging)
+    const auto [name, first, on_device, before] = own.front().parts()[part];
+    if (std::any_of(bytes.begin(), bytes.end(), [](double b) { return b > 0.0; }) && !before)
       print_row(std::string(name) + (on_device ? "" : ", on the host"), bytes, shapes);
   }
   totals("**the device's in all**", own);

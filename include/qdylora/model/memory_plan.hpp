@@ -21,7 +21,8 @@ struct ModelShape {
   Index vocab = 0, width = 0, layers = 0;
   Index tables = 1;                  // [vocab, width]: the embedding, and a head of its own
   std::vector<LinearShape> linears;  // of a block
-  std::vector<LinearShape> adapted;  // what a block's adapters sit on: the linears, or bottlenecks; by AdapterMethod::alpha there are none
+  std::vector<LinearShape> adapted;  // what a block's adapters sit on: the linears, or bottlenecks; by alpha and full there are none
+  bool whole = false;                // by AdapterMethod::full all weights train
   Index norms = 0, biases = 0;       // numbers in a block's norms and biases
   Index final_norms = 0;             // and after the last block
   Index statistics = 1;              // numbers that a norm keeps of a token
@@ -61,7 +62,8 @@ inline ModelShape model_shape(const DecoderConfig& c, AdapterMethod method = Ada
   s.layers = c.layers;
   s.tables = c.tied_head ? 1 : 2;
   s.linears = c.linears();
-  if (method != AdapterMethod::alpha) s.adapted = c.adapted(method);
+  if (has_ranks(method)) s.adapted = c.adapted(method);
+  s.whole = method == AdapterMethod::full;
   s.kv_width = kv;
   s.head_dim = c.heads.head_dim;
   const bool falcon = c.architecture == Architecture::falcon;
@@ -103,6 +105,7 @@ struct MemoryOptions {
   bool moments_in_file = false;  // PagedMemory's: memory has those of one parameter at a time
   bool second_moments = false;   // the recipe re-orders by Reordering::gram, which gathers r x r numbers at each side of an adapter
   bool snapshot = false;         // the recipe measures, and keeps the adapters' values meanwhile
+  bool resumes = false;          // a run goes on from a state, which is read whole
 
   // The largest batches: positions, and those that are scored. Of a training step's micro-batches, and of passes without gradients.
   Index tokens = 0, scored = 0;
@@ -130,12 +133,13 @@ struct MemoryPlan {
   std::size_t tables = 0;         // embedding and head
   std::size_t norms = 0;          // and biases
   std::size_t initial = 0;        // what adapters begin with, where it is made from the weights
-  std::size_t adapters = 0;
+  std::size_t adapters = 0;       // or trained scales; by AdapterMethod::full the masters of all weights, beside bfloat16 roundings in base_codes
   std::size_t gradients = 0;
   std::size_t moments = 0;      // of the optimizer, as far as they are in memory
   std::size_t checkpoints = 0;  // the residual stream before each block, and after the last
   std::size_t activations = 0;  // what blocks keep for their backward passes; with checkpointing of one block at a time
   std::size_t reordering = 0;   // second moments and the snapshot
+  std::size_t state = 0;        // what a run goes on from, before it trains
   std::size_t workspace = 0;    // temporaries of blocks and layers, positions
   std::size_t logits = 0;       // a chunk of them, and the rows they are made of
   std::size_t caches = 0;       // keys, values and logits of the texts that are generated at once
@@ -143,47 +147,52 @@ struct MemoryPlan {
   std::size_t backend = 0;
   std::size_t process = 0;
   std::size_t staging = 0;  // the host's copy of the weights until they have gone up to the device
+  std::size_t read = 0;     // by AdapterMethod::full, the weights as they are read, until masters are made of them, before there are moments
   std::size_t file = 0;     // moments on disk; no part of memory
-  bool device = false, paged_moments = false;
+  bool device = false, paged_moments = false, whole = false;
 
   struct Part {
     const char* name;
     std::size_t bytes;
     bool on_device;
+    bool before = false;  // training begins; it takes that memory then
   };
   std::vector<Part> parts() const {
-    return {{"base codes", base_codes, device},
+    return {{whole ? "bfloat16 weights" : "base codes", base_codes, device},
             {"block scales", block_scales, device},
             {"scales of scales", nested_scales, device},
             {"embedding, head", tables, device},
             {"norms, biases", norms, device},
             {"initial values", initial, device},
-            {"adapters", adapters, device},
+            {whole ? "master weights" : "adapters", adapters, device},
             {"their gradients", gradients, device},
             {"moments", moments, device && !paged_moments},
             {"checkpoints", checkpoints, device},
             {"activations", activations, device},
             {"re-ordering", reordering, device},
+            {"state as read", state, false, true},
             {"workspace", workspace, device},
             {"logits", logits, device},
             {"caches", caches, device},
             {device ? "device workspace" : "threads' scratch", backend, device},
             {"process", process, false},
-            {"upload staging", staging, false}};
+            {"weights as read", read, device, true},
+            {"upload staging", staging, false, true}};
   }
 
-  /// Texts are generated in memory that the training step had.
+  /// Texts are generated in memory that the training step had; before it, the state had it.
   std::size_t phases() const noexcept {
-    return std::max(checkpoints + activations + reordering, caches > 0 ? prompts + caches : std::size_t{0});
+    return std::max({checkpoints + activations + reordering, caches > 0 ? prompts + caches : std::size_t{0}, device ? std::size_t{0} : state});
   }
   /// At most at any time, on the backend's side: the device's memory, or all there is on the host.
   std::size_t total() const noexcept {
     const std::size_t resident = base_codes + block_scales + nested_scales + tables + norms + initial + adapters + gradients;
-    return resident + (device && paged_moments ? 0 : moments) + phases() + workspace + logits + backend + (device ? 0 : process);
+    const std::size_t training = (device && paged_moments ? 0 : moments) + phases() + workspace + logits;
+    return resident + std::max(training, read) + backend + (device ? 0 : process);
   }
   /// The same on the host beside a device.
   std::size_t host_total() const noexcept {
-    return device ? process + std::max(staging, paged_moments ? moments : std::size_t{0}) : total();
+    return device ? process + std::max(staging, (paged_moments ? moments : std::size_t{0}) + state) : total();
   }
 
   /// A table in MB (1e6 bytes), a part a line; parts that are zero are left out.
@@ -195,7 +204,7 @@ struct MemoryPlan {
       text += buffer;
     };
     for (const auto& part : parts())
-      if (part.bytes > 0) line(part.name, part.bytes, device && !part.on_device ? "  on the host" : "");
+      if (part.bytes > 0) line(part.name, part.bytes, device && !part.on_device ? "  on the host" : part.before ? "  before training" : "");
     line("at most at once", total(), caches > 0 && checkpoints > 0 ? "  (caches in the place of most checkpoints and activations)" : "");
     if (device) line("and on the host", host_total(), "");
     if (file > 0) line("moments in a file", file, "  on disk");
@@ -254,6 +263,7 @@ MemoryPlan memory_plan(const ModelShape& s, const MemoryOptions& o) {
   MemoryPlan plan;
   plan.device = o.device;
   plan.paged_moments = o.paged_moments;
+  plan.whole = s.whole;
   const bool dora = o.dora_ranks > 0;
   std::vector<BaseOptions> bases(1 + o.more_formats.size(), o.base);
   for (std::size_t i = 0; i < o.more_formats.size(); ++i) bases[i + 1].format = o.more_formats[i];
@@ -309,12 +319,32 @@ MemoryPlan memory_plan(const ModelShape& s, const MemoryOptions& o) {
       if (o.training) decoded = std::max({decoded, out * std::min(alpha_panel_size, in), rows * (in + o.tokens)});  // dx; D and its dy
     }
   }
-  if (o.moments_in_file) plan.file = std::exchange(plan.moments, largest);
   const Index table = s.vocab * s.width;
   plan.tables = bytes(s.tables * (o.coded_tables ? table + table / 32 * 4 : table * acc));
   plan.norms = bytes((s.layers * (s.norms + 2 * s.biases) + s.final_norms) * acc);  // layers have copies of their biases
+  Index whole = 0, widest = 0;  // by AdapterMethod::full: numbers in all weights; the widest output
+  if (s.whole) {
+    const bool narrow = o.base.format == BaseFormat::bfloat16;
+    QDYLORA_EXPECTS((narrow || o.base.format == BaseFormat::float32) && !o.base.binary, bad_argument,
+                    "memory_plan: all weights train in float32 or bfloat16, not in " + std::string(name(o.base.format)));
+    add_moments(s.tables, s.vocab, s.width);
+    for (const auto& [name, out, in] : s.linears) {
+      add_moments(s.layers, out, in);
+      widest = std::max(widest, out);
+    }
+    add_moments((s.layers * s.norms + s.final_norms) / s.width, 1, s.width);
+    add_moments(s.layers * s.biases, 1, 1);  // each so few that their moments are floats
+    whole = s.linear_weights() + s.tables * table + s.layers * (s.norms + s.biases) + s.final_norms;
+    plan.read = plan.base_codes + plan.tables + plan.norms - bytes(s.layers * s.biases * acc);
+    if (!narrow) plan.base_codes = 0;
+    plan.tables = plan.norms = 0;
+  }
+  const std::size_t all_moments = plan.moments;
+  if (o.moments_in_file) plan.file = std::exchange(plan.moments, largest);
   if (!o.base.init.standard()) plan.initial = bytes(s.adapter_numbers(o.base.init.rank) * acc);
-  plan.adapters = plan.gradients = bytes((numbers + s.layers * scales + (dora ? s.layers * s.outputs() : 0)) * acc);
+  plan.adapters = plan.gradients = bytes((numbers + whole + s.layers * scales + (dora ? s.layers * s.outputs() : 0)) * acc);
+
+  if (o.resumes && o.training) plan.state = plan.adapters + all_moments;
 
   // Decoder's buffers keep the size of the largest batch. Passes without gradients take two streams and one context.
   const Index streams = s.width * t;
@@ -338,6 +368,11 @@ MemoryPlan memory_plan(const ModelShape& s, const MemoryOptions& o) {
     passing = std::max({passing, tokens * (given_back + (dora ? widest_out * t : 0)),
                         o.scored * s.width * t});
   }
+  if (s.whole && o.training) {  // dy as numbers of masters; what makes the gradient of a norm, of the final one beside its dx
+    const Index per_norm = s.width * s.statistics * acc, per_token = s.width * t + (2 * s.statistics - 1) * acc;
+    passing = std::max({passing, t == acc ? Index{0} : tokens * widest * acc, per_norm + tokens * per_token,
+                        per_norm + o.scored * (per_token + s.width * t)});
+  }
   passing = std::max(passing, decoded * acc);
   plan.workspace += bytes(passing);
   plan.logits = bytes(std::min(scored, head_chunk(o.device)) * (s.vocab + 17) * acc + scored * (2 * s.width * t + s.statistics * acc));
@@ -347,7 +382,8 @@ MemoryPlan memory_plan(const ModelShape& s, const MemoryOptions& o) {
   plan.caches = bytes(o.sequences * (o.cache_rows * s.layers * 2 * s.kv_width * t + s.vocab * acc * (o.device ? 1 : 2)));
   plan.backend = o.backend_bytes;
   plan.process = o.process_bytes;
-  if (o.device) plan.staging = plan.base_codes + plan.block_scales + plan.nested_scales + plan.tables + plan.norms + plan.initial;
+  if (o.device && s.whole) plan.staging = plan.read;
+  else if (o.device) plan.staging = plan.base_codes + plan.block_scales + plan.nested_scales + plan.tables + plan.norms + plan.initial;
   return plan;
 }
 template <Scalar T>
