@@ -1,5 +1,5 @@
 // The transformer, Llama and Falcon: shapes, blocks, decoder, several adapters mixed in a batch, generation, scores, tokenizer, recipes,
-// and the models that files hold. Needs Eigen and nlohmann/json.
+// and the models that files hold, to read and, where all weights trained, to write. Needs Eigen and nlohmann/json.
 #pragma once
 
 #include <qdylora/cpu/cpu.hpp>
@@ -20,6 +20,7 @@
 #include <qdylora/model/rank_map.hpp>
 #include <qdylora/model/rank_report.hpp>
 #include <qdylora/model/recipe.hpp>
+#include <qdylora/model/save_hugging_face.hpp>
 #include <qdylora/model/saved_modules.hpp>
 #include <qdylora/model/score.hpp>
 #include <qdylora/model/tokenizer.hpp>
