@@ -233,6 +233,20 @@ TEST_CASE("all that is saved is kept to the bit") {
   CHECK(restored.state() == rng.state());
 }
 
+TEST_CASE("who lends a section is told each time that it has been gone through, before the next is read") {
+  const test::TemporaryFolder folder;
+  const qd::Matrix<float> m(3, 5);
+  std::vector<std::string> read;
+  qd::TrainState state;
+  state.add_matrix("a", m.view(), [&] { read.push_back("a"); });
+  state.add_matrix("b", m.view());
+  state.add_text_view("c", "codes", [&] { read.push_back("c"); });
+  CHECK(read.empty());
+  qd::save_train_state(folder / "state", state);
+  // Checksums, then the file, whose wide types come first.
+  CHECK(read == std::vector<std::string>{"a", "c", "a", "c"});
+}
+
 TEST_CASE("whatever single byte of a checkpoint changes, it is refused or read as it was") {
   const auto matrix = small_matrix();
   const std::string bytes = bytes_of(small_state(matrix));

@@ -9,6 +9,7 @@
 
 #include "support/catch.hpp"
 #include "support/files.hpp"
+#include "support/paged_pages.hpp"
 #include "support/saved_run.hpp"
 #include "support/tiny_model.hpp"
 
@@ -62,9 +63,12 @@ void expect_same_runs() {
   plain.run_to(6);
   paged.run_to(6);
   const auto saved = paged.saved();
+  CHECK(test::paged_pages().mapped >= 2 * paged.trainer.optimizer().bytes());
+  CHECK(test::paged_pages().resident == 0);  // saving has read all moments
   CHECK(saved == plain.saved());
   resumed_in_memory.resume(saved, paged.trainer.state());
   resumed_in_file.resume(saved, plain.trainer.state());
+  CHECK(test::paged_pages().resident == 0);  // resuming has written them
   plain.run_to(8);
   resumed_in_memory.run_to(8);
   resumed_in_file.run_to(8);

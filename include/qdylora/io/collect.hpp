@@ -66,10 +66,10 @@ void settle(const Backend& backend) {
 
 // A matrix in host memory is borrowed; of one in a device's there is a copy, which waits.
 template <MemoryResource Memory, class Backend>
-void add(TrainState& state, std::string name, const Matrix<float, Memory>& matrix, const Backend& backend) {
+void add(TrainState& state, std::string name, const Matrix<float, Memory>& matrix, const Backend& backend, TrainState::Read read = {}) {
   settle<Memory>(backend);
   if constexpr (Memory::host) {
-    state.add_matrix(std::move(name), matrix.view());
+    state.add_matrix(std::move(name), matrix.view(), std::move(read));
   } else {
     Matrix<float> copy(matrix.rows(), matrix.cols());
     backend.download(matrix.view(), copy.view());
@@ -78,11 +78,12 @@ void add(TrainState& state, std::string name, const Matrix<float, Memory>& matri
 }
 // Bytes are a text, in the matrix's order.
 template <MemoryResource Memory, class Backend>
-void add(TrainState& state, std::string name, const Matrix<std::uint8_t, Memory>& matrix, const Backend& backend) {
+void add(TrainState& state, std::string name, const Matrix<std::uint8_t, Memory>& matrix, const Backend& backend,
+         TrainState::Read read = {}) {
   settle<Memory>(backend);
   const auto size = static_cast<std::size_t>(matrix.size());
   if constexpr (Memory::host) {
-    state.add_text_view(std::move(name), {reinterpret_cast<const char*>(matrix.data()), size});
+    state.add_text_view(std::move(name), {reinterpret_cast<const char*>(matrix.data()), size}, std::move(read));
   } else {
     std::string text(size, '\0');
     backend.download(matrix.view(), MatrixView<std::uint8_t>(reinterpret_cast<std::uint8_t*>(text.data()), matrix.rows(), matrix.cols()));
@@ -187,8 +188,9 @@ requires(std::same_as<Accumulator<T>, float>) void collect(TrainState& state, co
   for (std::size_t i = 0; i < optimizer.states().size(); ++i) {
     const auto& s = optimizer.states()[i];
     const std::string name = detail::section_of(prefix, i, *optimizer.parameters()[i]);
-    Moments::for_each_part(
-        s, [&](const char* part, const auto& matrix) { detail::add(state, name + "." + part, matrix, optimizer.backend()); });
+    Moments::for_each_part(s, [&](const char* part, const auto& matrix) {
+      detail::add(state, name + "." + part, matrix, optimizer.backend(), optimizer.paging_out(matrix));
+    });
     state.add_integers(name + ".steps", s.steps);
   }
   state.add_integers(prefix + ".counts", {optimizer.step_count(), optimizer.skipped_steps()});
@@ -205,7 +207,9 @@ requires(std::same_as<Accumulator<T>, float>) void restore(TrainState& state, co
       const std::string name = detail::section_of(prefix, i, *optimizer.parameters()[i]);
       Moments::for_each_part(s, [&](const char* part, auto& matrix) {
         const auto section = detail::section_for(state, name + "." + part, matrix);
-        if (copying) detail::put(section, matrix, optimizer.backend());
+        if (!copying) return;
+        detail::put(section, matrix, optimizer.backend());
+        if (const auto out = optimizer.paging_out(matrix)) out();
       });
       const auto& steps = state.integers(name + ".steps", s.steps.size());
       if (copying) s.steps = steps;

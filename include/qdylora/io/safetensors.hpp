@@ -352,6 +352,9 @@ class SafetensorsWriter {
   template <class T, class Memory>
   void add(std::string tensor, Matrix<T, Memory>&& matrix) = delete;  // its data would be gone before write()
 
+  /// Calls f once the data of the tensor that was added last has been written: it will not be read again.
+  void when_written(std::function<void()> f) { entries_.back().written = std::move(f); }
+
   /// Sets an entry of __metadata__. Errc::utf8.
   void metadata(std::string key, std::string value) {
     expect_utf8(key, key);
@@ -378,6 +381,7 @@ class SafetensorsWriter {
     file.write(text);
     for (const Entry* entry : order) {
       for (std::uint64_t i = 0; i < entry->runs; ++i) file.write({entry->data + i * entry->stride, entry->run_bytes});
+      if (entry->written) entry->written();
     }
     file.commit();
   }
@@ -392,6 +396,7 @@ class SafetensorsWriter {
     std::uint64_t runs;
     std::uint64_t run_bytes;
     std::uint64_t stride;
+    std::function<void()> written = {};
   };
 
   static void expect_utf8(std::string_view where, std::string_view text) {

@@ -32,15 +32,19 @@ class TrainState {
 
   TrainState() = default;
 
-  // Adding a section. A matrix is borrowed: it must live until save_train_state. Errc::duplicate.
-  void add_matrix(std::string name, MatrixView<const float> matrix) { insert(std::move(name), matrix); }
+  // Adding a section. A matrix is borrowed: it must live until save_train_state, which calls `read` each time that it has gone through it, so
+  // that its owner may put it out of memory again. Errc::duplicate.
+  using Read = std::function<void()>;
+  void add_matrix(std::string name, MatrixView<const float> matrix, Read read = {}) { insert(std::move(name), matrix, std::move(read)); }
   void add_matrix(std::string name, Matrix<float>&& matrix) { insert(std::move(name), std::move(matrix)); }
   void add_integers(std::string name, Integers values) { insert(std::move(name), std::move(values)); }
   void add_integer(std::string name, std::int64_t value) { insert(std::move(name), Integers{value}); }
   void add_numbers(std::string name, Numbers values) { insert(std::move(name), std::move(values)); }
   void add_number(std::string name, double value) { insert(std::move(name), Numbers{value}); }
   void add_text(std::string name, std::string text) { insert(std::move(name), std::move(text)); }
-  void add_text_view(std::string name, std::string_view text) { insert(std::move(name), text); }  // borrowed, as a matrix is
+  void add_text_view(std::string name, std::string_view text, Read read = {}) {  // borrowed, as a matrix is
+    insert(std::move(name), text, std::move(read));
+  }
 
   // Reading one, valid as long as this lives. Errc::missing_tensor, dtype (a section of another kind), shape_mismatch.
   MatrixView<const float> matrix(std::string_view name, Index rows, Index cols) {
@@ -79,13 +83,14 @@ class TrainState {
   using Value = std::variant<MatrixView<const float>, Matrix<float>, Integers, Numbers, std::string, std::string_view>;
   struct Section {
     Value value;
+    Read read = {};
     bool used = false;
   };
 
   ErrorPlace place(std::string_view name) const { return {.file = file_, .tensor = std::string(name)}; }
 
-  void insert(std::string name, Value value) {
-    const auto [at, is_new] = sections_.try_emplace(std::move(name), Section{std::move(value)});
+  void insert(std::string name, Value value, Read read = {}) {
+    const auto [at, is_new] = sections_.try_emplace(std::move(name), Section{std::move(value), std::move(read)});
     if (!is_new) throw Error(Errc::duplicate, "is already there", place(at->first));
   }
   const Value& use(std::string_view name) {
@@ -140,8 +145,9 @@ inline void save_train_state(const std::filesystem::path& path, const TrainState
   writer.metadata("format", std::string(detail::train_state_format));
   writer.metadata("version", "1");
   for (const auto& [name, section] : state.sections_) {
-    const auto checksum = [&, &key = name](DType dtype, std::span<const Index> shape, MatrixView<const std::byte> data) {
+    const auto checksum = [&, &key = name, &section = section](DType dtype, std::span<const Index> shape, MatrixView<const std::byte> data) {
       writer.metadata(std::string(detail::train_state_checksum) + key, detail::section_checksum(dtype, shape, data));
+      if (section.read) section.read();
     };
     const auto add_matrix = [&, &key = name](MatrixView<const float> view) {
       checksum(DType::F32, std::array{view.rows, view.cols}, detail::byte_view(view));
@@ -159,6 +165,7 @@ inline void save_train_state(const std::filesystem::path& path, const TrainState
     else if (const auto* numbers = std::get_if<TrainState::Numbers>(&section.value)) add_run(DType::F64, *numbers);
     else if (const auto* text = std::get_if<std::string>(&section.value)) add_run(DType::U8, *text);
     else add_run(DType::U8, std::get<std::string_view>(section.value));
+    if (section.read) writer.when_written(section.read);
   }
   writer.write(path);
 }

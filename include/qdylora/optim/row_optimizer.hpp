@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cmath>
+#include <functional>
 #include <span>
 #include <string>
 #include <utility>
@@ -113,6 +114,15 @@ class RowOptimizer {
   struct State : Moments {
     std::vector<std::int64_t> steps;  // of each row
   };
+  /// What takes a matrix of states() out of memory until it is touched again; nothing where its memory cannot.
+  template <class M>
+  std::function<void()> paging_out(const M& matrix) const {
+    if constexpr (requires { memory_.page_out(nullptr, std::size_t{}); })  // which leaves what is there as it is
+      return [memory = memory_, block = const_cast<void*>(static_cast<const void*>(matrix.data())), bytes = matrix.capacity_bytes()] {
+        memory.page_out(block, bytes);
+      };
+    else return {};
+  }
   std::vector<State>& states() noexcept { return states_; }
   const std::vector<State>& states() const noexcept { return states_; }
   /// For checkpoints.
@@ -152,8 +162,9 @@ class RowOptimizer {
   }
   /// Moments whose turn is over leave memory that can be without them (PagedMemory), so that it has one parameter's at a time.
   void page_out(State& s) const {
-    if constexpr (requires { memory_.page_out(nullptr, std::size_t{}); })
-      Moments::for_each_part(s, [this](const char*, auto& matrix) { memory_.page_out(matrix.data(), matrix.capacity_bytes()); });
+    Moments::for_each_part(s, [this](const char*, auto& matrix) {
+      if (const auto out = paging_out(matrix)) out();
+    });
   }
   bool updates(const Parameter<Acc, typename Backend::Memory>& p, Index row) const {
     return options_.untouched_rows == UntouchedRows::dense || p.touched[static_cast<std::size_t>(row)];
