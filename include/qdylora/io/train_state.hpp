@@ -32,8 +32,8 @@ class TrainState {
 
   TrainState() = default;
 
-  // Adding a section. A matrix is borrowed: it must live until save_train_state, which calls `read` each time that it has gone through it, so
-  // that its owner may put it out of memory again. Errc::duplicate.
+  // Adding a section. A matrix is borrowed: it must live until save_train_state, which calls `read` each time that it has gone through it,
+  // so that its owner may put it out of memory again. Errc::duplicate.
   using Read = std::function<void()>;
   void add_matrix(std::string name, MatrixView<const float> matrix, Read read = {}) { insert(std::move(name), matrix, std::move(read)); }
   void add_matrix(std::string name, Matrix<float>&& matrix) { insert(std::move(name), std::move(matrix)); }

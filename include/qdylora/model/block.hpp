@@ -100,9 +100,9 @@ class BlockSteps {
   using Workspace = BlockWorkspace<T, Backend>;
 
   /// By AdapterMethod::full the block keeps copies of the weights, which train; else the weights, which it shares.
-  /// Throws Errc::unsupported for another method than lora on weights that come with what low-rank adapters are to begin with, for alpha on a
-  /// backend that is no AlphaBackend, and for full on weights in codes; shape_mismatch where a weight has another shape, or is not there;
-  /// rank_range of a pattern.
+  /// Throws Errc::unsupported for another method than lora on weights that come with what low-rank adapters are to begin with, for alpha on
+  /// a backend that is no AlphaBackend, and for full on weights in codes or a backend that is no FullBackend; shape_mismatch where a weight
+  /// has another shape, or is not there; rank_range of a pattern.
   BlockSteps(const DecoderConfig& config, std::shared_ptr<const BlockWeights<Acc, Memory>> weights, Index index,
              const DecoderOptions& all, Backend backend)
       : config_(config),
@@ -315,8 +315,10 @@ class BlockSteps {
   Norm<T, Backend> attention_norm_, mlp_norm_;
 
  private:
-  Norm<T, Backend> norm_of(const NormWeights<Acc, Memory>& weights, Index index, std::string ModuleNames::*name, AdapterMethod method) const {
-    return {weights, config_.block_name(index) + config_.module_names().*name, method == AdapterMethod::full, config_.norm_epsilon, backend_};
+  Norm<T, Backend> norm_of(const NormWeights<Acc, Memory>& weights, Index index, std::string ModuleNames::*name,
+                           AdapterMethod method) const {
+    const std::string full_name = config_.block_name(index) + config_.module_names().*name;
+    return {weights, full_name, method == AdapterMethod::full, config_.norm_epsilon, backend_};
   }
 
   // The layer that begins with linear weight [i]; one in bfloat16 stays what is computed with.
@@ -332,7 +334,7 @@ class BlockSteps {
       });
       if (weights_->bias[i].size() > 0) dense_.back().set_bias(weights_->bias[i].view());
     } else {
-      throw Error(Errc::unsupported, name + ": this backend has no gradients of embedding and norms, which full fine-tuning takes");
+      throw Error(Errc::unsupported, name + ": full fine-tuning takes gradients of embedding and norms, which this backend lacks");
     }
   }
 

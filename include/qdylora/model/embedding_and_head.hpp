@@ -28,16 +28,21 @@ class EmbeddingAndHead {
   using Weights = DecoderWeights<Acc, Memory>;
   using Param = Parameter<Acc, Memory>;
 
-  /// Frozen, of weights that outlive it; or trained, beginning with copies of them, tables in 8 bits decoded.
+  /// Frozen, of weights that outlive it; or trained, beginning with copies of them, tables in 8 bits decoded. Errc::unsupported where
+  /// the backend is no FullBackend.
   EmbeddingAndHead(const Weights& weights, bool trained, Backend backend)
       : config_(weights.config),
         backend_(backend),
         frozen_(trained ? nullptr : &weights),
         norm_(weights.final_norm, config_.module_names().final_norm, trained, config_.norm_epsilon, backend) {
-    if (!trained) return;
-    const auto names = config_.module_names();
-    embedding_ = parameter_of(weights.embedding, names.embedding + ".weight");
-    head_ = config_.tied_head ? embedding_ : parameter_of(weights.head, names.head + ".weight");
+    if constexpr (FullBackend<Backend, T>) {
+      if (!trained) return;
+      const auto names = config_.module_names();
+      embedding_ = parameter_of(weights.embedding, names.embedding + ".weight");
+      head_ = config_.tied_head ? embedding_ : parameter_of(weights.head, names.head + ".weight");
+    } else {
+      QDYLORA_EXPECTS(!trained, unsupported, "full fine-tuning takes gradients of embedding and norms, which this backend lacks");
+    }
   }
 
   /// Trained: embedding, final norm, head unless it is the embedding. Frozen: none.

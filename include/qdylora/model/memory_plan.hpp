@@ -133,7 +133,7 @@ struct MemoryPlan {
   std::size_t tables = 0;         // embedding and head
   std::size_t norms = 0;          // and biases
   std::size_t initial = 0;        // what adapters begin with, where it is made from the weights
-  std::size_t adapters = 0;       // or trained scales; by AdapterMethod::full the masters of all weights, beside bfloat16 roundings in base_codes
+  std::size_t adapters = 0;       // or trained scales; by AdapterMethod::full masters of all weights, whose roundings are in base_codes
   std::size_t gradients = 0;
   std::size_t moments = 0;      // of the optimizer, as far as they are in memory
   std::size_t checkpoints = 0;  // the residual stream before each block, and after the last
@@ -147,7 +147,7 @@ struct MemoryPlan {
   std::size_t backend = 0;
   std::size_t process = 0;
   std::size_t staging = 0;  // the host's copy of the weights until they have gone up to the device
-  std::size_t read = 0;     // by AdapterMethod::full, the weights as they are read, until masters are made of them, before there are moments
+  std::size_t read = 0;     // by AdapterMethod::full, the weights as they are read, until there are masters; moments come later
   std::size_t file = 0;     // moments on disk; no part of memory
   bool device = false, paged_moments = false, whole = false;
 
@@ -182,7 +182,7 @@ struct MemoryPlan {
 
   /// Texts are generated in memory that the training step had; before it, the state had it.
   std::size_t phases() const noexcept {
-    return std::max({checkpoints + activations + reordering, caches > 0 ? prompts + caches : std::size_t{0}, device ? std::size_t{0} : state});
+    return std::max({checkpoints + activations + reordering, caches > 0 ? prompts + caches : 0, device ? 0 : state});
   }
   /// At most at any time, on the backend's side: the device's memory, or all there is on the host.
   std::size_t total() const noexcept {

@@ -1,5 +1,5 @@
-// A model whose weights have trained (AdapterMethod::full) to a Hugging Face folder: config.json and model.safetensors, which load_hugging_face
-// and transformers read.
+// A model whose weights have trained (AdapterMethod::full) to a Hugging Face folder: config.json and model.safetensors, which
+// load_hugging_face and transformers read.
 //
 // A tensor has the type that the model computes with, so that the one that is read computes the same: linear layers of a bfloat16 base are
 // BF16, of which load_hugging_face makes a bfloat16 base again, all else is F32. transformers casts all to config.json's dtype. The masters
@@ -61,8 +61,8 @@ Json hugging_face_json(const Decoder<T, Backend>& model) {
           {"torch_dtype", computes_in_bfloat16(model) ? "bfloat16" : "float32"}};
 }
 
-/// Writes a decoder's tensors, as they are computed with, to a safetensors file, all or nothing. Errors: bad_argument for a decoder by another
-/// method than full; non_finite, naming the tensor; those of SafetensorsWriter.
+/// Writes a decoder's tensors, as they are computed with, to a safetensors file, all or nothing. Errors: bad_argument for a decoder by
+/// another method than full; non_finite, naming the tensor; those of SafetensorsWriter.
 template <class T, class Backend>
   requires(Backend::Memory::host && std::is_same_v<Accumulator<T>, float>)
 void save_hugging_face_weights(const std::filesystem::path& file, Decoder<T, Backend>& model) {
