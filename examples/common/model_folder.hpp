@@ -9,7 +9,6 @@
 #include <qdylora/model/load_hugging_face.hpp>
 
 #include "folder.hpp"
-#include "program.hpp"
 
 namespace qdylora::examples {
 
