@@ -3,8 +3,8 @@
 //   finetune --model FILE.gguf|DIR [--data FILE] [options]      or      finetune --toy
 //
 // The linear weights are quantized to double-quantized NF4 while they are read and stay frozen; LoRA adapters of the largest rank train on
-// all of them, as --recipe says, or bottlenecks beside them, or the weights become planes of signs, whose scales train (--method). Loss
-// counts on the response only. Results: report.json, report.csv, ranks.svg and a PEFT adapter in --out.
+// all of them, as --recipe says, or bottlenecks beside them, or the weights become planes of signs, whose scales train; or, to compare with,
+// all weights train (--method). Loss counts on the response only. Results: report.json, report.csv, ranks.svg and a PEFT adapter in --out.
 // Ctrl-C saves the state and stops; --resume goes on, to the same bytes as an uninterrupted run. --rival puts the same run by QLoRA, cut by
 // singular values, beside it.
 #include <algorithm>
@@ -48,7 +48,8 @@ void declare(CLI::App& app, FinetuneOptions& o) {
          "--method", o.method,
          "what trains: lora, low-rank updates of the linear layers; houlsby, a bottleneck after attention and one after the "
          "perceptron; parallel, one beside the perceptron; ranks are widths of bottlenecks then, and auto is per-row; alpha, scales "
-         "of linear layers whose weights are planes of signs (AlphaTuning), which have no ranks")
+         "of linear layers whose weights are planes of signs (AlphaTuning), which have no ranks; full, all weights, which takes "
+         "--base-format bfloat16 or float32 and a tenth of the --lr or less, and saves a Hugging Face folder in --out/model")
       ->capture_default_str();
   add_number(app, "--planes", o.planes, "of signs, by --method alpha: about as many bits a weight", 1, 8);
   add_number(app, "--group-size", o.group_size, "weights of a row that share a scale in each plane, a multiple of 8; 0: whole rows", 0,
@@ -176,13 +177,19 @@ FinetuneData load_data(const FinetuneOptions& o, const OpenModel& model, Index h
 
 // Throws Errc::bad_argument for an option that the method does not know, `given` among those that its user wrote.
 void expect_own_options(const FinetuneOptions& o, AdapterMethod method, const std::vector<std::string>& given) {
-  const bool scales = method == AdapterMethod::alpha;
-  const std::vector<std::string> of_scales = {"--planes", "--group-size", "--trained-planes"};
-  const std::vector<std::string> of_others = {"--ranks", "--recipe", "--alpha", "--dropout", "--lora-plus", "--base-format"};
-  for (const std::string& option : scales ? of_others : of_scales)
-    QDYLORA_EXPECTS(std::find(given.begin(), given.end(), option) == given.end(), bad_argument,
-                    option + ": is not for --method " + o.method +
-                        (scales ? ", which trains scales of planes of signs and has no ranks" : ", whose weights are no planes of signs"));
+  const bool scales = method == AdapterMethod::alpha, whole = method == AdapterMethod::full;
+  const auto refuse = [&](const std::vector<std::string>& options, const char* reason) {
+    for (const std::string& option : options)
+      QDYLORA_EXPECTS(std::find(given.begin(), given.end(), option) == given.end(), bad_argument,
+                      option + ": is not for --method " + o.method + reason);
+  };
+  const std::vector<std::string> of_ranks = {"--ranks", "--recipe", "--alpha", "--dropout", "--lora-plus"};
+  if (whole) refuse(of_ranks, ", which trains all weights and has no ranks");
+  if (scales) refuse(of_ranks, ", which trains scales of planes of signs and has no ranks");
+  if (scales) refuse({"--base-format"}, ", whose format is planes of signs");
+  else refuse({"--planes", "--group-size", "--trained-planes"}, ", whose weights are no planes of signs");
+  QDYLORA_EXPECTS(!whole || o.device == "cpu", unsupported,
+                  "--method full: the gradients of embedding and norms are the CPU's, not for --device " + o.device);
   if (!scales) return;
   QDYLORA_EXPECTS(o.trained_planes <= o.planes, bad_argument,
                   "--trained-planes: " + std::to_string(o.trained_planes) + " is above --planes " + std::to_string(o.planes));
@@ -215,6 +222,7 @@ int finetune(const FinetuneOptions& o, const std::vector<std::string>& given) {
   QDYLORA_EXPECTS(!base.init.changes_base() || o.rank_pattern.empty(), unsupported,
                   "--rank-pattern: --init " + o.init + " takes as much from the base of each layer as the largest rank gives back");
   OpenModel model = o.toy ? toy_model(base, cpu.backend()) : open_model(o.model, o.tokenizer, base, cpu.backend());
+  if (trains_whole(o)) expect_trains_whole(o, model);
   choose_chat_template(model, o.chat);
   expect_seq_len(o.seq_len, model.config);
   expect_ranks(ranks, model.config);

@@ -39,7 +39,7 @@ struct RankResult {
   double loss = 0.0;                   // nats a scored token
   std::vector<double> example_losses;  // the same of each example, for paired comparisons
   std::vector<double> example_tokens;  // scored in each example
-  Index parameters = 0;                // of the adapter at this rank
+  Index parameters = 0;                // of the adapter at this rank, or all that trained
   double token_seconds = 0.0;          // to write one token
   std::vector<std::string> texts;      // the answers written
   std::vector<double> matches;         // of each 1 if it matches exactly, else 0
@@ -47,8 +47,10 @@ struct RankResult {
   std::vector<std::size_t> chosen;     // of each multiple-choice question
   std::vector<double> chosen_right;    // likewise 1 or 0
 
+  Index tensor_bytes = 0;              // of a file whose tensors are not all float32; else 0
+
   /// Of the adapter cut to this rank, as the tensors of its file hold it, all float32 (PEFT's, or ours of bottlenecks and scales).
-  Index bytes() const noexcept { return static_cast<Index>(sizeof(float)) * parameters; }
+  Index bytes() const noexcept { return tensor_bytes > 0 ? tensor_bytes : static_cast<Index>(sizeof(float)) * parameters; }
 };
 
 /// How many examples are right, of scores of 1 and 0.
@@ -109,7 +111,8 @@ void measure_costs(
       result.parameters += std::min(result.rank, linear.adapter().max_rank()) * (linear.in() + linear.out()) +
                            (linear.adapter().dora() && result.rank > 0 ? linear.out() : 0);
     });
-    if (result.rank > 0) model.for_each_alpha([&](const auto& layer) { result.parameters += layer.alpha().value.size(); });
+    if (result.rank > 0 && !has_ranks(model.options().method))
+      for (const auto& p : model.parameters()) result.parameters += p->value.size();
     for (Index round = 0; round < rounds && !stop(); ++round) {
       const auto start = std::chrono::steady_clock::now();
       generate(model, std::span<const std::vector<std::int32_t>>(prompts), RankPlan::uniform(result.rank), {.max_tokens = tokens});

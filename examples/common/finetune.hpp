@@ -26,6 +26,7 @@
 #include "run_state.hpp"
 #include "signals.hpp"
 #include "text.hpp"
+#include "whole_model.hpp"
 
 namespace qdylora::examples {
 
@@ -66,30 +67,34 @@ inline double seconds_since(std::chrono::steady_clock::time_point from) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - from).count();
 }
 
-/// Trains, or goes on, saving states and the adapter in --out, and measures every rank. Nothing where it was stopped, as it says.
+/// Trains, or goes on, saving states and the adapter, or the model, in --out, and measures every rank. Nothing where it was stopped, as it
+/// says. By --method full the weights are let go, if nobody else has them, once copies have been made of them.
 template <Scalar T, class Optimizer, class Device, class Weights>
 std::optional<RunReport> train_and_measure(const FinetuneOptions& o, const OpenModel& model, const FinetuneData& data, const Device& device,
-                                           const Weights& weights, const StopSignal& signal) {
+                                           Weights weights, const StopSignal& signal) {
   using Backend = typename Device::Backend;
   const std::filesystem::path out = o.out;
   const RankSet ranks = ranks_of(o);
   const AdapterMethod method = adapter_method(o.method);
   const AdapterInit init = adapter_init(o.init, ranks.max());
-  const bool scales = trains_scales(o);
-  const auto& w = *weights;
+  const bool scales = trains_scales(o), whole = trains_whole(o);
+  const std::size_t base_bytes = weights->linear_bytes();
   const Recipe chosen = recipe_of(o);
-  Decoder<T, Backend> decoder(weights, decoder_options(o), device.backend());
+  Decoder<T, Backend> decoder(std::move(weights), decoder_options(o), device.backend());
   Trainer<T, Backend, Optimizer> trainer(
       decoder, {.recipe = chosen, .ranks = ranks, .steps = o.steps, .lr = o.lr, .b_lr_ratio = o.lora_plus, .seed = o.seed},
       device.moments_memory(o.paged));
   trainer.hold_back(to_batches(data.held_back, batch_tokens));
-  const Index adapted = w.config.layers * static_cast<Index>(w.config.adapted(method).size());
+  const Index adapted = decoder.config().layers * static_cast<Index>(decoder.config().adapted(method).size());
   Index trainable = 0;
   for (const auto& p : decoder.parameters()) trainable += p->value.size();
   if (scales)
     std::printf("scales     of %lld of %lld planes of all %lld linear layers, %.2f M parameters\n",
                 static_cast<long long>(o.trained_planes), static_cast<long long>(o.planes), static_cast<long long>(adapted),
                 static_cast<double>(trainable) / 1e6);
+  else if (whole)
+    std::printf("weights    all %.2f M parameters train: %lld linear layers in %s, norms, embedding and head; masters in float32\n",
+                static_cast<double>(trainable) / 1e6, static_cast<long long>(adapted), o.base.c_str());
   else
     std::printf(method == AdapterMethod::lora
                     ? "adapters   rank up to %lld on all %lld linear layers, %.1f M parameters, alpha %g, scale %s, recipe %s%s\n"
@@ -110,6 +115,24 @@ std::optional<RunReport> train_and_measure(const FinetuneOptions& o, const OpenM
   const std::string settings = settings_of(o, model, data).dump();
   RunReport report;
   auto& history = report.history;
+  const auto stop = [&] { return signal.requested(); };
+  // Losses and answers at ranks, as far as it gets before it is told to stop.
+  const auto measure = [&](std::vector<Index> at) {
+    auto results = evaluate_losses(decoder, data.validation_samples, at, stop);
+    if (!data.questions.empty() && !stop())
+      evaluate_answers(decoder, model.need_tokenizer(), model.chat_template(), data.questions, results, o.new_tokens, stop);
+    return results;
+  };
+  if (whole) {  // later there is no base to measure; a run that goes on begins with it too
+    std::printf("evaluating the model as it is ...\n");
+    std::fflush(stdout);
+    report.ranks = measure({1});
+    if (stop()) {
+      std::printf("stopped before the first step\n");
+      return {};
+    }
+    report.ranks.front().rank = 0;
+  }
   if (o.resume) {
     load_run_state(state_file(o), settings, decoder, trainer, history);
     std::printf("resumed    at step %lld of %lld\n", static_cast<long long>(trainer.step_count()), static_cast<long long>(o.steps));
@@ -129,7 +152,7 @@ std::optional<RunReport> train_and_measure(const FinetuneOptions& o, const OpenM
       const auto result = trainer.step(to_batches(samples, batch_tokens));
       history.step_losses.push_back(result.loss);
       history.tokens += result.tokens;
-      progress.update(trainer.step_count(), result.tokens, result.loss, result.rank);
+      progress.update(trainer.step_count(), result.tokens, result.loss, has_ranks(method) ? std::optional(result.rank) : std::nullopt);
       if (o.save_every > 0 && trainer.step_count() % o.save_every == 0 && !trainer.done()) save();
     }
   }
@@ -140,7 +163,9 @@ std::optional<RunReport> train_and_measure(const FinetuneOptions& o, const OpenM
     return {};
   }
   const auto activation_bytes = decoder.activation_bytes();  // evaluation needs less
-  if (scales)
+  if (whole)
+    save_whole_model(o, decoder);
+  else if (scales)
     with_alpha_layers(decoder, [&](const auto& layers) { save_alpha_adapter(out / "adapter", layers, *binary_code(o), model.name); });
   else
     save_adapters(out / "adapter", decoder,
@@ -156,21 +181,24 @@ std::optional<RunReport> train_and_measure(const FinetuneOptions& o, const OpenM
     std::printf(trainer.reordered_at_end() ? "auto       low ranks need no rows of their own here; re-ordered at the end\n"
                                            : "auto       %.0f %% of the later rows went to low ranks\n",
                 100.0 * trainer.nested().share);
-  std::printf(scales ? "evaluating ...\n" : "evaluating every rank ...\n");
+  std::printf(has_ranks(method) ? "evaluating every rank ...\n" : "evaluating ...\n");
   std::fflush(stdout);
 
   std::vector<Index> all = {0};
+  if (whole) all.clear();
   all.insert(all.end(), ranks.begin(), ranks.end());
-  const auto stop = [&] { return signal.requested(); };
-  report.ranks = evaluate_losses(decoder, data.validation_samples, all, stop);
-  if (!data.questions.empty() && !stop())
-    evaluate_answers(decoder, model.need_tokenizer(), model.chat_template(), data.questions, report.ranks, o.new_tokens, stop);
+  auto results = measure(all);
   if (stop()) {
-    std::printf("stopped; the adapter is in %s\n", (out / "adapter").string().c_str());
+    std::printf(whole ? "stopped; the model is in %s\n" : "stopped; the adapter is in %s\n", (out / (whole ? "model" : "adapter")).c_str());
     return {};
   }
 
-  measure_costs(decoder, report.ranks, stop);
+  measure_costs(decoder, results, stop);
+  if (whole) {
+    report.ranks.front().token_seconds = results.front().token_seconds;  // it computes the same
+    results.front().tensor_bytes = whole_model_bytes(o);
+  }
+  report.ranks.insert(report.ranks.end(), std::make_move_iterator(results.begin()), std::make_move_iterator(results.end()));
   report.settings = {{"model", model.name},
                      {"recipe", chosen.name},
                      {"method", o.method},
@@ -188,7 +216,7 @@ std::optional<RunReport> train_and_measure(const FinetuneOptions& o, const OpenM
                      {"init", o.init},
                      {"rank_pattern", printable_utf8(o.rank_pattern)},
                      {"alpha_pattern", printable_utf8(o.alpha_pattern)},
-                     {"base_bytes", w.linear_bytes()},
+                     {"base_bytes", base_bytes},
                      {"adapter_parameters", trainable},
                      {"activation_bytes", activation_bytes},
                      {"nested_share", trainer.nested().share},
@@ -208,7 +236,7 @@ int finetune_with(const FinetuneOptions& o, OpenModel& model, const FinetuneData
 
   const auto start = std::chrono::steady_clock::now();
   const BaseOptions stored = base_of<T>(o, data, model, device);
-  const auto weights = device.place(std::exchange(model.read, nullptr)(stored));
+  auto weights = device.place(std::exchange(model.read, nullptr)(stored));
   const auto& w = *weights;
   std::printf("model      %s: %lld blocks of width %lld, %.1f M linear weights in %s, %.3f bits each (%.0f MB), read in %.1f s\n",
               model.name.c_str(), static_cast<long long>(w.config.layers), static_cast<long long>(w.config.width),
@@ -216,22 +244,25 @@ int finetune_with(const FinetuneOptions& o, OpenModel& model, const FinetuneData
               8.0 * static_cast<double>(w.linear_bytes()) / static_cast<double>(w.config.linear_weights()),
               static_cast<double>(w.linear_bytes()) / 1e6, seconds_since(start));
   const StopSignal signal;
-  auto report = train_and_measure<T, Optimizer>(o, model, data, device, weights, signal);
+  auto report = train_and_measure<T, Optimizer>(o, model, data, device, trains_whole(o) ? std::move(weights) : weights, signal);
   if (!report) return 130;
   const RankSummary summary(report->ranks);
-  if (scales) show_scales(report->ranks);
+  if (trains_whole(o)) show_whole(report->ranks.front(), report->ranks.back());
+  else if (scales) show_scales(report->ranks);
   else print_table(report->ranks, summary);
-  if (!data.questions.empty()) show_answers(report->ranks, data.questions, scales);
+  if (!data.questions.empty()) show_answers(report->ranks, data.questions, !has_ranks(adapter_method(o.method)));
   const std::size_t peak = device.peak();
   const auto megabytes = [](std::size_t bytes) { return static_cast<double>(bytes) / 1e6; };
   std::printf("\nmemory     %.0f MB planned, %.0f MB measured at most\n", megabytes(plan.total()), megabytes(peak));
   report->settings.update(Json{{"memory_plan", to_json(plan)}, {"peak_memory_bytes", peak}});
   write_report(o.out, *report, summary);
-  if (scales) {
+  if (!has_ranks(adapter_method(o.method))) {
     const double base = report->ranks.front().loss, loss = report->ranks.back().loss;
-    std::printf("\n%s: %.3f nats a token, the base %.3f\n",
-                loss < base ? "The trained scales beat the base" : "The trained scales do NOT beat the base", loss, base);
-    std::printf("wrote      %s: report.json, report.csv, adapter/ (scales), state.safetensors\n", o.out.c_str());
+    std::printf("\n%s %s %s: %.3f nats a token, %s %.3f\n", scales ? "The trained scales" : "The trained model",
+                loss < base ? (scales ? "beat" : "beats") : (scales ? "do NOT beat" : "does NOT beat"), scales ? "the base" : "the one it was",
+                loss, scales ? "the base" : "before", base);
+    std::printf("wrote      %s: report.json, report.csv, %s, state.safetensors\n", o.out.c_str(),
+                scales ? "adapter/ (scales)" : "model/ (config.json, model.safetensors)");
     return 0;
   }
   const auto worst = *std::max_element(report->ranks.begin() + 1, report->ranks.end(),

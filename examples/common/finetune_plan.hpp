@@ -44,9 +44,10 @@ struct FinetuneData {
   std::vector<Sample> train, held_back, validation_samples;
 };
 
-/// What trains has no ranks: the rank set is {1}, the trained scales beside 0, the base.
 inline bool trains_scales(const FinetuneOptions& o) { return adapter_method(o.method) == AdapterMethod::alpha; }
-inline RankSet ranks_of(const FinetuneOptions& o) { return trains_scales(o) ? RankSet{1} : parse_ranks(o.ranks); }
+inline bool trains_whole(const FinetuneOptions& o) { return adapter_method(o.method) == AdapterMethod::full; }
+/// Of what has no ranks the set is {1}: trained scales beside 0, the base; or all weights.
+inline RankSet ranks_of(const FinetuneOptions& o) { return has_ranks(adapter_method(o.method)) ? parse_ranks(o.ranks) : RankSet{1}; }
 
 /// Planes of signs, by the method alpha; else none.
 inline std::optional<BinaryCodeOptions> binary_code(const FinetuneOptions& o) {
@@ -126,7 +127,7 @@ inline void plan_batches(MemoryOptions& options, const FinetuneOptions& o, const
     options.longest = std::max(options.longest, longest);
   }
   for (const auto* samples : {&data.held_back, &data.validation_samples}) look(*samples, options.forward_tokens, options.forward_scored);
-  const Index together = trains_scales(o) ? 1 : ranks.size() + 1;  // ranks in one batch
+  const Index together = has_ranks(adapter_method(o.method)) ? ranks.size() + 1 : 1;  // ranks in one batch
   const std::size_t at_once = answered_at_once(o.new_tokens, static_cast<std::size_t>(together));
   for (std::size_t begin = 0; begin < data.questions.size(); begin += at_once) {
     Index prompts = 0;
@@ -177,7 +178,8 @@ MemoryPlan plan_memory(const FinetuneOptions& o, const FinetuneData& data, const
                        .checkpoint = o.checkpoint,
                        .moments_in_8_bits = o.optimizer == "adamw8bit",
                        .one_moment = o.optimizer == "lion",
-                       .moments_in_file = !o.paged.empty()};
+                       .moments_in_file = !o.paged.empty(),
+                       .resumes = o.resume};
   memory.follow(recipe_of(o));
   plan_batches(memory, o, data, model, ranks);
   auto shape = model_shape(model.config, options.method);

@@ -27,7 +27,7 @@ namespace qdylora::examples {
 /// A run of finetune.
 struct RunReport {
   Json settings;                  // what the run was told and found: model, recipe, steps, memory ...
-  std::vector<RankResult> ranks;  // rank 0 first
+  std::vector<RankResult> ranks;  // rank 0 first; by the method full the model before, and as rank 1 after
   RunHistory history;
 };
 
@@ -234,7 +234,7 @@ inline void write_report(const std::filesystem::path& folder, const RunReport& r
   }
   replace_file(folder / "report.json", json.dump(1) + "\n");
   replace_file(folder / "report.csv", csv);
-  if (report.settings.at("method") == name(AdapterMethod::alpha)) return;  // nothing to draw over ranks
+  if (!has_ranks(adapter_method(report.settings.at("method").get<std::string>()))) return;  // nothing to draw over ranks
   std::vector<LineChart> charts;
   charts.push_back(rank_chart("Loss at each rank, one run", "nats per token", report, rival, [](const RankResult& r) { return r.loss; }));
   if (answers) {

@@ -36,6 +36,7 @@ void save_run_state(const std::filesystem::path& path, const std::string& settin
   state.add_text("settings", settings);
   model.for_each_trained([&](const auto& linear) { collect(state, linear.adapter().options().name, linear.adapter(), model.backend()); });
   model.for_each_alpha([&](const auto& layer) { collect(state, layer.options().name, layer.parameters()); });
+  if (model.options().method == AdapterMethod::full) collect(state, "full", model.parameters(), model.backend());
   collect(state, optimizer_section<Optimizer>, trainer.optimizer());
   collect(state, "gates.adamw", trainer.gate_optimizer());
   const auto s = trainer.state();
@@ -94,6 +95,7 @@ void load_run_state(const std::filesystem::path& path, const std::string& settin
   }
   model.for_each_trained([&](auto& linear) { restore(state, linear.adapter().options().name, linear.adapter(), model.backend()); });
   model.for_each_alpha([&](auto& layer) { restore(state, layer.options().name, layer.parameters()); });
+  if (model.options().method == AdapterMethod::full) restore(state, "full", model.parameters(), model.backend());
   restore(state, optimizer_section<Optimizer>, trainer.optimizer());
   restore(state, "gates.adamw", trainer.gate_optimizer());
   typename Trainer<T, Backend, Optimizer>::State s;

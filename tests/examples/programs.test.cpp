@@ -128,7 +128,7 @@ void write_words_model(const std::filesystem::path& folder) {
 
 // A run of the toy that takes seconds: 12 steps through all phases of the recipe.
 std::string toy(const std::filesystem::path& out, const std::string& more = "") {
-  const bool has_ranks = more.find("--method alpha") == more.npos;
+  const bool has_ranks = more.find("--method alpha") == more.npos && more.find("--method full") == more.npos;
   return std::string(has_ranks ? "--ranks 1,4,16 --alpha 16 " : "") +
          "--toy --steps 12 --batch 4 --lr 3e-3 --train-examples 200 --eval-examples 4 --answers 2 "
          "--max-new-tokens 8 "
@@ -338,7 +338,7 @@ TEST_CASE("programs: a wrong argument or file gives one line and status 2") {
       {"finetune", "--toy --lora-plus 0", "--lora-plus"},
       {"finetune", "--toy --compute int8", "--compute"},
       {"finetune", "--toy --device cuda --compute bits16", "--compute bits16: is the CPU's"},
-      {"finetune", "--toy --method prefix", "lora, houlsby, parallel, alpha"},
+      {"finetune", "--toy --method prefix", "lora, houlsby, parallel, alpha, full"},
       {"finetune", "--toy --method houlsby --recipe order-then-nest", "recipes that fit are qdylora, qdylora-frozen, per-row and qlora"},
       {"finetune", "--toy --method parallel --dora", "--dora"},
       {"finetune", "--toy --method parallel --gates", "--gates"},
@@ -351,6 +351,14 @@ TEST_CASE("programs: a wrong argument or file gives one line and status 2") {
       {"finetune", "--toy --method alpha --planes 2 --trained-planes 3", "above --planes 2"},
       {"finetune", "--toy --method alpha --group-size 12", "multiple of 8"},
       {"finetune", "--toy --method alpha --device cuda", "--device cuda"},
+      {"finetune", "--toy --method full", "--base-format nf4: --method full trains the weights themselves"},
+      {"finetune", "--toy --method full --base-format fp8", "--base-format fp8: --method full trains the weights themselves"},
+      {"finetune", "--toy --method full --base-format float32 --ranks 1,2", "--ranks: is not for --method full"},
+      {"finetune", "--toy --method full --base-format float32 --recipe qlora", "--recipe: is not for --method full"},
+      {"finetune", "--toy --method full --base-format float32 --planes 2", "--planes: is not for --method full"},
+      {"finetune", "--toy --method full --base-format float32 --dora", "--dora"},
+      {"finetune", "--toy --method full --base-format float32 --rival", "not those of --method full"},
+      {"finetune", "--toy --method full --base-format float32 --device cuda", "--device cuda"},
       {"finetune", "--toy --planes 2", "--planes: is not for --method lora"},
       {"finetune", "--toy --device tpu", "cpu"},
       {"finetune", "--toy --dtype float16", "bfloat16"},
@@ -527,10 +535,10 @@ TEST_CASE("programs: a run that was stopped resumes to the same bytes, on any nu
   if (!built("finetune")) SKIP("finetune has not been built");
   for (const std::string recipe : {"--recipe auto", "--recipe qdylora --optimizer adamw8bit", "--recipe qlora --init qera",
                                    "--recipe order-then-nest --rank-pattern q_proj=4,down_proj=1 --alpha-pattern o_proj=4",
-                                   "--method houlsby", "--method alpha"}) {
+                                   "--method houlsby", "--method alpha", "--optimizer adamw8bit --base-format bfloat16 --method full"}) {
     const test::TemporaryFolder folder;
-    const bool scales = recipe.ends_with("alpha");
-    const auto more = (scales ? "" : "--dropout 0.1 ") + recipe;
+    const bool scales = recipe.ends_with("alpha"), whole_model = recipe.ends_with("full");
+    const auto more = (scales || whole_model ? "" : "--dropout 0.1 ") + recipe;
     REQUIRE(run("finetune", toy(folder / "whole", more + " --threads 1")).status == 0);
     // Stopped by a signal once the first state is there, wherever that finds it; with its moments on disk, which changes nothing.
     const std::string state = (folder / "parts" / "state.safetensors").native();
@@ -550,12 +558,17 @@ TEST_CASE("programs: a run that was stopped resumes to the same bytes, on any nu
       CAPTURE(tensor.name);
       CHECK((tensor.name == "seconds" || std::ranges::equal(expected.span(), found.span())));
     }
-    const std::string file = scales                        ? "alpha_model.safetensors"
-                             : recipe.ends_with("houlsby") ? "bottleneck_model.safetensors"
-                                                           : "adapter_model.safetensors";
-    const auto adapter = test::read_file(folder / "whole" / "adapter" / file);
-    CHECK_FALSE(adapter.empty());
-    CHECK(adapter == test::read_file(folder / "parts" / "adapter" / file));
+    const std::string file = scales                        ? "adapter/alpha_model.safetensors"
+                             : whole_model                 ? "model/model.safetensors"
+                             : recipe.ends_with("houlsby") ? "adapter/bottleneck_model.safetensors"
+                                                           : "adapter/adapter_model.safetensors";
+    const auto trained = test::read_file(folder / "whole" / file);
+    CHECK_FALSE(trained.empty());
+    CHECK(trained == test::read_file(folder / "parts" / file));
+    if (!whole_model) continue;  // what was is measured again
+    for (const std::size_t i : {0u, 1u})
+      CHECK(qd::read_json(folder / "whole" / "report.json").at("ranks")[i].at("example_losses") ==
+            qd::read_json(folder / "parts" / "report.json").at("ranks")[i].at("example_losses"));
   }
 }
 
@@ -1311,6 +1324,110 @@ TEST_CASE("programs: scales of planes of signs are trained, have the losses that
   config["iterations"] = 0;  // other signs
   test::write_file(adapter / "alpha_config.json", config.dump());
   refuses("evaluate", model + texts + scales, "other planes of signs");
+}
+
+namespace {
+
+// A golden model of 48 tokens with a tokenizer of so many, and texts for it.
+void write_small_model(const std::filesystem::path& folder, const std::string& golden) {
+  std::filesystem::copy(test::golden(golden), folder);
+  qd::Json vocab = qd::Json::object();
+  for (const char c : std::string("abcdefghijklmnopqrstuvwxyz=?!.:0123456789#$%")) vocab[std::string(1, c)] = vocab.size();
+  for (const char* token : {"\u0120", "\u010a"}) vocab[token] = vocab.size();
+  vocab["in"] = vocab.size();
+  const qd::Json end{{"id", vocab.size()}, {"content", "</s>"}, {"special", true}};
+  test::write_file(folder / "tokenizer.json", qd::Json{{"model", {{"type", "BPE"}, {"vocab", vocab}, {"merges", {"i n"}}}},
+                                                       {"pre_tokenizer", {{"type", "ByteLevel"}, {"add_prefix_space", false}}},
+                                                       {"added_tokens", {end}}}
+                                                  .dump());
+  test::write_file(folder / "tokenizer_config.json", R"({"eos_token":"</s>"})");
+}
+
+}  // namespace
+
+TEST_CASE("programs: a model whose weights all train is saved as a folder, which reads as the model that was reported") {
+  for (const char* program : {"finetune", "evaluate"})
+    if (!built(program)) SKIP(program << " has not been built");
+  for (const std::string name : {"qwen2", "mistral", "falcon_7b"})  // biases; a head of its own; layer norms
+    for (const std::string format : {"float32", "bfloat16"}) {
+      CAPTURE(name, format);
+      const test::TemporaryFolder folder;
+      write_small_model(folder / "model", name);
+      write_letters_data(folder / "data.jsonl");
+      const std::string texts = " --seq-len 12 --data " + quoted(folder / "data.jsonl") + " --base-format " + format;
+      const auto out = folder / "out", model = out / "model";
+      const auto said = succeeds("finetune", "--model " + quoted(folder / "model") + texts + " --eval " + quoted(folder / "data.jsonl") +
+                                                 " --method full --steps 6 --batch 3 --lr 3e-3 --max-new-tokens 3 --out " + quoted(out));
+      CAPTURE(said);
+      CHECK(said.find("The trained model beats the one it was") != std::string::npos);
+      CHECK(said.find("  rank ") == std::string::npos);
+      const auto report = qd::read_json(out / "report.json");
+      CHECK(report.at("method") == "full");
+      REQUIRE(report.at("ranks").size() == 2);  // before, and after
+      CHECK(report.at("ranks")[1].at("loss") < report.at("ranks")[0].at("loss"));
+      CHECK(report.at("ranks")[1].at("parameters") == report.at("adapter_parameters"));
+      CHECK(report.at("ranks")[1].at("bytes") == tensor_bytes(model / "model.safetensors"));
+      CHECK(report.at("ranks")[1].at("answers") == 6);
+      CHECK_FALSE(std::filesystem::exists(out / "ranks.svg"));
+      CHECK_FALSE(std::filesystem::exists(out / "adapter"));
+      const auto& plan = report.at("memory_plan");
+      const auto parameters = report.at("adapter_parameters").get<double>();
+      CHECK(plan.at("master weights").get<double>() == Approx(4 * parameters).epsilon(0.01));  // biases in folders are not counted
+      CHECK(plan.at("moments").get<double>() == Approx(8 * parameters).epsilon(0.01));
+      CHECK(plan.at("bfloat16 weights").get<std::size_t>() == (format == "bfloat16" ? report.at("base_bytes").get<std::size_t>() : 0));
+
+      // Beside the weights lies what did, and config.json is the model's but for the type.
+      CHECK(test::read_file(model / "tokenizer.json") == test::read_file(folder / "model" / "tokenizer.json"));
+      auto before = qd::read_json(folder / "model" / "config.json"), after = qd::read_json(model / "config.json");
+      const char* const key = before.contains("dtype") ? "dtype" : "torch_dtype";
+      CHECK(after.at(key) == format);
+      before.erase(key);
+      after.erase(key);
+      CHECK(after == before);
+      for (const auto& [folder_of, rank] : {std::pair(folder / "model", 0), std::pair(model, 1)}) {
+        const auto text = succeeds("evaluate", "--model " + quoted(folder_of) + texts);
+        const auto at = text.find("loss ");
+        REQUIRE(at != std::string::npos);
+        const auto reported = report.at("ranks")[static_cast<std::size_t>(rank)].at("loss").get<double>();
+        CHECK(std::stod(text.substr(at + 5)) == Approx(reported).margin(5.1e-5));
+      }
+      // Over itself it is not written.
+      const auto again = run("finetune", "--model " + quoted(model) + texts + " --method full --steps 1 --out " + quoted(out));
+      CHECK(again.status == 2);
+      CHECK(again.err.find("would be written over") != std::string::npos);
+    }
+  const test::TemporaryFolder folder;
+  write_letters_model(folder / "model");  // whose weights are in 4 bits, whatever --base-format says
+  write_letters_data(folder / "data.jsonl");
+  const auto refused = run("finetune", "--model " + quoted(folder / "model") + " --seq-len 12 --data " + quoted(folder / "data.jsonl") +
+                                           " --method full --base-format float32 --steps 1 --out " + quoted(folder / "out"));
+  CHECK(refused.status == 2);
+  CHECK(refused.err.find("q_proj: full fine-tuning takes weights in float32 or bfloat16, these are in codes") != std::string::npos);
+}
+
+TEST_CASE("programs: transformers loads the folder of a model whose weights all trained", "[python]") {
+  if (!built("finetune") || !built("evaluate")) SKIP("finetune or evaluate has not been built");
+  if (!test::has_python("torch, transformers, safetensors")) SKIP("no Python with torch, transformers and safetensors ($QDYLORA_PYTHON)");
+  const test::TemporaryFolder folder;
+  const std::vector<std::int32_t> ids = {1, 5, 9, 3, 20, 7};
+  qd::SafetensorsWriter writer;
+  writer.add("ids", qd::DType::I32, {static_cast<Index>(ids.size())}, std::as_bytes(std::span(ids)));
+  writer.write(folder / "ids.safetensors");
+  write_letters_data(folder / "data.jsonl");
+  for (const std::string name : {"toy", "qwen2", "mistral", "falcon_7b", "falcon_40b"})
+    for (const std::string format : {"float32", "bfloat16"}) {
+      const test::TemporaryFolder work;
+      if (name != "toy") write_small_model(work / "model", name);
+      const auto saved = folder / (name + "_" + format);
+      const auto texts = " --seq-len 12 --data " + quoted(folder / "data.jsonl");
+      succeeds("finetune", (name == "toy" ? "--toy" : "--model " + quoted(work / "model") + texts) +
+                               " --method full --base-format " + format + " --steps 3 --batch 3 --lr 3e-3 --answers 0 --out " +
+                               quoted(work / "out"));
+      std::filesystem::copy(work / "out" / "model", saved);
+      succeeds("evaluate", "--model " + quoted(saved) + " --base-format " + format + " --ids 1,5,9,3,20,7 --logits " +
+                               quoted(folder / (name + "_" + format + ".safetensors")));
+    }
+  CHECK(test::run_python("check_saved.py", folder.path()) == 0);
 }
 
 TEST_CASE("programs: evaluate's logits of Falcons are those of transformers and PEFT") {

@@ -207,7 +207,8 @@ TEST_CASE("before it trains the model is the one it was read as, whose weights i
 TEST_CASE("an embedding in 8 bits is decoded to begin with") {
   const auto config = untied(test::tiny_config());
   const auto table = [&](std::uint64_t seed) {
-    return qd::quantize<qd::INT8, qd::Float32Scales>(test::normal_matrix<float>(config.vocab, config.width, seed).view(), {.block_size = 32});
+    const auto dense = test::normal_matrix<float>(config.vocab, config.width, seed);
+    return qd::quantize<qd::INT8, qd::Float32Scales>(dense.view(), {.block_size = 32});
   };
   auto weights = weights_of<float>(config);
   weights->embedding = table(1);
@@ -334,7 +335,8 @@ TEST_CASE("what does not go with all weights is refused by name") {
   for (const auto format : {BaseFormat::nf4, BaseFormat::fp8})
     says(test::error_of([&] { qd::Decoder<float>(weights_of<float>(config, format), options()); }), Errc::unsupported,
          "model.layers.0.self_attn.q_proj: full fine-tuning");
-  says(test::error_of([&] { (qd::Decoder<float, NoEmbeddingGradient>(weights_of<float>(config), options())); }), Errc::unsupported, "backend");
+  const auto on_other = [&] { (qd::Decoder<float, NoEmbeddingGradient>(weights_of<float>(config), options())); };
+  says(test::error_of(on_other), Errc::unsupported, "backend");
   qd::Decoder<float> model(weights_of<float>(config), options());
   says(test::error_of([&] { model.set_ranks(qd::RankPlan::uniform(0)); }), Errc::unsupported, "no base");
   says(test::error_of([&] { model.set_ranks(qd::RankPlan::uniform(2)); }), Errc::rank_range, "rank 2");
@@ -411,7 +413,7 @@ TEST_CASE("a memory plan of all weights is what memory is asked for, byte by byt
 
     model->set_training(true);
     counted_bytes().peak = resident;
-    for (int pass = 0; pass < 2; ++pass) model->loss_and_gradient(batch, 1.0);  // the second has what blocks keep beside the head's gradient
+    for (int pass = 0; pass < 2; ++pass) model->loss_and_gradient(batch, 1.0);  // the second has the blocks' temporaries in the head's
     CHECK(counted_bytes().peak - resident == plan.checkpoints + plan.activations + plan.workspace + plan.logits);
     CHECK(plan.total() == resident + std::max(plan.read, plan.moments + counted_bytes().peak - resident));
   }

@@ -58,8 +58,8 @@ TEST_CASE("a dense layer's outputs are x W^T + bias, with W in full or in bfloat
         if (biased) expected(t, o) = static_cast<double>(layer.parameters()[1]->value(0, o));
         for (Index i = 0; i < 50; ++i) {
           const Acc exact = w(o, i);
-          const auto used = narrow ? static_cast<double>(static_cast<float>(qd::bfloat16(static_cast<float>(exact)))) : static_cast<double>(exact);
-          expected(t, o) += static_cast<double>(x(t, i)) * used;
+          const auto rounded = static_cast<float>(qd::bfloat16(static_cast<float>(exact)));
+          expected(t, o) += static_cast<double>(x(t, i)) * (narrow ? static_cast<double>(rounded) : static_cast<double>(exact));
         }
       }
     const auto found = layer.forward(x.view());
@@ -109,7 +109,8 @@ TEST_CASE("gradients of a dense layer agree with central differences") {
   Double other(5, 7);
   layer.forward(x.view(), other.view(), context);
   layer.backward(slope.view(), {}, context);
-  for (Index k = 0; k < once.size(); ++k) CHECK(layer.parameters().front()->gradient.data()[k] == Approx(2.0 * once.data()[k]).epsilon(1e-12));
+  const auto& twice = layer.parameters().front()->gradient;
+  for (Index k = 0; k < once.size(); ++k) CHECK(twice.data()[k] == Approx(2.0 * once.data()[k]).epsilon(1e-12));
 }
 
 TEST_CASE("gradients of activations in 16 bits are those of the same numbers in double") {
