@@ -1660,11 +1660,11 @@ TEST_CASE("programs: an adapter moves llama.cpp's logits as it moves ours", "[py
   const test::TemporaryFolder folder;
   std::filesystem::create_symlink(*model, folder / "model.gguf");
   std::string examples;
-  for (int i = 0; i < 8; ++i) examples += R"({"prompt": "What comes after )" + std::to_string(i) + R"(?", "response": ")" + std::to_string(i + 1) + "\"}\n";
+  for (int i = 0; i < 16; ++i) examples += R"({"prompt": "What comes after )" + std::to_string(i) + R"(?", "response": ")" + std::to_string(i + 1) + "\"}\n";
   test::write_file(folder / "data.jsonl", examples);
   const std::string base = "--model " + quoted(folder / "model.gguf");
   succeeds("finetune", base + " --data " + quoted(folder / "data.jsonl") + " --out " + quoted(folder / "run") +
-                           " --steps 4 --batch 1 --seq-len 64 --eval-rows 2 --lr 0.01 --ranks 2,8");
+                           " --steps 12 --batch 2 --seq-len 64 --eval-examples 2 --answers 0 --lr 0.02 --ranks 2,8");
   succeeds("adapter", "gguf " + quoted(folder / "run" / "adapter") + " " + base + " " + quoted(folder / "adapter.gguf"));
   const std::vector<std::int32_t> ids{1, 504, 2365, 282, 260, 5354, 314, 624, 7042, 281};
   const Index shape[] = {static_cast<Index>(ids.size())};

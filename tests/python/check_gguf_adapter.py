@@ -2,18 +2,27 @@
 
 model.gguf, adapter.gguf; ids.npy, int32; base.npy and adapted.npy, our logits [tokens, vocab].
 """
+import ctypes
 import pathlib
 import sys
 
+import llama_cpp
 import numpy as np
-from llama_cpp import Llama
 
 folder = pathlib.Path(sys.argv[1])
 ids = np.load(folder / "ids.npy").tolist()
 
 
+# Of weights in blocks llama.cpp rounds activations to 8 bits, which hides what an adapter does: of the same weights in float32 it does not.
+options = llama_cpp.llama_model_quantize_default_params()
+options.ftype = llama_cpp.LLAMA_FTYPE_ALL_F32
+options.allow_requantize = True
+plain = folder / "plain.gguf"
+assert llama_cpp.llama_model_quantize(str(folder / "model.gguf").encode(), str(plain).encode(), ctypes.byref(options)) == 0
+
+
 def logits(**options):
-    model = Llama(str(folder / "model.gguf"), n_ctx=len(ids) + 1, n_batch=len(ids), logits_all=True, verbose=False, **options)
+    model = llama_cpp.Llama(str(plain), n_ctx=len(ids) + 1, n_batch=len(ids), logits_all=True, verbose=False, **options)
     model.eval(ids)
     return np.array(model.scores[: len(ids)], np.float64)
 
@@ -26,9 +35,8 @@ def distance(a, b):
     return np.linalg.norm(a - b) / np.linalg.norm(b)
 
 
-# llama.cpp multiplies this model's weights with activations of 8 bits: its logits are some percent from ours before any adapter.
-print(f"base: {distance(base, our_base):.4f} apart; the adapter moves ours by {distance(our_adapted, our_base):.3f}, "
-      f"theirs {distance(adapted - base, our_adapted - our_base):.4f} differently")
-assert distance(base, our_base) < 0.05
-assert distance(our_adapted, our_base) > 0.1, "an adapter that does nothing shows nothing"
-assert distance(adapted - base, our_adapted - our_base) < 0.1
+moved, difference = distance(our_adapted, our_base), distance(adapted - base, our_adapted - our_base)
+print(f"base: {distance(base, our_base):.1e} apart; the adapter moves ours by {moved:.3f}, theirs {difference:.1e} differently")
+assert distance(base, our_base) < 5e-3
+assert moved > 0.1, "an adapter that does nothing shows nothing"
+assert difference < 1e-2
