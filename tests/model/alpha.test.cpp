@@ -12,7 +12,6 @@
 #include <qdylora/io/collect.hpp>
 #include <qdylora/io/peft.hpp>
 #include <qdylora/io/train_state.hpp>
-#include <qdylora/model/generate.hpp>
 #include <qdylora/model/initial_weight.hpp>
 #include <qdylora/model/memory_plan.hpp>
 #include <qdylora/model/trainer.hpp>
@@ -22,6 +21,7 @@
 #include "support/counted_memory.hpp"
 #include "support/distortion.hpp"
 #include "support/files.hpp"
+#include "support/generated_text.hpp"
 #include "support/gradcheck.hpp"
 #include "support/tiny_model.hpp"
 
@@ -147,20 +147,7 @@ TEST_CASE("a decoder on planes of signs computes what one on their decoded weigh
     model.set_ranks(qd::RankPlan::uniform(1));
     CHECK(same_bits(model.logits(batch).view(), tuned.view()));
 
-    // A text written over caches is the one that whole passes write.
-    auto text = test::random_ids(config.vocab, 6, 4);
-    const std::vector<std::vector<std::int32_t>> prompts = {text};
-    const auto written = qd::generate(model, std::span(prompts), qd::RankPlan::uniform(1), {.max_tokens = 5});
-    for (const std::int32_t id : written.front()) {
-      qd::Batch whole;
-      whole.ids = text;
-      whole.targets.assign(text.size(), -1);
-      whole.offsets.push_back(static_cast<Index>(text.size()));
-      const auto logits = model.logits(whole);
-      const auto* last = logits.view().row(logits.rows() - 1);
-      CHECK(std::max_element(last, last + logits.cols()) - last == id);
-      text.push_back(id);
-    }
+    test::check_generated(model);
   }
 }
 

@@ -11,7 +11,6 @@
 #include <qdylora/io/collect.hpp>
 #include <qdylora/io/train_state.hpp>
 #include <qdylora/io/safetensors.hpp>
-#include <qdylora/model/generate.hpp>
 #include <qdylora/model/load_hugging_face.hpp>
 #include <qdylora/model/memory_plan.hpp>
 #include <qdylora/model/trainer.hpp>
@@ -23,6 +22,7 @@
 #include "support/distortion.hpp"
 #include "support/files.hpp"
 #include "support/golden.hpp"
+#include "support/generated_text.hpp"
 #include "support/gradcheck.hpp"
 #include "support/tiny_model.hpp"
 
@@ -177,20 +177,7 @@ TEST_CASE("before it trains the model is the one it was read as, whose weights i
       CHECK(test::largest_difference(after.view(), before.view()) > 0.1);
       CHECK(same_bits(frozen.logits(batch).view(), before.view()));
 
-      // A text written over caches is the one that whole passes write.
-      auto text = test::random_ids(config.vocab, 6, 4);
-      const std::vector<std::vector<std::int32_t>> prompts = {text};
-      const auto written = qd::generate(model, std::span(prompts), qd::RankPlan::uniform(1), {.max_tokens = 5});
-      for (const std::int32_t id : written.front()) {
-        qd::Batch all;
-        all.ids = text;
-        all.targets.assign(text.size(), -1);
-        all.offsets.push_back(static_cast<Index>(text.size()));
-        const auto logits = model.logits(all);
-        const auto* last = logits.view().row(logits.rows() - 1);
-        CHECK(std::max_element(last, last + logits.cols()) - last == id);
-        text.push_back(id);
-      }
+      test::check_generated(model);
 
       // Nothing is kept of what was read.
       const std::weak_ptr<const qd::DecoderWeights<float>> read = weights;

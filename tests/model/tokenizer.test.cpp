@@ -19,6 +19,7 @@
 #include <qdylora/model/unicode.hpp>
 
 #include "support/catch.hpp"
+#include "support/golden.hpp"
 #include "support/smollm2.hpp"
 
 namespace tokenizer_test {
@@ -101,16 +102,6 @@ qd::Errc error_of(Call&& call) {
 std::string read_file(const std::filesystem::path& path) {
   std::ifstream file(path, std::ios::binary);
   return {std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
-}
-
-std::filesystem::path shared_file(const char* name) {
-  const char* folder = std::getenv("QDYLORA_REFERENCE");
-#if defined(QDYLORA_REFERENCE_DIR)
-  if (folder == nullptr) folder = QDYLORA_REFERENCE_DIR;
-#endif
-  if (folder == nullptr || *folder == '\0') return {};
-  const auto path = std::filesystem::path(folder) / "data" / name;
-  return std::filesystem::exists(path) ? path : std::filesystem::path{};
 }
 
 }  // namespace
@@ -327,10 +318,10 @@ TEST_CASE("a megabyte without a space is encoded, not searched for ever", "[toke
 TEST_CASE("SmolLM2's ids equal the reference's, and decode to the same bytes", "[tokenizer][model]") {
   const auto model = test::smollm2();
   if (!model) SKIP(test::no_smollm2);
-  const auto reference_file = shared_file("ref_smollm2.json");
-  if (reference_file.empty()) SKIP("no ref_smollm2.json: set QDYLORA_REFERENCE");
+  const auto reference_file = test::shared("data/ref_smollm2.json"), shakespeare_file = test::shared("data/tinyshakespeare.txt");
+  if (!reference_file || !shakespeare_file) SKIP("no ref_smollm2.json or tinyshakespeare.txt: set QDYLORA_REFERENCE");
   const qd::Tokenizer tokenizer = qd::load_tokenizer(qd::GgufFile(*model));
-  const auto reference = nlohmann::json::parse(read_file(reference_file));
+  const auto reference = nlohmann::json::parse(read_file(*reference_file));
   for (const char* prompt : {"plain", "chat"}) {
     const auto& entry = reference.at("prompts").at(prompt);
     CHECK(tokenizer.encode(entry.at("text").get<std::string>()) == entry.at("ids").get<Ids>());
@@ -349,7 +340,7 @@ TEST_CASE("SmolLM2's ids equal the reference's, and decode to the same bytes", "
     CHECK(text.size() == entry.at("bytes").get<std::size_t>());
     CHECK(tokenizer.encode(text) == ids);
   }
-  const std::string shakespeare = read_file(shared_file("tinyshakespeare.txt"));
+  const std::string shakespeare = read_file(*shakespeare_file);
   CHECK(tokenizer.encode(shakespeare.substr(0, 5000)) == reference["perplexity"]["shakespeare"]["ids"].get<Ids>());
   CHECK(tokenizer.decode(tokenizer.encode(shakespeare)) == shakespeare);
 }

@@ -1,13 +1,14 @@
-// Steps of AdamW with moments in memory, or in files of a folder:  steps memory|FOLDER.  Prints a sum over the bits of the parameters.
+// Steps of AdamW with moments in memory, or in files of a folder:  steps memory|FOLDER.  Prints a checksum of the parameters.
 // `steps bytes` prints what parameters with their gradients take, and what their moments take.
-#include <cstdint>
 #include <cstdio>
-#include <cstring>
+#include <exception>
 #include <memory>
+#include <span>
 #include <string>
 
 #include <qdylora/core/paged_memory.hpp>
 #include <qdylora/cpu/cpu.hpp>
+#include <qdylora/io/checksum.hpp>
 #include <qdylora/optim/adamw.hpp>
 
 namespace qd = qdylora;
@@ -30,23 +31,15 @@ int main(int argc, char** argv) {
     qd::AdamW<float, qd::Cpu, qd::PagedMemory> optimizer{all, {.lr = 0.01}, qd::Cpu(1), where == "memory" ? qd::PagedMemory{} : qd::PagedMemory(where)};
     for (int step = 0; step < 3; ++step) {
       for (const auto& p : all) {
-        std::uint32_t state = static_cast<std::uint32_t>(step) + 1;
-        for (float& g : p->gradient.span()) {
-          state = state * 1664525u + 1013904223u;
-          g = static_cast<float>(static_cast<std::int32_t>(state)) * 0x1p-31f;
-        }
+        qd::Rng rng(static_cast<std::uint64_t>(step));
+        for (float& g : p->gradient.span()) g = rng.uniform(-1.0f, 1.0f);
         p->touch(0, rows);
       }
       optimizer.step();
     }
-    std::uint64_t sum = 14695981039346656037ull;
-    for (const auto& p : all)
-      for (const float value : p->value.span()) {
-        std::uint32_t bits;
-        std::memcpy(&bits, &value, sizeof(bits));
-        sum = (sum ^ bits) * 1099511628211ull;
-      }
-    std::printf("%016llx\n", static_cast<unsigned long long>(sum));
+    qd::Xxh64 checksum;
+    for (const auto& p : all) checksum.update(std::as_bytes(p->value.span()));
+    std::printf("%s\n", checksum.hex().c_str());
   } catch (const std::exception& problem) {
     std::fprintf(stderr, "%s\n", problem.what());
     return 1;
