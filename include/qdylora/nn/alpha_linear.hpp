@@ -16,6 +16,7 @@
 #include <utility>
 
 #include <qdylora/backend.hpp>
+#include <qdylora/nn/own_pass.hpp>
 #include <qdylora/nn/parameter.hpp>
 #include <qdylora/quant/binary_quantize.hpp>
 
@@ -43,8 +44,11 @@ struct AlphaContext {
 
 template <Scalar T, class Backend = Cpu>
 requires AlphaBackend<Backend, T>
-class AlphaLinear {
+class AlphaLinear : public OwnPass<AlphaLinear<T, Backend>, T, typename Backend::Memory, AlphaContext<T>> {
+  using Own = OwnPass<AlphaLinear, T, typename Backend::Memory, AlphaContext<T>>;
+
  public:
+  using Own::forward, Own::backward;
   using Acc = Accumulator<T>;
   using Memory = typename Backend::Memory;
   using Param = Parameter<Acc, Memory>;
@@ -131,22 +135,6 @@ class AlphaLinear {
     if (mode == GradientMode::accumulate) add_gradient(dy, context);
   }
 
-  /// The same with a context and outputs inside the layer, for models that are a chain. The result is valid until the next call. x is
-  /// borrowed until backward, so it cannot be a temporary.
-  MatrixView<T> forward(MatrixView<const T> x) {
-    y_.resize(x.rows, out());
-    forward(x, y_.view(), own_);
-    return y_.view();
-  }
-  MatrixView<T> forward(MatrixView<T> x) { return forward(MatrixView<const T>(x)); }
-  MatrixView<T> forward(const Matrix<T, Memory>& x) { return forward(x.view()); }
-  MatrixView<T> forward(Matrix<T, Memory>&& x) = delete;
-  MatrixView<T> backward(In<T> dy, GradientMode mode = GradientMode::accumulate) {
-    dx_.resize(dy.rows, in());
-    backward(dy, dx_.view(), own_, mode);
-    return dx_.view();
-  }
-
   /// W of the first `planes` planes with the trained scales, dense.
   Matrix<Acc, Memory> weight(Index planes) const {
     expect_planes("planes", planes);
@@ -218,8 +206,6 @@ class AlphaLinear {
   Matrix<Acc, Memory> bias_;
   Index planes_ = 0;
   bool tuned_ = true;
-  Context own_;
-  Matrix<T, Memory> y_, dx_;
 };
 
 }  // namespace qdylora

@@ -14,6 +14,7 @@
 #include <utility>
 
 #include <qdylora/backend.hpp>
+#include <qdylora/nn/own_pass.hpp>
 #include <qdylora/nn/parameter.hpp>
 #include <qdylora/nn/weight.hpp>
 
@@ -45,8 +46,11 @@ struct DenseContext {
 
 template <Scalar T, class Backend = Cpu>
   requires BackendFor<Backend, T>
-class DenseLinear {
+class DenseLinear : public OwnPass<DenseLinear<T, Backend>, T, typename Backend::Memory, DenseContext<T>> {
+  using Own = OwnPass<DenseLinear, T, typename Backend::Memory, DenseContext<T>>;
+
  public:
+  using Own::forward, Own::backward;
   using Acc = Accumulator<T>;
   using Memory = typename Backend::Memory;
   using Param = Parameter<Acc, Memory>;
@@ -130,22 +134,6 @@ class DenseLinear {
     bias_->touch(0, 1);
   }
 
-  /// The same with a context and outputs inside the layer, for models that are a chain. The result is valid until the next call. x is
-  /// borrowed until backward, so it cannot be a temporary.
-  MatrixView<T> forward(MatrixView<const T> x) {
-    y_.resize(x.rows, out());
-    forward(x, y_.view(), own_);
-    return y_.view();
-  }
-  MatrixView<T> forward(MatrixView<T> x) { return forward(MatrixView<const T>(x)); }
-  MatrixView<T> forward(const Matrix<T, Memory>& x) { return forward(x.view()); }
-  MatrixView<T> forward(Matrix<T, Memory>&& x) = delete;
-  MatrixView<T> backward(In<T> dy, GradientMode mode = GradientMode::accumulate) {
-    dx_.resize(dy.rows, in());
-    backward(dy, dx_.view(), own_, mode);
-    return dx_.view();
-  }
-
  private:
   template <class S>
   static MatrixView<const S> as_const(const Matrix<S, Memory>& matrix) {
@@ -156,8 +144,6 @@ class DenseLinear {
   DenseOptions options_;
   std::shared_ptr<Param> weight_, bias_;  // no bias, or one that trains
   Matrix<bfloat16, Memory> rounded_;      // with DenseOptions::bfloat16
-  Context own_;
-  Matrix<T, Memory> y_, dx_;
 };
 
 }  // namespace qdylora

@@ -18,23 +18,32 @@
 #include <qdylora/backend.hpp>
 #include <qdylora/nn/adapter_layer.hpp>
 #include <qdylora/nn/magnitude.hpp>
+#include <qdylora/nn/own_pass.hpp>
 #include <qdylora/nn/weight.hpp>
 
 namespace qdylora {
 
+/// What the backward pass of one forward pass of a DynamicLoRALinear needs.
+template <Scalar T, MemoryResource Memory>
+struct DynamicLoRAContext : AdapterContext<T, Memory> {
+  MagnitudeContext<T, Memory> magnitude;
+};
+
 template <Scalar T, class Backend = Cpu, class Format = NF4>
   requires BackendFor<Backend, T>
-class DynamicLoRALinear : public AdapterLayer<T, Backend> {
+class DynamicLoRALinear : public AdapterLayer<T, Backend>,
+                          public OwnPass<DynamicLoRALinear<T, Backend, Format>, T, typename Backend::Memory,
+                                         DynamicLoRAContext<T, typename Backend::Memory>> {
   using Base = AdapterLayer<T, Backend>;
+  using Own = OwnPass<DynamicLoRALinear, T, typename Backend::Memory, DynamicLoRAContext<T, typename Backend::Memory>>;
 
  public:
+  using Own::forward, Own::backward;
   using typename Base::Acc, typename Base::Adapter, typename Base::Memory;
   using Base::in, Base::out;
   using WeightType = WeightFor<Format, Memory>;
 
-  struct Context : AdapterContext<T, Memory> {
-    MagnitudeContext<T, Memory> magnitude;
-  };
+  using Context = DynamicLoRAContext<T, Memory>;
 
   /// Quantizes `weight` [out, in] into the layer's format.
   template <class S>
@@ -156,22 +165,6 @@ class DynamicLoRALinear : public AdapterLayer<T, Backend> {
     expect_backward(dy, dx, context);
     expect_parts();
     add_backward(dy, dx, context, mode);
-  }
-
-  /// The same with a context and outputs inside the layer, for models that are a chain. The result is valid until the next call. x is
-  /// borrowed until backward, so it cannot be a temporary.
-  MatrixView<T> forward(MatrixView<const T> x) {
-    y_.resize(x.rows, out());
-    forward(x, y_.view(), own_);
-    return y_.view();
-  }
-  MatrixView<T> forward(MatrixView<T> x) { return forward(MatrixView<const T>(x)); }
-  MatrixView<T> forward(const Matrix<T, Memory>& x) { return forward(x.view()); }
-  MatrixView<T> forward(Matrix<T, Memory>&& x) = delete;
-  MatrixView<T> backward(In<T> dy, GradientMode mode = GradientMode::accumulate) {
-    dx_.resize(dy.rows, in());
-    backward(dy, dx_.view(), own_, mode);
-    return dx_.view();
   }
 
   /// W + delta W_b, dense; with a magnitude its rows have that length. The base stays as it is: dropping the result is the exact unmerge.
@@ -367,8 +360,6 @@ class DynamicLoRALinear : public AdapterLayer<T, Backend> {
   std::shared_ptr<const WeightType> base_;
   Matrix<Acc, Memory> bias_;
   std::unique_ptr<RowNorms<Acc, Memory>> norms_;  // with a magnitude
-  Context own_;
-  Matrix<T, Memory> y_, dx_;
 };
 
 }  // namespace qdylora

@@ -28,27 +28,35 @@ namespace qdylora {
 /// How a mixed batch is multiplied with the base: a product for the rows of each adapter, or one for all.
 enum class BaseProduct { by_adapter, shared };
 
+/// What the backward pass of one forward pass of a MultiLoRALinear needs. Borrows x where the rows of each adapter stand together, in the
+/// adapters' order.
+template <Scalar T, MemoryResource Memory>
+struct MultiLoRAContext {
+  struct Part {
+    Index adapter = 0, first = 0, rows = 0;  // of the rows in their order
+    DynamicLoRAContext<T, Memory> pass;
+  };
+  std::vector<Part> parts;
+  std::vector<Index> order, places;  // row order[i] is the i-th, row r the places[r]-th; empty: as they are
+  Matrix<T, Memory> x;               // in their order
+  Index rows = 0;
+  bool ready = false;
+};
+
 template <Scalar T, class Backend = Cpu, class Format = NF4>
   requires BackendFor<Backend, T> && HasRowSelection<Backend, T>
-class MultiLoRALinear {
+class MultiLoRALinear : public OwnPass<MultiLoRALinear<T, Backend, Format>, T, typename Backend::Memory,
+                                       MultiLoRAContext<T, typename Backend::Memory>> {
+  using Own = OwnPass<MultiLoRALinear, T, typename Backend::Memory, MultiLoRAContext<T, typename Backend::Memory>>;
+
  public:
+  using Own::forward, Own::backward;
   using Layer = DynamicLoRALinear<T, Backend, Format>;
   using Acc = typename Layer::Acc;
   using Memory = typename Layer::Memory;
   using WeightType = typename Layer::WeightType;
 
-  /// What the backward pass of one forward pass needs. Borrows x where the rows of each adapter stand together, in the adapters' order.
-  struct Context {
-    struct Part {
-      Index adapter = 0, first = 0, rows = 0;  // of the rows in their order
-      typename Layer::Context pass;
-    };
-    std::vector<Part> parts;
-    std::vector<Index> order, places;  // row order[i] is the i-th, row r the places[r]-th; empty: as they are
-    Matrix<T, Memory> x;               // in their order
-    Index rows = 0;
-    bool ready = false;
-  };
+  using Context = MultiLoRAContext<T, Memory>;
 
   /// Layers on one base, which become adapters 0, 1, ...; they have one bias, or none. Errc::bad_argument for none, or of several bases;
   /// unsupported for a magnitude where the base's product is shared.
@@ -142,21 +150,6 @@ class MultiLoRALinear {
     if (want_dx) put_back(gathered_dx, context, dx);
   }
 
-  /// The same with a context and outputs inside the layer; see DynamicLoRALinear.
-  MatrixView<T> forward(MatrixView<const T> x) {
-    y_.resize(x.rows, out());
-    forward(x, y_.view(), own_);
-    return y_.view();
-  }
-  MatrixView<T> forward(MatrixView<T> x) { return forward(MatrixView<const T>(x)); }
-  MatrixView<T> forward(const Matrix<T, Memory>& x) { return forward(x.view()); }
-  MatrixView<T> forward(Matrix<T, Memory>&& x) = delete;
-  MatrixView<T> backward(In<T> dy, GradientMode mode = GradientMode::accumulate) {
-    dx_.resize(dy.rows, in());
-    backward(dy, dx_.view(), own_, mode);
-    return dx_.view();
-  }
-
  private:
   static std::vector<Layer> layers_on(const std::shared_ptr<const WeightType>& base, std::vector<LoRAOptions> adapters, Backend backend) {
     std::vector<Layer> layers;
@@ -207,8 +200,6 @@ class MultiLoRALinear {
   std::vector<Layer> layers_;
   BaseProduct product_;
   AdapterPlan plan_;
-  Context own_;
-  Matrix<T, Memory> y_, dx_;
 };
 
 }  // namespace qdylora
