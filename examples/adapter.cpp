@@ -29,11 +29,12 @@ using namespace qdylora::examples;
 int info(const std::string& folder) {
   const auto adapter = load_peft_adapter(folder, {.force = true, .changed_base = true, .saved_modules = true});
   Index parameters = 0;
-  for (const auto& m : adapter.modules) parameters += m.a.size() + m.b.size() + m.magnitude.size();
+  for (const auto& m : adapter.modules) parameters += m.a.size() + m.b.size() + m.magnitude.size() + m.bias.size();
   for (const auto& whole : adapter.saved.tensors) parameters += whole.value.size();
-  std::printf("%s: %zu modules, rank %lld, %.2f M parameters%s\n", folder.c_str(), adapter.modules.size(),
+  std::printf("%s: %zu modules, rank %lld, %.2f M parameters%s%s\n", folder.c_str(), adapter.modules.size(),
               static_cast<long long>(adapter.max_rank()), static_cast<double>(parameters) / 1e6,
-              adapter.config.use_dora ? ", DoRA: a magnitude for each output" : "");
+              adapter.config.use_dora ? ", DoRA: a magnitude for each output" : "",
+              adapter.config.trains_bias ? ", biases that trained" : "");
   if (!adapter.config.base_model.empty()) std::printf("base model %s\n", printable(adapter.config.base_model).c_str());
   if (!adapter.init.standard())
     std::printf("began as %s at rank %lld of a base in %s, which it belongs to\n", name(adapter.init).c_str(),
@@ -153,6 +154,7 @@ int to_gguf(const std::string& folder, Index rank, const std::string& model, con
   QDYLORA_EXPECTS(rank >= 0 && rank <= source.max_rank(), rank_range,
                   "--rank " + std::to_string(rank) + ": the adapter has ranks 1 ... " + std::to_string(source.max_rank()));
   QDYLORA_EXPECTS(!source.config.use_dora, unsupported, folder + ": llama.cpp's adapters have no magnitudes (DoRA); merge it instead");
+  QDYLORA_EXPECTS(!source.config.trains_bias, unsupported, folder + ": llama.cpp's adapters have no biases; merge it instead");
   const GgufFile base(model);
   const auto config = gguf_config(base);
   std::vector<LoRAAdapter<float>> adapters;

@@ -61,6 +61,7 @@ void declare(CLI::App& app, FinetuneOptions& o) {
                  "'qlora+alpha/sqrt(b)' being rsLoRA")
       ->capture_default_str();
   auto* dora = app.add_flag("--dora", o.dora, "train each output's magnitude apart from its direction (DoRA)");
+  app.add_flag("--train-bias", o.train_bias, "the biases of linear layers train too, where they have any (PEFT's bias lora_only)");
   app.add_flag("--gates", o.gates, "train a factor for every row at every rank (order-then-nest)");
   app.add_option("--base-format", o.base, "base weights: nf4, fp4, int4, fp8, bfloat16 or float32")->capture_default_str();
   app.add_option("--init", o.init,
@@ -203,8 +204,9 @@ int finetune(const FinetuneOptions& o, const std::vector<std::string>& given) {
   if (!o.resume) expect_no_unfinished_run(state_file(o));
   const AdapterMethod method = adapter_method(o.method);
   const bool patterns = !o.rank_pattern.empty() || !o.alpha_pattern.empty();
-  QDYLORA_EXPECTS(method == AdapterMethod::lora || (!o.dora && !o.gates && o.init == "standard" && !patterns), unsupported,
-                  "--method " + o.method + ": --dora, --gates, --init, --rank-pattern and --alpha-pattern are for low-rank updates");
+  QDYLORA_EXPECTS(method == AdapterMethod::lora || (!o.dora && !o.train_bias && !o.gates && o.init == "standard" && !patterns), unsupported,
+                  "--method " + o.method +
+                      ": --dora, --train-bias, --gates, --init, --rank-pattern and --alpha-pattern are for low-rank updates");
   QDYLORA_EXPECTS(!o.gates || !patterns, unsupported, "--gates: are of one rank set and one alpha for all layers");
   expect_own_options(o, method, given);
   const Recipe chosen = recipe(o.recipe_name, method);
@@ -223,6 +225,7 @@ int finetune(const FinetuneOptions& o, const std::vector<std::string>& given) {
                   "--rank-pattern: --init " + o.init + " takes as much from the base of each layer as the largest rank gives back");
   OpenModel model = o.toy ? toy_model(base, cpu.backend()) : open_model(o.model, o.tokenizer, base, cpu.backend());
   if (trains_whole(o)) expect_trains_whole(o, model);
+  QDYLORA_EXPECTS(!o.train_bias || model.biases > 0, bad_argument, "--train-bias: no linear layer of " + model.name + " has a bias");
   choose_chat_template(model, o.chat);
   expect_seq_len(o.seq_len, model.config);
   expect_ranks(ranks, model.config);

@@ -68,11 +68,16 @@ class Merger {
         for (const auto& part : qdylora::detail::tensors_under(file, tensor.name)) parts.insert(part.name);
     for (const auto& tensor : file.tensors()) {
       if (parts.contains(tensor.name)) continue;
-      const auto module =
-          tensor.name.ends_with(".weight") ? adapter_.find(std::string_view(tensor.name).substr(0, tensor.name.size() - 7)) : nullptr;
+      const auto module_of = [&](std::string_view ending) {
+        const std::string_view name = tensor.name;
+        return name.ends_with(ending) ? adapter_.find(name.substr(0, name.size() - ending.size())) : nullptr;
+      };
+      const PeftModule *const module = module_of(".weight"), *const biased = module_of(".bias");
       at_tensor(file.name(), tensor.name, [&] {
         if (const PeftTensor* whole = adapter_.saved.find(tensor.name)) put_whole(writer, *whole, dtype_.value_or(tensor.dtype));
         else if (is_bnb_4bit(file, tensor.name)) merge_4bit(file, tensor.name, module, writer);
+        else if (biased != nullptr && biased->biased())
+          put(writer, tensor.name, clone(biased->bias.view()), dtype_.value_or(tensor.dtype), true);
         else if (module != nullptr && !adapter_.init.standard())
           throw Error(Errc::unsupported, "is in float, and the adapter began as " + name(adapter_.init) + " of a base in " +
                                              printable(adapter_.base_format, 32));
@@ -100,6 +105,7 @@ class Merger {
   /// The weight with the module's update at the rank.
   Matrix<float> sum(const PeftModule& module, std::shared_ptr<const AnyWeight> base) const {
     DynamicLoRALinear<float, Cpu, AnyFormat> layer(std::move(base), lora_options(module), cpu_);
+    if (module.biased()) layer.adapter().add_bias();
     assign(module, layer.adapter());
     return layer.merged_weight(std::min(rank_, module.rank()));
   }
@@ -193,6 +199,18 @@ void expect_place_for(const PeftAdapter& adapter, const SafetensorsFolder& sourc
   }
 }
 
+/// A bias that trained takes the place of the layer's. Errc::missing_tensor, shape_mismatch.
+void expect_bias_for(const PeftModule& module, const SafetensorsFolder& source) {
+  const std::string tensor = module.name + ".bias";
+  const auto& file = source.file_of(tensor);
+  const auto& shape = file.info(tensor).shape;
+  if (shape != std::vector{module.out()})
+    throw Error(Errc::shape_mismatch,
+                "expected " + qdylora::detail::shape_text(std::span<const Index>(shape)) + ", found [" + std::to_string(module.out()) +
+                    "] in the adapter",
+                {.file = file.name(), .tensor = tensor});
+}
+
 int merge(const std::filesystem::path& model, const std::string& adapter_folder, const std::filesystem::path& out, Index rank,
           const std::string& dtype) {
   const auto adapter = load_peft_adapter(adapter_folder, {.saved_modules = true});
@@ -200,7 +218,10 @@ int merge(const std::filesystem::path& model, const std::string& adapter_folder,
                   "--rank " + std::to_string(rank) + ": the adapter has ranks 1 ... " + std::to_string(adapter.max_rank()));
   expect_folder(model);
   const SafetensorsFolder source(model);
-  for (const auto& module : adapter.modules) source.file_of(module.name + ".weight");  // all, before anything is written
+  for (const auto& module : adapter.modules) {  // all, before anything is written
+    source.file_of(module.name + ".weight");
+    if (module.biased()) expect_bias_for(module, source);
+  }
   expect_place_for(adapter, source);
   expect_no_overwrite(adapter_folder, out);
   make_folder_of(model, source, out);

@@ -109,7 +109,7 @@ void measure_costs(
   for (auto& result : results) {
     model.for_each_trained([&](const auto& linear) {
       result.parameters += std::min(result.rank, linear.adapter().max_rank()) * (linear.in() + linear.out()) +
-                           (linear.adapter().dora() && result.rank > 0 ? linear.out() : 0);
+                           (result.rank > 0 ? (linear.adapter().dora() + linear.adapter().biased()) * linear.out() : 0);
     });
     if (result.rank > 0 && !has_ranks(model.options().method))
       for (const auto& p : model.parameters()) result.parameters += p->value.size();

@@ -97,13 +97,14 @@ std::optional<RunReport> train_and_measure(const FinetuneOptions& o, const OpenM
                 static_cast<double>(trainable) / 1e6, static_cast<long long>(adapted), o.base.c_str());
   else
     std::printf(method == AdapterMethod::lora
-                    ? "adapters   rank up to %lld on all %lld linear layers, %.1f M parameters, alpha %g, scale %s, recipe %s%s\n"
-                    : "adapters   width up to %lld in %lld bottlenecks, %.1f M parameters, alpha %g, scale %s, recipe %s, %s\n",
+                    ? "adapters   rank up to %lld on all %lld linear layers, %.1f M parameters, alpha %g, scale %s, recipe %s%s%s\n"
+                    : "adapters   width up to %lld in %lld bottlenecks, %.1f M parameters, alpha %g, scale %s, recipe %s, %s%s\n",
                 static_cast<long long>(ranks.max()), static_cast<long long>(adapted), static_cast<double>(trainable) / 1e6,
                 static_cast<double>(o.alpha), std::string(name(chosen.scale)).c_str(), chosen.name.c_str(),
                 method != AdapterMethod::lora ? o.method.c_str()
                 : o.dora                      ? ", DoRA"
-                                              : "");
+                                              : "",
+                o.train_bias ? ", biases train" : "");
   if (!o.rank_pattern.empty()) std::printf("           ranks by pattern: %s\n", printable_utf8(o.rank_pattern).c_str());
   if (!o.alpha_pattern.empty()) std::printf("           alphas by pattern: %s\n", printable_utf8(o.alpha_pattern).c_str());
   if (!init.standard())
@@ -212,6 +213,7 @@ std::optional<RunReport> train_and_measure(const FinetuneOptions& o, const OpenM
                      {"compute", o.compute},
                      {"optimizer", o.optimizer},
                      {"dora", o.dora},
+                     {"train_bias", o.train_bias},
                      {"lora_plus", o.lora_plus},
                      {"init", o.init},
                      {"rank_pattern", printable_utf8(o.rank_pattern)},

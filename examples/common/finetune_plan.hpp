@@ -26,7 +26,8 @@ namespace qdylora::examples {
 
 struct FinetuneOptions {
   std::string model, tokenizer, data, eval, chat = "model", out = "out";
-  bool toy = false, resume = false, rival = false, pack = false, group_by_length = false, gates = false, dora = false, checkpoint = false;
+  bool toy = false, resume = false, rival = false, pack = false, group_by_length = false, gates = false, dora = false;
+  bool train_bias = false, checkpoint = false;
   std::string ranks = "1,2,4,8,16,32,64", recipe_name = "auto", method = "lora", base = "nf4", init = "standard", optimizer = "adamw", paged;
   std::string rank_pattern, alpha_pattern;
   std::string device = "cpu", dtype = "float32", compute = "automatic";
@@ -99,6 +100,7 @@ inline DecoderOptions decoder_options(const FinetuneOptions& o) {
   options.patterns = {parse_patterns("--rank-pattern", o.rank_pattern), parse_patterns("--alpha-pattern", o.alpha_pattern)};
   options.lora.dropout = o.dropout;
   options.lora.dora = o.dora;
+  options.lora.train_bias = o.train_bias;
   return options;
 }
 
@@ -174,6 +176,7 @@ MemoryPlan plan_memory(const FinetuneOptions& o, const FinetuneData& data, const
                        .max_rank = ranks.max(),
                        .ranks = options.patterns.rank.empty() ? std::vector<Index>{} : layer_ranks(options, model.config),
                        .dora_ranks = o.dora ? ranks.size() : 0,
+                       .trained_biases = o.train_bias,
                        .dropout = o.dropout > 0.0f,
                        .checkpoint = o.checkpoint,
                        .moments_in_8_bits = o.optimizer == "adamw8bit",
@@ -220,6 +223,7 @@ inline Json settings_of(const FinetuneOptions& o, const OpenModel& model, const 
                 {"pack", o.pack},
                 {"group_by_length", o.group_by_length},
                 {"dora", o.dora},
+                {"train_bias", o.train_bias},
                 {"lora_plus", o.lora_plus},
                 {"init", o.init},
                 {"method", o.method},

@@ -72,6 +72,9 @@ inline OpenModel open_model(const std::filesystem::path& path, const std::string
   if (std::filesystem::is_directory(path)) {
     model.config = hugging_face_config(path / "config.json");
     if (tokenizer_file.empty() && std::filesystem::exists(path / "tokenizer.json")) own_tokenizer([&] { return open_tokenizer(path); });
+    const SafetensorsFolder files(path);
+    for (const auto& linear : model.config.linears())
+      if (files.contains(model.config.block_name(0) + std::string(linear.name) + ".bias")) model.biases += linear.out;
     model.read = [=](const BaseOptions& options) { return load_hugging_face(path, options, cpu); };
   } else if (llama2c) {
     model.config = llama2c_config(path);

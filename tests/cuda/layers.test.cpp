@@ -35,10 +35,8 @@ class Trained {
   Trained(const Backend& backend, qd::LoRAOptions options)
       : backend_(backend),
         weight_(upload(qd::clone(test::normal_matrix<Acc>(out, in, 1, 0.3).view()))),
-        layer_(weight_.view(), std::move(options), {}, backend),
-        optimizer_(layer_.parameters(), {.lr = 1e-2, .weight_decay = 0.1, .max_gradient_norm = 1.0}, backend) {
-    layer_.set_bias(upload(qd::clone(test::normal_matrix<Acc>(1, out, 2).view())).view());
-  }
+        layer_(biased(weight_.view(), std::move(options))),
+        optimizer_(layer_.parameters(), {.lr = 1e-2, .weight_decay = 0.1, .max_gradient_norm = 1.0}, backend) {}
 
   /// Forward, backward and an update; y and dx.
   std::pair<Matrix<T>, Matrix<T>> step(const qd::RankPlan& plan, std::uint32_t number) {
@@ -65,6 +63,11 @@ class Trained {
   Matrix<Acc> merged(Index rank) { return on_host<Acc>(backend_, std::as_const(layer_).merged_weight(rank).view()); }
 
  private:
+  qd::DynamicLoRALinear<T, Backend> biased(qd::MatrixView<const Acc> weight, qd::LoRAOptions options) {
+    qd::DynamicLoRALinear<T, Backend> layer(weight, std::move(options), {}, backend_);
+    layer.set_bias(upload(qd::clone(test::normal_matrix<Acc>(1, out, 2).view())).view());
+    return layer;
+  }
   template <class S>
   qd::Matrix<S, Memory> upload(const Matrix<S>& x) {
     qd::Matrix<S, Memory> there(x.rows(), x.cols());
@@ -104,20 +107,27 @@ TEMPLATE_TEST_CASE("a layer trained on the device is the one that the CPU trains
   struct Case {
     float dropout;
     qd::GradientRows policy;
-    bool dora;
+    bool dora, bias;
   };
-  for (const auto& [dropout, policy, dora] : {Case{0.0f, qd::GradientRows::prefix, false}, Case{0.25f, qd::GradientRows::prefix, false},
-                                              Case{0.0f, qd::GradientRows::last_row, false}, Case{0.25f, qd::GradientRows::last_row, false},
-                                              Case{0.0f, qd::GradientRows::prefix, true}, Case{0.25f, qd::GradientRows::prefix, true}}) {
-    const qd::LoRAOptions options{
-        .max_rank = 16, .alpha = 8, .gradient_rows = policy, .dropout = dropout, .seed = 3, .layer = 1, .dora = dora};
+  constexpr auto prefix = qd::GradientRows::prefix, last_row = qd::GradientRows::last_row;
+  for (const auto& [dropout, policy, dora, bias] : {Case{0.0f, prefix, false, false}, Case{0.25f, prefix, false, true},
+                                                    Case{0.0f, last_row, false, false}, Case{0.25f, last_row, false, false},
+                                                    Case{0.0f, prefix, true, false}, Case{0.25f, prefix, true, true}}) {
+    const qd::LoRAOptions options{.max_rank = 16,
+                                  .alpha = 8,
+                                  .gradient_rows = policy,
+                                  .dropout = dropout,
+                                  .seed = 3,
+                                  .layer = 1,
+                                  .dora = dora,
+                                  .train_bias = bias};
     Trained<T, Cpu> expected(Cpu(1), options);
     Trained<T, Cuda> found(Cuda(context), options);
     CHECK(test::same_bits(found.numbers()[0].view(), expected.numbers()[0].view()));
     std::uint32_t number = 0;
     for (const auto& plan : {qd::RankPlan::uniform(16), qd::RankPlan::uniform(5), qd::RankPlan::uniform(0),
                              qd::RankPlan::of_runs({{20, 16}, {20, 3}}), qd::RankPlan::of_runs({{7, 2}, {3, 0}, {30, 16}})}) {
-      CAPTURE(dropout, dora, number);
+      CAPTURE(dropout, dora, bias, number);
       const auto [y, dx] = expected.step(plan, number);
       const auto [device_y, device_dx] = found.step(plan, number);
       CHECK(distance(device_y, y) <= limit);

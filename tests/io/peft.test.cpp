@@ -109,6 +109,8 @@ struct Damaged {
     tensors["base_model.model.x.down.lora_magnitude_vector"] = {{3}, {1, 2, 3}};
     return tensors["base_model.model.up.lora_magnitude_vector"] = {{4}, {1, 2, 3, 4}};
   }
+  /// Up's.
+  Tensor& bias() { return tensors["base_model.model.up.base_layer.bias"] = {{4}, {1, 2, 3, 4}}; }
   void zero_b() {
     for (auto& [name, tensor] : tensors)
       if (name.find("lora_B") != std::string::npos) std::ranges::fill(tensor.values, 0.0f);
@@ -396,6 +398,32 @@ TEST_CASE("keys and tensor types that others write are taken") {
   CHECK(qd::load_peft_adapter(files.folder.path()).find("up")->b(1, 3) == 1.5f);
 }
 
+TEST_CASE("a bias that trained is one of those modules that have it, and is enough of a change") {
+  Damaged files;
+  files.config["bias"] = "lora_only";
+  files.zero_b();
+  CHECK(code_of([&] { (void)files.load(); }) == Errc::bad_config);
+  files.bias();
+  const auto loaded = files.load();
+  CHECK(loaded.config.trains_bias);
+  CHECK(loaded.find("up")->bias(0, 3) == 4.0f);
+  CHECK_FALSE(loaded.find("x.down")->biased());
+  const auto up = qd::to_adapter(*loaded.find("up")), down = qd::to_adapter(*loaded.find("x.down"));
+  CHECK(up.biased());
+  CHECK_FALSE(down.biased());
+
+  // Heads of a rotary layout turn with their rows.
+  const test::TemporaryFolder folder;
+  qd::save_peft_adapter(folder / "turned", {{"up", &up, 1}, {"x.down", &down}});
+  const auto turned = qd::load_peft_adapter(folder / "turned", {.force = true});
+  const auto& bias = turned.find("up")->bias;
+  CHECK((bias(0, 0) == 1.0f && bias(0, 1) == 3.0f && bias(0, 2) == 2.0f && bias(0, 3) == 4.0f));
+  qd::LoRAAdapter<float> back(3, 4, qd::lora_options(*turned.find("up")));
+  back.add_bias();
+  qd::assign(*turned.find("up"), back, 1);
+  CHECK(same_bits(back.bias().value, up.bias().value));
+}
+
 TEST_CASE("modules that were trained whole come with the adapter for those who use them, and are saved with it") {
   Damaged files;
   files.config["modules_to_save"] = {"lm_head", "norm"};
@@ -515,7 +543,34 @@ TEST_CASE("a damaged or foreign adapter is an error that says what is wrong") {
       {"a module that is no target", Errc::bad_config, "target_modules", [](Damaged& f) { f.config["target_modules"] = {"down"}; }},
       {"another kind of adapter", Errc::unsupported, "IA3", [](Damaged& f) { f.config["peft_type"] = "IA3"; }},
       {"peft_type a number", Errc::bad_config, "peft_type", [](Damaged& f) { f.config["peft_type"] = 3; }},
-      {"a trained bias", Errc::unsupported, "lora_only", [](Damaged& f) { f.config["bias"] = "lora_only"; }},
+      {"biases of all layers", Errc::unsupported, "found 'all'", [](Damaged& f) { f.config["bias"] = "all"; }},
+      {"a bias a number", Errc::bad_config, "bias", [](Damaged& f) { f.config["bias"] = 1; }},
+      {"a bias that none trained", Errc::unexpected_tensor, "up.base_layer.bias", [](Damaged& f) { f.bias(); }},
+      {"a bias of too few outputs", Errc::shape_mismatch, "expected [4], found [3]",
+       [](Damaged& f) {
+         f.config["bias"] = "lora_only";
+         f.bias() = {{3}, {1, 2, 3}};
+       }},
+      {"a bias of two dimensions", Errc::shape_mismatch, "expected [4], found [1, 4]",
+       [](Damaged& f) {
+         f.config["bias"] = "lora_only";
+         f.bias().shape = {1, 4};
+       }},
+      {"infinity in a bias", Errc::non_finite, "up.base_layer.bias",
+       [](Damaged& f) {
+         f.config["bias"] = "lora_only";
+         f.bias().values[1] = std::numeric_limits<float>::infinity();
+       }},
+      {"a bias without its pair", Errc::missing_tensor, "z.lora_A",
+       [](Damaged& f) {
+         f.config["bias"] = "lora_only";
+         f.tensors["base_model.model.z.base_layer.bias"] = {{4}, {1, 1, 1, 1}};
+       }},
+      {"a layer's own bias, not an adapter's", Errc::unexpected_tensor, ".base_layer.bias",
+       [](Damaged& f) {
+         f.config["bias"] = "lora_only";
+         f.tensors["base_model.model.up.bias"] = {{4}, {1, 1, 1, 1}};
+       }},
       {"no magnitude", Errc::missing_tensor, "up.lora_magnitude_vector", [](Damaged& f) { f.config["use_dora"] = true; }},
       {"a magnitude without DoRA", Errc::unexpected_tensor, "up.lora_magnitude_vector", [](Damaged& f) { f.magnitude(); }},
       {"a magnitude of too few outputs", Errc::shape_mismatch, "expected [4], found [3]",

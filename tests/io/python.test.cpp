@@ -38,10 +38,14 @@ qd::LoRAAdapter<float> trained_adapter(Index in, Index out, qd::LoRAOptions opti
     for (float& g : adapter.gates().value.span()) g = rng.uniform(0.5f, 1.5f);
   if (adapter.dora())
     for (float& m : adapter.magnitude().value.span()) m = rng.uniform(0.5f, 1.5f);
+  if (adapter.options().train_bias) {
+    adapter.add_bias();
+    test::fill_normal(adapter.bias().value.view(), rng);
+  }
   return adapter;
 }
 
-// y = x (W + delta W_rank)^T in double, of rows as long as the magnitude where there is one. x [tokens, in], w [out, in].
+// y = x (W + delta W_rank)^T in double, of rows as long as the magnitude where there is one, and the bias. x [tokens, in], w [out, in].
 qd::Matrix<double> linear(const qd::Matrix<double>& x, const qd::Matrix<float>& w, const qd::LoRAAdapter<float>* adapter,
                           Index rank) {
   qd::Matrix<double> y(x.rows(), w.rows());
@@ -61,8 +65,11 @@ qd::Matrix<double> linear(const qd::Matrix<double>& x, const qd::Matrix<float>& 
     }
     const bool dora = adapter != nullptr && adapter->dora();
     const double factor = dora ? static_cast<double>(adapter->magnitude().value(0, o)) / std::sqrt(squares) : 1.0;
-    for (Index t = 0; t < x.rows(); ++t)
+    const bool biased = adapter != nullptr && adapter->biased();
+    for (Index t = 0; t < x.rows(); ++t) {
+      if (biased) y(t, o) = static_cast<double>(adapter->bias().value(0, o));
       for (Index k = 0; k < w.cols(); ++k) y(t, o) += x(t, k) * factor * row[static_cast<std::size_t>(k)];
+    }
   }
   return y;
 }
@@ -127,7 +134,7 @@ TEST_CASE("bitsandbytes decodes 4-bit weights written here to our values, bit fo
   CHECK(test::run_python("check_bitsandbytes.py", folder.path()) == 0);
 }
 
-TEST_CASE("PEFT computes with saved adapters what we compute, at every rank, scale, gate and magnitude", "[python]") {
+TEST_CASE("PEFT computes with saved adapters what we compute, at every rank, scale, gate, magnitude and bias", "[python]") {
   if (!test::has_python("torch, peft, safetensors.torch")) SKIP("no Python with torch, peft and safetensors ($QDYLORA_PYTHON)");
   test::TemporaryFolder folder;
   const qd::Matrix<float> up = test::normal_matrix<float>(24, 16, 1, 0.25), block_up = test::normal_matrix<float>(20, 24, 2, 0.25),
@@ -164,6 +171,15 @@ TEST_CASE("PEFT computes with saved adapters what we compute, at every rank, sca
     const std::string name = "ranks" + std::to_string(one);
     qd::save_peft_adapter(folder / name, {{"up", &first, 0, one}, {"block.up", &second, 0, two}}, {.task_type = ""});
     const auto last = relu(linear(relu(linear(input, up, &first, one)), block_up, &second, two));
+    expected.add(name, std::as_const(outputs.emplace_back(to_float(linear(last, plain, nullptr, 0)))).view());
+  }
+  // Biases that trained, in the place of a layer's own.
+  for (const bool dora : {false, true}) {
+    const std::string name = dora ? "bias_dora" : "bias";
+    const auto biased = trained_adapter(16, 24, {.max_rank = 8, .alpha = 11.0f, .dora = dora, .train_bias = true}, 9);
+    const auto other = trained_adapter(24, 20, {.max_rank = 8, .alpha = 11.0f, .dora = dora}, 10);
+    qd::save_peft_adapter(folder / name, {{"up", &biased}, {"block.up", &other}}, {.rank = 3, .task_type = ""});
+    const auto last = relu(linear(relu(linear(input, up, &biased, 3)), block_up, &other, 3));
     expected.add(name, std::as_const(outputs.emplace_back(to_float(linear(last, plain, nullptr, 0)))).view());
   }
   // Weighted sums.

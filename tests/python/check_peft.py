@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 class Model(torch.nn.Module):
     """Modules whose names are ends of each other, as rank_pattern's keys must tell apart."""
 
-    def __init__(self, tensors):
+    def __init__(self, tensors, biased):
         super().__init__()
-        self.up = linear(tensors["up"])
+        self.up = linear(tensors["up"], biased)
         self.block = torch.nn.Module()
         self.block.up = linear(tensors["block.up"])
         self.plain = linear(tensors["plain"])
@@ -27,9 +27,11 @@ class Model(torch.nn.Module):
         return self.plain(torch.relu(self.block.up(torch.relu(self.up(x)))))
 
 
-def linear(weight):
-    module = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+def linear(weight, biased=False):
+    module = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=biased)
     module.weight.data.copy_(weight)
+    if biased:
+        module.bias.data.zero_()
     return module
 
 
@@ -39,7 +41,7 @@ expected = load_file(os.path.join(folder, "expected.safetensors"))
 assert len(expected) > 1, "nothing to compare"
 for name, output in expected.items():
     with torch.no_grad():
-        model = Model(tensors)
+        model = Model(tensors, biased=name.startswith("bias"))
         base = model(tensors["x"])
         model = PeftModel.from_pretrained(model, os.path.join(folder, name))
         difference = (model(tensors["x"]) - output).abs().max().item()

@@ -54,7 +54,7 @@ inline std::string gguf_tensor_of(std::string_view module) {
 }
 
 /// Saves adapters as one file, replaced as a whole, at a rank: gates, and scales that one alpha cannot state, are multiplied into B.
-/// Errc::unsupported for adapters with magnitudes (DoRA), which the format has no place for; rank_range (rank above all adapters'),
+/// Errc::unsupported for adapters with magnitudes (DoRA) or biases, which the format has no place for; rank_range (rank above all adapters'),
 /// bad_argument, duplicate, shape_mismatch, non_finite, and those of AtomicFile.
 inline void save_gguf_adapter(const std::filesystem::path& path, std::span<const GgufAdapterTensor> adapters,
                               const GgufAdapterOptions& options = {}) {
@@ -63,6 +63,7 @@ inline void save_gguf_adapter(const std::filesystem::path& path, std::span<const
   for (const auto& [tensor, adapter, heads] : adapters) {
     QDYLORA_EXPECTS(adapter != nullptr, bad_argument, "save_gguf_adapter: " + tensor + " has no adapter");
     QDYLORA_EXPECTS(!adapter->dora(), unsupported, tensor + ": llama.cpp's adapters have no magnitudes (DoRA); merge it into its model");
+    QDYLORA_EXPECTS(!adapter->biased(), unsupported, tensor + ": llama.cpp's adapters have no biases; merge it into its model");
     detail::expect_rope_heads(heads, adapter->out(), tensor);
     max_rank = std::max(max_rank, adapter->max_rank());
   }

@@ -2,8 +2,9 @@
 //
 //   adapter_config.json         r, lora_alpha, target_modules, ...; rank_pattern and alpha_pattern for modules that differ
 //   adapter_model.safetensors   of each module M: base_model.model.M.lora_A.weight [r, in] and ...lora_B.weight [out, r]; with use_dora
-//                               ...lora_magnitude_vector [out] too; of a module M that modules_to_save names, base_model.model.M.weight
-//                               (or .bias) whole, to be used instead of the model's
+//                               ...lora_magnitude_vector [out] too; with bias "lora_only" of those that have one ...base_layer.bias [out],
+//                               to be used instead of the model's, as is of a module M that modules_to_save names the whole
+//                               base_model.model.M.weight (or .bias)
 //   qdylora_gates.safetensors   ours, only for a whole adapter with gates: M.gates, M.gated_ranks, M.lora_B.weight without gates
 //
 // A reader computes W x + (lora_alpha / r) B A x, and by DoRA makes each row of that weight as long as its magnitude. It finds the rows'
@@ -38,6 +39,7 @@ struct PeftConfig {
   double alpha = 0.0;
   bool use_rslora = false;  // scale alpha / sqrt(r)
   bool use_dora = false;
+  bool trains_bias = false;  // bias "lora_only"
   bool fan_in_fan_out = false;  // the base stores its weights [in, out] (Conv1D); A, B and magnitudes are the same
   double dropout = 0.0;
   std::string base_model;
@@ -55,11 +57,13 @@ struct PeftModule {
   std::vector<Index> gated_ranks;
   Matrix<float> gates;  // [gated ranks, r]
   Matrix<float> magnitude;  // [1, out] with DoRA, else empty
+  Matrix<float> bias;       // [1, out] where one trained, else empty
 
   Index rank() const noexcept { return a.rows(); }
   Index in() const noexcept { return a.cols(); }
   Index out() const noexcept { return b.cols(); }
   bool dora() const noexcept { return magnitude.size() > 0; }
+  bool biased() const noexcept { return bias.size() > 0; }
 };
 
 /// A tensor of a module that was trained whole.
@@ -115,6 +119,7 @@ inline constexpr std::string_view peft_prefix = "base_model.model.";
 inline constexpr std::string_view peft_a = ".lora_A.weight";
 inline constexpr std::string_view peft_b = ".lora_B.weight";
 inline constexpr std::string_view peft_magnitude = ".lora_magnitude_vector";
+inline constexpr std::string_view peft_bias = ".base_layer.bias";
 
 /// Where output `o` of the interleaved layout stands in the half-split one. heads 0: in the same place.
 inline Index half_split_position(Index o, Index heads, Index out) {

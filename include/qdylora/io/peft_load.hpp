@@ -31,12 +31,13 @@ struct PeftLoadOptions {
 
 namespace detail {
 
-/// What a plain LoRA reader would ignore although it changes the function.
+/// What a reader of plain LoRA, magnitudes and biases would ignore although it changes the function.
 inline void expect_plain_lora(const Json& config, const ErrorPlace& place) {
   const std::string type = get_string(config, "peft_type", place);
   if (type != "LORA") throw Error(Errc::unsupported, "expected peft_type LORA, found '" + printable(type, 32) + "'", place);
   const std::string bias = get_string_or(config, "bias", "none", place);
-  if (bias != "none") throw Error(Errc::unsupported, "expected bias none, found '" + printable(bias, 32) + "'", place);
+  if (bias != "none" && bias != "lora_only")
+    throw Error(Errc::unsupported, "expected bias none or lora_only, found '" + printable(bias, 32) + "'", place);
   for (const std::string_view key : {"lora_bias", "use_qalora", "use_bdlora", "layer_replication", "trainable_token_indices",
                                      "target_parameters", "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config"}) {
     const Json* value = find_key(config, key, place);
@@ -162,6 +163,7 @@ inline PeftAdapter load_peft_adapter(const std::filesystem::path& folder, const 
   config.alpha = get_number(json, "lora_alpha", place);
   config.use_rslora = get_bool_or(json, "use_rslora", false, place);
   config.use_dora = get_bool_or(json, "use_dora", false, place);
+  config.trains_bias = get_string_or(json, "bias", "none", place) == "lora_only";
   config.fan_in_fan_out = get_bool_or(json, "fan_in_fan_out", false, place);
   config.dropout = get_number_or(json, "lora_dropout", 0.0, place);
   adapter.saved = detail::saved_modules(json, options, place);
@@ -208,8 +210,10 @@ inline PeftAdapter load_peft_adapter(const std::filesystem::path& folder, const 
     const std::string_view key = tensor.name;
     const bool is_a = key.ends_with(detail::peft_a), is_b = key.ends_with(detail::peft_b);
     const bool is_magnitude = config.use_dora && key.ends_with(detail::peft_magnitude);
-    const std::size_t frame = detail::peft_prefix.size() + (is_magnitude ? detail::peft_magnitude : detail::peft_a).size();
-    if (!(is_a || is_b || is_magnitude) && key.starts_with(detail::peft_prefix) && (key.ends_with(".weight") || key.ends_with(".bias"))) {
+    const bool is_bias = config.trains_bias && key.ends_with(detail::peft_bias), known = is_a || is_b || is_magnitude || is_bias;
+    const std::size_t frame =
+        detail::peft_prefix.size() + (is_magnitude ? detail::peft_magnitude : is_bias ? detail::peft_bias : detail::peft_a).size();
+    if (!known && key.starts_with(detail::peft_prefix) && (key.ends_with(".weight") || key.ends_with(".bias"))) {
       PeftTensor whole{std::string(key.substr(detail::peft_prefix.size())), {}, tensor.shape.size() == 1};
       if (std::ranges::any_of(adapter.saved.names, [&](const std::string& name) { return whole.module().ends_with(name); })) {
         whole.value = file.matrix(key);
@@ -218,18 +222,19 @@ inline PeftAdapter load_peft_adapter(const std::filesystem::path& folder, const 
         continue;
       }
     }
-    if (!key.starts_with(detail::peft_prefix) || !(is_a || is_b || is_magnitude) || key.size() <= frame) {
+    if (!key.starts_with(detail::peft_prefix) || !known || key.size() <= frame) {
       throw Error(Errc::unexpected_tensor,
                   "expected base_model.model.<module>.lora_A.weight or .lora_B.weight" +
-                      std::string(config.use_dora ? " or .lora_magnitude_vector" : ""),
+                      std::string(config.use_dora ? " or .lora_magnitude_vector" : "") +
+                      std::string(config.trains_bias ? " or .base_layer.bias" : ""),
                   at);
     }
     const std::string module(key.substr(detail::peft_prefix.size(), key.size() - frame));
     const std::string stem = std::string(detail::peft_prefix) + module;
     const std::string other = stem + std::string(is_a ? detail::peft_b : detail::peft_a);
-    const std::string magnitude = stem + std::string(detail::peft_magnitude);
+    const std::string magnitude = stem + std::string(detail::peft_magnitude), bias = stem + std::string(detail::peft_bias);
     if (!file.contains(other)) throw Error(Errc::missing_tensor, "its pair '" + printable(other) + "' is not in the file", at);
-    if (is_magnitude) continue;  // read with the pair
+    if (is_magnitude || is_bias) continue;  // read with the pair
     if (config.use_dora && !file.contains(magnitude)) {
       throw Error(Errc::missing_tensor, "its magnitude '" + printable(magnitude) + "' is not in the file", at);
     }
@@ -257,19 +262,22 @@ inline PeftAdapter load_peft_adapter(const std::filesystem::path& folder, const 
     if (!(part.alpha > 0.0 && part.alpha <= static_cast<double>(std::numeric_limits<float>::max()))) {
       throw Error(Errc::bad_config, "expected a positive lora_alpha, found " + std::to_string(part.alpha), at);
     }
-    if (config.use_dora) {
-      const auto& shape = file.info(magnitude).shape;
+    const auto read_vector = [&](const std::string& name) {
+      const auto& shape = file.info(name).shape;
       if (shape != std::vector{part.out()}) {
         throw Error(Errc::shape_mismatch,
                     "expected [" + std::to_string(part.out()) + "], found " + detail::shape_text(std::span(shape)),
-                    {.file = file.name(), .tensor = magnitude});
+                    {.file = file.name(), .tensor = name});
       }
-      part.magnitude = file.matrix(magnitude);
-    }
+      return file.matrix(name);
+    };
+    if (config.use_dora) part.magnitude = read_vector(magnitude);
+    if (config.trains_bias && file.contains(bias)) part.bias = read_vector(bias);
     if (!options.force) {
       detail::expect_finite(part.a.view(), at);
       detail::expect_finite(part.b.view(), {.file = file.name(), .tensor = other});
       detail::expect_finite(part.magnitude.view(), {.file = file.name(), .tensor = magnitude});
+      detail::expect_finite(part.bias.view(), {.file = file.name(), .tensor = bias});
     }
     adapter.modules.push_back(std::move(part));
   }
@@ -292,7 +300,7 @@ inline PeftAdapter load_peft_adapter(const std::filesystem::path& folder, const 
   if (!options.force) {
     if (adapter.modules.empty()) throw Error(Errc::missing_tensor, "the adapter is empty", {.file = file.name()});
     const bool zero = !config.use_dora && adapter.saved.tensors.empty() && std::ranges::all_of(adapter.modules, [](const PeftModule& m) {
-      return std::ranges::all_of(m.b.span(), [](float x) { return x == 0.0f; });
+      return !m.biased() && std::ranges::all_of(m.b.span(), [](float x) { return x == 0.0f; });
     });
     if (zero) throw Error(Errc::bad_config, "the adapter changes nothing: every B is zero", {.file = file.name()});
   }
@@ -301,7 +309,7 @@ inline PeftAdapter load_peft_adapter(const std::filesystem::path& folder, const 
 
 /// Copies a module into an adapter of the same shape and of at least its rank; rows above get B = 0. Scale policy and alpha are set
 /// such that the adapter computes at each rank what the file says. `rope_heads` undoes NamedAdapter::rope_heads.
-/// Errc::shape_mismatch, rank_range, bad_config (other gated ranks, a magnitude on one side alone).
+/// Errc::shape_mismatch, rank_range, bad_config (other gated ranks, a magnitude or a bias on one side alone).
 inline void assign(const PeftModule& module, LoRAAdapter<float>& adapter, Index rope_heads = 0) {
   const Index r = module.rank(), most = adapter.max_rank();
   QDYLORA_EXPECTS(module.in() == adapter.in() && module.out() == adapter.out(), shape_mismatch,
@@ -315,6 +323,8 @@ inline void assign(const PeftModule& module, LoRAAdapter<float>& adapter, Index 
   QDYLORA_EXPECTS(module.dora() == adapter.dora(), bad_config,
                   module.name + (module.dora() ? ": a magnitude (DoRA), assigned to an adapter without"
                                                : ": no magnitude, assigned to an adapter with one (DoRA)"));
+  QDYLORA_EXPECTS(module.biased() == adapter.biased(), bad_config,
+                  module.name + (module.biased() ? ": a bias, assigned to an adapter without" : ": no bias, assigned to an adapter with one"));
   detail::expect_rope_heads(rope_heads, module.out(), module.name);
   auto& options = adapter.options();
   const double ratio = static_cast<double>(most) / static_cast<double>(r);
@@ -331,9 +341,11 @@ inline void assign(const PeftModule& module, LoRAAdapter<float>& adapter, Index 
       adapter.b().value(i, o) = i < r ? module.b(i, stored) : 0.0f;
     }
   }
-  if (module.dora())
-    for (Index o = 0; o < module.out(); ++o)
-      adapter.magnitude().value(0, o) = module.magnitude(0, detail::half_split_position(o, rope_heads, module.out()));
+  const auto assign_vector = [&](const Matrix<float>& stored, Matrix<float>& values) {
+    for (Index o = 0; o < module.out(); ++o) values(0, o) = stored(0, detail::half_split_position(o, rope_heads, module.out()));
+  };
+  if (module.dora()) assign_vector(module.magnitude, adapter.magnitude().value);
+  if (module.biased()) assign_vector(module.bias, adapter.bias().value);
   if (!module.gated_ranks.empty()) {
     auto& gates = adapter.gates().value;
     std::ranges::fill(gates.span(), 1.0f);
@@ -343,17 +355,25 @@ inline void assign(const PeftModule& module, LoRAAdapter<float>& adapter, Index 
 
 /// Those of an adapter that a module fits, but for the scale and alpha, which assign sets.
 inline LoRAOptions lora_options(const PeftModule& module) {
-  return {.max_rank = module.rank(), .name = module.name, .gated_ranks = module.gated_ranks, .dora = module.dora()};
+  return {.max_rank = module.rank(),
+          .name = module.name,
+          .gated_ranks = module.gated_ranks,
+          .dora = module.dora(),
+          .train_bias = module.biased()};
 }
 
 /// The same of the adapters that all of an adapter's modules fit.
 inline LoRAOptions lora_options(const PeftAdapter& adapter) {
-  return {.max_rank = adapter.max_rank(), .gated_ranks = adapter.modules.front().gated_ranks, .dora = adapter.config.use_dora};
+  return {.max_rank = adapter.max_rank(),
+          .gated_ranks = adapter.modules.front().gated_ranks,
+          .dora = adapter.config.use_dora,
+          .train_bias = adapter.config.trains_bias};
 }
 
 /// A module as an adapter of its own, of maximal rank r.
 inline LoRAAdapter<float> to_adapter(const PeftModule& module) {
   LoRAAdapter<float> adapter(module.in(), module.out(), lora_options(module));
+  if (module.biased()) adapter.add_bias();
   assign(module, adapter);
   return adapter;
 }

@@ -101,7 +101,7 @@ inline void save_peft_adapter(const std::filesystem::path& folder, std::span<con
                               const PeftOptions& options = {}) {
   QDYLORA_EXPECTS(!adapters.empty(), bad_argument, "save_peft_adapter: no adapters");
   Index max_rank = 0;
-  bool gated = false, one_alpha = true, whole = true;
+  bool gated = false, biased = false, one_alpha = true, whole = true;
   for (const auto& [module, adapter, heads, own_rank] : adapters) {
     constexpr std::string_view allowed = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-.";
     QDYLORA_EXPECTS(!module.empty() && module.find_first_not_of(allowed) == std::string::npos, bad_argument,
@@ -118,6 +118,7 @@ inline void save_peft_adapter(const std::filesystem::path& folder, std::span<con
     whole &= own_rank == 0;
     max_rank = std::max(max_rank, adapter->max_rank());
     gated |= adapter->gated();
+    biased |= adapter->biased();
     one_alpha &= adapter->options().alpha == adapters.front().adapter->options().alpha;
   }
   QDYLORA_EXPECTS(options.rank >= 0 && options.rank <= max_rank, rank_range,
@@ -130,9 +131,17 @@ inline void save_peft_adapter(const std::filesystem::path& folder, std::span<con
   const auto keep = [&kept](Matrix<float> matrix) -> MatrixView<const float> {
     return kept.emplace_back(std::move(matrix)).view();
   };
-  Json config = {{"peft_type", "LORA"}, {"bias", "none"}, {"fan_in_fan_out", options.fan_in_fan_out}, {"inference_mode", true},
-                 {"init_lora_weights", true}, {"lora_bias", false}, {"modules_to_save", nullptr},
-                 {"use_dora", adapters.front().adapter->dora()}, {"use_rslora", false}, {"rank_pattern", Json::object()}, {"alpha_pattern", Json::object()},
+  Json config = {{"peft_type", "LORA"},
+                 {"bias", biased ? "lora_only" : "none"},
+                 {"fan_in_fan_out", options.fan_in_fan_out},
+                 {"inference_mode", true},
+                 {"init_lora_weights", true},
+                 {"lora_bias", false},
+                 {"modules_to_save", nullptr},
+                 {"use_dora", adapters.front().adapter->dora()},
+                 {"use_rslora", false},
+                 {"rank_pattern", Json::object()},
+                 {"alpha_pattern", Json::object()},
                  {"target_modules", Json::array()}};
   if (options.init.changes_base()) {
     const bool made_by_peft = options.init.kind == AdapterInit::Kind::pissa && whole && rank == options.init.rank;
@@ -182,13 +191,14 @@ inline void save_peft_adapter(const std::filesystem::path& folder, std::span<con
     }
     model.add(key + std::string(detail::peft_a), a);
     model.add(key + std::string(detail::peft_b), keep(detail::outward(b, factors, heads, RopeLayout::half_split)));
-    if (adapter->dora()) {
-      const auto name = key + std::string(detail::peft_magnitude);
-      const auto magnitude = adapter->magnitude().value.view();
-      detail::expect_finite(magnitude, {.tensor = name});
-      const auto stored = keep(detail::outward(magnitude, std::vector<float>{1.0f}, heads, RopeLayout::half_split));
+    const auto add_vector = [&, turned = heads](std::string_view ending, MatrixView<const float> values) {
+      const auto name = key + std::string(ending);
+      detail::expect_finite(values, {.tensor = name});
+      const auto stored = keep(detail::outward(values, std::vector<float>{1.0f}, turned, RopeLayout::half_split));
       model.add(name, DType::F32, {stored.rows}, std::as_bytes(std::span(stored.data, static_cast<std::size_t>(stored.rows))));
-    }
+    };
+    if (adapter->dora()) add_vector(detail::peft_magnitude, adapter->magnitude().value.view());
+    if (adapter->biased()) add_vector(detail::peft_bias, adapter->bias().value.view());
 
     // lora_alpha = s_r * r
     double alpha = static_cast<double>(adapter->options().alpha);

@@ -96,6 +96,7 @@ struct MemoryOptions {
   Index max_rank = 8;
   std::vector<Index> ranks = {};  // of each adapter, block by block, where they differ: LayerPatterns
   Index dora_ranks = 0;  // with DoRA, the ranks that it is used at, each of which has norms of its own; 0: plain LoRA
+  bool trained_biases = false;  // LoRAOptions::train_bias
   bool dropout = false;
   bool training = true;     // false: forward passes alone, and no optimizer
   bool checkpoint = false;  // DecoderOptions::checkpoint
@@ -341,8 +342,10 @@ MemoryPlan memory_plan(const ModelShape& s, const MemoryOptions& o) {
   }
   const std::size_t all_moments = plan.moments;
   if (o.moments_in_file) plan.file = std::exchange(plan.moments, largest);
+  const Index biases = o.trained_biases ? s.layers * s.biases : 0;
+  add_moments(biases, 1, 1);
   if (!o.base.init.standard()) plan.initial = bytes(s.adapter_numbers(o.base.init.rank) * acc);
-  plan.adapters = plan.gradients = bytes((numbers + whole + s.layers * scales + (dora ? s.layers * s.outputs() : 0)) * acc);
+  plan.adapters = plan.gradients = bytes((numbers + whole + s.layers * scales + biases + (dora ? s.layers * s.outputs() : 0)) * acc);
 
   if (o.resumes && o.training) plan.state = plan.adapters + all_moments;
 

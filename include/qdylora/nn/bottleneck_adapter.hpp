@@ -84,6 +84,7 @@ class BottleneckAdapter : public AdapterLayer<T, Backend> {
   static LoRAOptions checked(LoRAOptions options) {
     QDYLORA_EXPECTS(options.gated_ranks.empty(), unsupported, options.name + ": gates are for low-rank updates, not for a bottleneck");
     QDYLORA_EXPECTS(!options.dora, unsupported, options.name + ": a magnitude is a weight's, and a bottleneck changes none");
+    QDYLORA_EXPECTS(!options.train_bias, unsupported, options.name + ": a bottleneck has no bias that could train");
     return options;
   }
 

@@ -14,23 +14,12 @@
 #include <utility>
 
 #include <qdylora/backend.hpp>
+#include <qdylora/nn/column_sums.hpp>
 #include <qdylora/nn/own_pass.hpp>
 #include <qdylora/nn/parameter.hpp>
 #include <qdylora/nn/weight.hpp>
 
 namespace qdylora {
-
-namespace detail {
-
-/// sums [1, cols] += the sums of x's columns: the gradient of what is added to every row.
-template <class Backend, class T, class S>
-void add_column_sums(const Backend& backend, MatrixView<const T> x, MatrixView<S> sums) {
-  auto ones = temporary<S>(backend, x.rows, 1);
-  backend.fill(ones.view(), S{1});
-  backend.weight_gradient(std::as_const(ones).view(), x, sums, Update::accumulate);
-}
-
-}  // namespace detail
 
 struct DenseOptions {
   bool bfloat16 = false;  // W is rounded for both passes, a copy of 2 bytes an element beside the master

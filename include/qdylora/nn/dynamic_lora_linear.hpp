@@ -6,6 +6,7 @@
 //   x [tokens, in], y [tokens, out], W [out, in], A_b [b, in], B_b [b, out], z, u, t, dz [tokens, b]
 //
 // With LoRAOptions::dora each output is multiplied with a factor before the bias is added, and dropout has a part in it: nn/magnitude.hpp.
+// With LoRAOptions::train_bias the bias is the adapter's at every rank but 0, and dbias += the sum of dy's rows of such ranks.
 // The base output does not depend on the adapter: at rank 0 it is the whole output, bit for bit. W is decoded anew in each pass; nothing
 // of it is kept in full precision. One layer serves any number of passes in flight: what backward needs lives in a Context of the
 // caller's.
@@ -17,6 +18,7 @@
 
 #include <qdylora/backend.hpp>
 #include <qdylora/nn/adapter_layer.hpp>
+#include <qdylora/nn/column_sums.hpp>
 #include <qdylora/nn/magnitude.hpp>
 #include <qdylora/nn/own_pass.hpp>
 #include <qdylora/nn/weight.hpp>
@@ -86,12 +88,18 @@ class DynamicLoRALinear : public AdapterLayer<T, Backend>,
   }
   const Adapter& adapter() const noexcept { return adapter_; }
 
-  /// A frozen bias [1, out] added to the base output.
+  /// A frozen bias [1, out] added to the base output; with LoRAOptions::train_bias what the adapter's begins with, which is then among
+  /// parameters().
   void set_bias(MatrixView<const Acc> bias) {
     expect_shape((adapter_.options().name + ": bias").c_str(), bias, 1, out());
     bias_ = Matrix<Acc, Memory>(1, out());
     backend_.copy(bias, bias_.view());
+    if (!adapter_.options().train_bias) return;
+    adapter_.add_bias();
+    backend_.fill(adapter_.bias().gradient.view(), Acc{});
+    backend_.copy(bias, adapter_.bias().value.view());
   }
+  /// The frozen one, empty where there is none.
   MatrixView<const Acc> bias() const noexcept { return bias_.view(); }
 
   /// As AdapterLayer has it. With a magnitude, norms of rows are made in every pass while training. Else they are kept until this is called
@@ -108,7 +116,7 @@ class DynamicLoRALinear : public AdapterLayer<T, Backend>,
       forward_magnitude(y, context, rank);
     } else {
       const bool adapted = base_->visit([&](const auto& w) { return multiply(w, y, context, rank); });
-      if (bias_.size() > 0) backend_.add_row(bias_.view(), y);
+      add_bias(y, plan_);
       if (rank > 0 && !adapted) add_product(y, context, rank);
     }
     context.ready = true;
@@ -120,6 +128,7 @@ class DynamicLoRALinear : public AdapterLayer<T, Backend>,
     const auto x = context.x;
     const bool want_dx = dx.data != nullptr;
     const Index rank = context.plan.max_rank();
+    if (mode == GradientMode::accumulate) bias_gradient(dy, context.plan);
     Matrix<T, Memory> scaled_dy;
     const bool dropped = context.dropped.size() > 0;
     bool have_dx = !want_dx;
@@ -147,7 +156,7 @@ class DynamicLoRALinear : public AdapterLayer<T, Backend>,
 
   /// The two parts of forward and backward, for adapters that share the base's: y = x W^T + bias, then y += u B; dx = dy W, then
   /// dx += mask(dz A) and the gradients. The bits are those of the whole, unless the backend has it in one product (HasAdapterTerm). An
-  /// adapter's part throws as the whole does, and Errc::unsupported with a magnitude, which has no parts.
+  /// adapter's part throws as the whole does, and Errc::unsupported with a magnitude or a bias that trains, which have no parts.
   void forward_base(In<T> x, MatrixView<T> y) const {
     base_->visit([&](const auto& w) { backend_.matmul(x, w, y, Update::overwrite); });
     if (bias_.size() > 0) backend_.add_row(bias_.view(), y);
@@ -264,7 +273,8 @@ class DynamicLoRALinear : public AdapterLayer<T, Backend>,
   }
 
   void expect_parts() const {
-    QDYLORA_EXPECTS(!adapter_.dora(), unsupported, name() + ": with a magnitude the adapter has no part of its own");
+    QDYLORA_EXPECTS(!adapter_.dora() && !adapter_.biased(), unsupported,
+                    name() + ": with a magnitude, or a bias that trains, the adapter has no part of its own");
   }
 
   // y = what a magnitude makes of it, and what backward needs of that: nn/magnitude.hpp.
@@ -293,8 +303,25 @@ class DynamicLoRALinear : public AdapterLayer<T, Backend>,
       } else {
         scale_by_factors(v, plan_, magnitude, adapter_, 0, y, backend_);
       }
-      if (bias_.size() > 0) backend_.add_row(bias_.view(), y);
+      add_bias(y, plan_);
     }
+  }
+
+  // y += the bias of each row's rank.
+  void add_bias(MatrixView<T> y, const RankPlan& plan) const {
+    if (bias_.size() == 0) return;
+    if (!adapter_.biased()) return backend_.add_row(bias_.view(), y);
+    plan.for_each_run(y.rows, [&](Index first, Index count, Index rank) {
+      backend_.add_row(rank > 0 ? as_const(adapter_.bias().value) : bias_.view(), y.middle_rows(first, count));
+    });
+  }
+  void bias_gradient(MatrixView<const T> dy, const RankPlan& plan) {
+    if (!adapter_.biased()) return;
+    plan.for_each_run(dy.rows, [&](Index first, Index count, Index rank) {
+      if (rank == 0) return;
+      detail::add_column_sums(backend_, dy.middle_rows(first, count), adapter_.bias().gradient.view());
+      adapter_.bias().touch(0, 1);
+    });
   }
 
   // u = z * s_b g_b

@@ -37,6 +37,7 @@ struct LoRAOptions {
   std::string name = "adapter";
   std::vector<Index> gated_ranks = {};  // ranks with a gate vector g_b of their own; empty: none
   bool dora = false;                    // a trained magnitude for each output (nn/magnitude.hpp)
+  bool train_bias = false;              // the layer's bias trains too, where it has one (PEFT's bias = "lora_only")
 };
 
 constexpr std::string_view name(ScalePolicy policy) noexcept {
@@ -114,11 +115,21 @@ class LoRAAdapter {
   Param& magnitude() noexcept { return *magnitude_; }
   const Param& magnitude() const noexcept { return *magnitude_; }
 
-  /// A, B, and the magnitude where there is one. For LoRA+ (Hayou et al. 2024) B's learning rate is a multiple of A's:
+  /// A bias that trains: what is added to an output in place of the layer's own at every rank but 0.
+  bool biased() const noexcept { return bias_ != nullptr; }
+  Param& bias() noexcept { return *bias_; }
+  const Param& bias() const noexcept { return *bias_; }
+  /// Gives the adapter one [1, out], of zeros on the host and of nothing yet on a device: LoRAOptions::train_bias, for a layer with a bias.
+  void add_bias() { bias_ = std::make_shared<Param>(options_.name + ".bias", 1, out()); }
+
+  /// A, B, and the magnitude and bias where there are. For LoRA+ (Hayou et al. 2024) B's learning rate is a multiple of A's:
   /// b().row_lr.assign(max_rank, ratio), which Trainer does by TrainerOptions::b_lr_ratio.
   Parameters<S, Memory> parameters() const {
     if (max_rank() == 0) return {};
-    return dora() ? Parameters<S, Memory>{a_, b_, magnitude_} : Parameters<S, Memory>{a_, b_};
+    Parameters<S, Memory> all{a_, b_};
+    for (const auto& more : {magnitude_, bias_})
+      if (more != nullptr) all.push_back(more);
+    return all;
   }
   Parameters<S, Memory> gate_parameters() const {
     return gated() ? Parameters<S, Memory>{gates_} : Parameters<S, Memory>{};
@@ -199,7 +210,7 @@ class LoRAAdapter {
   }
 
   LoRAOptions options_;
-  std::shared_ptr<Param> a_, b_, gates_, magnitude_;
+  std::shared_ptr<Param> a_, b_, gates_, magnitude_, bias_;
 };
 
 /// A copy in host memory, with the moments but without gradients, of an adapter on a device. Waits.
@@ -209,6 +220,10 @@ LoRAAdapter<S> to_host(const LoRAAdapter<S, Memory>& adapter, const Backend& bac
   backend.download(adapter.a().value.view(), copy.a().value.view());
   backend.download(adapter.b().value.view(), copy.b().value.view());
   if (adapter.dora()) backend.download(adapter.magnitude().value.view(), copy.magnitude().value.view());
+  if (adapter.biased()) {
+    copy.add_bias();
+    backend.download(adapter.bias().value.view(), copy.bias().value.view());
+  }
   for (const auto& [from, to] : {std::pair(&adapter.moment_a, &copy.moment_a), std::pair(&adapter.moment_b, &copy.moment_b)}) {
     *to = Matrix<S>(from->rows(), from->cols());
     backend.download(from->view(), to->view());
@@ -222,6 +237,7 @@ void assign(LoRAAdapter<S, Memory>& adapter, const LoRAAdapter<S>& values, const
   backend.upload(values.a().value.view(), adapter.a().value.view());
   backend.upload(values.b().value.view(), adapter.b().value.view());
   if (adapter.dora()) backend.upload(values.magnitude().value.view(), adapter.magnitude().value.view());
+  if (adapter.biased()) backend.upload(values.bias().value.view(), adapter.bias().value.view());
   backend.synchronize();
 }
 

@@ -102,13 +102,13 @@ void put_terms(LoRAAdapter<S>& adapter, Index first, MatrixView<const S> a, Matr
 
 /// What an adapter that began with `initial`, on a base that is the weight without it, is to the weight itself: an adapter of rank
 /// rank + initial.rank(), and scale 1, whose update at full rank is delta W_b - B0^T A0 (PEFT's path_initial_model_for_weight_conversion).
-/// At rank 0 it only takes `initial` away. Errors: rank_range, shape_mismatch, unsupported with a magnitude; bad_argument where both ranks
+/// At rank 0 it only takes `initial` away. Errors: rank_range, shape_mismatch, unsupported with a magnitude or a bias; bad_argument where both ranks
 /// are 0.
 template <class S>
 LoRAAdapter<S> update_of_weight(const LoRAAdapter<S>& adapter, Index rank, const LowRank<S>& initial) {
   const auto& options = adapter.options();
   adapter.check_rank(rank);
-  QDYLORA_EXPECTS(!adapter.dora(), unsupported, options.name + ": a magnitude is no part of an update");
+  QDYLORA_EXPECTS(!adapter.dora() && !adapter.biased(), unsupported, options.name + ": a magnitude or a bias is no part of an update");
   const Index both = rank + initial.rank();
   QDYLORA_EXPECTS(both > 0, bad_argument, options.name + ": rank 0, and no initial values");
   if (initial.rank() > 0) {

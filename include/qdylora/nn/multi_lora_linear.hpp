@@ -59,7 +59,7 @@ class MultiLoRALinear : public OwnPass<MultiLoRALinear<T, Backend, Format>, T, t
   using Context = MultiLoRAContext<T, Memory>;
 
   /// Layers on one base, which become adapters 0, 1, ...; they have one bias, or none. Errc::bad_argument for none, or of several bases;
-  /// unsupported for a magnitude where the base's product is shared.
+  /// unsupported for a magnitude or a trained bias where the base's product is shared.
   explicit MultiLoRALinear(std::vector<Layer> layers, BaseProduct product = BaseProduct::by_adapter)
       : layers_(std::move(layers)), product_(product) {
     QDYLORA_EXPECTS(!layers_.empty(), bad_argument, "MultiLoRALinear: no layers");
@@ -67,8 +67,8 @@ class MultiLoRALinear : public OwnPass<MultiLoRALinear<T, Backend, Format>, T, t
       const auto& name = layer.adapter().options().name;
       QDYLORA_EXPECTS(layer.base() == layers_.front().base(), bad_argument,
                       name + ": its base is not that of " + layers_.front().adapter().options().name);
-      QDYLORA_EXPECTS(product == BaseProduct::by_adapter || !layer.adapter().dora(), unsupported,
-                      name + ": a magnitude changes the base's output, so its product cannot be shared");
+      QDYLORA_EXPECTS(product == BaseProduct::by_adapter || !(layer.adapter().dora() || layer.adapter().options().train_bias), unsupported,
+                      name + ": a magnitude, or a bias that trains, changes the base's output, so its product cannot be shared");
     }
   }
   /// Adapters on a base that exists, made by their options.

@@ -19,7 +19,7 @@ struct WeightedAdapter {
 
 /// The adapter, of scale 1 and of all ranks together, whose update at full rank is sum_k weight_k * delta W_k, exact but for B's rounding.
 /// Its first rows are the first adapter's: cut it only after reorder(). Errors: bad_argument for no adapters and a weight that is not
-/// finite, rank_range, shape_mismatch, unsupported for a magnitude, which is no sum.
+/// finite, rank_range, shape_mismatch, unsupported for a magnitude or a bias, which is no sum.
 template <class S>
 LoRAAdapter<S> weighted_sum(std::span<const WeightedAdapter<S>> terms, const std::string& name = "sum") {
   QDYLORA_EXPECTS(!terms.empty() && terms.front().adapter != nullptr, bad_argument, name + ": a sum of no adapters");
@@ -31,6 +31,7 @@ LoRAAdapter<S> weighted_sum(std::span<const WeightedAdapter<S>> terms, const std
     const auto& own_name = term.adapter->options().name;
     QDYLORA_EXPECTS(std::isfinite(term.weight), bad_argument, own_name + ": its weight in a sum is not finite");
     QDYLORA_EXPECTS(!term.adapter->dora(), unsupported, own_name + ": an adapter with a magnitude is no term of a sum");
+    QDYLORA_EXPECTS(!term.adapter->biased(), unsupported, own_name + ": an adapter with a bias is no term of a sum");
     expect_shape((own_name + ": A").c_str(), term.adapter->a().value.view(), term.adapter->max_rank(), in);
     expect_shape((own_name + ": B").c_str(), term.adapter->b().value.view(), term.adapter->max_rank(), out);
     term.adapter->check_rank(rank_of(term));
