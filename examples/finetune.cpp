@@ -102,7 +102,10 @@ void declare(CLI::App& app, FinetuneOptions& o) {
   add_number(app, "--answers", o.answers, "held-out examples to answer at every rank; 0: none", 0, most_examples);
   add_number(app, "--max-new-tokens", o.new_tokens, "tokens of an answer at most", 1, most_new_tokens);
   add_number(app, "--save-every", o.save_every, "steps between saved states; 0: only when stopped", 0, most_steps);
-  app.add_flag("--gradient-checkpointing", o.checkpoint, "recompute activations: less memory, a third more work");
+  auto* checkpoint = app.add_flag("--gradient-checkpointing", o.checkpoint, "recompute activations: less memory, a third more work");
+  app.add_option("--offload", o.offload, "a folder on a disk that is to hold what gradient checkpointing keeps between the passes")
+      ->check(not_empty())
+      ->needs(checkpoint);
   add_chat_template(app, o.chat);
   app.add_flag("--resume", o.resume, "go on from the state in --out");
   app.add_flag("--rival", o.rival,
@@ -215,6 +218,7 @@ int finetune(const FinetuneOptions& o, const std::vector<std::string>& given) {
   QDYLORA_EXPECTS(!o.gates || chosen.order_at < 1.0, bad_argument,
                   "--gates: the recipe " + o.recipe_name + " has no second phase to train them in; auto and order-then-nest have");
   QDYLORA_EXPECTS(o.paged.empty() || o.device == "cpu", bad_argument, "--paged: moments on a GPU are not paged to disk");
+  QDYLORA_EXPECTS(o.offload.empty() || o.device == "cpu", bad_argument, "--offload: activations on a GPU are not paged to disk");
   const RankSet ranks = ranks_of(o);
   const CpuDevice cpu(o.threads, compute_of(o.compute, o.device));
   const BaseOptions base{.format = base_format(o.base), .init = adapter_init(o.init, ranks.max()), .binary = binary_code(o)};

@@ -29,7 +29,7 @@ struct FinetuneOptions {
   bool toy = false, resume = false, rival = false, pack = false, group_by_length = false, gates = false, dora = false;
   bool train_bias = false, checkpoint = false;
   std::string ranks = "1,2,4,8,16,32,64", recipe_name = "auto", method = "lora", base = "nf4", init = "standard", optimizer = "adamw", paged;
-  std::string rank_pattern, alpha_pattern;
+  std::string rank_pattern, alpha_pattern, offload;
   std::string device = "cpu", dtype = "float32", compute = "automatic";
   Index planes = 3, group_size = 0, trained_planes = 1;  // of the method alpha
   float alpha = 16.0f, dropout = 0.0f;
@@ -98,6 +98,7 @@ inline DecoderOptions decoder_options(const FinetuneOptions& o) {
                          .method = adapter_method(o.method),
                          .alpha = {.trained_planes = o.trained_planes}};
   options.patterns = {parse_patterns("--rank-pattern", o.rank_pattern), parse_patterns("--alpha-pattern", o.alpha_pattern)};
+  if (!o.offload.empty()) options.checkpoint_memory = PagedMemory(o.offload);
   options.lora.dropout = o.dropout;
   options.lora.dora = o.dora;
   options.lora.train_bias = o.train_bias;
@@ -179,6 +180,7 @@ MemoryPlan plan_memory(const FinetuneOptions& o, const FinetuneData& data, const
                        .trained_biases = o.train_bias,
                        .dropout = o.dropout > 0.0f,
                        .checkpoint = o.checkpoint,
+                       .checkpoints_in_file = !o.offload.empty(),
                        .moments_in_8_bits = o.optimizer == "adamw8bit",
                        .one_moment = o.optimizer == "lion",
                        .moments_in_file = !o.paged.empty(),
@@ -196,6 +198,7 @@ inline Json to_json(const MemoryPlan& plan) {
   for (const auto& part : plan.parts()) json[part.name] = part.bytes;
   json["at most at once"] = plan.total();
   if (plan.file > 0) json["moments in a file"] = plan.file;
+  if (plan.checkpoint_file > 0) json["checkpoint files"] = plan.checkpoint_file;
   return json;
 }
 

@@ -16,6 +16,7 @@
 #include <qdylora/model/load_hugging_face.hpp>
 #include <qdylora/model/memory_plan.hpp>
 #include <qdylora/model/mixed_decoder.hpp>
+#include <qdylora/model/model_shape.hpp>
 #include <qdylora/model/published_shapes.hpp>
 #include <qdylora/model/rank_map.hpp>
 #include <qdylora/model/rank_report.hpp>

@@ -85,16 +85,18 @@ double difference(const qd::Matrix<float>& found, const qd::Matrix<float>& expec
   return test::largest_difference(found.view(), expected.view());
 }
 
-// The golden Llama with a tokenizer: 61 letters, as the model knows 64 tokens; "in" is a token of its own.
-void write_letters_model(const std::filesystem::path& folder) {
-  std::filesystem::copy(test::golden("llama_tiny_bnb4"), folder);
-  std::string vocab;
-  for (int i = 0; i < 61; ++i)
-    vocab += (i == 0 ? "" : ",") + qd::Json(std::string(1, static_cast<char>('=' + i))).dump() + ":" + std::to_string(i);
-  test::write_file(
-      folder / "tokenizer.json",
-      R"({"model":{"type":"BPE","vocab":{)" + vocab + R"(,"in":61,"Ċ":62},"merges":["i n"]},)" +
-          R"("pre_tokenizer":{"type":"ByteLevel","add_prefix_space":false},"added_tokens":[{"id":63,"content":"</s>","special":true}]})");
+// A golden model with a tokenizer of as many tokens as it knows: letters from `first` on; "in" is a token of its own.
+void write_letters_model(const std::filesystem::path& folder, const std::string& golden = "llama_tiny_bnb4", int tokens = 64,
+                         char first = '=') {
+  std::filesystem::copy(test::golden(golden), folder);
+  qd::Json vocab = qd::Json::object();
+  for (int i = 0; i < tokens - 3; ++i) vocab[std::string(1, static_cast<char>(first + i))] = i;
+  vocab["in"] = tokens - 3;
+  vocab["Ċ"] = tokens - 2;
+  const qd::Json json{{"model", {{"type", "BPE"}, {"vocab", vocab}, {"merges", {"i n"}}}},
+                      {"pre_tokenizer", {{"type", "ByteLevel"}, {"add_prefix_space", false}}},
+                      {"added_tokens", {{{"id", tokens - 1}, {"content", "</s>"}, {"special", true}}}}};
+  test::write_file(folder / "tokenizer.json", json.dump());
   test::write_file(folder / "tokenizer_config.json", R"({"eos_token":"</s>"})");
 }
 
@@ -240,6 +242,11 @@ TEST_CASE("programs: a wrong argument or file gives one line and status 2") {
       {"finetune", "--toy --optimizer sgd", "lion"},
       {"finetune", "--toy --paged /no/such/folder --out " + quoted(folder / "x"), "/no/such/folder"},
       {"finetune", "--toy --paged /tmp --device cuda", "--paged"},
+      {"finetune", "--toy --offload /tmp", "--gradient-checkpointing"},
+      {"finetune", "--toy --gradient-checkpointing --offload /no/such/folder --out " + quoted(folder / "x"), "/no/such/folder"},
+      {"finetune", "--toy --gradient-checkpointing --offload /tmp --device cuda", "--offload"},
+      {"finetune", "--toy --train-bias", "--train-bias: no linear layer of"},
+      {"finetune", "--toy --train-bias --method houlsby", "--train-bias"},
       {"finetune", "--toy --init eva", "loftq:ITERATIONS"},
       {"finetune", "--toy --init loftq --dora", "--dora excludes --init"},
       {"finetune", "--toy --init qera --recipe qdylora", "alpha/b"},
@@ -1057,12 +1064,49 @@ TEST_CASE("programs: a merged model has the logits of its adapter at that rank")
     CHECK(difference(logits_of("--model " + quoted(folder / ("float" + rank))), expected) < 1e-5);
     CHECK(difference(base, expected) > 0.1);
   }
-  // In 16 bits the sum is rounded; in 4 bits it is another model, and the program says by how much.
+  // In float32 each tensor is the sum itself, in 16 bits that rounded once; in 4 bits it is another model, and the program says by how much.
   const auto whole = logits_of("--model " + model + " --adapter " + adapter);
+  const auto quantized_again = merge(model, "four", "");
+  merge(model, "whole", "--dtype float32");
+  merge(model, "brain", "--dtype bfloat16");
+  {
+    const qd::SafetensorsFile stored(test::golden("llama_tiny_bnb4") / "model.safetensors"), whole_file(folder / "whole" / "model.safetensors"),
+        brain(folder / "brain" / "model.safetensors"), four(folder / "four" / "model.safetensors");
+    for (const auto& module : qd::load_peft_adapter(test::golden("llama_tiny_adapter")).modules) {
+      CAPTURE(module.name);
+      const std::string tensor = module.name + ".weight";
+      qd::Matrix<float> before(module.out(), module.in()), after(module.out(), module.in());
+      decode(qd::load_bnb_4bit(stored, tensor), before.view(), qd::Cpu{});
+      decode(qd::load_bnb_4bit(four, tensor), after.view(), qd::Cpu{});
+      const auto found = whole_file.matrix(tensor), rounded = brain.matrix(tensor);
+      const double scale = module.alpha / static_cast<double>(module.rank());
+      double along = 0.0, size = 0.0, error = 0.0, worst = 0.0;
+      for (Index o = 0; o < module.out(); ++o)
+        for (Index k = 0; k < module.in(); ++k) {
+          double update = 0.0;
+          for (Index r = 0; r < module.rank(); ++r) update += scale * static_cast<double>(module.b(r, o)) * static_cast<double>(module.a(r, k));
+          const double sum = static_cast<double>(before(o, k)) + update;
+          worst = std::max(worst, std::abs(static_cast<double>(found(o, k)) - sum) / (1.0 + std::abs(sum)));
+          CHECK(rounded(o, k) == static_cast<float>(qd::bfloat16(found(o, k))));
+          const double left = static_cast<double>(after(o, k)) - static_cast<double>(before(o, k));
+          along += left * update;
+          size += update * update;
+          error += (left - update) * (left - update);
+        }
+      CHECK(worst < 1e-6);
+      std::istringstream said(quantized_again.substr(quantized_again.find(tensor) + tensor.size()));
+      double left_percent = 0.0, error_percent = 0.0;
+      char sign = 0;
+      said >> left_percent >> sign >> error_percent;
+      CHECK(std::abs(left_percent - 100.0 * along / size) < 0.06);
+      CHECK(std::abs(error_percent - 100.0 * std::sqrt(error / size)) < 0.6);
+      CHECK(error_percent > 1.0);
+    }
+  }
   merge(model, "half", "--dtype float16");
   CHECK(difference(logits_of("--model " + quoted(folder / "half")), whole) < 2e-2);
   CHECK(qd::SafetensorsFile(folder / "half" / "model.safetensors").info("model.layers.0.mlp.up_proj.weight").dtype == qd::DType::F16);
-  CHECK(merge(model, "four", "").find("all together") != std::string::npos);
+  CHECK(quantized_again.find("all together") != std::string::npos);
   CHECK(qd::is_bnb_4bit(qd::SafetensorsFile(folder / "four" / "model.safetensors"), "model.layers.0.mlp.up_proj.weight"));
   CHECK(difference(logits_of("--model " + quoted(folder / "four")), base) > 0.1);
   // Codes that were stored as bfloat16 are bytes then, and config.json says so.
@@ -1223,6 +1267,66 @@ TEST_CASE("programs: finetune trains magnitudes by LoRA+, counts their memory, a
     CHECK(refused.status == 2);
     CHECK(refused.err.find("other settings") != std::string::npos);
   }
+}
+
+TEST_CASE("programs: biases train where a model has them, and are PEFT's: evaluated, cut, merged, refused for llama.cpp") {
+  for (const char* program : {"finetune", "adapter", "merge", "evaluate"})
+    if (!built(program)) SKIP(program << " has not been built");
+  const test::TemporaryFolder folder;
+  write_letters_model(folder / "model", "qwen2", 48, 'L');
+  write_letters_data(folder / "data.jsonl");
+  const auto model = quoted(folder / "model"), out = quoted(folder / "out"), adapter = quoted(folder / "out" / "adapter");
+  const auto told = succeeds("finetune", "--model " + model + " --data " + quoted(folder / "data.jsonl") + " --out " + out +
+                                             " --train-bias --base-format float32 --ranks 1,4 --alpha 8 --steps 6 --batch 2 --seq-len 16 --lr 2e-2" +
+                                             " --eval-examples 1 --answers 0");
+  CHECK(told.find("biases train") != std::string::npos);
+  const auto loaded = qd::load_peft_adapter(folder / "out" / "adapter");
+  CHECK(loaded.config.trains_bias);
+  for (const auto& module : loaded.modules) {
+    CAPTURE(module.name);
+    const bool has_one = module.name.ends_with("q_proj") || module.name.ends_with("k_proj") || module.name.ends_with("v_proj");
+    CHECK(module.biased() == has_one);
+    if (!has_one) continue;
+    const auto before = qd::SafetensorsFile(folder / "model" / "model.safetensors").matrix(module.name + ".bias");
+    CHECK(test::largest_difference(module.bias.view(), before.view()) > 1e-3);
+  }
+  const auto report = qd::read_json(folder / "out" / "report.json");
+  CHECK(report.at("train_bias") == true);
+  CHECK(report.at("memory_plan").at("adapters").get<std::size_t>() == 4 * report.at("adapter_parameters").get<std::size_t>());
+  CHECK(report.at("ranks")[2].at("parameters") == report.at("adapter_parameters"));
+  CHECK(report.at("ranks")[2].at("bytes") == tensor_bytes(folder / "out" / "adapter" / "adapter_model.safetensors"));
+
+  const auto logits = [&](const std::string& more) { return logits_of("--model " + model + more); };
+  const auto whole = logits(" --adapter " + adapter), at_1 = logits(" --adapter " + adapter + " --rank 1");
+  CHECK(difference(whole, logits("")) > 1e-2);
+  CHECK(difference(whole, at_1) > 1e-4);
+  CHECK(succeeds("adapter", "info " + adapter).find("biases that trained") != std::string::npos);
+  succeeds("adapter", "truncate " + adapter + " --rank 1 " + quoted(folder / "cut"));
+  CHECK(difference(logits(" --adapter " + quoted(folder / "cut")), at_1) < 1e-5);
+  succeeds("merge", model + " " + adapter + " " + quoted(folder / "merged") + " --dtype float32");
+  CHECK(difference(logits_of("--model " + quoted(folder / "merged")), whole) < 1e-5);
+  const auto refused = run("adapter", "gguf " + adapter + " --model " + quoted(test::golden("tiny.gguf")) + " " + quoted(folder / "a.gguf"));
+  CAPTURE(refused.err);
+  CHECK(refused.status == 2);
+  CHECK(refused.err.find("no biases; merge it") != std::string::npos);
+  // A model without that bias.
+  const auto other = run("merge", quoted(test::golden("llama_tiny_bnb4")) + " " + adapter + " " + quoted(folder / "none"));
+  CHECK(other.status == 2);
+  CHECK_FALSE(std::filesystem::exists(folder / "none"));
+}
+
+TEST_CASE("programs: a run whose checkpoints are in files trains the same adapter") {
+  if (!built("finetune")) SKIP("finetune has not been built");
+  const test::TemporaryFolder folder;
+  std::vector<std::string> adapters;
+  for (const bool files : {false, true}) {
+    const auto out = folder / (files ? "files" : "memory");
+    const auto told = succeeds("finetune", toy(out, "--gradient-checkpointing" + (files ? " --offload " + quoted(folder.path()) : "")));
+    CHECK((told.find("checkpoint files") != std::string::npos) == files);
+    CHECK(qd::read_json(out / "report.json").at("memory_plan").contains("checkpoint files") == files);
+    adapters.push_back(test::read_file(out / "adapter" / "adapter_model.safetensors"));
+  }
+  CHECK(adapters[0] == adapters[1]);
 }
 
 TEST_CASE("programs: bottlenecks are trained, have at every width the loss that was reported, are cut, and are no PEFT adapter") {

@@ -10,6 +10,7 @@
 
 #include "support/catch.hpp"
 #include "support/counted_memory.hpp"
+#include "support/files.hpp"
 #include "support/tiny_model.hpp"
 
 namespace memory_plan_test {
@@ -195,6 +196,39 @@ TEST_CASE("A memory plan of a recipe: second moments while they are gathered, a 
   CHECK(memory_plan<float>(config, options).reordering == 0);
 }
 
+TEST_CASE("A memory plan of one of several workers", "[memory_plan]") {
+  const auto config = test::tiny_config();
+  const auto host_weights = test::tiny_weights<float>(config);
+  const auto batch = test::counting_batch(config.vocab, 4, 12, 3);
+  const CountedDevice device;
+  const auto weights = upload(*host_weights, device);
+  for (const char* name : {"qlora", "order-then-nest"}) {  // the second re-orders by second moments, which are more than gradients here
+    CAPTURE(name);
+    TrainerOptions trained{.recipe = recipe(name), .ranks = RankSet{48}, .steps = 4};
+    trained.recipe.collect_steps = 1;
+    std::size_t live[2];
+    for (const bool together : {false, true}) {
+      Decoder<float, CountedDevice> model(weights, {.lora = {.max_rank = 48}}, device);
+      Trainer<float, CountedDevice> trainer(model, trained);
+      if (together) trainer.join(Workers<float, CountedMemory>(0, 2, [](std::span<float>) {}));
+      while (!trainer.done()) trainer.step(batch);
+      live[together] = counted_bytes().live;
+    }
+    MemoryOptions options;
+    options.base.format = BaseFormat::float32;
+    options.max_rank = 48;
+    options.tokens = batch.tokens();
+    options.scored = batch.scored();
+    options.workers = true;
+    options.follow(trained.recipe);
+    const auto plan = memory_plan<float>(config, options);
+    CHECK(live[1] - live[0] == plan.sums);
+    CHECK((plan.sums > 2 * plan.gradients) == options.second_moments);
+    options.workers = false;
+    CHECK(memory_plan<float>(config, options).total() == plan.total() - plan.sums);
+  }
+}
+
 TEST_CASE("A memory plan with magnitudes", "[memory_plan]") {
   auto config = test::small_config();
   config.mlp_width = 4200;  // magnitudes of the perceptron have moments in 8 bits
@@ -228,6 +262,52 @@ TEST_CASE("A memory plan with magnitudes", "[memory_plan]") {
   const auto outputs = static_cast<std::size_t>(config.layers * model_shape(config).outputs());
   CHECK(workspace[1] - workspace[0] >= outputs * 4 * sizeof(float));
   CHECK(workspace[1] - workspace[0] <= (outputs * 4 + static_cast<std::size_t>(batch.tokens() * config.mlp_width)) * sizeof(float));
+}
+
+TEST_CASE("A memory plan with biases that train, and one with checkpoints in files", "[memory_plan]") {
+  auto config = test::small_config();
+  config.layers = 6;
+  const auto weights = test::tiny_weights<float>(config, true);
+  const auto batch = test::random_batch(config.vocab, {21, 40, 3}, 5, 7);
+  auto shape = model_shape(config);
+  for (const auto& linear : shape.linears) shape.biases += linear.out;
+  MemoryOptions options;
+  options.base.format = BaseFormat::float32;
+  options.max_rank = 4;
+  options.tokens = batch.tokens();
+  options.scored = batch.scored();
+  options.longest = 39;
+  options.checkpoint = true;
+  for (const bool eight_bits : {false, true}) {
+    options.trained_biases = true;
+    options.moments_in_8_bits = eight_bits;
+    const auto plan = memory_plan<float>(shape, options);
+    Decoder<float> model(weights, {.lora = {.max_rank = 4, .train_bias = true}, .checkpoint = true});
+    std::size_t values = 0;
+    for (const auto& p : model.parameters()) values += p->value.capacity_bytes();
+    CHECK(plan.adapters == values);
+    CHECK(plan.gradients == values);
+    CHECK(plan.moments == (eight_bits ? AdamW8bit<float>(model.parameters()).bytes() : AdamW<float>(model.parameters()).bytes()));
+    options.trained_biases = false;
+    CHECK(memory_plan<float>(shape, options).adapters == values - static_cast<std::size_t>(config.layers * shape.biases) * sizeof(float));
+  }
+
+  const auto plan = memory_plan<float>(shape, options);
+  options.checkpoints_in_file = true;
+  const auto paged = memory_plan<float>(shape, options);
+  const auto stream = static_cast<std::size_t>(batch.tokens() * config.width) * sizeof(float);
+  CHECK(plan.checkpoints == 7 * stream);
+  CHECK(plan.checkpoint_file == 0);
+  CHECK(paged.checkpoint_file == plan.checkpoints);
+  CHECK(paged.checkpoints == 2 * stream);
+  CHECK(paged.total() == plan.total() - 5 * stream);
+  CHECK(paged.to_text().find("checkpoint files") != std::string::npos);
+  // A device has no files.
+  const test::TemporaryFolder folder;
+  const CountedDevice device;
+  const auto there = upload(*weights, device);
+  const DecoderOptions in_files{.checkpoint = true, .checkpoint_memory = PagedMemory(folder.path())};
+  CHECK(test::code_of([&] { Decoder<float, CountedDevice>(there, in_files, device); }) == Errc::unsupported);
 }
 
 TEST_CASE("Paged moments are the host's", "[memory_plan]") {

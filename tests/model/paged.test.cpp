@@ -1,5 +1,7 @@
-// Training with moments in a file: the trainer's bytes and its states are those of moments in memory.
+// Training with moments or checkpoints in files: the trainer's bytes and its states, or the gradients, are those of memory.
+#include <algorithm>
 #include <string>
+#include <vector>
 
 #include <qdylora/core/paged_memory.hpp>
 #include <qdylora/cpu/cpu.hpp>
@@ -8,6 +10,7 @@
 #include <qdylora/optim/lion.hpp>
 
 #include "support/catch.hpp"
+#include "support/distortion.hpp"
 #include "support/files.hpp"
 #include "support/paged_pages.hpp"
 #include "support/saved_run.hpp"
@@ -82,6 +85,38 @@ TEST_CASE("a run with its moments in a file is the run with them in memory, and 
   expect_same_runs<qd::AdamW<float>, qd::AdamW<float, qd::Cpu, PagedMemory>>();
   expect_same_runs<qd::AdamW8bit<float>, qd::AdamW8bit<float, qd::Cpu, PagedMemory>>();
   expect_same_runs<qd::Lion<float>, qd::Lion<float, qd::Cpu, PagedMemory>>();
+}
+
+TEST_CASE("with checkpoints in files, losses and gradients are the same to the bit, and no block's input stays in memory") {
+  const test::TemporaryFolder folder;
+  auto config = test::small_config();
+  config.layers = 5;
+  const auto weights = test::tiny_weights<float>(config, false, {});
+  using Model = qd::Decoder<float>;
+  Model plain(weights, {.lora = {.max_rank = 8}, .checkpoint = true}, qd::Cpu(2));
+  Model paged(weights, {.lora = {.max_rank = 8}, .checkpoint = true, .checkpoint_memory = PagedMemory(folder.path())}, qd::Cpu(2));
+  for (const Index longest : {30, 20, 60}) {  // grows once, and keeps what it has in between
+    CAPTURE(longest);
+    const auto batch = test::random_batch(config.vocab, {longest, 40, 3}, 5, 7);
+    std::vector<double> sums;
+    for (Model* model : {&plain, &paged}) {
+      for (const auto& p : model->parameters()) std::fill_n(p->gradient.data(), p->gradient.size(), 0.0f);
+      sums.push_back(model->loss_and_gradient(batch, 0.5));
+    }
+    CHECK(sums[0] == sums[1]);
+    const auto expected = plain.parameters(), found = paged.parameters();
+    for (std::size_t i = 0; i < found.size(); ++i) CHECK(test::same_bits(found[i]->gradient.view(), expected[i]->gradient.view()));
+    const auto stream = static_cast<std::size_t>(batch.tokens() * config.width) * sizeof(float);
+    const auto pages = test::paged_pages();
+    CHECK(pages.mapped >= static_cast<std::size_t>(config.layers + 1) * stream);
+    CHECK(pages.resident == 0);
+    CHECK(plain.activation_bytes() >= paged.activation_bytes() + static_cast<std::size_t>(config.layers + 1) * stream);
+    for (Index layer = 0; layer <= config.layers; ++layer) CHECK(test::same_bits(paged.stream(layer), plain.stream(layer)));
+    CHECK(plain.losses(batch) == paged.losses(batch));
+  }
+  CHECK(test::code_of([&] { Model(weights, {.checkpoint_memory = PagedMemory(folder.path())}); }) == qd::Errc::bad_argument);
+  Model nowhere(weights, {.checkpoint = true, .checkpoint_memory = PagedMemory((folder / "none").native())});
+  CHECK(test::code_of([&] { nowhere.loss_and_gradient(test::random_batch(config.vocab, {7}, 5), 1.0); }) == qd::Errc::open);
 }
 
 }  // namespace paged_test

@@ -9,6 +9,7 @@
 #include <memory>
 #include <span>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <variant>
 #include <vector>
@@ -62,6 +63,10 @@ class Decoder {
     if (!c.tied_head) expect_shape("head", weights_->head, c.vocab, c.width);
     QDYLORA_EXPECTS(static_cast<Index>(weights_->blocks.size()) == c.layers, bad_config,
                     "expected " + std::to_string(c.layers) + " blocks, found " + std::to_string(weights_->blocks.size()));
+    if (options_.checkpoint_memory.has_folder()) {
+      QDYLORA_EXPECTS(options_.checkpoint, bad_argument, "inputs of blocks go to files only where nothing else is kept: set checkpoint");
+      QDYLORA_EXPECTS(pages_streams, unsupported, "inputs of blocks go to files from the host's memory alone");
+    }
     if (!has_ranks(options_.method)) options_.lora.max_rank = 1;
     expect_fits(options_, c);
     blocks_.reserve(weights_->blocks.size());
@@ -185,6 +190,7 @@ class Decoder {
     const auto x = run(batch, true);
     d_.resize(batch.tokens(), config().width);
     ends_.run(batch, x, scale, d_.view());
+    page_out(blocks_.size());
     const auto tokens = tokens_of(batch);
     for (std::size_t i = blocks_.size(); i-- > 0;) {
       auto& context = contexts_[options_.checkpoint ? 0 : i];
@@ -196,6 +202,7 @@ class Decoder {
             block.backward(input, tokens, d_.view(), context, work_, i > 0 || options_.method == AdapterMethod::full);
           },
           blocks_[i]);
+      page_out(i);
     }
     ends_.embed_backward(batch.ids, d_.view());
   }
@@ -256,15 +263,34 @@ class Decoder {
   /// The residual stream [tokens, width] after `layer` blocks of the last loss_and_gradient.
   MatrixView<const T> stream(Index layer) const { return streams_.at(static_cast<std::size_t>(layer)).view(); }
 
-  /// Bytes kept between passes: contexts, streams and workspaces.
+  /// Bytes of memory kept between passes: contexts, streams, unless they are in files, and workspaces.
   std::size_t activation_bytes() const noexcept {
     std::size_t sum = d_.capacity_bytes() + spare_.capacity_bytes() + ends_.bytes() + work_.bytes();
-    for (const auto& s : streams_) sum += s.capacity_bytes();
+    if (!options_.checkpoint_memory.has_folder())
+      for (const auto& s : streams_) sum += s.capacity_bytes();
     for (const auto& c : contexts_) sum += c.bytes();
     return sum;
   }
 
  private:
+  static constexpr bool pages_streams = std::is_same_v<Memory, HostMemory>;
+  using Stream = Matrix<T, std::conditional_t<pages_streams, PagedMemory, Memory>>;
+
+  // As many streams of as many tokens.
+  void resize_streams(std::size_t count, Index tokens) {
+    if (streams_.size() > count) streams_.erase(streams_.begin() + static_cast<std::ptrdiff_t>(count), streams_.end());
+    while (streams_.size() < count) {
+      if constexpr (pages_streams) streams_.emplace_back(0, 0, options_.checkpoint_memory);
+      else streams_.emplace_back();
+    }
+    for (auto& s : streams_) s.resize(tokens, config().width);
+  }
+  // A stream that is not touched for a while.
+  void page_out(std::size_t i) {
+    if constexpr (pages_streams) options_.checkpoint_memory.page_out(streams_[i].data(), streams_[i].capacity_bytes());
+    else static_cast<void>(i);
+  }
+
   template <class Kind>
   void add_block(const std::shared_ptr<const BlockWeights<Acc, Memory>>& weights, Index index) {
     blocks_.emplace_back(std::in_place_type<Kind>, config(), weights, index, options_, backend_);
@@ -307,9 +333,8 @@ class Decoder {
   MatrixView<const T> run(const Batch& batch, bool keep, std::span<Cache> caches = {}) {
     prepare(batch, {});
     const Index layers = config().layers;
-    streams_.resize(static_cast<std::size_t>(keep ? layers + 1 : 2));
+    resize_streams(static_cast<std::size_t>(keep ? layers + 1 : 2), batch.tokens());
     contexts_.resize(keep && !options_.checkpoint ? static_cast<std::size_t>(layers) : 1);
-    for (auto& s : streams_) s.resize(batch.tokens(), config().width);
     if (keep && options_.checkpoint) spare_.resize(batch.tokens(), config().width);
     ends_.embed(batch.ids, streams_[0].view());
     const auto tokens = tokens_of(batch);
@@ -326,6 +351,7 @@ class Decoder {
         backend_.copy(std::as_const(context.k).view().middle_rows(first, count), cache.keys[i].view().top_rows(count));
         backend_.copy(std::as_const(context.v).view().middle_rows(first, count), cache.values[i].view().top_rows(count));
       }
+      if (keep) page_out(at);
       at = next;
     }
     return std::as_const(streams_[at]).view();
@@ -335,9 +361,8 @@ class Decoder {
     std::vector<Index> starts;
     for (const auto& cache : caches) starts.push_back(cache.length);
     prepare(batch, starts);
-    streams_.resize(2);
+    resize_streams(2, batch.tokens());
     contexts_.resize(1);
-    for (auto& s : streams_) s.resize(batch.tokens(), config().width);
     ends_.embed(batch.ids, streams_[0].view());
     std::vector<Matrix<T, Memory>*> keys(caches.size()), values(caches.size());
     auto tokens = tokens_of(batch);
@@ -364,7 +389,7 @@ class Decoder {
   bool changed_ = false;  // parameters may have, since layers rounded them
   Matrix<Acc, Memory> rope_;
   std::vector<std::int32_t> positions_;
-  std::vector<Matrix<T, Memory>> streams_;
+  std::vector<Stream> streams_;
   std::vector<BlockContext<T, Backend>> contexts_;
   BlockWorkspace<T, Backend> work_;
   Matrix<T, Memory> d_, spare_;

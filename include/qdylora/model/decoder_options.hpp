@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include <qdylora/core/paged_memory.hpp>
 #include <qdylora/io/module_patterns.hpp>
 #include <qdylora/model/config.hpp>
 #include <qdylora/nn/adapter_method.hpp>
@@ -39,6 +40,7 @@ struct LayerPatterns {
 struct DecoderOptions {
   LoRAOptions lora = {};    // of every adapter; names and layer numbers are filled in
   bool checkpoint = false;  // keep only each block's input and run blocks again in the backward pass: a third more work, far less memory
+  PagedMemory checkpoint_memory = {};  // of these inputs, on a backend in the host's memory: files of its folder, if it has one
   AdapterMethod method = AdapterMethod::lora;  // by alpha and full, max_rank is 1, whatever lora says
   AlphaOptions alpha = {};                     // of every layer by that method; names are filled in
   LayerPatterns patterns = {};                 // by AdapterMethod::lora, and without gates

@@ -11,80 +11,11 @@
 
 #include <qdylora/model/base_weight.hpp>
 #include <qdylora/model/decoder.hpp>
+#include <qdylora/model/model_shape.hpp>
 #include <qdylora/model/recipe.hpp>
 #include <qdylora/optim/moments.hpp>
 
 namespace qdylora {
-
-/// A decoder as memory sees it. Widths are numbers a token.
-struct ModelShape {
-  Index vocab = 0, width = 0, layers = 0;
-  Index tables = 1;                  // [vocab, width]: the embedding, and a head of its own
-  std::vector<LinearShape> linears;  // of a block
-  std::vector<LinearShape> adapted;  // what a block's adapters sit on: the linears, or bottlenecks; by alpha and full there are none
-  bool whole = false;                // by AdapterMethod::full all weights train
-  Index norms = 0, biases = 0;       // numbers in a block's norms and biases
-  Index final_norms = 0;             // and after the last block
-  Index statistics = 1;              // numbers that a norm keeps of a token
-  Index kv_width = 0;                // of keys, and of values
-  Index head_dim = 0;                // of rotary positions
-  // What a block keeps of a forward pass for its backward pass, beside its input and the adapters' z: activations, and numbers of the
-  // accumulator's type.
-  Index kept = 0, kept_accumulators = 0;
-  Index forward_products = 1;  // [tokens, rank] that an adapter's forward pass takes and gives back
-  // Temporaries of one block, which all blocks share: those that a forward pass needs, and those that only a backward pass needs.
-  Index forward_temporaries = 0, backward_temporaries = 0;
-
-  Index linear_weights() const noexcept {
-    Index sum = 0;
-    for (const auto& linear : linears) sum += linear.out * linear.in;
-    return layers * sum;
-  }
-  Index outputs() const noexcept {
-    Index sum = 0;
-    for (const auto& linear : linears) sum += linear.out;
-    return sum;
-  }
-  /// Numbers in adapters of a rank.
-  Index adapter_numbers(Index rank) const noexcept {
-    Index sum = 0;
-    for (const auto& linear : adapted) sum += rank * (linear.out + linear.in);
-    return layers * sum;
-  }
-};
-
-/// BlockContext and BlockWorkspace as LlamaBlock and FalconBlock fill them, as widths.
-inline ModelShape model_shape(const DecoderConfig& c, AdapterMethod method = AdapterMethod::lora) {
-  const Index q = c.query_width(), kv = c.kv_width();
-  ModelShape s;
-  s.vocab = c.vocab;
-  s.width = c.width;
-  s.layers = c.layers;
-  s.tables = c.tied_head ? 1 : 2;
-  s.linears = c.linears();
-  if (has_ranks(method)) s.adapted = c.adapted(method);
-  s.whole = method == AdapterMethod::full;
-  s.kv_width = kv;
-  s.head_dim = c.heads.head_dim;
-  const bool falcon = c.architecture == Architecture::falcon;
-  const Index norms = c.shared_norm ? 1 : 2, per_norm = falcon ? 2 * c.width : c.width;  // weight, and a layer norm's bias
-  s.norms = norms * per_norm;
-  s.final_norms = per_norm;
-  s.statistics = falcon ? 2 : 1;
-  s.kept_accumulators = norms * s.statistics + c.heads.heads;                // the norms' statistics; lse
-  s.backward_temporaries = std::max(q, c.mlp_width) + c.width + q + 2 * kv;  // d_wide; d_normed; dq; dk, dv
-  if (falcon) {
-    s.kept = 2 * q + 2 * kv + c.mlp_width;                           // q, attended; k, v; up
-    s.forward_temporaries = 2 * c.width + c.mlp_width + q + 2 * kv;  // normed, part; activated; fused
-  } else {
-    s.kept = 2 * q + 2 * kv + c.width + 2 * c.mlp_width;  // q, attended; k, v; mid; gate, up
-    s.forward_temporaries = c.width + c.mlp_width;        // normed, activated
-    s.backward_temporaries += c.width;                    // part
-  }
-  if (method == AdapterMethod::houlsby) s.kept += 2 * c.width;  // projected
-  if (has_bottlenecks(method)) s.forward_products = 2;          // gelu(z); h
-  return s;
-}
 
 /// What memory depends on beside the model's shape.
 struct MemoryOptions {
@@ -100,6 +31,7 @@ struct MemoryOptions {
   bool dropout = false;
   bool training = true;     // false: forward passes alone, and no optimizer
   bool checkpoint = false;  // DecoderOptions::checkpoint
+  bool checkpoints_in_file = false;  // DecoderOptions::checkpoint_memory has a folder: memory has a block's streams at a time
   bool moments_in_8_bits = false;
   bool one_moment = false;       // Lion's, in full
   bool paged_moments = false;    // in the host's memory while the arithmetic is a device's
@@ -107,6 +39,7 @@ struct MemoryOptions {
   bool second_moments = false;   // the recipe re-orders by Reordering::gram, which gathers r x r numbers at each side of an adapter
   bool snapshot = false;         // the recipe measures, and keeps the adapters' values meanwhile
   bool resumes = false;          // a run goes on from a state, which is read whole
+  bool workers = false;          // one of several (Trainer::join), which gather what they sum in one buffer
 
   // The largest batches: positions, and those that are scored. Of a training step's micro-batches, and of passes without gradients.
   Index tokens = 0, scored = 0;
@@ -140,6 +73,7 @@ struct MemoryPlan {
   std::size_t checkpoints = 0;  // the residual stream before each block, and after the last
   std::size_t activations = 0;  // what blocks keep for their backward passes; with checkpointing of one block at a time
   std::size_t reordering = 0;   // second moments and the snapshot
+  std::size_t sums = 0;         // gradients, or second moments, on their way between workers
   std::size_t state = 0;        // what a run goes on from, before it trains
   std::size_t workspace = 0;    // temporaries of blocks and layers, positions
   std::size_t logits = 0;       // a chunk of them, and the rows they are made of
@@ -150,6 +84,7 @@ struct MemoryPlan {
   std::size_t staging = 0;  // the host's copy of the weights until they have gone up to the device
   std::size_t read = 0;     // by AdapterMethod::full, the weights as they are read, until there are masters; moments come later
   std::size_t file = 0;     // moments on disk; no part of memory
+  std::size_t checkpoint_file = 0;  // nor checkpoints there
   bool device = false, paged_moments = false, whole = false;
 
   struct Part {
@@ -171,6 +106,7 @@ struct MemoryPlan {
             {"checkpoints", checkpoints, device},
             {"activations", activations, device},
             {"re-ordering", reordering, device},
+            {"workers' sums", sums, device},
             {"state as read", state, false, true},
             {"workspace", workspace, device},
             {"logits", logits, device},
@@ -187,7 +123,7 @@ struct MemoryPlan {
   }
   /// At most at any time, on the backend's side: the device's memory, or all there is on the host.
   std::size_t total() const noexcept {
-    const std::size_t resident = base_codes + block_scales + nested_scales + tables + norms + initial + adapters + gradients;
+    const std::size_t resident = base_codes + block_scales + nested_scales + tables + norms + initial + adapters + gradients + sums;
     const std::size_t training = (device && paged_moments ? 0 : moments) + phases() + workspace + logits;
     return resident + std::max(training, read) + backend + (device ? 0 : process);
   }
@@ -209,6 +145,7 @@ struct MemoryPlan {
     line("at most at once", total(), caches > 0 && checkpoints > 0 ? "  (caches in the place of most checkpoints and activations)" : "");
     if (device) line("and on the host", host_total(), "");
     if (file > 0) line("moments in a file", file, "  on disk");
+    if (checkpoint_file > 0) line("checkpoint files", checkpoint_file, "  on disk");
     return text;
   }
 };
@@ -285,10 +222,10 @@ MemoryPlan memory_plan(const ModelShape& s, const MemoryOptions& o) {
     plan.moments += bytes(count) * moments;
     largest = std::max(largest, moments);
   };
-  // Numbers in A and B, and in second moments. In z: of all blocks after the first; of the first, or of any that takes its context in passes
-  // without gradients; of a context that all blocks share. Bytes of a token that a backward pass gives back.
+  // Numbers in A and B, their rows, and numbers in second moments. In z: of all blocks after the first; of the first, or of any that takes
+  // its context in passes without gradients; of a context that all blocks share. Bytes of a token that a backward pass gives back.
   const Index tokens = o.training ? o.tokens : 0, most = std::max(tokens, o.forward_tokens);
-  Index numbers = 0, squares = 0, later_z = 0, first_z = 0, shared_z = 0, given_back = 0;
+  Index numbers = 0, adapter_rows = 0, squares = 0, later_z = 0, first_z = 0, shared_z = 0, given_back = 0;
   for (Index i = 0; i < adapters; ++i) {
     const auto& [name, out, in] = s.adapted[static_cast<std::size_t>(i)];
     const auto rank_of = [&, i](Index layer) { return o.ranks.empty() ? rank : o.ranks[static_cast<std::size_t>(layer * adapters + i)]; };
@@ -300,6 +237,7 @@ MemoryPlan memory_plan(const ModelShape& s, const MemoryOptions& o) {
       const Index r = rank_of(layer);
       for (const Index cols : {in, out}) add_moments(1, r, cols);  // A, B
       numbers += r * (in + out);
+      adapter_rows += 2 * r;
       squares += 2 * r * r;
       if (layer > 0) later_z += tokens * r;
       largest_rank = std::max(largest_rank, r);
@@ -347,6 +285,9 @@ MemoryPlan memory_plan(const ModelShape& s, const MemoryOptions& o) {
   if (!o.base.init.standard()) plan.initial = bytes(s.adapter_numbers(o.base.init.rank) * acc);
   plan.adapters = plan.gradients = bytes((numbers + whole + s.layers * scales + biases + (dora ? s.layers * s.outputs() : 0)) * acc);
 
+  if (o.workers && o.training)  // beside the gradients a number for each row, whether it has one, and the loss
+    plan.sums = std::max(plan.gradients + bytes((adapter_rows + (dora ? s.layers * adapters : 0) + 1) * acc),
+                         o.second_moments ? bytes(squares * acc) : std::size_t{0});
   if (o.resumes && o.training) plan.state = plan.adapters + all_moments;
 
   // Decoder's buffers keep the size of the largest batch. Passes without gradients take two streams and one context.
@@ -354,6 +295,7 @@ MemoryPlan memory_plan(const ModelShape& s, const MemoryOptions& o) {
   const Index context = s.kept * t + s.kept_accumulators * acc + (o.dropout && o.training ? in_sum * t : 0) +
                         (dora ? s.outputs() * t : 0);
   plan.checkpoints = bytes(o.training ? ((s.layers - 1) * tokens + 2 * most) * streams : 2 * most * streams);
+  if (o.training && o.checkpoints_in_file) plan.checkpoint_file = std::exchange(plan.checkpoints, bytes(2 * most * streams));
   plan.prompts = bytes(2 * most * streams + most * context + shared_z * acc);
   plan.activations = o.training && !o.checkpoint ? bytes(((s.layers - 1) * tokens + most) * context + (later_z + first_z) * acc)
                                                  : bytes(most * context + shared_z * acc);
