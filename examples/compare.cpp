@@ -9,7 +9,8 @@
 // of these with paired intervals over the held-out examples, of runs whose lines have them.
 //
 // Beside the recipes, `separate` stands for as many runs of qlora as there are ranks, each with an adapter of that rank alone, scale alpha/r
-// with --alpha-over-rank: what one run replaces.
+// with --alpha-over-rank: what one run replaces; and `full` for a run whose weights all train, in bfloat16 and at a tenth of --lr, the same
+// value at every rank.
 //
 // --answers 24 lets every rank answer held-out examples, a table each for exact match and BLEU; --choices FILE asks multiple-choice questions.
 //
@@ -21,6 +22,7 @@
 #include <fstream>
 #include <limits>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include <qdylora/io.hpp>
@@ -43,8 +45,9 @@ void declare(CLI::App& app, CompareOptions& o) {
                  "of a .bin model: llama2.c's tokenizer file; else a .gguf file or a folder with tokenizer.json")
       ->check(not_empty());
   app.add_option("--data", o.data, "plain text (a stream) or JSON lines (examples)")->required()->check(not_empty());
-  app.add_option("--recipes", o.recipes, "which to train, separated by commas, changes of them such as qdylora+frozen, and separate, a run for each rank; "
-                 "default: all but that")
+  app.add_option("--recipes", o.recipes,
+                 "which to train, separated by commas, changes of them such as qdylora+frozen, separate, a run for each rank, and full, "
+                 "one whose weights all train, in bfloat16 at a tenth of --lr; default: all recipes")
       ->check(not_empty());
   app.add_option("--seeds", o.seeds, "of adapters, data order and ranks; the same for every recipe")->capture_default_str();
   app.add_option("--ranks", o.ranks, "ranks")->capture_default_str();
@@ -80,13 +83,16 @@ Comparison comparison(const CompareOptions& o) {
                .against = o.against,
                .runs = {}};
   for (const auto& name : c.recipes)
-    if (name != separate_runs) static_cast<void>(recipe(name));
-  if (c.against != separate_runs) static_cast<void>(recipe(c.against));
+    if (is_recipe(name)) static_cast<void>(recipe(name));
+  if (is_recipe(c.against)) static_cast<void>(recipe(c.against));
   for (const auto seed : c.seeds)  // JSON's integers
     QDYLORA_EXPECTS(seed <= static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max()), bad_argument,
                     "--seeds: " + std::to_string(seed) + " is above 2^63 - 1");
-  QDYLORA_EXPECTS(o.init == "standard" || std::find(c.recipes.begin(), c.recipes.end(), separate_runs) == c.recipes.end(), bad_argument,
+  const auto asked_for = [&](std::string_view name) { return std::find(c.recipes.begin(), c.recipes.end(), name) != c.recipes.end(); };
+  QDYLORA_EXPECTS(o.init == "standard" || !asked_for(separate_runs), bad_argument,
                   "--init " + o.init + ": runs of one rank each would begin with another base each");
+  QDYLORA_EXPECTS((o.eval_formats.empty() && o.base.find(',') == o.base.npos) || !asked_for(full_run), bad_argument,
+                  "--recipes full: has weights of its own, which are in none of several formats of a base");
   return c;
 }
 
@@ -107,6 +113,7 @@ int compare(const CompareOptions& o) {
       if (std::none_of(input.eval_formats.begin(), input.eval_formats.end(), missing)) continue;
       std::fprintf(stderr, "%s, seed %llu\n", name.c_str(), static_cast<unsigned long long>(seed));
       const auto runs = name == separate_runs ? train_separately(input, c.ranks, seed, signal)
+                        : name == full_run    ? train_whole(input, c.ranks, seed, signal)
                                               : train(input, c.ranks, /*base=*/true, name, seed, signal);
       if (runs.empty()) {
         std::printf("stopped; the finished runs are in %s\n", o.out.c_str());

@@ -39,6 +39,12 @@ struct CompareOptions {
 
 /// In place of a recipe: a run of qlora for each rank, with an adapter of that rank alone.
 inline constexpr std::string_view separate_runs = "separate";
+/// And a run whose weights all train, in bfloat16 with masters in float32, at full_lr of the learning rate.
+inline constexpr std::string_view full_run = "full";
+inline constexpr double full_lr = 0.1;
+
+/// Whether a name of --recipes is that of a recipe.
+inline bool is_recipe(std::string_view name) noexcept { return name != separate_runs && name != full_run; }
 
 /// The tasks that runs are scored by beside their losses.
 inline std::vector<std::string> tasks_of(const CompareOptions& o) {
@@ -145,6 +151,34 @@ inline void add_measured(const RankResult& measured, ComparedRun& run) {
   }
 }
 
+/// Takes all steps of a trainer, each after prepare(). False if it was stopped before the last.
+template <class F>
+bool take_steps(const CompareInput& in, Trainer<float>& trainer, std::int64_t steps, std::uint64_t seed, const StopSignal& signal,
+                F&& prepare) {
+  Progress progress(steps);
+  while (!trainer.done()) {
+    if (signal.requested()) return false;
+    prepare();
+    const auto report = trainer.step(in.rows.step(seed, trainer.step_count(), in.options.batch));
+    progress.update(trainer.step_count(), report.tokens, report.loss, report.rank);
+  }
+  progress.finish();
+  return true;
+}
+
+/// A decoder at ranks, by all that runs are measured by; cut short where it is told to stop.
+inline std::vector<RankResult> measure(const CompareInput& in, Decoder<float>& decoder, const std::vector<Index>& ranks,
+                                       const StopSignal& signal) {
+  const auto stop = [&] { return signal.requested(); };
+  const auto& questions = in.rows.to_answer();
+  auto measured = evaluate_losses(decoder, in.rows.test(), ranks, stop);
+  if (!questions.empty())
+    evaluate_answers(decoder, in.model.need_tokenizer(), in.model.chat_template(), questions, measured, in.options.new_tokens, stop);
+  if (in.choices) evaluate_choices(decoder, *in.choices, measured, stop);
+  if (!stop() && !questions.empty()) evaluate_bleu(questions, measured);
+  return measured;
+}
+
 /// One training run, measured on each of the bases at `ranks` and, where `base` says so, without an adapter as the last. Empty if it was
 /// stopped. Errors: bad_argument for too few steps.
 inline std::vector<ComparedRun> train(const CompareInput& in, const RankSet& ranks, bool base, const std::string& name, std::uint64_t seed,
@@ -165,28 +199,18 @@ inline std::vector<ComparedRun> train(const CompareInput& in, const RankSet& ran
   std::vector<Sample> back;
   for (Index i = 0; i < held_back; ++i) back.push_back(in.rows.row(seed, -1 - i));
   trainer.hold_back(to_batches(back, 2048));
-  Progress progress(steps);
-  while (!trainer.done()) {
-    if (signal.requested()) return {};
+  const auto draw_base = [&] {
     if (trained.size() > 1) set_base(decoder, *trained[drawn_base(seed, trainer.step_count(), trained.size())]);
-    const auto report = trainer.step(in.rows.step(seed, trainer.step_count(), o.batch));
-    progress.update(trainer.step_count(), report.tokens, report.loss, report.rank);
-  }
-  progress.finish();
+  };
+  if (!take_steps(in, trainer, steps, seed, signal, draw_base)) return {};
   std::vector<Index> all(ranks.begin(), ranks.end());
   if (base) all.push_back(0);
   std::vector<ComparedRun> runs;
   for (const auto& format : in.eval_formats) {
     const auto on = std::find_if(in.bases.begin(), in.bases.end(), [&](const Base& b) { return b.format == format; });
     set_base(decoder, *on->weights);
-    const auto stop = [&] { return signal.requested(); };
-    const auto& questions = in.rows.to_answer();
-    auto measured = evaluate_losses(decoder, in.rows.test(), all, stop);
-    if (!questions.empty())
-      evaluate_answers(decoder, in.model.need_tokenizer(), in.model.chat_template(), questions, measured, o.new_tokens, stop);
-    if (in.choices) evaluate_choices(decoder, *in.choices, measured, stop);
-    if (stop()) return {};
-    if (!questions.empty()) evaluate_bleu(questions, measured);
+    const auto measured = measure(in, decoder, all, signal);
+    if (signal.requested()) return {};
     auto& run = runs.emplace_back(ComparedRun{.recipe = name, .seed = seed, .on = format, .losses = {}, .share = trainer.nested().share});
     for (const auto& at_rank : measured) add_measured(at_rank, run);
   }
@@ -212,6 +236,28 @@ inline std::vector<ComparedRun> train_separately(const CompareInput& in, const R
     }
   }
   return all;
+}
+
+/// The run of full fine-tuning, which has one value at all ranks; its base is the model in bfloat16. Empty if it was stopped.
+inline std::vector<ComparedRun> train_whole(const CompareInput& in, const RankSet& ranks, std::uint64_t seed, const StopSignal& signal) {
+  const auto& o = in.options;
+  Decoder<float> decoder(in.model.read({.format = BaseFormat::bfloat16}), {.method = AdapterMethod::full}, in.cpu);
+  const auto base = measure(in, decoder, {1}, signal);
+  if (signal.requested()) return {};
+  Trainer<float> trainer(decoder, {.recipe = recipe("auto", AdapterMethod::full),
+                                   .ranks = RankSet{1},
+                                   .steps = o.steps,
+                                   .lr = full_lr * o.lr,
+                                   .seed = seed});
+  if (!take_steps(in, trainer, o.steps, seed, signal, [] {})) return {};
+  const auto measured = measure(in, decoder, {1}, signal);
+  if (signal.requested()) return {};
+  ComparedRun run{.recipe = std::string(full_run), .seed = seed, .on = in.eval_formats.front(), .losses = {}};
+  for (Index i = 0; i < ranks.size(); ++i) add_measured(measured.front(), run);
+  add_measured(base.front(), run);
+  std::vector<ComparedRun> runs;
+  runs.push_back(std::move(run));
+  return runs;
 }
 
 }  // namespace qdylora::examples

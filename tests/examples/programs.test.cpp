@@ -333,6 +333,8 @@ TEST_CASE("programs: a wrong argument or file gives one line and status 2") {
       {"compare", "--model " + junk + " --data " + good + " --eval-formats nf4,", "--eval-formats"},
       {"compare", "--model " + junk + " --data " + good + " --init loftq --base-format nf4,fp8", "--init"},
       {"compare", "--model " + junk + " --data " + good + " --init loftq --recipes qlora,separate", "--init"},
+      {"compare", "--model " + junk + " --data " + good + " --recipes qlora,full --base-format nf4,int4", "--recipes full"},
+      {"compare", "--model " + junk + " --data " + good + " --recipes full --eval-formats nf4", "--recipes full"},
       {"compare", "--model " + junk + " --data " + good + " --compute int8", "--compute"},
       {"compare", "--model " + junk + " --data " + good + " --batch 99999999999", "--batch"},
       {"compare", "--model " + junk + " --data " + good + " --eval-rows 0", "--eval-rows"},
@@ -2059,6 +2061,42 @@ TEST_CASE("programs: compare trains a run for each rank beside the recipes, and 
   const auto after = test::read_file(folder / "runs.jsonl");
   CHECK(std::count(after.begin(), after.end(), '\n') == std::count(before.begin(), before.end(), '\n') + 2);
   CHECK(after.find("\"compute\":\"bits16\"") != std::string::npos);
+}
+
+TEST_CASE("programs: compare sets full fine-tuning of the model in bfloat16 beside the recipes, one value for all ranks") {
+  if (!built("compare")) SKIP("compare has not been built");
+  const test::TemporaryFolder folder;
+  write_letters_model(folder / "model", "qwen2", 48, 'L');
+  write_letters_data(folder / "d.jsonl");
+  const auto told = [&](const std::string& options) {
+    return run("compare", "--model " + quoted(folder / "model") + " --data " + quoted(folder / "d.jsonl") + " --ranks 1,4 --steps 3 --batch 2" +
+                              " --seq-len 16 --eval-rows 2 --answers 1 --max-new-tokens 3 --lr 3e-2 --results " + quoted(folder / "runs.jsonl") +
+                              " " + options);
+  };
+  const auto first = told("--recipes qlora,full --seeds 0 --base-format bfloat16");
+  CAPTURE(first.out, first.err);
+  REQUIRE(first.status == 0);
+  CHECK(table_row(first.out, "full (1)")[1] == table_row(first.out, "full (1)")[2]);
+  const auto text = test::read_file(folder / "runs.jsonl");
+  std::istringstream lines(text);
+  std::string line;
+  std::vector<qd::Json> runs;
+  while (std::getline(lines, line)) runs.push_back(qd::parse_json(line, {}));
+  REQUIRE(runs.size() == 2);
+  const auto losses = runs[1].at("losses").get<std::vector<double>>();
+  REQUIRE(losses.size() == 3);
+  CHECK(losses[0] == losses[1]);
+  CHECK(std::abs(losses[0] - losses[2]) > 1e-3);
+  CHECK(losses[2] == Approx(runs[0].at("losses")[2].get<double>()).epsilon(1e-5));  // the base in bfloat16 is the model that all weights train of
+  CHECK(runs[1].at("scores").at("BLEU").size() == 3);
+  CHECK(runs[1].at("examples").at("held-out loss").size() == 3);
+  // Another seed has other rows; what stands there is not trained again.
+  const auto second = told("--recipes full --against full --seeds 0,1 --base-format bfloat16");
+  CAPTURE(second.out, second.err);
+  CHECK(second.status == 0);
+  CHECK(second.err.find("full, seed 0") == std::string::npos);
+  CHECK(second.err.find("full, seed 1") != std::string::npos);
+  CHECK(test::read_file(folder / "runs.jsonl").starts_with(text));
 }
 
 TEST_CASE("programs: compare writes prompts as --chat-template says, beside a plain text too, and does not mix such runs with others") {
