@@ -180,6 +180,15 @@ class Merger {
   std::deque<Buffer<std::byte>> copies_;
 };
 
+/// Errc::shape_mismatch where a tensor of the model has another shape than what is to take its place.
+void expect_same_shape(const SafetensorsFile& file, const std::string& tensor, const std::vector<Index>& shape) {
+  const auto& expected = file.info(tensor).shape;
+  if (expected == shape) return;
+  const auto text = [](const std::vector<Index>& numbers) { return qdylora::detail::shape_text(std::span<const Index>(numbers)); };
+  throw Error(Errc::shape_mismatch, "expected " + text(expected) + ", found " + text(shape) + " in the adapter",
+              {.file = file.name(), .tensor = tensor});
+}
+
 /// Whole modules take the place of tensors of the same name and shape. Errc::missing_tensor, shape_mismatch; unsupported where the head is the
 /// embedding, which would change with it.
 void expect_place_for(const PeftAdapter& adapter, const SafetensorsFolder& source) {
@@ -188,27 +197,11 @@ void expect_place_for(const PeftAdapter& adapter, const SafetensorsFolder& sourc
     const std::vector<Index> shape = whole.vector ? std::vector{whole.value.cols()} : std::vector{whole.value.rows(), whole.value.cols()};
     const ErrorPlace place{.file = file.name(), .tensor = whole.name};
     if (is_bnb_4bit(file, whole.name)) throw Error(Errc::unsupported, "is in 4 bits, and the adapter has the module whole", place);
-    if (file.info(whole.name).shape != shape)
-      throw Error(Errc::shape_mismatch,
-                  "expected " + qdylora::detail::shape_text(std::span<const Index>(file.info(whole.name).shape)) + ", found " +
-                      qdylora::detail::shape_text(std::span<const Index>(shape)) + " in the adapter",
-                  place);
+    expect_same_shape(file, whole.name, shape);
     const bool embedding = whole.module().ends_with("embed_tokens") || whole.module().ends_with("word_embeddings");
     if (embedding && !source.contains("lm_head.weight") && !adapter.saved.ties_weights)
       throw Error(Errc::unsupported, "is the model's head too, and the adapter changes the embedding alone", place);
   }
-}
-
-/// A bias that trained takes the place of the layer's. Errc::missing_tensor, shape_mismatch.
-void expect_bias_for(const PeftModule& module, const SafetensorsFolder& source) {
-  const std::string tensor = module.name + ".bias";
-  const auto& file = source.file_of(tensor);
-  const auto& shape = file.info(tensor).shape;
-  if (shape != std::vector{module.out()})
-    throw Error(Errc::shape_mismatch,
-                "expected " + qdylora::detail::shape_text(std::span<const Index>(shape)) + ", found [" + std::to_string(module.out()) +
-                    "] in the adapter",
-                {.file = file.name(), .tensor = tensor});
 }
 
 int merge(const std::filesystem::path& model, const std::string& adapter_folder, const std::filesystem::path& out, Index rank,
@@ -220,7 +213,8 @@ int merge(const std::filesystem::path& model, const std::string& adapter_folder,
   const SafetensorsFolder source(model);
   for (const auto& module : adapter.modules) {  // all, before anything is written
     source.file_of(module.name + ".weight");
-    if (module.biased()) expect_bias_for(module, source);
+    const std::string bias = module.name + ".bias";
+    if (module.biased()) expect_same_shape(source.file_of(bias), bias, {module.out()});
   }
   expect_place_for(adapter, source);
   expect_no_overwrite(adapter_folder, out);

@@ -12,6 +12,7 @@
 #include "support/catch.hpp"
 #include "support/files.hpp"
 #include "support/golden.hpp"
+#include "support/peft_model.hpp"
 #include "support/random_data.hpp"
 #include "support/tiny_model.hpp"
 
@@ -95,19 +96,8 @@ TEST_CASE("PEFT's adapters with whole modules have PEFT's logits", "[peft]") {
       auto weights = qd::load_hugging_face(folder, {.format = qd::BaseFormat::float32});
       qd::replace_modules(*weights, adapter.saved);
       qd::Decoder<float> model(weights, {.lora = {.max_rank = 2}});
-      std::size_t used = 0;
-      model.for_each_linear([&](auto& linear) {
-        const auto* module = adapter.find(linear.adapter().options().name);
-        if (module == nullptr) return;
-        qd::assign(*module, linear.adapter());
-        ++used;
-      });
-      CHECK(used == adapter.modules.size());
-      qd::Batch batch;
-      batch.ids = ids;
-      batch.targets.assign(ids.size(), -1);
-      batch.offsets.push_back(batch.tokens());
-      const auto found = model.logits(batch);
+      test::put_adapter(adapter, model);
+      const auto found = model.logits(test::unscored_batch(ids));
       const auto expected = test::load<float>(io, name);
       REQUIRE(static_cast<std::size_t>(found.size()) == expected.size());
       float largest = 0.0f, difference = 0.0f;

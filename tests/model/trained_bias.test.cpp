@@ -12,6 +12,7 @@
 #include "support/distortion.hpp"
 #include "support/files.hpp"
 #include "support/golden.hpp"
+#include "support/peft_model.hpp"
 
 namespace trained_bias_test {
 
@@ -23,23 +24,12 @@ namespace {
 
 Model model_of(const qd::PeftAdapter& adapter) {
   Model model(qd::load_hugging_face(test::golden("qwen2"), {.format = qd::BaseFormat::float32}), {.lora = qd::lora_options(adapter)});
-  std::size_t used = 0;
-  model.for_each_linear([&](auto& linear) {
-    const auto* module = adapter.find(linear.adapter().options().name);
-    if (module == nullptr) return;
-    qd::assign(*module, linear.adapter());
-    ++used;
-  });
-  REQUIRE(used == adapter.modules.size());
+  test::put_adapter(adapter, model);
   return model;
 }
 
 qd::Matrix<float> logits_of(Model& model) {
-  qd::Batch batch;
-  batch.ids = test::load<std::int32_t>("trained_bias/io.safetensors", "input_ids");
-  batch.targets.assign(batch.ids.size(), -1);
-  batch.offsets.push_back(batch.tokens());
-  return model.logits(batch);
+  return model.logits(test::unscored_batch(test::load<std::int32_t>("trained_bias/io.safetensors", "input_ids")));
 }
 
 double difference(const qd::Matrix<float>& found, const std::string& golden) {

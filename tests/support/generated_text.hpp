@@ -8,6 +8,7 @@
 #include <qdylora/model/generate.hpp>
 
 #include "support/catch.hpp"
+#include "support/peft_model.hpp"
 #include "support/tiny_model.hpp"
 
 namespace test {
@@ -19,11 +20,7 @@ void check_generated(Model& model) {
   const std::vector<std::vector<std::int32_t>> prompts = {text};
   const auto written = qdylora::generate(model, std::span(prompts), qdylora::RankPlan::uniform(1), {.max_tokens = 5});
   for (const std::int32_t id : written.front()) {
-    qdylora::Batch whole;
-    whole.ids = text;
-    whole.targets.assign(text.size(), -1);
-    whole.offsets.push_back(static_cast<Index>(text.size()));
-    const auto logits = model.logits(whole);
+    const auto logits = model.logits(unscored_batch(text));
     const auto* last = logits.view().row(logits.rows() - 1);
     CHECK(std::max_element(last, last + logits.cols()) - last == id);
     text.push_back(id);
