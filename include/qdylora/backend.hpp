@@ -198,6 +198,13 @@ Matrix<S, typename B::Memory> temporary(const B& backend, Index rows, Index cols
   return matrix;
 }
 
+/// The backend with exact products, where it has others: for what is computed once and kept.
+template <class B>
+decltype(auto) exact(const B& backend) {
+  if constexpr (requires { backend.exact(); }) return backend.exact();
+  else return (backend);
+}
+
 // ---- the parts -----------------------------------------------------------------------------------------------------------------
 
 /// Memory that the operations reach, and its traffic with the host.

@@ -105,7 +105,8 @@ TEMPLATE_TEST_CASE("int8 has no product with a transposed quantized weight, and 
 
 // ---- accuracy ------------------------------------------------------------------------------------------------------------------
 
-TEMPLATE_TEST_CASE("products with quantized weights are within the bounds of their class", "[cpu][classes]", QDYLORA_TEST_STORAGES) {
+TEMPLATE_TEST_CASE("products with quantized weights are within the bounds of their class", "[cpu][classes]", QDYLORA_TEST_STORAGES,
+                   QDYLORA_TEST_STORAGES_OF(INT8)) {
   Rng rng(seed_of<typename TestType::Format, typename TestType::Scales>(), qd::Purpose::data);
   const auto shapes = shuffled_shapes(rng, 2);
   const Index cases = quantized_products_by_class<float, typename TestType::Format, typename TestType::Scales>(shapes, rng);
@@ -137,6 +138,7 @@ TEST_CASE("the named shapes are within the bounds of their class", "[cpu][classe
   quantized_products_by_class<float, qd::NF4, qd::DoubleQuant<>>(product_shapes, rng);
   quantized_products_by_class<float, qd::INT4, qd::Float32Scales>(product_shapes, rng);
   quantized_products_by_class<float, qd::FP8E4M3, qd::Float32Scales>(product_shapes, rng);
+  quantized_products_by_class<float, qd::INT8, qd::Float32Scales>(product_shapes, rng);
 }
 
 TEST_CASE("every number of tokens, of outputs and of inputs around the sizes of tiles is within the bounds of its class",
@@ -158,6 +160,7 @@ TEST_CASE("inputs around the sizes of blocks are within the bounds of their clas
   quantized_products_by_class<float, qd::NF4, qd::DoubleQuant<>>(shapes, rng);
   quantized_products_by_class<float, qd::INT4, qd::DoubleQuant<qd::FP8E4M3>>(shapes, rng);
   quantized_products_by_class<float, qd::FP8E5M2, qd::Float32Scales>(shapes, rng);
+  quantized_products_by_class<float, qd::INT8, qd::DoubleQuant<>>(shapes, rng);
 }
 
 TEST_CASE("few tokens with long rows and with many rows are within the bounds of their class", "[cpu][classes]") {
@@ -242,20 +245,32 @@ TEMPLATE_TEST_CASE("products with dense weights are within the bounds of their c
   dense_products_by_class<TestType, qd::half>(adapters, rng);
 }
 
-TEST_CASE("gradients of weights are no worse than products of their class", "[cpu][classes]") {
-  const ProductShape shapes[] = {{0, 8, 9}, {1, 16, 33}, {7, 1, 65}, {33, 8, 129}, {100, 16, 97}, {257, 3, 64}};
+TEMPLATE_TEST_CASE("gradients of weights are no worse than products of their class, in 16 bits from 64 rows and tokens on", "[cpu][classes]", float,
+                   qd::bfloat16) {
+  using T = TestType;
+  const ProductShape shapes[] = {{0, 8, 9},     {1, 16, 33},   {7, 1, 65},    {33, 8, 129},  {100, 16, 97}, {257, 3, 64},
+                                 {63, 64, 128}, {64, 63, 128}, {64, 64, 128}, {65, 71, 31},  {300, 257, 65}, {129, 300, 1}};
   for (const ProductShape& shape : shapes) {
     const Index tokens = shape.tokens, rank = shape.out, features = shape.in;
     CAPTURE(tokens, rank, features);
-    const auto h = normal_matrix<float>(tokens, rank, 1), x = normal_matrix<float>(tokens, features, 2);
+    const auto h = normal_matrix<float>(tokens, rank, 1);
+    const auto x = normal_matrix<T>(tokens, features, 2);
     each_class([&](const qd::Cpu& cpu) {
-      const qd::Cpu at_least = cpu.compute() == Compute::int8 ? cpu.with_compute(Compute::exact) : cpu;
-      const double limit = class_bounds<float>(at_least).upper;
+      const qd::Cpu exact = cpu.exact();
+      const bool has_rows = tokens >= 64 && rank >= 64, bits16 = cpu.compute() == Compute::bits16;
+      const double limit = class_bounds<float>(bits16 && tokens >= 64 ? cpu : exact).upper;
       for (const Update update : both_updates) {
         Output<qd::Cpu, float> g(cpu, rank, features, update);
         cpu.weight_gradient(h.view(), x.view(), g.view(), update);
         reference::weight_gradient(h.view(), x.view(), g.expected(), update);
         g.check(limit * limit);
+      }
+      if (has_rows || !bits16 || tokens < 64) {
+        qd::Matrix<float> here(rank, features), there(rank, features);
+        cpu.weight_gradient(h.view(), x.view(), here.view());
+        exact.weight_gradient(h.view(), x.view(), there.view());
+        const bool in_float32 = !bits16 || tokens < 64 || cpu.isa() == qd::Isa::generic || cpu.isa() == qd::Isa::avx512;
+        CHECK(same_bits(here.view(), there.view()) == in_float32);
       }
     });
   }

@@ -184,6 +184,15 @@ TEST_CASE("views of any stride pass through a layer") {
   }
 }
 
+TEST_CASE("merging is exact, whatever the arithmetic of the passes") {
+  const auto merged = [](qd::Compute compute) {
+    Layer layer(test::normal_matrix<float>(out, in, 1, 0.1), {.max_rank = 64}, {}, qd::Cpu().with_compute(compute));
+    fill_b(layer, 6);
+    return layer.merged_weight(64);
+  };
+  CHECK(same_bits(merged(qd::Compute::bits16).view(), merged(qd::Compute::exact).view()));
+}
+
 TEST_CASE("merging and dropping the result leaves the layer as it was, bit for bit") {
   Layer layer = make_layer();
   fill_b(layer, 6);

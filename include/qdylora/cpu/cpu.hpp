@@ -37,6 +37,7 @@ class Cpu {
     return other;
   }
   Compute compute() const noexcept { return run_.compute; }
+  Cpu exact() const { return with_compute(Compute::exact); }
   /// 0 where an Executor decides.
   int threads() const noexcept { return run_.pool ? run_.pool->threads() : 0; }
 
@@ -48,7 +49,9 @@ class Cpu {
   // memory
   template <class T>
   void fill(MatrixView<T> y, std::type_identity_t<T> value) const {
-    for (Index i = 0; i < y.rows; ++i) std::fill_n(y.row(i), y.cols, value);
+    run_.parallel_ranges(y.rows, detail::row_grain(y.cols), [&](Index begin, Index end) {
+      for (Index i = begin; i < end; ++i) std::fill_n(y.row(i), y.cols, value);
+    });
   }
   /// Element types may differ; values are rounded to the target's.
   template <class X, class Y>

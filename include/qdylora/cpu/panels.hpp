@@ -50,7 +50,7 @@ void fill_rounded(const Panels& panels, const CodeKernels& kernels, Index first,
   for (Index k = 0; k < part; k += rows) {
     const Index here = std::min(rows, part - k);
     panels.fill(first, count, begin + k, here, panel);
-    kernels.bits16.round_panel(panel, here, out + kernels.bits16.cells_of(k) * panel_width);
+    kernels.bits16.round_panel(panel, panel_width, here, out + kernels.bits16.cells_of(k) * panel_width);
   }
 }
 
@@ -70,14 +70,18 @@ struct CodedPanels {
   }
   void fill(Index first, Index count, Index begin, Index part, std::uint32_t* out) const {
     const CellKernels& cells = kernels.bits16;
-    const bool direct = w.bits == 4 && w.whole_blocks() &&
-                        (direction == Direction::forward ? w.block_size >= cells.numbers : cells.backward != nullptr);
-    if (!direct) return fill_rounded(*this, kernels, first, count, begin, part, out);
+    const bool numbers = w.byte_step != 0.0f;
     if constexpr (direction == Direction::forward) {
+      if (!w.whole_blocks() || (numbers ? !cells.forward_numbers : w.bits != 4 || w.block_size < cells.numbers))
+        return fill_rounded(*this, kernels, first, count, begin, part, out);
       if (count < panel_width) std::fill_n(out, cells.cells_of(part) * panel_width, 0u);
-      cells.forward(w, scales_from(first), first, count, begin, part, out);
+      if (numbers) cells.forward_numbers(w, first, count, begin, part, out);
+      else cells.forward(w, scales_from(first), first, count, begin, part, out);
     } else {
-      cells.backward(w, scales, begin, part, first, out);
+      if (!w.whole_blocks() || (numbers ? !cells.backward_numbers : w.bits != 4 || !cells.backward))
+        return fill_rounded(*this, kernels, first, count, begin, part, out);
+      if (numbers) cells.backward_numbers(w, begin, part, first, out);
+      else cells.backward(w, scales, begin, part, first, out);
     }
   }
   /// Asks memory for share i of n of what fill() of these outputs will read, row by row.
@@ -123,6 +127,8 @@ struct ElementPanels {
     }
   }
   void fill(Index first, Index count, Index begin, Index part, std::uint32_t* out) const {
+    if constexpr (direction == Direction::backward && std::is_same_v<W, MatrixView<const float>>)
+      if (count == panel_width) return kernels.bits16.round_panel(w.row(begin) + first, w.stride, part, out);
     fill_rounded(*this, kernels, first, count, begin, part, out);
   }
 };
@@ -170,6 +176,12 @@ struct PlainCells {
   }
 };
 
+/// The rows [cols of u] of u^T.
+struct Turned {
+  MatrixView<const float> columns;
+  Index rows = columns.cols, cols = columns.rows;
+};
+
 struct Bits16Cells {
   using Cell = std::uint32_t;
   const CellKernels& kernels;
@@ -179,17 +191,39 @@ struct Bits16Cells {
   Index x_rows() const noexcept { return kernels.x_rows; }
   template <class T>
   MatrixView<const Cell> prepare(const CpuRun& run, MatrixView<const T> x) const {
-    const Index cols = cells_of(x.cols), stride = uncrowded_stride<Cell>(cols);
-    const MatrixView<Cell> cells{scratch<Cell, 10>(rounded_up(x.rows, x_rows()) * stride), x.rows, cols, stride};
+    const MatrixView<Cell> cells = cells_for(x.rows, x.cols);
     each_x_rows(run, x.rows, x.cols, x_rows(), [&](Index row, Index rows) {
-      Cell* to = x_rows() == 1 ? cells.row(row) : scratch<Cell, 8>(rows * stride);
-      for (Index r = 0; r < rows; ++r) kernels.round(row_as<float, 2>(x, row + r), x.cols, to + r * stride);
-      if (x_rows() > 1) side_by_side(run, to, stride, rows, cols, cells.row(row));
+      round(run, row, rows, x.cols, [&](Index r) { return row_as<float, 2>(x, row + r); }, cells);
+    });
+    return cells;
+  }
+  MatrixView<const Cell> prepare(const CpuRun& run, Turned x) const {
+    constexpr Index together = 16;  // of x_rows, and of what kernels turn side by side
+    const MatrixView<Cell> cells = cells_for(x.rows, x.cols);
+    each_x_rows(run, x.rows, x.cols, together, [&](Index first, Index count) {
+      const Index stride = rounded_up(x.cols, 16);
+      float* turned = scratch<float, 2>(together * stride);
+      run.kernels<float>().transpose(x.cols, count, x.columns.data + first, x.columns.stride, turned, stride);
+      for (Index row = 0; row < count; row += x_rows())
+        round(run, first + row, std::min(x_rows(), count - row), x.cols, [&](Index r) { return turned + (row + r) * stride; }, cells);
     });
     return cells;
   }
   void gemm(Index m, Index n, Index depth, const Cell* a, Index a_row, const Cell* b, float* c, Index c_row, bool accumulate) const {
     kernels.gemm(m, n, depth, a, a_row, 1, b, panel_width, c, c_row, accumulate);
+  }
+
+ private:
+  MatrixView<Cell> cells_for(Index rows, Index numbers_of_row) const {
+    const Index cols = cells_of(numbers_of_row), stride = uncrowded_stride<Cell>(cols);
+    return {scratch<Cell, 10>(rounded_up(rows, x_rows()) * stride), rows, cols, stride};
+  }
+  /// Up to x_rows() rows, of which row_of(r) gives one at a time.
+  template <class RowOf>
+  void round(const CpuRun& run, Index row, Index rows, Index count, RowOf row_of, MatrixView<Cell> cells) const {
+    Cell* to = x_rows() == 1 ? cells.row(row) : scratch<Cell, 8>(rows * cells.stride);
+    for (Index r = 0; r < rows; ++r) kernels.round(row_of(r), count, to + r * cells.stride);
+    if (x_rows() > 1) side_by_side(run, to, cells.stride, rows, cells.cols, cells.row(row));
   }
 };
 
@@ -200,9 +234,9 @@ constexpr Index depth_parts(Index outputs, Index depth) noexcept {
 }
 
 /// y [m, outputs] (+)= x [m, depth] . panels
-template <class S, class Cells, class Panels, class T, class Y>
-void multiply_panels(const CpuRun& run, const Cells& cells, const Panels& panels, Index task_outputs, Index group_tokens,
-                     MatrixView<const T> x, MatrixView<Y> y, Update update) {
+template <class S, class Cells, class Panels, class X, class Y>
+void multiply_panels(const CpuRun& run, const Cells& cells, const Panels& panels, Index task_outputs, Index group_tokens, X x,
+                     MatrixView<Y> y, Update update) {
   using Cell = typename Cells::Cell;
   const Index panel_depth = cells.panel_depth();
   const MatrixView<const Cell> input = cells.prepare(run, x);

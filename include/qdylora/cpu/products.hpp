@@ -5,6 +5,7 @@
 
 namespace qdylora::detail {
 
+inline constexpr Index gradient_tokens = 64;  // below this, the sums of a weight's gradient are too short for 16 bits to pay
 inline constexpr Index few_dots = 8;  // below this, weights that have no kernels for few tokens are multiplied row by row
 
 // ---- dense weights -----------------------------------------------------------------------------------------------------------------
@@ -124,6 +125,19 @@ void weight_gradient(const CpuRun& run, MatrixView<const S> u, MatrixView<const 
   QDYLORA_EXPECTS(u.rows == x.rows, shape_mismatch,
                   "weight_gradient: u " + shape_text(u) + " and x " + shape_text(x) + " have different tokens");
   expect_shape("weight_gradient: g", g, u.cols, x.cols);
+  if constexpr (std::is_same_v<S, float>) {
+    constexpr Index group_rows = 256;  // of g, which bounds the memory that u^T takes
+    const CodeKernels& kernels = run.codes();
+    if (run.compute_of<T>() == Compute::bits16 && kernels.bits16 && u.rows >= gradient_tokens && u.cols >= kernels.bits16.gradient_rows) {
+      const ElementPanels<Direction::backward, MatrixView<const T>> panels{kernels, x};
+      for (Index j = 0; j < u.cols; j += group_rows) {
+        const Index rows = std::min(group_rows, u.cols - j);
+        multiply_panels<float>(run, Bits16Cells{kernels.bits16}, panels, task_outputs(x.cols), token_group,
+                               Turned{u.middle_cols(j, rows)}, g.middle_rows(j, rows), update);
+      }
+      return;
+    }
+  }
   Matrix<S> storage;
   const MatrixView<const S> input = as_scalar<S>(x, storage);
   const auto& kernels = run.kernels<S>();

@@ -136,12 +136,6 @@ MatrixView<const S> head_part(MatrixView<const T> x, Index row, Index rows, Inde
   }
 }
 
-template <class S>
-void transpose(MatrixView<const S> x, S* out) {  // out [cols, rows]
-  for (Index i = 0; i < x.rows; ++i)
-    for (Index j = 0; j < x.cols; ++j) out[j * x.rows + i] = x(i, j);
-}
-
 struct QueryBlock {
   Index sequence, head, begin, end;  // query rows [begin, end) of the sequence
 };
@@ -172,10 +166,11 @@ void attention(const CpuRun& run, MatrixView<const T> q, MatrixView<const T> k, 
     const auto qs = head_part<S, 2>(q, start + block.begin, rows, block.head, d);
     const auto ks = head_part<S, 3>(k, start, keys, kv_head, d);
     const auto vs = head_part<S, 4>(v, start, keys, kv_head, d);
-    S* kt = scratch<S, 5>(keys * d);
-    transpose(ks, kt);
+    const Index kt_row = rounded_up(keys, 16);
+    S* kt = scratch<S, 5>(kt_row * d);
+    kernels.transpose(keys, d, ks.data, ks.stride, kt, kt_row);
     S* p = scratch<S, 6>(rows * keys);
-    kernels.gemm(rows, keys, d, qs.data, qs.stride, 1, kt, keys, p, keys, false);
+    kernels.gemm(rows, keys, d, qs.data, qs.stride, 1, kt, kt_row, p, keys, false);
     for (Index i = 0; i < rows; ++i) {
       S* row = p + i * keys;
       const Index visible = block.begin + i + 1;
@@ -215,10 +210,11 @@ void attention_backward(const CpuRun& run, MatrixView<const T> dy, MatrixView<co
     const Index length = offsets[static_cast<std::size_t>(task / shape.heads) + 1] - start;
     const auto ks = head_part<S, 3>(k, start, length, head / group, d);
     const auto vs = head_part<S, 4>(v, start, length, head / group, d);
-    S* kt = scratch<S, 5>(2 * length * d);
-    S* vt = kt + length * d;
-    transpose(ks, kt);
-    transpose(vs, vt);
+    const Index turned_row = rounded_up(length, 16);
+    S* kt = scratch<S, 5>(2 * turned_row * d);
+    S* vt = kt + turned_row * d;
+    kernels.transpose(length, d, ks.data, ks.stride, kt, turned_row);
+    kernels.transpose(length, d, vs.data, vs.stride, vt, turned_row);
     const MatrixView<S> dks = dk_heads.view().middle_rows(start, length).middle_cols(head * d, d);
     const MatrixView<S> dvs = dv_heads.view().middle_rows(start, length).middle_cols(head * d, d);
     for (Index begin = 0; begin < length; begin += query_block) {
@@ -228,8 +224,8 @@ void attention_backward(const CpuRun& run, MatrixView<const T> dy, MatrixView<co
       const auto dys = head_part<S, 7>(dy, start + begin, rows, head, d);
       S* p = scratch<S, 6>(2 * rows * keys);
       S* dp = p + rows * keys;
-      kernels.gemm(rows, keys, d, qs.data, qs.stride, 1, kt, length, p, keys, false);
-      kernels.gemm(rows, keys, d, dys.data, dys.stride, 1, vt, length, dp, keys, false);
+      kernels.gemm(rows, keys, d, qs.data, qs.stride, 1, kt, turned_row, p, keys, false);
+      kernels.gemm(rows, keys, d, dys.data, dys.stride, 1, vt, turned_row, dp, keys, false);
       for (Index i = 0; i < rows; ++i) {
         const Index t = start + begin + i;
         const Index visible = begin + i + 1;

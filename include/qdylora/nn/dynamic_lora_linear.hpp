@@ -191,7 +191,7 @@ class DynamicLoRALinear : public AdapterLayer<T, Backend>,
       for (Index j = 0; j < out(); ++j) on_host(i, j) *= coefficients[static_cast<std::size_t>(i)];
     Matrix<Acc, Memory> scaled(rank, out());
     backend_.upload(as_const(on_host), scaled.view());
-    backend_.weight_gradient(as_const(scaled), rows_of(adapter_.a(), rank), merged.view(), Update::accumulate);
+    exact(backend_).weight_gradient(as_const(scaled), rows_of(adapter_.a(), rank), merged.view(), Update::accumulate);
     backend_.synchronize();  // on_host is given back
     if constexpr (HasMagnitude<Backend, T>)
       if (adapter_.dora()) {
@@ -377,8 +377,8 @@ class DynamicLoRALinear : public AdapterLayer<T, Backend>,
     if (!std::isfinite(backend_.sum_squares(context.z.view()) + backend_.sum_squares(t))) return;
     const Index width = t.cols;
     const auto part = [width](Matrix<Acc, Memory>& moment) { return moment.view().top_rows(width).left_cols(width); };
-    backend_.weight_gradient(context.z.view(), context.z.view(), part(adapter_.moment_a), Update::accumulate);
-    backend_.weight_gradient(t, t, part(adapter_.moment_b), Update::accumulate);
+    exact(backend_).weight_gradient(context.z.view(), context.z.view(), part(adapter_.moment_a), Update::accumulate);
+    exact(backend_).weight_gradient(t, t, part(adapter_.moment_b), Update::accumulate);
   }
 
   using Base::adapter_input, Base::add_input_gradient, Base::as_const, Base::begin, Base::expect_backward, Base::name, Base::project_down;

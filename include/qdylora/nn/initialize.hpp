@@ -102,7 +102,7 @@ void subtract(const LowRank<float>& product, MatrixView<float> w, const Backend&
   if (product.rank() == 0) return;
   Matrix<float> negative = clone(product.b.view());
   for (float& x : negative.span()) x = -x;
-  backend.weight_gradient(std::as_const(negative).view(), product.a.view(), w, Update::accumulate);
+  exact(backend).weight_gradient(std::as_const(negative).view(), product.a.view(), w, Update::accumulate);
 }
 
 // error = w - base

@@ -23,6 +23,8 @@ struct KernelTable {
   /// c[m, n] (+)= sum_k a[m * a_row + k * a_depth] * b[k * b_depth + n]
   void (*gemm)(Index m, Index n, Index depth, const S* a, Index a_row, Index a_depth, const S* b, Index b_depth, S* c, Index c_row,
                bool accumulate);
+  /// out[j * out_row + i] = x[i * x_row + j], i < rows, j < cols; zero for the i that fill up the last 16 of a row of out.
+  void (*transpose)(Index rows, Index cols, const S* x, Index x_row, S* out, Index out_row);
   // along rows: kernels/rows.inc
   S (*dot)(Index count, const S* a, const S* b);
   double (*squares)(Index count, const S* x);
@@ -75,11 +77,16 @@ struct CellKernels {
   /// Of 4-bit weights in whole blocks of at least `numbers`. Without a kernel, panels of floats are rounded.
   void (*forward)(const CodedWeight&, const float* row_scales, Index row, Index rows, Index col, Index depth, std::uint32_t* out) = nullptr;
   void (*backward)(const CodedWeight&, const float* all_scales, Index row, Index depth, Index col, std::uint32_t* out) = nullptr;
-  void (*round_panel)(const float* panel, Index depth, std::uint32_t* out) = nullptr;
+  /// The same of codes that are numbers, in whole blocks.
+  void (*forward_numbers)(const CodedWeight&, Index row, Index rows, Index col, Index depth, std::uint32_t* out) = nullptr;
+  void (*backward_numbers)(const CodedWeight&, Index row, Index depth, Index col, std::uint32_t* out) = nullptr;
+  /// Of floats [depth][panel_width], rows x_row apart.
+  void (*round_panel)(const float* x, Index x_row, Index depth, std::uint32_t* out) = nullptr;
   void (*round)(const float* x, Index count, std::uint32_t* out) = nullptr;
   void (*gemm)(Index m, Index n, Index depth, const std::uint32_t* a, Index a_row, Index a_depth, const std::uint32_t* b, Index b_depth,
                float* c, Index c_row, bool accumulate) = nullptr;
   Index x_rows = 1;  // that stand side by side: cell k of row i at i / x_rows * x_rows * a_row + k * x_rows + i % x_rows
+  Index gradient_rows = 64;  // of a weight's gradient at least: x is rounded for few as for many
   explicit operator bool() const noexcept { return gemm != nullptr; }
   Index cells_of(Index depth) const noexcept { return (depth + numbers - 1) / numbers * cells; }
 };
@@ -151,7 +158,7 @@ inline constexpr CodeKernels code_table = [] {
   table.few_float32 = few_kernels<FewFloat32>(8);
   table.few_bits16 = few_kernels<FewInt16>(8);
   table.few_int8 = few_kernels<FewInt8>(8);
-  table.bits16 = {word_unit, word_cells, word_columns, nullptr, word_panel, words, word_gemm, x_rows};
+  table.bits16 = {word_unit, word_cells, word_columns, nullptr, nullptr, nullptr, word_panel, words, word_gemm, x_rows};
   table.bytes = {byte_columns, byte_gemm, x_rows};
   return table;
 }();
@@ -191,7 +198,7 @@ inline constexpr CodeKernels code_table = [] {
   table.few_float32 = avx512::code_table.few_float32;
   table.few_bits16 = few_kernels<FewInt16>();
   table.few_int8 = few_kernels<FewInt8>();
-  table.bits16 = {word_unit, word_cells, word_columns, nullptr, word_panel, words, word_gemm};
+  table.bits16 = {word_unit, word_cells, word_columns, nullptr, nullptr, nullptr, word_panel, words, word_gemm};
   table.bytes = {byte_columns, byte_gemm};
   return table;
 }();
@@ -211,7 +218,7 @@ using avx512_vnni::in_order, avx512_vnni::load, avx512_vnni::store, avx512_vnni:
 inline constexpr CodeKernels code_table = [] {
   CodeKernels table = avx512_vnni::code_table;
   table.few_bits16 = few_kernels<FewBfloat16>();
-  table.bits16 = {2, 1, columns, backward_pairs, pair_rows, to_bfloat16, gemm<PairDot>};
+  table.bits16 = {2, 1, columns, backward_pairs, number_columns, number_pairs, pair_rows, to_bfloat16, gemm<PairDot>, 1, 32};
   return table;
 }();
 }  // namespace avx512_bf16
