@@ -28,10 +28,13 @@ inline const float* all_scales(const CpuRun& run, const CodedWeight& w) {
 /// How many of the next tokens go at once, 1, 4 or 16, as an index of kernels by tokens; five to eight go by fours.
 constexpr int few_kernel(Index tokens, bool has_sixteen = true) noexcept { return tokens == 1 ? 0 : tokens <= 8 || !has_sixteen ? 1 : 2; }
 
+inline constexpr Index few_x_bytes = 65536;     // of 16 tokens, at a time
+inline constexpr Index few_code_bytes = 98304;  // of codes that they are used for; a second-level cache holds them and what is fetched meanwhile
+inline constexpr Index few_rows = 64;           // whose codes these are, at most
+
 template <class Y>
 void few_forward(const CpuRun& run, const FewKernels& few, MatrixView<const float> x, const CodedWeight& w, MatrixView<Y> y,
                  Update update) {
-  constexpr Index scale_rows = 32;  // whose scales are decoded together
   // Kernels fetch the rows after theirs ahead of time, for themselves if the task goes on there.
   const Index task_rows = w.rows >= 2048 ? 256 : w.rows >= 1024 ? 64 : 32;
   const Index dwords = w.cols / 8, blocks = w.row_blocks();
@@ -63,20 +66,25 @@ void few_forward(const CpuRun& run, const FewKernels& few, MatrixView<const floa
           starts[u * tile + t] = t < tokens ? starts[(tile + t) * units + u] : 0;
         }
     }
+    const Index strip = tile < 16 ? dwords : std::max<Index>(few_x_bytes / (few.steps * tile * static_cast<Index>(few.cell_bytes)), 16);
+    const Index rows_together = strip >= dwords ? 32 : std::clamp<Index>(few_code_bytes / w.row_bytes() / 16 * 16, 16, few_rows);
     run.parallel_ranges(w.rows, task_rows, [&](Index task_begin, Index task_end) {
-      float* scales = scratch<float, 6>(scale_rows * blocks + 16);
-      std::fill_n(scales + scale_rows * blocks, 16, 0.0f);
+      float* scales = scratch<float, 6>(rows_together * blocks + 16);
+      std::fill_n(scales + rows_together * blocks, 16, 0.0f);
       float* workspace = scratch<float, 7>(std::max(16 * blocks, w.cols / 32 + 16));
-      alignas(64) float total[16 * 16];
-      for (Index begin = task_begin; begin < task_end; begin += scale_rows) {
-        const Index end = std::min(task_end, begin + scale_rows);
+      alignas(64) float total[16 * few_rows];
+      for (Index begin = task_begin; begin < task_end; begin += rows_together) {
+        const Index end = std::min(task_end, begin + rows_together);
         run.codes().scales(w, begin * blocks, (end - begin) * blocks, scales);
-        for (Index row = begin; row < end; row += 16) {
-          const Index rows = std::min<Index>(16, end - row);
-          few.forward[size_index](w, scales + (row - begin) * blocks, row, rows, cells, x_scales, starts, workspace, total);
-          for (Index t = 0; t < tokens; ++t)
-            for (Index i = 0; i < rows; ++i) store(y(token + t, row + i), total[16 * t + i], update);
+        const std::uint8_t* ahead = w.codes + (begin + (strip >= dwords ? 16 : rows_together)) * w.row_bytes();
+        for (Index from = 0; from < dwords; from += strip) {
+          const Index to = std::min(dwords, from + strip);
+          for (Index row = begin; row < end; row += 16, ahead += 64 * (to - from))
+            few.forward[size_index](w, scales + (row - begin) * blocks, row, std::min<Index>(16, end - row), from, to, ahead, cells, x_scales, starts,
+                                    workspace, total + 16 * (row - begin));
         }
+        for (Index t = 0; t < tokens; ++t)
+          for (Index i = 0; i < end - begin; ++i) store(y(token + t, begin + i), total[i / 16 * 256 + 16 * t + i % 16], update);
       }
     });
     token += tokens;

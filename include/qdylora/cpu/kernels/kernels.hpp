@@ -59,8 +59,8 @@ struct FewKernels {
   void (*single)(const float* x, Index dwords, Index block_size, void* cells, float* scales, std::int32_t* starts) = nullptr;
   /// Rows of cells to cells[i * tokens + m].
   void (*interleave[3])(const void* rows, Index stride, Index tokens, Index count, void* cells) = {};
-  void (*forward[3])(const CodedWeight&, const float* row_scales, Index row, Index rows, const void* cells, const float* scales,
-                     const std::int32_t* starts, float* workspace, float* total) = {};  // the last where a set has registers for it
+  void (*forward[3])(const CodedWeight&, const float* row_scales, Index row, Index rows, Index from, Index to, const std::uint8_t* ahead,
+                     const void* cells, const float* scales, const std::int32_t* starts, float* workspace, float* total) = {};  // the last where a set has registers for it
   explicit operator bool() const noexcept { return steps > 0; }
 };
 
