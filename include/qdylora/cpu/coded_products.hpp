@@ -80,8 +80,8 @@ void few_forward(const CpuRun& run, const FewKernels& few, MatrixView<const floa
         for (Index from = 0; from < dwords; from += strip) {
           const Index to = std::min(dwords, from + strip);
           for (Index row = begin; row < end; row += 16, ahead += 64 * (to - from))
-            few.forward[size_index](w, scales + (row - begin) * blocks, row, std::min<Index>(16, end - row), from, to, ahead, cells, x_scales, starts,
-                                    workspace, total + 16 * (row - begin));
+            few.forward[size_index](w, scales + (row - begin) * blocks, row, std::min<Index>(16, end - row), from, to, ahead, cells, x_scales,
+                                    starts, workspace, total + 16 * (row - begin));
         }
         for (Index t = 0; t < tokens; ++t)
           for (Index i = 0; i < end - begin; ++i) store(y(token + t, begin + i), total[i / 16 * 256 + 16 * t + i % 16], update);

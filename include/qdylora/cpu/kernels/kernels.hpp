@@ -60,7 +60,8 @@ struct FewKernels {
   /// Rows of cells to cells[i * tokens + m].
   void (*interleave[3])(const void* rows, Index stride, Index tokens, Index count, void* cells) = {};
   void (*forward[3])(const CodedWeight&, const float* row_scales, Index row, Index rows, Index from, Index to, const std::uint8_t* ahead,
-                     const void* cells, const float* scales, const std::int32_t* starts, float* workspace, float* total) = {};  // the last where a set has registers for it
+                     const void* cells, const float* scales, const std::int32_t* starts, float* workspace,
+                     float* total) = {};  // the last where a set has registers for it
   explicit operator bool() const noexcept { return steps > 0; }
 };
 
@@ -77,7 +78,7 @@ struct CellKernels {
   /// Of 4-bit weights in whole blocks of at least `numbers`. Without a kernel, panels of floats are rounded.
   void (*forward)(const CodedWeight&, const float* row_scales, Index row, Index rows, Index col, Index depth, std::uint32_t* out) = nullptr;
   void (*backward)(const CodedWeight&, const float* all_scales, Index row, Index depth, Index col, std::uint32_t* out) = nullptr;
-  /// The same of codes that are numbers, in whole blocks.
+  /// The same of codes that are numbers, of whole blocks.
   void (*forward_numbers)(const CodedWeight&, Index row, Index rows, Index col, Index depth, std::uint32_t* out) = nullptr;
   void (*backward_numbers)(const CodedWeight&, Index row, Index depth, Index col, std::uint32_t* out) = nullptr;
   /// Of floats [depth][panel_width], rows x_row apart.
