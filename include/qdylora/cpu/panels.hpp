@@ -21,9 +21,6 @@ inline constexpr bool is_dense = false;
 template <class S>
 inline constexpr bool is_dense<MatrixView<S>> = true;
 
-constexpr Index div_up(Index x, Index unit) noexcept { return (x + unit - 1) / unit; }
-constexpr Index rounded_up(Index x, Index unit) noexcept { return div_up(x, unit) * unit; }
-
 /// Whether rows `stride` bytes apart crowd into few sets of a first-level cache of 4 KiB a way.
 constexpr bool crowds_cache(Index stride) noexcept { return stride % 4096 == 0; }
 template <class S>

@@ -27,6 +27,9 @@ enum class Compute {
 
 namespace qdylora::detail {
 
+constexpr Index div_up(Index x, Index unit) noexcept { return (x + unit - 1) / unit; }
+constexpr Index rounded_up(Index x, Index unit) noexcept { return div_up(x, unit) * unit; }
+
 struct CpuRun {
   std::shared_ptr<ThreadPool> pool;
   std::shared_ptr<const Executor> executor;  // instead of the pool, where given
@@ -41,7 +44,7 @@ struct CpuRun {
   /// f(begin, end) over [0, count) in pieces of `grain`.
   template <class F>
   void parallel_ranges(Index count, Index grain, F&& f) const {
-    parallel_for((count + grain - 1) / grain, [&](Index task) { f(task * grain, std::min(count, (task + 1) * grain)); });
+    parallel_for(div_up(count, grain), [&](Index task) { f(task * grain, std::min(count, (task + 1) * grain)); });
   }
 
   template <class S>
