@@ -11,7 +11,7 @@ import os
 import sys
 
 FLAGS = ["avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_vbmi", "avx512_vnni", "avx512_bf16", "avx512_fp16", "avx_vnni",
-         "amx_int8", "amx_bf16"]
+         "amx_tile", "amx_int8", "amx_bf16"]
 CLASSES = ["float32", "16-bit", "int8"]
 ORDER = ["dense-float32"] + CLASSES
 OURS = {"float32": "qdylora float32", "16-bit": "qdylora 16-bit", "int8": "qdylora int8"}

@@ -141,6 +141,55 @@ void few_backward(const CpuRun& run, MatrixView<const float> dy, const CodedWeig
   }
 }
 
+/// y [m, rows] (+)= x [m, cols] . w^T by tiles: the sums of a task stand turned until it ends.
+template <class T, class Y>
+void multiply_tiles(const CpuRun& run, const CodedWeight& w, const float* scales, MatrixView<const T> x, MatrixView<Y> y, Update update) {
+  const CellKernels& cells = run.codes().bits16;
+  const TileKernels& tiles = run.codes().tiles;
+  const Bits16Cells sixteen{cells, 16};
+  const Index depth = sixteen.panel_depth(), task_rows = task_outputs(w.rows, x.rows > cells.few_tokens);
+  const CellPanels input = sixteen.prepare(run, x);
+  const Index groups = div_up(x.rows, token_group);
+  run.parallel_for(div_up(w.rows, task_rows) * groups, [&](Index task) {
+    const Index first = task / groups * task_rows, width = std::min(task_rows, w.rows - first);
+    const Index token = task % groups * token_group, tokens = std::min(token_group, x.rows - token);
+    const Index sum_row = rounded_up(tokens, 32) + 16;  // a line more, as in CellPanels
+    float* sums = scratch<float, 1>(rounded_up(width, panel_width) * sum_row);
+    std::uint32_t* rows = scratch<std::uint32_t, 0>(rounded_up(width, panel_width) * panel_cells);
+    cells.begin();
+    for (Index k = 0; k < w.cols; k += depth) {
+      const Index part = std::min(depth, w.cols - k);
+      const bool more = k + part < w.cols;  // what is decoded next, here or in the task that follows, is fetched meanwhile
+      for (Index p = 0; p < width; p += panel_width) {
+        tiles.rows(w, scales + (first + p) * w.row_blocks(), first + p, std::min(panel_width, width - p), k, part, rows + p * panel_cells);
+        w.prefetch(first + p + (more ? 0 : width), panel_width, more ? k + part : 0, depth);
+      }
+      for (Index p = 0; p < width; p += panel_width)
+        tiles.gemm(tokens, sixteen.cells_of(part), rows + p * panel_cells, input.at(token, k), 16 * CellPanels::stride(), sums + p * sum_row,
+                   sum_row, k > 0);
+    }
+    cells.end();
+    const KernelTable<float>& kernels = run.kernels<float>();
+    constexpr Index together = 16;
+    const Index turned_row = rounded_up(width, 16);
+    float* turned = scratch<float, 7>(together * turned_row);
+    for (Index m = 0; m < tokens; m += together) {
+      const Index count = std::min(together, tokens - m);
+      kernels.transpose(width, count, sums + m, sum_row, turned, turned_row);
+      for (Index t = 0; t < count; ++t) {
+        const float* sum = turned + t * turned_row;
+        Y* to = y.row(token + m + t) + first;
+        if constexpr (std::is_same_v<Y, float>) {
+          if (update == Update::accumulate) kernels.add(width, sum, to);
+          else std::copy_n(sum, width, to);
+        } else {
+          for (Index j = 0; j < width; ++j) store(to[j], sum[j], update);
+        }
+      }
+    }
+  });
+}
+
 /// y [m, rows] (+)= x [m, cols] . w^T in bytes.
 template <class T, class Y>
 void multiply_bytes(const CpuRun& run, const CodedWeight& w, MatrixView<const T> x, MatrixView<Y> y, Update update) {
@@ -161,9 +210,9 @@ void multiply_bytes(const CpuRun& run, const CodedWeight& w, MatrixView<const T>
     float* row_scales = scratch<float, 6>(rows * units);
     std::int32_t* row_starts = scratch<std::int32_t, 9>(rows * units);
     round(row_cells, row_scales, row_starts);
-    side_by_side(run, row_cells, stride, rows, cols, cells + row * stride);
-    side_by_side(run, row_scales, units, rows, units, x_scales + row * units);
-    side_by_side(run, row_starts, units, rows, units, starts + row * units);
+    side_by_side(run, side, row_cells, stride, rows, cols, cells + row * stride);
+    side_by_side(run, side, row_scales, units, rows, units, x_scales + row * units);
+    side_by_side(run, side, row_starts, units, rows, units, starts + row * units);
   });
   const Index groups = div_up(x.rows, token_group);
   run.parallel_for(div_up(w.rows, task_rows) * groups, [&](Index task) {
@@ -193,9 +242,6 @@ void multiply_bytes(const CpuRun& run, const CodedWeight& w, MatrixView<const T>
       for (Index j = 0; j < width; ++j) store(y(token + m, first + j), out[m * task_rows + j], update);
   });
 }
-
-/// Outputs of a task: enough that a line of codes or a panel serves many, few enough that there are tasks for all threads.
-constexpr Index task_outputs(Index outputs) noexcept { return outputs >= 2048 ? 128 : outputs >= 1024 ? 64 : 32; }
 
 template <class T, class W, class Y>
 void matmul(const CpuRun& run, MatrixView<const T> x, const W& w, MatrixView<Y> y, Update update);
@@ -249,14 +295,17 @@ void multiply_coded(const CpuRun& run, MatrixView<const T> x, const W& weight, M
       return;
     }
   }
-  if constexpr (direction == Direction::forward)
+  if constexpr (direction == Direction::forward) {
+    if ((bits16 || compute == Compute::int8) && plain_codes && kernels.tiles) return multiply_tiles(run, w, all_scales(run, w), x, y, update);
     if (compute == Compute::int8) {
       if (plain_codes && kernels.bytes) return multiply_bytes(run, w, x, y, update);
       return multiply_rounded(run, plain_codes ? Compute::bits16 : Compute::exact, x, weight, y, update);
     }
+  }
   const CodedPanels<direction> panels{kernels, w, all_scales(run, w)};
   if (bits16 && kernels.bits16)
-    multiply_panels<float>(run, Bits16Cells{kernels.bits16}, panels, task_outputs(panels.outputs()), token_group, x, y, update);
+    multiply_panels<float>(run, Bits16Cells{kernels.bits16}, panels, task_outputs(panels.outputs(), x.rows > kernels.bits16.few_tokens),
+                           token_group, x, y, update);
   else
     multiply_panels<float>(run, PlainCells<float>{run.kernels<float>()}, panels, task_outputs(panels.outputs()), token_group, x, y, update);
 }

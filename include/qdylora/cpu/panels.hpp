@@ -75,11 +75,18 @@ struct CodedPanels {
       if (numbers) cells.forward_numbers(w, first, count, begin, part, out);
       else cells.forward(w, scales_from(first), first, count, begin, part, out);
     } else {
-      if (!w.whole_blocks() || (numbers ? !cells.backward_numbers : w.bits != 4 || !cells.backward))
-        return fill_rounded(*this, kernels, first, count, begin, part, out);
-      if (numbers) cells.backward_numbers(w, begin, part, first, out);
-      else cells.backward(w, scales, begin, part, first, out);
+      if (fills_together()) fill_together(first, panel_width, begin, part, out, 0);
+      else if (numbers && w.whole_blocks() && cells.backward_numbers) cells.backward_numbers(w, begin, part, first, out);
+      else fill_rounded(*this, kernels, first, count, begin, part, out);
     }
+  }
+  /// Whether fill_together makes several panels faster than fill does one by one.
+  bool fills_together() const noexcept {
+    return direction == Direction::backward && w.bits == 4 && w.whole_blocks() && kernels.bits16.backward;
+  }
+  /// Those of up to 128 outputs, `apart` cells apart.
+  void fill_together(Index first, Index count, Index begin, Index part, std::uint32_t* out, Index apart) const {
+    kernels.bits16.backward(w, scales, begin, part, first, count / panel_width, out, apart);
   }
   /// Asks memory for share i of n of what fill() of these outputs will read, row by row.
   [[gnu::always_inline]] void prefetch(Index first, Index outputs, Index begin, Index part, Index i, Index n) const {
@@ -130,6 +137,14 @@ struct ElementPanels {
   }
 };
 
+/// The panels of outputs [first, first + count), `apart` cells apart.
+template <class Panels, class Cell>
+void fill_panels(const Panels& panels, Index first, Index count, Index begin, Index part, Cell* out, Index apart) {
+  if constexpr (requires { panels.fill_together(first, count, begin, part, out, apart); })
+    if (panels.fills_together()) return panels.fill_together(first, count, begin, part, out, apart);
+  for (Index j = 0; j < count; j += panel_width, out += apart) panels.fill(first + j, std::min(panel_width, count - j), begin, part, out);
+}
+
 // ---- the arithmetic of a product by panels: what a cell of x and of a panel is -----------------------------------------------------
 
 /// f(first row, rows) for every x_rows rows of x, which kernels take side by side; in parallel.
@@ -140,12 +155,30 @@ void each_x_rows(const CpuRun& run, Index rows, Index cols, Index x_rows, F f) {
   });
 }
 
-/// out[k * 4 + r] = x[r * stride + k] of up to four rows; zero for those that are not there.
+/// out[k * x_rows + r] = x[r * stride + k] of up to x_rows rows, 4 or 16; zero for those that are not there.
 template <class Cell>
-void side_by_side(const CpuRun& run, const Cell* x, Index stride, Index rows, Index cols, Cell* out) {
+void side_by_side(const CpuRun& run, Index x_rows, const Cell* x, Index stride, Index rows, Index cols, Cell* out) {
   static_assert(sizeof(Cell) == 4);
-  run.codes().few_float32.interleave[1](x, stride, rows, cols, out);
+  run.codes().few_float32.interleave[x_rows == 4 ? 1 : 2](x, stride, rows, cols, out);
 }
+
+/// Rows of x as cells, each in one piece.
+template <class Cell>
+struct CellRows {
+  MatrixView<const Cell> rows;
+  /// Where the cells of a panel's part of the sum, from k on, begin; the next row's are stride() further.
+  const Cell* at(Index row, Index k) const noexcept { return rows.row(row) + k; }
+  Index stride() const noexcept { return rows.stride; }
+};
+
+/// Rows of x as cells, those of a panel's part of the sum side by side: few pages, read in a row.
+struct CellPanels {
+  using Cell = std::uint32_t;
+  Cell* data;
+  Index rows, depth;  // of a panel, in numbers
+  Cell* at(Index row, Index k) const noexcept { return data + (k / depth * rows + row) * stride(); }
+  static constexpr Index stride() noexcept { return panel_cells + 16; }  // a line more: rows spread over a first-level cache
+};
 
 template <class S>
 struct PlainCells {
@@ -153,6 +186,10 @@ struct PlainCells {
   const KernelTable<S>& kernels;
 
   static constexpr Index x_rows() noexcept { return 1; }
+  static constexpr Index block() noexcept { return token_block; }
+  static constexpr Index batch() noexcept { return 1; }
+  static constexpr void begin() noexcept {}
+  static constexpr void end() noexcept {}
 
   /// Of a sum, in a panel.
   static constexpr Index panel_depth() noexcept { return panel_cells; }
@@ -160,13 +197,13 @@ struct PlainCells {
 
   /// Rows of x as cells: its own memory where that serves, else the calling thread's.
   template <class T>
-  MatrixView<const Cell> prepare(const CpuRun& run, MatrixView<const T> x) const {
+  CellRows<Cell> prepare(const CpuRun& run, MatrixView<const T> x) const {
     if constexpr (std::is_same_v<T, S>)
-      if (x.rows <= 2 || !crowds_cache(x.stride * static_cast<Index>(sizeof(S)))) return x;
+      if (x.rows <= 2 || !crowds_cache(x.stride * static_cast<Index>(sizeof(S)))) return {x};
     const Index stride = uncrowded_stride<Cell>(x.cols);
     const MatrixView<Cell> cells{scratch<Cell, 10>(x.rows * stride), x.rows, x.cols, stride};
     convert(run, x, cells);
-    return cells;
+    return {cells};
   }
   void gemm(Index m, Index n, Index depth, const Cell* a, Index a_row, const Cell* b, S* c, Index c_row, bool accumulate) const {
     kernels.gemm(m, n, depth, a, a_row, 1, b, panel_width, c, c_row, accumulate);
@@ -182,27 +219,35 @@ struct Turned {
 struct Bits16Cells {
   using Cell = std::uint32_t;
   const CellKernels& kernels;
+  Index side = kernels.x_rows;  // rows of x that stand side by side
 
   Index panel_depth() const noexcept { return panel_cells / kernels.cells * kernels.numbers; }
   Index cells_of(Index depth) const noexcept { return kernels.cells_of(depth); }
-  Index x_rows() const noexcept { return kernels.x_rows; }
+  Index block() const noexcept { return kernels.token_block; }
+  Index batch() const noexcept { return kernels.batch; }
+  void begin() const {
+    if (kernels.begin) kernels.begin();
+  }
+  void end() const {
+    if (kernels.end) kernels.end();
+  }
   template <class T>
-  MatrixView<const Cell> prepare(const CpuRun& run, MatrixView<const T> x) const {
-    const MatrixView<Cell> cells = cells_for(x.rows, x.cols);
-    each_x_rows(run, x.rows, x.cols, x_rows(), [&](Index row, Index rows) {
+  CellPanels prepare(const CpuRun& run, MatrixView<const T> x) const {
+    const CellPanels cells = cells_for(x.rows, x.cols);
+    each_x_rows(run, x.rows, x.cols, side, [&](Index row, Index rows) {
       round(run, row, rows, x.cols, [&](Index r) { return row_as<float, 2>(x, row + r); }, cells);
     });
     return cells;
   }
-  MatrixView<const Cell> prepare(const CpuRun& run, Turned x) const {
+  CellPanels prepare(const CpuRun& run, Turned x) const {
     constexpr Index together = 16;  // of x_rows, and of what kernels turn side by side
-    const MatrixView<Cell> cells = cells_for(x.rows, x.cols);
+    const CellPanels cells = cells_for(x.rows, x.cols);
     each_x_rows(run, x.rows, x.cols, together, [&](Index first, Index count) {
       const Index stride = rounded_up(x.cols, 16);
       float* turned = scratch<float, 2>(together * stride);
       run.kernels<float>().transpose(x.cols, count, x.columns.data + first, x.columns.stride, turned, stride);
-      for (Index row = 0; row < count; row += x_rows())
-        round(run, first + row, std::min(x_rows(), count - row), x.cols, [&](Index r) { return turned + (row + r) * stride; }, cells);
+      for (Index row = 0; row < count; row += side)
+        round(run, first + row, std::min(side, count - row), x.cols, [&](Index r) { return turned + (row + r) * stride; }, cells);
     });
     return cells;
   }
@@ -211,18 +256,31 @@ struct Bits16Cells {
   }
 
  private:
-  MatrixView<Cell> cells_for(Index rows, Index numbers_of_row) const {
-    const Index cols = cells_of(numbers_of_row), stride = uncrowded_stride<Cell>(cols);
-    return {scratch<Cell, 10>(rounded_up(rows, x_rows()) * stride), rows, cols, stride};
+  CellPanels cells_for(Index rows, Index cols) const {
+    const Index all_rows = rounded_up(rows, side);
+    return {scratch<Cell, 10>(div_up(cols, panel_depth()) * all_rows * CellPanels::stride()), all_rows, panel_depth()};
   }
-  /// Up to x_rows() rows, of which row_of(r) gives one at a time.
+  /// Up to `side` rows, of which row_of(r) gives one at a time.
   template <class RowOf>
-  void round(const CpuRun& run, Index row, Index rows, Index count, RowOf row_of, MatrixView<Cell> cells) const {
-    Cell* to = x_rows() == 1 ? cells.row(row) : scratch<Cell, 8>(rows * cells.stride);
-    for (Index r = 0; r < rows; ++r) kernels.round(row_of(r), count, to + r * cells.stride);
-    if (x_rows() > 1) side_by_side(run, to, cells.stride, rows, cells.cols, cells.row(row));
+  void round(const CpuRun& run, Index row, Index rows, Index count, RowOf row_of, const CellPanels& cells) const {
+    Cell* own = side > 1 ? scratch<Cell, 8>(div_up(count, cells.depth) * rows * CellPanels::stride()) : nullptr;
+    const CellPanels to = own != nullptr ? CellPanels{own, rows, cells.depth} : cells;
+    const Index first = own != nullptr ? 0 : row;
+    for (Index r = 0; r < rows; ++r) {
+      const float* x = row_of(r);
+      for (Index k = 0; k < count; k += cells.depth) kernels.round(x + k, std::min(cells.depth, count - k), to.at(first + r, k));
+    }
+    if (own != nullptr)
+      for (Index k = 0; k < count; k += cells.depth)
+        side_by_side(run, side, to.at(0, k), CellPanels::stride(), rows, cells_of(std::min(cells.depth, count - k)), cells.at(row, k));
   }
 };
+
+/// Outputs of a task: enough that a line of codes or a panel serves many, few enough that there are tasks for all threads; more where reading x would
+/// take longer than products do.
+constexpr Index task_outputs(Index outputs, bool many_tokens = false) noexcept {
+  return outputs >= 2048 ? (many_tokens ? 256 : 128) : outputs >= 1024 ? 64 : 32;
+}
 
 /// How many tasks share a sum. Where outputs are few and sums are long, as in the gradient through a head, tasks by outputs alone would each
 /// read all of x.
@@ -236,7 +294,7 @@ void multiply_panels(const CpuRun& run, const Cells& cells, const Panels& panels
                      MatrixView<Y> y, Update update) {
   using Cell = typename Cells::Cell;
   const Index panel_depth = cells.panel_depth();
-  const MatrixView<const Cell> input = cells.prepare(run, x);
+  const auto input = cells.prepare(run, x);
   const Index outputs = panels.outputs(), depth = panels.depth();
   const Index parts = depth_parts(outputs, depth);
   const Index part_depth = rounded_up(div_up(std::max<Index>(depth, 1), parts), panel_depth);
@@ -258,26 +316,33 @@ void multiply_panels(const CpuRun& run, const Cells& cells, const Panels& panels
     if constexpr (std::is_same_v<Y, S>)
       if (direct) out = {y.row(token) + first, tokens, width, y.stride};
     if (parts > 1) out = {sums + (task % parts * x.rows + token) * sum_stride + first, tokens, width, sum_stride};
-    else if (!direct) out = {scratch<S, 1>(tokens * padded), tokens, padded};
-    const Index apart = tokens > token_block ? panel_cells : 0;  // panels that serve once share their place, in a first-level cache
-    Cell* panel = scratch<Cell, 0>(apart > 0 ? padded * apart : panel_width * panel_cells);
+    else if (!direct) out = {scratch<S, 1>(tokens * (padded + 16)), tokens, padded, padded + 16};  // a line more, as in CellPanels
+    const Index block = cells.block(), batch = cells.batch() * panel_width;
+    const bool shared = tokens <= block && batch == panel_width;  // panels that serve once have one place, in a first-level cache
+    const Index apart = shared ? 0 : panel_cells;
+    Cell* panel = scratch<Cell, 0>((shared ? panel_width : padded) * panel_cells);
+    cells.begin();
     for (Index k = begin; k < std::max(end, begin + 1); k += panel_depth) {
       const Index part = std::clamp<Index>(end - k, 0, panel_depth);
       const Index here = cells.cells_of(part);
       const bool more = k + part < end;  // what is decoded next, here or in the task that follows, is fetched meanwhile
       const bool add = k > begin || (direct && update == Update::accumulate);
-      for (Index m = 0; m < tokens; m += token_block)
-        for (Index p = 0; p < width; p += panel_width) {
+      for (Index m = 0; m < tokens; m += block)
+        for (Index p = 0; p < width; p += batch) {
+          const Index stop = std::min(width, p + batch);
           if (m == 0) {
-            panels.fill(first + p, std::min(panel_width, width - p), k, part, panel + p * apart);
+            fill_panels(panels, first + p, stop - p, k, part, panel + p * apart, panel_width * apart);
             if constexpr (requires { panels.prefetch(first, width, k, part, p, p); })
-              panels.prefetch(more ? first : first + task_outputs, task_outputs, more ? k + part : begin, panel_depth, p / panel_width,
-                              task_outputs / panel_width);
+              for (Index q = p; q < stop; q += panel_width)
+                panels.prefetch(more ? first : first + task_outputs, task_outputs, more ? k + part : begin, panel_depth, q / panel_width,
+                                task_outputs / panel_width);
           }
-          cells.gemm(std::min(token_block, tokens - m), width - p > panel_width / 2 ? panel_width : panel_width / 2, here,
-                     input.row(token + m) + cells.cells_of(k) * cells.x_rows(), input.stride, panel + p * apart, out.row(m) + p, out.stride, add);
+          for (Index q = p; q < stop; q += panel_width)
+            cells.gemm(std::min(block, tokens - m), width - q > panel_width / 2 ? panel_width : panel_width / 2, here, input.at(token + m, k),
+                       input.stride(), panel + q * apart, out.row(m) + q, out.stride, add);
         }
     }
+    cells.end();
     if (!direct && parts == 1)
       for (Index m = 0; m < tokens; ++m)
         for (Index j = 0; j < width; ++j) store(y(token + m, first + j), out(m, j), update);

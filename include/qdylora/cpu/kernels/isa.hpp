@@ -5,6 +5,12 @@
 #include <array>
 #include <string_view>
 
+#if defined(__x86_64__) && defined(__linux__) && (defined(__GNUC__) || defined(__clang__))
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace qdylora {
 
 enum class Isa {
@@ -13,9 +19,10 @@ enum class Isa {
   avx512,       // AVX-512 F, BW, DQ, VL (Skylake-X)
   avx512_vnni,  // + VBMI, VNNI (Ice Lake): byte look-ups, sums of 8- and 16-bit products
   avx512_bf16,  // + BF16 (Sapphire Rapids, Zen 4)
+  amx,          // + AMX-TILE, AMX-BF16, AMX-INT8 (Sapphire Rapids): products of matrix tiles
 };
 
-inline constexpr std::array all_isas = {Isa::generic, Isa::avx2, Isa::avx512, Isa::avx512_vnni, Isa::avx512_bf16};
+inline constexpr std::array all_isas = {Isa::generic, Isa::avx2, Isa::avx512, Isa::avx512_vnni, Isa::avx512_bf16, Isa::amx};
 
 constexpr std::string_view name(Isa isa) noexcept {
   switch (isa) {
@@ -24,9 +31,29 @@ constexpr std::string_view name(Isa isa) noexcept {
     case Isa::avx512: return "avx512";
     case Isa::avx512_vnni: return "avx512_vnni";
     case Isa::avx512_bf16: return "avx512_bf16";
+    case Isa::amx: return "amx";
   }
   return "unknown";
 }
+
+namespace detail {
+
+/// Whether the processor has matrix tiles and the system lets this process use them, for which Linux wants to be asked.
+inline bool tiles_supported() noexcept {
+#if defined(__x86_64__) && defined(__linux__) && (defined(__GNUC__) || defined(__clang__))
+  static const bool granted = [] {
+    constexpr unsigned tile = 1u << 24, bf16 = 1u << 22, int8 = 1u << 25, all = tile | bf16 | int8;
+    constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & all) == all && syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+  }();
+  return granted;
+#else
+  return false;
+#endif
+}
+
+}  // namespace detail
 
 /// Whether this machine (and its operating system) runs the set. Each contains the ones before it.
 inline bool supported(Isa isa) noexcept {
@@ -40,6 +67,7 @@ inline bool supported(Isa isa) noexcept {
     case Isa::avx512_vnni:
       return supported(Isa::avx512) && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni");
     case Isa::avx512_bf16: return supported(Isa::avx512_vnni) && __builtin_cpu_supports("avx512bf16");
+    case Isa::amx: return supported(Isa::avx512_bf16) && detail::tiles_supported();
   }
   return false;
 #else
@@ -93,4 +121,5 @@ inline Isa best_isa() noexcept {
 #define QDYLORA_AVX512 "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl"
 #define QDYLORA_AVX512_VNNI "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni"
 #define QDYLORA_AVX512_BF16 "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,avx512bf16"
+#define QDYLORA_AMX "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,avx512bf16,amx-tile,amx-bf16,amx-int8"
 #endif

@@ -77,7 +77,8 @@ struct CellKernels {
   Index numbers = 0, cells = 0;
   /// Of 4-bit weights in whole blocks of at least `numbers`. Without a kernel, panels of floats are rounded.
   void (*forward)(const CodedWeight&, const float* row_scales, Index row, Index rows, Index col, Index depth, std::uint32_t* out) = nullptr;
-  void (*backward)(const CodedWeight&, const float* all_scales, Index row, Index depth, Index col, std::uint32_t* out) = nullptr;
+  void (*backward)(const CodedWeight&, const float* all_scales, Index row, Index depth, Index col, Index panels, std::uint32_t* out,
+                   Index apart) = nullptr;
   /// The same of codes that are numbers, of whole blocks.
   void (*forward_numbers)(const CodedWeight&, Index row, Index rows, Index col, Index depth, std::uint32_t* out) = nullptr;
   void (*backward_numbers)(const CodedWeight&, Index row, Index depth, Index col, std::uint32_t* out) = nullptr;
@@ -88,6 +89,10 @@ struct CellKernels {
                float* c, Index c_row, bool accumulate) = nullptr;
   Index x_rows = 1;  // that stand side by side: cell k of row i at i / x_rows * x_rows * a_row + k * x_rows + i % x_rows
   Index gradient_rows = 64;  // of a weight's gradient at least: x is rounded for few as for many
+  Index token_block = 112;   // as panels.hpp's
+  Index batch = 1;           // panels that are filled before products of them start
+  Index few_tokens = std::numeric_limits<Index>::max();  // beyond which reading them takes longer than products do
+  void (*begin)() = nullptr, (*end)() = nullptr;  // around all calls of gemm on a thread, where a set needs them
   explicit operator bool() const noexcept { return gemm != nullptr; }
   Index cells_of(Index depth) const noexcept { return (depth + numbers - 1) / numbers * cells; }
 };
@@ -107,6 +112,15 @@ struct ByteKernels {
   explicit operator bool() const noexcept { return gemm != nullptr; }
 };
 
+/// Products of 4-bit weights of whole blocks with x^T, in the cells of CellKernels: 32 rows of the weight on the left, 16 rows of x side by side on
+/// the right. What a weight is decoded to stands in the order of its codes, which need not be turned.
+struct TileKernels {
+  void (*rows)(const CodedWeight&, const float* row_scales, Index row, Index rows, Index col, Index depth, std::uint32_t* out) = nullptr;
+  void (*gemm)(Index tokens, Index depth, const std::uint32_t* rows, const std::uint32_t* x, Index x_group, float* c, Index c_row,
+               bool accumulate) = nullptr;
+  explicit operator bool() const noexcept { return gemm != nullptr; }
+};
+
 struct CodeKernels {
   void (*scales)(const CodedWeight&, Index first, Index count, float* out);
   void (*decode)(const CodedWeight&, Index begin, Index count, float* out);
@@ -121,6 +135,7 @@ struct CodeKernels {
   Index few_columns[3];  // that few_backward takes at once, at most: memory likes long runs
   FewKernels few_float32, few_bits16, few_int8;
   CellKernels bits16;
+  TileKernels tiles;
   ByteKernels bytes;
 };
 
@@ -188,9 +203,9 @@ QDYLORA_TARGET_END
 
 QDYLORA_TARGET_BEGIN(QDYLORA_AVX512_VNNI)
 namespace avx512_vnni {
-using avx512::bytes_in_order, avx512::chunk_dwords, avx512::code_columns, avx512::code_octets, avx512::Codes, avx512::columns, avx512::first_lanes;
-using avx512::few_backward, avx512::few_columns, avx512::Fma, avx512::gemm, avx512::has_columns, avx512::lane_sum, avx512::lanes, avx512::numbers_in_order, avx512::rounded_product;
-using avx512::transpose_rows, avx512::Vec;
+using avx512::bytes_in_order, avx512::chunk_dwords, avx512::code_columns, avx512::code_octets, avx512::Codes, avx512::first_lanes;
+using avx512::few_backward, avx512::few_columns, avx512::Fma, avx512::gemm, avx512::has_columns, avx512::lane_sum, avx512::lanes;
+using avx512::numbers_in_order, avx512::rounded_product, avx512::transpose_rows, avx512::Vec;
 #include <qdylora/cpu/kernels/avx512_vnni.inc>
 #include <qdylora/cpu/kernels/codes.inc>
 #include <qdylora/cpu/kernels/few.inc>
@@ -209,8 +224,9 @@ QDYLORA_TARGET_END
 QDYLORA_TARGET_BEGIN(QDYLORA_AVX512_BF16)
 namespace avx512_bf16 {
 #include <qdylora/cpu/kernels/body.inc>
-using avx512::chunk_dwords, avx512::code_columns, avx512::code_octets, avx512::Codes, avx512::lanes, avx512::transpose_rows;
-using avx512_vnni::in_order, avx512_vnni::load, avx512_vnni::store, avx512_vnni::V, avx512_vnni::Values;
+using avx512::chunk_dwords, avx512::code_columns, avx512::code_octets, avx512::Codes, avx512::first_lanes, avx512::lanes, avx512::transpose_rows;
+using avx512_vnni::load, avx512_vnni::store, avx512_vnni::V;
+#include <qdylora/cpu/kernels/columns.inc>
 #include <qdylora/cpu/kernels/avx512_bf16.inc>
 #include <qdylora/cpu/kernels/few.inc>
 #undef QDYLORA_VECTOR_BYTES
@@ -223,6 +239,33 @@ inline constexpr CodeKernels code_table = [] {
   return table;
 }();
 }  // namespace avx512_bf16
+QDYLORA_TARGET_END
+
+QDYLORA_TARGET_BEGIN(QDYLORA_AMX)
+namespace amx {
+#include <qdylora/cpu/kernels/amx.inc>
+inline constexpr CodeKernels code_table = [] {
+  CodeKernels table = avx512_vnni::code_table;
+  table.bits16 = {.numbers = 2 * tile_cells,
+                  .cells = tile_cells,
+                  .forward = avx512_bf16::columns,
+                  .backward = backward_pairs,
+                  .forward_numbers = avx512_bf16::number_columns,
+                  .backward_numbers = number_pairs,
+                  .round_panel = pair_rows,
+                  .round = to_bfloat16,
+                  .gemm = tile_gemm,
+                  .gradient_rows = 32,
+                  .token_block = 512,
+                  .batch = 4,
+                  .few_tokens = 128,
+                  .begin = begin_tiles,
+                  .end = end_tiles};
+  table.tiles = {rows_as_tiles, rows_gemm};
+  table.few_bits16.most = 4;
+  return table;
+}();
+}  // namespace amx
 QDYLORA_TARGET_END
 #endif
 
@@ -239,6 +282,7 @@ const KernelTable<S>& kernels(Isa isa) noexcept {
 inline const CodeKernels& code_kernels(Isa isa) noexcept {
 #if defined(QDYLORA_X86_TARGETS)
   switch (isa) {
+    case Isa::amx: return amx::code_table;
     case Isa::avx512_bf16: return avx512_bf16::code_table;
     case Isa::avx512_vnni: return avx512_vnni::code_table;
     case Isa::avx512: return avx512::code_table;
