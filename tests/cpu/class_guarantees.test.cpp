@@ -77,6 +77,31 @@ TEMPLATE_TEST_CASE("a row of an exact product has the same bits in every batch o
   check_rows_do_not_know_their_batch<TestType>(dense.view());
 }
 
+TEST_CASE("a row has the same bits among so many tokens that tasks become wider, and then shared", "[cpu][classes]") {
+  constexpr Index out = 2192, in = 64;  // the last wide task is no whole panel
+  const auto x = normal_matrix<float>(530, in, 21);
+  const auto before = normal_matrix<float>(530, out, 22);
+  const auto check = [&](const auto& w) {
+    each_class(
+        [&](const qd::Cpu& cpu) {
+          Matrix<float> few, many;
+          const auto multiply = [&](Index tokens, Matrix<float>& y) {
+            y = qd::clone(before.view().middle_rows(0, tokens));
+            cpu.matmul(x.view().middle_rows(0, tokens), w, y.view(), qd::Update::accumulate);
+          };
+          multiply(120, few);
+          for (const Index tokens : {129, 530}) {
+            CAPTURE(tokens);
+            multiply(tokens, many);
+            CHECK(same_bits(many.view().middle_rows(0, 120), few.view()));
+          }
+        },
+        std::vector{Compute::exact, Compute::bits16});
+  };
+  check(normal_weight<qd::NF4, qd::DoubleQuant<>>(out, in, 64).view());
+  check(normal_weight<qd::INT8, qd::Float32Scales>(out, in, 64).view());
+}
+
 TEMPLATE_TEST_CASE("rows of zeros give zeros, beside any other rows", "[cpu][classes]", float, double, qd::bfloat16, qd::half) {
   const auto check = [](const auto& w) {
     for (const Direction direction : both_directions)
@@ -350,7 +375,7 @@ TEMPLATE_TEST_CASE("products of small integers are exact in float and in bfloat1
       each_class(
           [&](const qd::Cpu& cpu) {
             // Fixed point has scales of its own, which need not be powers of two.
-            if (cpu.compute() == Compute::bits16 && cpu.isa() != Isa::avx512_bf16) return;
+            if (cpu.compute() == Compute::bits16 && (cpu.isa() < Isa::avx512_bf16 || (cpu.isa() == Isa::amx && tokens <= 4))) return;
             CHECK(wrong_integers<TestType>(cpu, direction, x.in(), w.view(), p, before.view()) == 0);
             CHECK(wrong_integers<TestType>(cpu, direction, x.in(), MatrixView<const float>(dense.view()), p_dense, before.view()) == 0);
           },
@@ -434,7 +459,7 @@ void check_at_page_edges(const Weight& make, const DecodedWeight& decoded, Index
 
 template <class T, class Format, class Scales>
 void check_weights_at_page_edges() {
-  for (const auto& [tokens, out, in] : {ProductShape{1, 3, 5}, {1, 33, 67}, {3, 64, 64}, {7, 17, 129}, {9, 5, 31}, {34, 50, 77}})
+  for (const auto& [tokens, out, in] : {ProductShape{1, 3, 5}, {1, 33, 67}, {3, 64, 64}, {7, 17, 129}, {9, 5, 31}, {34, 50, 77}, {9, 33, 96}, {34, 31, 32}, {40, 2, 320}})
     for (const PageEdge edge : {PageEdge::start, PageEdge::end}) {
       CAPTURE(Format::name, tokens, out, in, static_cast<int>(edge));
       const auto tensor = normal_weight<Format, Scales>(out, in, 32);
@@ -461,13 +486,14 @@ TEMPLATE_TEST_CASE("products read and write their operands and not one element b
 }
 
 TEST_CASE("what a thread computed before changes no bit of a product", "[cpu][classes]") {
-  const auto small = normal_weight<qd::NF4, qd::DoubleQuant<>>(33, 75, 64);
-  const auto large = normal_weight<qd::NF4, qd::DoubleQuant<>>(200, 515, 64);
-  auto spoiling = qd::clone(normal_matrix<float>(70, 515, 18).view());
+  const auto [cols, large_cols] = GENERATE(std::pair<Index, Index>{75, 515}, std::pair<Index, Index>{96, 512});  // of whole blocks too
+  const auto small = normal_weight<qd::NF4, qd::DoubleQuant<>>(33, cols, 32);
+  const auto large = normal_weight<qd::NF4, qd::DoubleQuant<>>(200, large_cols, 32);
+  auto spoiling = qd::clone(normal_matrix<float>(70, large_cols, 18).view());
   for (Index i = 0; i < 70; ++i) spoiling(i, 7 * i) = std::numeric_limits<float>::quiet_NaN();
   for (const Direction direction : both_directions)
     for (const Index tokens : {1, 9, 34}) {
-      const auto x = normal_matrix<float>(tokens, direction == Direction::forward ? 75 : 33, 19);
+      const auto x = normal_matrix<float>(tokens, direction == Direction::forward ? cols : 33, 19);
       each_class([&](const qd::Cpu& cpu) {
         if (!has_product<float>(cpu, direction, small.view())) return;
         Matrix<float> fresh;

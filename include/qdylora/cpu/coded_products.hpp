@@ -144,31 +144,30 @@ void few_backward(const CpuRun& run, MatrixView<const float> dy, const CodedWeig
 /// y [m, rows] (+)= x [m, cols] . w^T by tiles: the sums of a task stand turned until it ends.
 template <class T, class Y>
 void multiply_tiles(const CpuRun& run, const CodedWeight& w, const float* scales, MatrixView<const T> x, MatrixView<Y> y, Update update) {
-  const CellKernels& cells = run.codes().bits16;
   const TileKernels& tiles = run.codes().tiles;
-  const Bits16Cells sixteen{cells, 16};
-  const Index depth = sixteen.panel_depth(), task_rows = task_outputs(w.rows, x.rows > cells.few_tokens);
-  const CellPanels input = sixteen.prepare(run, x);
+  const Bits16Cells cells{run.codes().bits16, /*side=*/16};
+  const Index depth = cells.panel_depth(), task_rows = task_outputs(run, w.rows, x.rows);
+  const CellPanels input = cells.prepare(run, x);
   const Index groups = div_up(x.rows, token_group);
   run.parallel_for(div_up(w.rows, task_rows) * groups, [&](Index task) {
     const Index first = task / groups * task_rows, width = std::min(task_rows, w.rows - first);
     const Index token = task % groups * token_group, tokens = std::min(token_group, x.rows - token);
     const Index sum_row = rounded_up(tokens, 32) + 16;  // a line more, as in CellPanels
     float* sums = scratch<float, 1>(rounded_up(width, panel_width) * sum_row);
-    std::uint32_t* rows = scratch<std::uint32_t, 0>(rounded_up(width, panel_width) * panel_cells);
-    cells.begin();
+    std::uint32_t* decoded = scratch<std::uint32_t, 0>(rounded_up(width, panel_width) * panel_cells);
+    const TileScope scope = cells.scope();
     for (Index k = 0; k < w.cols; k += depth) {
       const Index part = std::min(depth, w.cols - k);
       const bool more = k + part < w.cols;  // what is decoded next, here or in the task that follows, is fetched meanwhile
+      const Index ahead = more || task % groups + 1 < groups ? 0 : width;
       for (Index p = 0; p < width; p += panel_width) {
-        tiles.rows(w, scales + (first + p) * w.row_blocks(), first + p, std::min(panel_width, width - p), k, part, rows + p * panel_cells);
-        w.prefetch(first + p + (more ? 0 : width), panel_width, more ? k + part : 0, depth);
+        tiles.decode(w, scales + (first + p) * w.row_blocks(), first + p, std::min(panel_width, width - p), k, part, decoded + p * panel_cells);
+        w.prefetch(first + p + ahead, panel_width, more ? k + part : 0, depth);
       }
       for (Index p = 0; p < width; p += panel_width)
-        tiles.gemm(tokens, sixteen.cells_of(part), rows + p * panel_cells, input.at(token, k), 16 * CellPanels::stride(), sums + p * sum_row,
+        tiles.gemm(tokens, cells.cells_of(part), decoded + p * panel_cells, input.at(token, k), 16 * CellPanels::stride(), sums + p * sum_row,
                    sum_row, k > 0);
     }
-    cells.end();
     const KernelTable<float>& kernels = run.kernels<float>();
     constexpr Index together = 16;
     const Index turned_row = rounded_up(width, 16);
@@ -304,7 +303,7 @@ void multiply_coded(const CpuRun& run, MatrixView<const T> x, const W& weight, M
   }
   const CodedPanels<direction> panels{kernels, w, all_scales(run, w)};
   if (bits16 && kernels.bits16)
-    multiply_panels<float>(run, Bits16Cells{kernels.bits16}, panels, task_outputs(panels.outputs(), x.rows > kernels.bits16.few_tokens),
+    multiply_panels<float>(run, Bits16Cells{kernels.bits16}, panels, task_outputs(run, panels.outputs(), x.rows),
                            token_group, x, y, update);
   else
     multiply_panels<float>(run, PlainCells<float>{run.kernels<float>()}, panels, task_outputs(panels.outputs()), token_group, x, y, update);

@@ -1,8 +1,8 @@
 // Products by panels, in both directions one algorithm: a weight is decoded 32 outputs side by side into a thread's cache, and rows of x are
 // multiplied with it from there; the direction decides what a panel is cut from.
 //
-// Work is cut by shape alone, one task owns each output element, and a sum's order depends on its length alone: the bits depend neither on the
-// number of threads nor on the other rows of x.
+// One task owns each output element, and a sum's order depends on its length alone: the bits depend neither on how work is cut, on the number of
+// threads, nor on the other rows of x.
 #pragma once
 
 #include <cstring>
@@ -12,9 +12,7 @@
 namespace qdylora::detail {
 
 inline constexpr Index panel_cells = 128;   // of a sum, decoded at a time: with 32 outputs 16 KiB
-inline constexpr Index token_block = 112;   // tokens that pass over the panels of a task together: a multiple of the tiles' rows
-inline constexpr Index token_group = 512;   // tokens of a task: a quantized weight is decoded once for so many
-inline constexpr Index dense_group = 128;   // the same of a dense weight, which costs little to look at twice
+inline constexpr Index dense_group = 128;   // tokens of a task with a dense weight, which costs little to look at twice
 
 template <class W>
 inline constexpr bool is_dense = false;
@@ -75,8 +73,7 @@ struct CodedPanels {
       if (numbers) cells.forward_numbers(w, first, count, begin, part, out);
       else cells.forward(w, scales_from(first), first, count, begin, part, out);
     } else {
-      if (fills_together()) fill_together(first, panel_width, begin, part, out, 0);
-      else if (numbers && w.whole_blocks() && cells.backward_numbers) cells.backward_numbers(w, begin, part, first, out);
+      if (numbers && w.whole_blocks() && cells.backward_numbers) cells.backward_numbers(w, begin, part, first, out);
       else fill_rounded(*this, kernels, first, count, begin, part, out);
     }
   }
@@ -84,7 +81,7 @@ struct CodedPanels {
   bool fills_together() const noexcept {
     return direction == Direction::backward && w.bits == 4 && w.whole_blocks() && kernels.bits16.backward;
   }
-  /// Those of up to 128 outputs, `apart` cells apart.
+  /// Up to panel_batch of them, `apart` cells apart.
   void fill_together(Index first, Index count, Index begin, Index part, std::uint32_t* out, Index apart) const {
     kernels.bits16.backward(w, scales, begin, part, first, count / panel_width, out, apart);
   }
@@ -175,7 +172,8 @@ struct CellRows {
 struct CellPanels {
   using Cell = std::uint32_t;
   Cell* data;
-  Index rows, depth;  // of a panel, in numbers
+  Index rows;
+  Index depth;  // numbers of a row in a panel
   Cell* at(Index row, Index k) const noexcept { return data + (k / depth * rows + row) * stride(); }
   static constexpr Index stride() noexcept { return panel_cells + 16; }  // a line more: rows spread over a first-level cache
 };
@@ -185,11 +183,9 @@ struct PlainCells {
   using Cell = S;
   const KernelTable<S>& kernels;
 
-  static constexpr Index x_rows() noexcept { return 1; }
   static constexpr Index block() noexcept { return token_block; }
   static constexpr Index batch() noexcept { return 1; }
-  static constexpr void begin() noexcept {}
-  static constexpr void end() noexcept {}
+  static constexpr auto scope() noexcept { return nullptr; }
 
   /// Of a sum, in a panel.
   static constexpr Index panel_depth() noexcept { return panel_cells; }
@@ -216,6 +212,22 @@ struct Turned {
   Index rows = columns.cols, cols = columns.rows;
 };
 
+/// A thread's tiles are set up while one of these lives.
+class TileScope {
+ public:
+  explicit TileScope(const CellKernels& kernels) : kernels_(kernels) {
+    if (kernels_.begin_tiles) kernels_.begin_tiles();
+  }
+  TileScope(const TileScope&) = delete;
+  TileScope& operator=(const TileScope&) = delete;
+  ~TileScope() {
+    if (kernels_.end_tiles) kernels_.end_tiles();
+  }
+
+ private:
+  const CellKernels& kernels_;
+};
+
 struct Bits16Cells {
   using Cell = std::uint32_t;
   const CellKernels& kernels;
@@ -223,14 +235,9 @@ struct Bits16Cells {
 
   Index panel_depth() const noexcept { return panel_cells / kernels.cells * kernels.numbers; }
   Index cells_of(Index depth) const noexcept { return kernels.cells_of(depth); }
-  Index block() const noexcept { return kernels.token_block; }
+  Index block() const noexcept { return kernels.block; }
   Index batch() const noexcept { return kernels.batch; }
-  void begin() const {
-    if (kernels.begin) kernels.begin();
-  }
-  void end() const {
-    if (kernels.end) kernels.end();
-  }
+  TileScope scope() const { return TileScope(kernels); }
   template <class T>
   CellPanels prepare(const CpuRun& run, MatrixView<const T> x) const {
     const CellPanels cells = cells_for(x.rows, x.cols);
@@ -257,7 +264,7 @@ struct Bits16Cells {
 
  private:
   CellPanels cells_for(Index rows, Index cols) const {
-    const Index all_rows = rounded_up(rows, side);
+    const Index all_rows = rounded_up(rows, 16);  // tiles take whole ones
     return {scratch<Cell, 10>(div_up(cols, panel_depth()) * all_rows * CellPanels::stride()), all_rows, panel_depth()};
   }
   /// Up to `side` rows, of which row_of(r) gives one at a time.
@@ -276,10 +283,12 @@ struct Bits16Cells {
   }
 };
 
-/// Outputs of a task: enough that a line of codes or a panel serves many, few enough that there are tasks for all threads; more where reading x would
-/// take longer than products do.
-constexpr Index task_outputs(Index outputs, bool many_tokens = false) noexcept {
-  return outputs >= 2048 ? (many_tokens ? 256 : 128) : outputs >= 1024 ? 64 : 32;
+/// Outputs of a task: enough that a line of codes or a panel serves many, few enough that there are tasks for all threads.
+constexpr Index task_outputs(Index outputs) noexcept { return outputs >= 2048 ? 128 : outputs >= 1024 ? 64 : 32; }
+/// More for so many rows of x that reading them takes longer than products do, if each thread has four tasks still.
+inline Index task_outputs(const CpuRun& run, Index outputs, Index x_rows) noexcept {
+  constexpr Index wide = 256;
+  return x_rows > run.codes().bits16.rows_for_wide_tasks && outputs >= 4 * wide * run.threads() ? wide : task_outputs(outputs);
 }
 
 /// How many tasks share a sum. Where outputs are few and sums are long, as in the gradient through a head, tasks by outputs alone would each
@@ -309,19 +318,19 @@ void multiply_panels(const CpuRun& run, const Cells& cells, const Panels& panels
     const Index token = task / parts % groups * group_tokens;
     const Index tokens = std::min(group_tokens, x.rows - token);
     const Index begin = task % parts * part_depth, end = std::min(depth, begin + part_depth);
-    const bool direct = parts == 1 && std::is_same_v<Y, S> && width % panel_width == 0 &&
+    const bool direct = parts == 1 && std::is_same_v<Y, S> && outputs % panel_width == 0 &&
                         !crowds_cache(y.stride * static_cast<Index>(sizeof(S)));
     const Index padded = rounded_up(width, panel_width);
     MatrixView<S> out;
     if constexpr (std::is_same_v<Y, S>)
       if (direct) out = {y.row(token) + first, tokens, width, y.stride};
     if (parts > 1) out = {sums + (task % parts * x.rows + token) * sum_stride + first, tokens, width, sum_stride};
-    else if (!direct) out = {scratch<S, 1>(tokens * (padded + 16)), tokens, padded, padded + 16};  // a line more, as in CellPanels
+    else if (!direct) out = {scratch<S, 1>(tokens * (padded + 16)), tokens, padded, padded + 16};  // as CellPanels
     const Index block = cells.block(), batch = cells.batch() * panel_width;
     const bool shared = tokens <= block && batch == panel_width;  // panels that serve once have one place, in a first-level cache
     const Index apart = shared ? 0 : panel_cells;
     Cell* panel = scratch<Cell, 0>((shared ? panel_width : padded) * panel_cells);
-    cells.begin();
+    [[maybe_unused]] const auto scope = cells.scope();
     for (Index k = begin; k < std::max(end, begin + 1); k += panel_depth) {
       const Index part = std::clamp<Index>(end - k, 0, panel_depth);
       const Index here = cells.cells_of(part);
@@ -342,7 +351,6 @@ void multiply_panels(const CpuRun& run, const Cells& cells, const Panels& panels
                        input.stride(), panel + q * apart, out.row(m) + q, out.stride, add);
         }
     }
-    cells.end();
     if (!direct && parts == 1)
       for (Index m = 0; m < tokens; ++m)
         for (Index j = 0; j < width; ++j) store(y(token + m, first + j), out(m, j), update);

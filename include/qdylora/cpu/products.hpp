@@ -132,7 +132,7 @@ void weight_gradient(const CpuRun& run, MatrixView<const S> u, MatrixView<const 
       const ElementPanels<Direction::backward, MatrixView<const T>> panels{kernels, x};
       for (Index j = 0; j < u.cols; j += group_rows) {
         const Index rows = std::min(group_rows, u.cols - j);
-        multiply_panels<float>(run, Bits16Cells{kernels.bits16}, panels, task_outputs(x.cols, u.rows > kernels.bits16.few_tokens), token_group,
+        multiply_panels<float>(run, Bits16Cells{kernels.bits16}, panels, task_outputs(x.cols), token_group,
                                Turned{u.middle_cols(j, rows)}, g.middle_rows(j, rows), update);
       }
       return;

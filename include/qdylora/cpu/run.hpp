@@ -20,7 +20,7 @@ enum class Compute {
   bits16,     // 16-bit factors: bfloat16 (2e-3) or integers (3e-4), whichever the machine multiplies faster, where that is faster than
               // float32; few tokens with dense or INT8 weights, and gradients of weights of few rows, stay in float32
   int8,       // for inference: activations in 8 bits, a scale for 64 of them, with weights of 4 bits in 8 (8e-3) or 7 (AVX2: 1.2e-2); products
-              // with quantized weights alone, no gradients. With AMX more than 16 tokens go in bfloat16, which is no slower there
+              // with quantized weights alone, no gradients. With AMX more than 16 tokens take bfloat16 with 4-bit weights: no slower there
 };
 
 }  // namespace qdylora
@@ -52,6 +52,8 @@ struct CpuRun {
     return detail::kernels<S>(isa);
   }
   const CodeKernels& codes() const noexcept { return code_kernels(isa); }
+  /// As many as could be where an Executor decides.
+  Index threads() const noexcept { return pool ? pool->threads() : 1024; }
 
   /// The class of a product of activations T.
   template <class T>

@@ -19,7 +19,7 @@ enum class Isa {
   avx512,       // AVX-512 F, BW, DQ, VL (Skylake-X)
   avx512_vnni,  // + VBMI, VNNI (Ice Lake): byte look-ups, sums of 8- and 16-bit products
   avx512_bf16,  // + BF16 (Sapphire Rapids, Zen 4)
-  amx,          // + AMX-TILE, AMX-BF16, AMX-INT8 (Sapphire Rapids): products of matrix tiles
+  amx,          // + AMX-TILE, AMX-BF16 (Sapphire Rapids, on Linux): products of matrix tiles
 };
 
 inline constexpr std::array all_isas = {Isa::generic, Isa::avx2, Isa::avx512, Isa::avx512_vnni, Isa::avx512_bf16, Isa::amx};
@@ -38,11 +38,11 @@ constexpr std::string_view name(Isa isa) noexcept {
 
 namespace detail {
 
-/// Whether the processor has matrix tiles and the system lets this process use them, for which Linux wants to be asked.
+/// Whether the processor has matrix tiles and the system lets this process use them, for which Linux is asked once.
 inline bool tiles_supported() noexcept {
 #if defined(__x86_64__) && defined(__linux__) && (defined(__GNUC__) || defined(__clang__))
   static const bool granted = [] {
-    constexpr unsigned tile = 1u << 24, bf16 = 1u << 22, int8 = 1u << 25, all = tile | bf16 | int8;
+    constexpr unsigned tile = 1u << 24, bf16 = 1u << 22, all = tile | bf16;
     constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
     unsigned a = 0, b = 0, c = 0, d = 0;
     return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & all) == all && syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
@@ -55,7 +55,9 @@ inline bool tiles_supported() noexcept {
 
 }  // namespace detail
 
-/// Whether this machine (and its operating system) runs the set. Each contains the ones before it.
+/// Whether this machine (and its operating system) runs the set. Each contains the ones before it. With Isa::amx, where the processor has it, this
+/// asks Linux for its tiles, for the whole process and for good (ARCH_REQ_XCOMP_PERM): a signal handler's alternate stack needs 8 KiB more from
+/// then on.
 inline bool supported(Isa isa) noexcept {
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__)) && !defined(__CUDACC__)
   switch (isa) {
@@ -75,8 +77,8 @@ inline bool supported(Isa isa) noexcept {
 #endif
 }
 
-/// The quickest set of this machine. Intel's cores (measured: Emerald Rapids) take a product of bfloat16 vectors in four times the time of one
-/// of 16-bit integers, so there it is avx512_vnni.
+/// The quickest set of this machine, which asks for tiles as supported() does. Intel's cores (measured: Emerald Rapids) take a product of bfloat16
+/// vectors in four times the time of one of 16-bit integers, so where one of them has no tiles it is avx512_vnni.
 inline Isa best_isa() noexcept {
   static const Isa best = [] {
     Isa found = Isa::generic;
@@ -121,5 +123,5 @@ inline Isa best_isa() noexcept {
 #define QDYLORA_AVX512 "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl"
 #define QDYLORA_AVX512_VNNI "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni"
 #define QDYLORA_AVX512_BF16 "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,avx512bf16"
-#define QDYLORA_AMX "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,avx512bf16,amx-tile,amx-bf16,amx-int8"
+#define QDYLORA_AMX "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,avx512bf16,amx-tile,amx-bf16"
 #endif

@@ -18,6 +18,10 @@ namespace qdylora::detail {
 /// Outputs that stand side by side in a panel, the form in which products take a weight: [depth][panel_width].
 inline constexpr Index panel_width = 32;
 
+inline constexpr Index token_block = 112;  // tokens that pass over the panels of a task together: a multiple of the tiles' rows
+inline constexpr Index token_group = 512;  // tokens of a task: a quantized weight is decoded once for so many
+inline constexpr Index panel_batch = 4;    // panels that may be filled together: those of a line of 4-bit codes
+
 template <class S>
 struct KernelTable {
   /// c[m, n] (+)= sum_k a[m * a_row + k * a_depth] * b[k * b_depth + n]
@@ -75,7 +79,7 @@ inline constexpr Index few_strip = 512;
 /// panel; the last are filled up with zeros.
 struct CellKernels {
   Index numbers = 0, cells = 0;
-  /// Of 4-bit weights in whole blocks of at least `numbers`. Without a kernel, panels of floats are rounded.
+  /// Of 4-bit weights in whole blocks of at least `numbers`, backward up to panel_batch panels. Without a kernel, panels of floats are rounded.
   void (*forward)(const CodedWeight&, const float* row_scales, Index row, Index rows, Index col, Index depth, std::uint32_t* out) = nullptr;
   void (*backward)(const CodedWeight&, const float* all_scales, Index row, Index depth, Index col, Index panels, std::uint32_t* out,
                    Index apart) = nullptr;
@@ -89,10 +93,10 @@ struct CellKernels {
                float* c, Index c_row, bool accumulate) = nullptr;
   Index x_rows = 1;  // that stand side by side: cell k of row i at i / x_rows * x_rows * a_row + k * x_rows + i % x_rows
   Index gradient_rows = 64;  // of a weight's gradient at least: x is rounded for few as for many
-  Index token_block = 112;   // as panels.hpp's
-  Index batch = 1;           // panels that are filled before products of them start
-  Index few_tokens = std::numeric_limits<Index>::max();  // beyond which reading them takes longer than products do
-  void (*begin)() = nullptr, (*end)() = nullptr;  // around all calls of gemm on a thread, where a set needs them
+  Index block = token_block;
+  Index batch = 1;  // panels that are filled before products of them start
+  Index rows_for_wide_tasks = std::numeric_limits<Index>::max();  // of x: where reading them takes longer than products do
+  void (*begin_tiles)() = nullptr, (*end_tiles)() = nullptr;  // around gemm, and that of TileKernels, on each thread; null where there are none
   explicit operator bool() const noexcept { return gemm != nullptr; }
   Index cells_of(Index depth) const noexcept { return (depth + numbers - 1) / numbers * cells; }
 };
@@ -115,8 +119,8 @@ struct ByteKernels {
 /// Products of 4-bit weights of whole blocks with x^T, in the cells of CellKernels: 32 rows of the weight on the left, 16 rows of x side by side on
 /// the right. What a weight is decoded to stands in the order of its codes, which need not be turned.
 struct TileKernels {
-  void (*rows)(const CodedWeight&, const float* row_scales, Index row, Index rows, Index col, Index depth, std::uint32_t* out) = nullptr;
-  void (*gemm)(Index tokens, Index depth, const std::uint32_t* rows, const std::uint32_t* x, Index x_group, float* c, Index c_row,
+  void (*decode)(const CodedWeight&, const float* row_scales, Index row, Index rows, Index col, Index depth, std::uint32_t* out) = nullptr;
+  void (*gemm)(Index tokens, Index depth, const std::uint32_t* decoded, const std::uint32_t* x, Index x_group, float* c, Index c_row,
                bool accumulate) = nullptr;
   explicit operator bool() const noexcept { return gemm != nullptr; }
 };
@@ -256,11 +260,11 @@ inline constexpr CodeKernels code_table = [] {
                   .round = to_bfloat16,
                   .gemm = tile_gemm,
                   .gradient_rows = 32,
-                  .token_block = 512,
-                  .batch = 4,
-                  .few_tokens = 128,
-                  .begin = begin_tiles,
-                  .end = end_tiles};
+                  .block = token_group,
+                  .batch = panel_batch,
+                  .rows_for_wide_tasks = 128,
+                  .begin_tiles = begin_tiles,
+                  .end_tiles = end_tiles};
   table.tiles = {rows_as_tiles, rows_gemm};
   table.few_bits16.most = 4;
   return table;
