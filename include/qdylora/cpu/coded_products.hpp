@@ -141,6 +141,28 @@ void few_backward(const CpuRun& run, MatrixView<const float> dy, const CodedWeig
   }
 }
 
+/// y[t, j] (+)= sums[j * sum_row + t]
+template <class Y>
+void store_turned(const KernelTable<float>& kernels, const float* sums, Index sum_row, MatrixView<Y> y, Update update) {
+  constexpr Index together = 16;
+  const Index turned_row = rounded_up(y.cols, 16);
+  float* turned = scratch<float, 7>(together * turned_row);
+  for (Index first = 0; first < y.rows; first += together) {
+    const Index count = std::min(together, y.rows - first);
+    if constexpr (std::is_same_v<Y, float>)
+      if (update == Update::overwrite && y.cols == turned_row) {
+        kernels.transpose(y.cols, count, sums + first, sum_row, y.row(first), y.stride);
+        continue;
+      }
+    kernels.transpose(y.cols, count, sums + first, sum_row, turned, turned_row);
+    for (Index t = 0; t < count; ++t) {
+      const float* sum = turned + t * turned_row;
+      Y* to = y.row(first + t);
+      for (Index j = 0; j < y.cols; ++j) store(to[j], sum[j], update);
+    }
+  }
+}
+
 /// y [m, rows] (+)= x [m, cols] . w^T by tiles: the sums of a task stand turned until it ends.
 template <class T, class Y>
 void multiply_tiles(const CpuRun& run, const CodedWeight& w, const float* scales, MatrixView<const T> x, MatrixView<Y> y, Update update) {
@@ -168,24 +190,7 @@ void multiply_tiles(const CpuRun& run, const CodedWeight& w, const float* scales
         tiles.gemm(tokens, cells.cells_of(part), decoded + p * panel_cells, input.at(token, k), 16 * CellPanels::stride(), sums + p * sum_row,
                    sum_row, k > 0);
     }
-    const KernelTable<float>& kernels = run.kernels<float>();
-    constexpr Index together = 16;
-    const Index turned_row = rounded_up(width, 16);
-    float* turned = scratch<float, 7>(together * turned_row);
-    for (Index m = 0; m < tokens; m += together) {
-      const Index count = std::min(together, tokens - m);
-      kernels.transpose(width, count, sums + m, sum_row, turned, turned_row);
-      for (Index t = 0; t < count; ++t) {
-        const float* sum = turned + t * turned_row;
-        Y* to = y.row(token + m + t) + first;
-        if constexpr (std::is_same_v<Y, float>) {
-          if (update == Update::accumulate) kernels.add(width, sum, to);
-          else std::copy_n(sum, width, to);
-        } else {
-          for (Index j = 0; j < width; ++j) store(to[j], sum[j], update);
-        }
-      }
-    }
+    store_turned(run.kernels<float>(), sums, sum_row, y.middle_rows(token, tokens).middle_cols(first, width), update);
   });
 }
 
