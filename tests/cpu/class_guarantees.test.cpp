@@ -373,7 +373,7 @@ TEMPLATE_TEST_CASE("products of small integers are exact in float and in bfloat1
       const auto before = integers<TestType>(tokens, forward ? out : in, rng);
       const Placed<TestType> x(p.x.view(), drawn(rng, 17), drawn(rng, 8));
       each_class(
-          [&](const qd::Cpu& cpu) {
+          [&, tokens = tokens](const qd::Cpu& cpu) {
             // Fixed point has scales of its own, which need not be powers of two.
             if (cpu.compute() == Compute::bits16 && (cpu.isa() < Isa::avx512_bf16 || (cpu.isa() == Isa::amx && tokens <= 4))) return;
             CHECK(wrong_integers<TestType>(cpu, direction, x.in(), w.view(), p, before.view()) == 0);

@@ -137,6 +137,7 @@ struct ElementPanels {
 /// The panels of outputs [first, first + count), `apart` cells apart.
 template <class Panels, class Cell>
 void fill_panels(const Panels& panels, Index first, Index count, Index begin, Index part, Cell* out, Index apart) {
+  if (part == 0) return;  // an empty sum
   if constexpr (requires { panels.fill_together(first, count, begin, part, out, apart); })
     if (panels.fills_together()) return panels.fill_together(first, count, begin, part, out, apart);
   for (Index j = 0; j < count; j += panel_width, out += apart) panels.fill(first + j, std::min(panel_width, count - j), begin, part, out);
@@ -265,7 +266,8 @@ struct Bits16Cells {
  private:
   CellPanels cells_for(Index rows, Index cols) const {
     const Index all_rows = rounded_up(rows, 16);  // tiles take whole ones
-    return {scratch<Cell, 10>(div_up(cols, panel_depth()) * all_rows * CellPanels::stride()), all_rows, panel_depth()};
+    const Index panels = div_up(std::max<Index>(cols, 1), panel_depth());
+    return {scratch<Cell, 10>(panels * all_rows * CellPanels::stride()), all_rows, panel_depth()};
   }
   /// Up to `side` rows, of which row_of(r) gives one at a time.
   template <class RowOf>
