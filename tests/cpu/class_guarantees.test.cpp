@@ -459,7 +459,9 @@ void check_at_page_edges(const Weight& make, const DecodedWeight& decoded, Index
 
 template <class T, class Format, class Scales>
 void check_weights_at_page_edges() {
-  for (const auto& [tokens, out, in] : {ProductShape{1, 3, 5}, {1, 33, 67}, {3, 64, 64}, {7, 17, 129}, {9, 5, 31}, {34, 50, 77}, {9, 33, 96}, {34, 31, 32}, {40, 2, 320}})
+  const std::vector<ProductShape> shapes = {{1, 3, 5},    {1, 33, 67},  {3, 64, 64},  {7, 17, 129}, {9, 5, 31},
+                                            {34, 50, 77}, {9, 33, 96}, {34, 31, 32}, {40, 2, 320}, {37, 40, 352}};
+  for (const auto& [tokens, out, in] : shapes)
     for (const PageEdge edge : {PageEdge::start, PageEdge::end}) {
       CAPTURE(Format::name, tokens, out, in, static_cast<int>(edge));
       const auto tensor = normal_weight<Format, Scales>(out, in, 32);

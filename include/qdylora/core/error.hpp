@@ -129,7 +129,8 @@ namespace detail {
 #endif
 
 inline std::string shape_text(std::int64_t rows, std::int64_t cols) {
-  return "[" + std::to_string(rows) + ", " + std::to_string(cols) + "]";
+  std::string text = "[";  // not "[" + string: g++ 12 warns of an overlap there
+  return text.append(std::to_string(rows)).append(", ").append(std::to_string(cols)).append("]");
 }
 
 }  // namespace detail

@@ -163,17 +163,38 @@ void store_turned(const KernelTable<float>& kernels, const float* sums, Index su
   }
 }
 
+/// x as TileKernels take it.
+template <class T>
+CellPanels prepare_tiles(const CpuRun& run, const Bits16Cells& cells, MatrixView<const T> x) {
+  constexpr Index together = 16;
+  const CellPanels panels = cells.panels_of(x.rows, x.cols);
+  each_x_rows(run, x.rows, x.cols, together, [&](Index row, Index rows) {
+    MatrixView<const float> floats;
+    if constexpr (std::is_same_v<T, float>) {
+      floats = x.middle_rows(row, rows);
+    } else {
+      const MatrixView<float> converted{scratch<float, 2>(together * x.cols), rows, x.cols, x.cols};
+      for (Index r = 0; r < rows; ++r)
+        for (Index k = 0; k < x.cols; ++k) converted(r, k) = static_cast<float>(x(row + r, k));
+      floats = converted;
+    }
+    for (Index k = 0; k < x.cols; k += panels.depth)
+      run.codes().tiles.round(floats.row(0) + k, floats.stride, rows, std::min(panels.depth, x.cols - k), panels.at(row, k));
+  });
+  return panels;
+}
+
 /// y [m, rows] (+)= x [m, cols] . w^T by tiles: the sums of a task stand turned until it ends.
 template <class T, class Y>
 void multiply_tiles(const CpuRun& run, const CodedWeight& w, const float* scales, MatrixView<const T> x, MatrixView<Y> y, Update update) {
   const TileKernels& tiles = run.codes().tiles;
-  const Bits16Cells cells{run.codes().bits16, /*side=*/16};
-  const Index depth = cells.panel_depth(), task_rows = task_outputs(run, w.rows, x.rows);
-  const CellPanels input = cells.prepare(run, x);
-  const Index groups = div_up(x.rows, token_group);
-  run.parallel_for(div_up(w.rows, task_rows) * groups, [&](Index task) {
-    const Index first = task / groups * task_rows, width = std::min(task_rows, w.rows - first);
-    const Index token = task % groups * token_group, tokens = std::min(token_group, x.rows - token);
+  const Bits16Cells cells{run.codes().bits16};
+  const Index depth = cells.panel_depth();
+  const CellPanels input = prepare_tiles(run, cells, x);
+  const ProductTasks tasks{w.rows, task_outputs(run, w.rows, x.rows), x.rows, token_group};
+  run.parallel_for(tasks.count(), [&](Index task) {
+    const auto [first, width, token, tokens, whole_sum] = tasks[task];
+    const Index next = tasks[task + 1].first;
     const Index sum_row = rounded_up(tokens, 32) + 16;  // a line more, as in CellPanels
     float* sums = scratch<float, 1>(rounded_up(width, panel_width) * sum_row);
     std::uint32_t* decoded = scratch<std::uint32_t, 0>(rounded_up(width, panel_width) * panel_cells);
@@ -181,10 +202,9 @@ void multiply_tiles(const CpuRun& run, const CodedWeight& w, const float* scales
     for (Index k = 0; k < w.cols; k += depth) {
       const Index part = std::min(depth, w.cols - k);
       const bool more = k + part < w.cols;  // what is decoded next, here or in the task that follows, is fetched meanwhile
-      const Index ahead = more || task % groups + 1 < groups ? 0 : width;
       for (Index p = 0; p < width; p += panel_width) {
         tiles.decode(w, scales + (first + p) * w.row_blocks(), first + p, std::min(panel_width, width - p), k, part, decoded + p * panel_cells);
-        w.prefetch(first + p + ahead, panel_width, more ? k + part : 0, depth);
+        w.prefetch((more ? first : next) + p, panel_width, more ? k + part : 0, depth);
       }
       for (Index p = 0; p < width; p += panel_width)
         tiles.gemm(tokens, cells.cells_of(part), decoded + p * panel_cells, input.at(token, k), 16 * CellPanels::stride(), sums + p * sum_row,
@@ -218,10 +238,10 @@ void multiply_bytes(const CpuRun& run, const CodedWeight& w, MatrixView<const T>
     side_by_side(run, side, row_scales, units, rows, units, x_scales + row * units);
     side_by_side(run, side, row_starts, units, rows, units, starts + row * units);
   });
-  const Index groups = div_up(x.rows, token_group);
-  run.parallel_for(div_up(w.rows, task_rows) * groups, [&](Index task) {
-    const Index first = task / groups * task_rows, width = std::min(task_rows, w.rows - first);
-    const Index token = task % groups * token_group, tokens = std::min(token_group, x.rows - token);
+  const ProductTasks tasks{w.rows, task_rows, x.rows, token_group};
+  run.parallel_for(tasks.count(), [&](Index task) {
+    const auto [first, width, token, tokens, whole_sum] = tasks[task];
+    const Index next = tasks[task + 1].first;
     constexpr Index part = 512;  // of the sum: 16 KiB of bytes for 32 outputs
     float* scales = scratch<float, 6>(task_rows * blocks);
     kernels.scales(w, first * blocks, width * blocks, scales);
@@ -236,7 +256,7 @@ void multiply_bytes(const CpuRun& run, const CodedWeight& w, MatrixView<const T>
                               panel_scales + p * part / 32);
       for (Index m = 0; m < tokens; m += token_block)
         for (Index p = 0; p < width; p += panel_width) {
-          if (m == 0) w.prefetch(first + p + (more ? 0 : width), panel_width, more ? k + depth : 0, part);
+          if (m == 0) w.prefetch((more ? first : next) + p, panel_width, more ? k + depth : 0, part);
           kernels.bytes.gemm(std::min(token_block, tokens - m), depth / unit, unit / 4, cells + (token + m) * stride + k / 4 * side, stride,
                              x_scales + (token + m) * units + k / unit * side, starts + (token + m) * units + k / unit * side, units,
                              panel + p * part / 4, panel_scales + p * part / 32, out + m * task_rows + p, task_rows, k > 0);

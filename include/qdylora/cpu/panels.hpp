@@ -232,30 +232,35 @@ class TileScope {
 struct Bits16Cells {
   using Cell = std::uint32_t;
   const CellKernels& kernels;
-  Index side = kernels.x_rows;  // rows of x that stand side by side
 
   Index panel_depth() const noexcept { return panel_cells / kernels.cells * kernels.numbers; }
   Index cells_of(Index depth) const noexcept { return kernels.cells_of(depth); }
   Index block() const noexcept { return kernels.block; }
   Index batch() const noexcept { return kernels.batch; }
   TileScope scope() const { return TileScope(kernels); }
+  /// Room for so many cells.
+  CellPanels panels_of(Index rows, Index cols) const {
+    const Index all_rows = rounded_up(rows, 16);  // tiles take whole ones
+    const Index panels = div_up(std::max<Index>(cols, 1), panel_depth());
+    return {scratch<Cell, 10>(panels * all_rows * CellPanels::stride()), all_rows, panel_depth()};
+  }
   template <class T>
   CellPanels prepare(const CpuRun& run, MatrixView<const T> x) const {
-    const CellPanels cells = cells_for(x.rows, x.cols);
-    each_x_rows(run, x.rows, x.cols, side, [&](Index row, Index rows) {
+    const CellPanels cells = panels_of(x.rows, x.cols);
+    each_x_rows(run, x.rows, x.cols, kernels.x_rows, [&](Index row, Index rows) {
       round(run, row, rows, x.cols, [&](Index r) { return row_as<float, 2>(x, row + r); }, cells);
     });
     return cells;
   }
   CellPanels prepare(const CpuRun& run, Turned x) const {
     constexpr Index together = 16;  // of x_rows, and of what kernels turn side by side
-    const CellPanels cells = cells_for(x.rows, x.cols);
+    const CellPanels cells = panels_of(x.rows, x.cols);
     each_x_rows(run, x.rows, x.cols, together, [&](Index first, Index count) {
       const Index stride = rounded_up(x.cols, 16);
       float* turned = scratch<float, 2>(together * stride);
       run.kernels<float>().transpose(x.cols, count, x.columns.data + first, x.columns.stride, turned, stride);
-      for (Index row = 0; row < count; row += side)
-        round(run, first + row, std::min(side, count - row), x.cols, [&](Index r) { return turned + (row + r) * stride; }, cells);
+      for (Index row = 0; row < count; row += kernels.x_rows)
+        round(run, first + row, std::min(kernels.x_rows, count - row), x.cols, [&](Index r) { return turned + (row + r) * stride; }, cells);
     });
     return cells;
   }
@@ -264,14 +269,10 @@ struct Bits16Cells {
   }
 
  private:
-  CellPanels cells_for(Index rows, Index cols) const {
-    const Index all_rows = rounded_up(rows, 16);  // tiles take whole ones
-    const Index panels = div_up(std::max<Index>(cols, 1), panel_depth());
-    return {scratch<Cell, 10>(panels * all_rows * CellPanels::stride()), all_rows, panel_depth()};
-  }
-  /// Up to `side` rows, of which row_of(r) gives one at a time.
+  /// Up to x_rows rows, of which row_of(r) gives one at a time.
   template <class RowOf>
   void round(const CpuRun& run, Index row, Index rows, Index count, RowOf row_of, const CellPanels& cells) const {
+    const Index side = kernels.x_rows;
     Cell* own = side > 1 ? scratch<Cell, 8>(div_up(count, cells.depth) * rows * CellPanels::stride()) : nullptr;
     const CellPanels to = own != nullptr ? CellPanels{own, rows, cells.depth} : cells;
     const Index first = own != nullptr ? 0 : row;
@@ -299,6 +300,23 @@ constexpr Index depth_parts(Index outputs, Index depth) noexcept {
   return depth >= 8192 && depth >= 16 * outputs ? std::min<Index>(depth / 4096, 8) : 1;
 }
 
+/// A product cut into tasks, in their order: every `width` outputs; of these, every `group` tokens; of these, the parts of a sum.
+struct ProductTasks {
+  Index outputs, width, tokens, group, parts = 1;
+
+  struct Task {
+    Index first, width, token, tokens, part;
+  };
+  Index count() const noexcept { return div_up(outputs, width) * groups() * parts; }
+  Task operator[](Index task) const noexcept {
+    const Index first = task / parts / groups() * width, token = task / parts % groups() * group;
+    return {first, std::min(width, outputs - first), token, std::min(group, tokens - token), task % parts};
+  }
+
+ private:
+  Index groups() const noexcept { return div_up(tokens, group); }
+};
+
 /// y [m, outputs] (+)= x [m, depth] . panels
 template <class S, class Cells, class Panels, class X, class Y>
 void multiply_panels(const CpuRun& run, const Cells& cells, const Panels& panels, Index task_outputs, Index group_tokens, X x,
@@ -310,23 +328,20 @@ void multiply_panels(const CpuRun& run, const Cells& cells, const Panels& panels
   const Index parts = depth_parts(outputs, depth);
   const Index part_depth = rounded_up(div_up(std::max<Index>(depth, 1), parts), panel_depth);
   if (parts > 1) task_outputs = rounded_up(outputs / ((outputs + 319) / 320), panel_width);  // panels of a task: in its second-level cache
-  const Index blocks = div_up(outputs, task_outputs);
-  const Index groups = div_up(x.rows, group_tokens);
+  const ProductTasks tasks{outputs, task_outputs, x.rows, group_tokens, parts};
   const Index sum_stride = uncrowded_stride<S>(rounded_up(outputs, panel_width));
   S* sums = parts > 1 ? scratch<S, 12>(parts * x.rows * sum_stride) : nullptr;
-  run.parallel_for(blocks * groups * parts, [&](Index task) {
-    const Index first = task / groups / parts * task_outputs;
-    const Index width = std::min(task_outputs, outputs - first);
-    const Index token = task / parts % groups * group_tokens;
-    const Index tokens = std::min(group_tokens, x.rows - token);
-    const Index begin = task % parts * part_depth, end = std::min(depth, begin + part_depth);
+  run.parallel_for(tasks.count(), [&](Index task) {
+    const auto [first, width, token, tokens, part_of_sum] = tasks[task];
+    const auto next = tasks[task + 1];
+    const Index begin = part_of_sum * part_depth, end = std::min(depth, begin + part_depth);
     const bool direct = parts == 1 && std::is_same_v<Y, S> && outputs % panel_width == 0 &&
                         !crowds_cache(y.stride * static_cast<Index>(sizeof(S)));
     const Index padded = rounded_up(width, panel_width);
     MatrixView<S> out;
     if constexpr (std::is_same_v<Y, S>)
       if (direct) out = {y.row(token) + first, tokens, width, y.stride};
-    if (parts > 1) out = {sums + (task % parts * x.rows + token) * sum_stride + first, tokens, width, sum_stride};
+    if (parts > 1) out = {sums + (part_of_sum * x.rows + token) * sum_stride + first, tokens, width, sum_stride};
     else if (!direct) out = {scratch<S, 1>(tokens * (padded + 16)), tokens, padded, padded + 16};  // as CellPanels
     const Index block = cells.block(), batch = cells.batch() * panel_width;
     const bool shared = tokens <= block && batch == panel_width;  // panels that serve once have one place, in a first-level cache
@@ -343,9 +358,9 @@ void multiply_panels(const CpuRun& run, const Cells& cells, const Panels& panels
           const Index stop = std::min(width, p + batch);
           if (m == 0) {
             fill_panels(panels, first + p, stop - p, k, part, panel + p * apart, panel_width * apart);
-            if constexpr (requires { panels.prefetch(first, width, k, part, p, p); })
+            if constexpr (requires { panels.prefetch(p, p, k, part, p, p); })
               for (Index q = p; q < stop; q += panel_width)
-                panels.prefetch(more ? first : first + task_outputs, task_outputs, more ? k + part : begin, panel_depth, q / panel_width,
+                panels.prefetch(more ? first : next.first, task_outputs, more ? k + part : next.part * part_depth, panel_depth, q / panel_width,
                                 task_outputs / panel_width);
           }
           for (Index q = p; q < stop; q += panel_width)

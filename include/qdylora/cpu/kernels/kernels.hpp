@@ -120,6 +120,8 @@ struct ByteKernels {
 /// the right. What a weight is decoded to stands in the order of its codes, which need not be turned.
 struct TileKernels {
   void (*decode)(const CodedWeight&, const float* row_scales, Index row, Index rows, Index col, Index depth, std::uint32_t* out) = nullptr;
+  /// Up to 16 rows of x.
+  void (*round)(const float* x, Index x_row, Index rows, Index depth, std::uint32_t* out) = nullptr;
   void (*gemm)(Index tokens, Index depth, const std::uint32_t* decoded, const std::uint32_t* x, Index x_group, float* c, Index c_row,
                bool accumulate) = nullptr;
   explicit operator bool() const noexcept { return gemm != nullptr; }
@@ -265,7 +267,7 @@ inline constexpr CodeKernels code_table = [] {
                   .rows_for_wide_tasks = 128,
                   .begin_tiles = begin_tiles,
                   .end_tiles = end_tiles};
-  table.tiles = {rows_as_tiles, rows_gemm};
+  table.tiles = {rows_as_tiles, x_as_tiles, rows_gemm};
   table.few_bits16.most = 4;
   return table;
 }();
