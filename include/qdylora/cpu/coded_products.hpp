@@ -123,18 +123,20 @@ void few_backward(const CpuRun& run, MatrixView<const float> dy, const CodedWeig
       float* total = parts > 1 ? sums + (part * w.cols + col) * tile : scratch<float, 5>(tile * strip);
       run.codes().few_backward[size](w, scales, begin, end, col, width, by_row + begin * tile, total);
       if (parts > 1) return;
-      for (Index t = 0; t < tokens; ++t)
-        for (Index j = 0; j < width; ++j) store(dx(token + t, col + j), total[t * width + j], update);
+      const auto out = dx.middle_rows(token, tokens).middle_cols(col, width);
+      for (Index t = 0; t < tokens; ++t) store_row(run, total + t * width, out, t, update);
     });
     constexpr Index piece = 512;
     if (parts > 1)
       run.parallel_for(strips * div_up(strip, piece), [&](Index task) {
         const Index col = task % strips * strip, width = std::min(strip, w.cols - col);
         const Index first = task / strips * piece, count = std::min(piece, width - first);
-        for (Index t = 0; t < tokens && count > 0; ++t) {
+        if (count <= 0) return;
+        const auto out = dx.middle_rows(token, tokens).middle_cols(col + first, count);
+        for (Index t = 0; t < tokens; ++t) {
           float* total = sums + col * tile + t * width + first;
           for (Index part = 1; part < parts; ++part) run.kernels<float>().add(count, total + part * w.cols * tile, total);
-          for (Index j = 0; j < count; ++j) store(dx(token + t, col + first + j), total[j], update);
+          store_row(run, total, out, t, update);
         }
       });
     token += tokens;
@@ -143,8 +145,9 @@ void few_backward(const CpuRun& run, MatrixView<const float> dy, const CodedWeig
 
 /// y[t, j] (+)= sums[j * sum_row + t]
 template <class Y>
-void store_turned(const KernelTable<float>& kernels, const float* sums, Index sum_row, MatrixView<Y> y, Update update) {
+void store_turned(const CpuRun& run, const float* sums, Index sum_row, MatrixView<Y> y, Update update) {
   constexpr Index together = 16;
+  const auto& kernels = run.kernels<float>();
   const Index turned_row = rounded_up(y.cols, 16);
   float* turned = scratch<float, 7>(together * turned_row);
   for (Index first = 0; first < y.rows; first += together) {
@@ -155,11 +158,7 @@ void store_turned(const KernelTable<float>& kernels, const float* sums, Index su
         continue;
       }
     kernels.transpose(y.cols, count, sums + first, sum_row, turned, turned_row);
-    for (Index t = 0; t < count; ++t) {
-      const float* sum = turned + t * turned_row;
-      Y* to = y.row(first + t);
-      for (Index j = 0; j < y.cols; ++j) store(to[j], sum[j], update);
-    }
+    for (Index t = 0; t < count; ++t) store_row(run, turned + t * turned_row, y, first + t, update);
   }
 }
 
@@ -174,8 +173,7 @@ CellPanels prepare_tiles(const CpuRun& run, const Bits16Cells& cells, MatrixView
       floats = x.middle_rows(row, rows);
     } else {
       const MatrixView<float> converted{scratch<float, 2>(together * x.cols), rows, x.cols, x.cols};
-      for (Index r = 0; r < rows; ++r)
-        for (Index k = 0; k < x.cols; ++k) converted(r, k) = static_cast<float>(x(row + r, k));
+      for (Index r = 0; r < rows; ++r) convert_row(run, x.cols, x.row(row + r), converted.row(r));
       floats = converted;
     }
     for (Index k = 0; k < x.cols; k += panels.depth)
@@ -210,7 +208,7 @@ void multiply_tiles(const CpuRun& run, const CodedWeight& w, const float* scales
         tiles.gemm(tokens, cells.cells_of(part), decoded + p * panel_cells, input.at(token, k), 16 * CellPanels::stride(), sums + p * sum_row,
                    sum_row, k > 0);
     }
-    store_turned(run.kernels<float>(), sums, sum_row, y.middle_rows(token, tokens).middle_cols(first, width), update);
+    store_turned(run, sums, sum_row, y.middle_rows(token, tokens).middle_cols(first, width), update);
   });
 }
 
@@ -227,7 +225,7 @@ void multiply_bytes(const CpuRun& run, const CodedWeight& w, MatrixView<const T>
   each_x_rows(run, x.rows, x.cols, side, [&](Index row, Index rows) {
     const auto round = [&](std::uint32_t* to, float* scale, std::int32_t* start) {
       for (Index r = 0; r < rows; ++r)
-        kernels.few_int8.row(row_as<float, 2>(x, row + r), w.cols / 8, w.block_size, to + r * stride, scale + r * units, start + r * units);
+        kernels.few_int8.row(row_as<float, 2>(run, x, row + r), w.cols / 8, w.block_size, to + r * stride, scale + r * units, start + r * units);
     };
     if (side == 1) return round(cells + row * stride, x_scales + row * units, starts + row * units);
     std::uint32_t* row_cells = scratch<std::uint32_t, 8>(rows * stride);
@@ -262,8 +260,8 @@ void multiply_bytes(const CpuRun& run, const CodedWeight& w, MatrixView<const T>
                              panel + p * part / 4, panel_scales + p * part / 32, out + m * task_rows + p, task_rows, k > 0);
         }
     }
-    for (Index m = 0; m < tokens; ++m)
-      for (Index j = 0; j < width; ++j) store(y(token + m, first + j), out[m * task_rows + j], update);
+    const auto target = y.middle_rows(token, tokens).middle_cols(first, width);
+    for (Index m = 0; m < tokens; ++m) store_row(run, out + m * task_rows, target, m, update);
   });
 }
 
@@ -313,7 +311,7 @@ void multiply_coded(const CpuRun& run, MatrixView<const T> x, const W& weight, M
                            : few_tokens_backward(w, bits16 && kernels.bits16.backward != nullptr);
     if (x.rows <= most) {
       Matrix<float> storage;
-      const MatrixView<const float> input = as_scalar<float>(x, storage);
+      const MatrixView<const float> input = as_scalar<float>(run, x, storage);
       if constexpr (direction == Direction::forward) few_forward(run, kernel, input, w, y, update);
       else few_backward(run, input, w, y, update);
       return;

@@ -13,10 +13,8 @@ namespace qdylora::detail {
 template <class X, class Y>
 void convert(const CpuRun& run, MatrixView<const X> x, MatrixView<Y> y) {
   expect_shape("copy: target", y, x.rows, x.cols);
-  using Between = std::conditional_t<std::is_same_v<X, double> && sizeof(Y) == 2, float, X>;  // what 16 bits are rounded from
   run.parallel_ranges(x.rows, row_grain(x.cols), [&](Index begin, Index end) {
-    for (Index i = begin; i < end; ++i)
-      for (Index j = 0; j < x.cols; ++j) y(i, j) = static_cast<Y>(static_cast<Between>(x(i, j)));
+    for (Index i = begin; i < end; ++i) convert_row(run, x.cols, x.row(i), y.row(i));
   });
 }
 
@@ -26,7 +24,7 @@ void add(const CpuRun& run, MatrixView<const T> x, MatrixView<T> y) {
   expect_shape("add: x", x, y.rows, y.cols);
   run.parallel_ranges(y.rows, row_grain(y.cols), [&](Index begin, Index end) {
     for (Index i = begin; i < end; ++i)
-      write_row<S, 2>(y, i, Update::accumulate, [&](S* sum) { run.kernels<S>().add(y.cols, row_as<S, 3>(x, i), sum); });
+      write_row<S, 2>(run, y, i, Update::accumulate, [&](S* sum) { run.kernels<S>().add(y.cols, row_as<S, 3>(run, x, i), sum); });
   });
 }
 
@@ -35,7 +33,7 @@ void add_row(const CpuRun& run, MatrixView<const S> row, MatrixView<T> y) {
   expect_shape("add_row: row", row, 1, y.cols);
   run.parallel_ranges(y.rows, row_grain(y.cols), [&](Index begin, Index end) {
     for (Index i = begin; i < end; ++i)
-      write_row<S, 2>(y, i, Update::accumulate, [&](S* sum) { run.kernels<S>().add(y.cols, row.data, sum); });
+      write_row<S, 2>(run, y, i, Update::accumulate, [&](S* sum) { run.kernels<S>().add(y.cols, row.data, sum); });
   });
 }
 
@@ -45,8 +43,8 @@ void scale_columns(const CpuRun& run, MatrixView<const T> x, std::span<const S> 
   expect_shape("scale_columns: y", y, x.rows, x.cols);
   run.parallel_ranges(y.rows, row_grain(y.cols), [&](Index begin, Index end) {
     for (Index i = begin; i < end; ++i)
-      write_row<S, 2>(y, i, Update::overwrite,
-                      [&](S* out) { run.kernels<S>().multiply(x.cols, row_as<S, 3>(x, i), factors.data(), out); });
+      write_row<S, 2>(run, y, i, Update::overwrite,
+                      [&](S* out) { run.kernels<S>().multiply(x.cols, row_as<S, 3>(run, x, i), factors.data(), out); });
   });
 }
 
@@ -85,8 +83,8 @@ void swiglu(const CpuRun& run, MatrixView<const T> gate, MatrixView<const T> up,
   expect_shape("swiglu: y", y, gate.rows, gate.cols);
   run.parallel_ranges(y.rows, row_grain(y.cols), [&](Index begin, Index end) {
     for (Index i = begin; i < end; ++i)
-      write_row<S, 2>(y, i, Update::overwrite, [&](S* out) {
-        run.kernels<S>().swiglu(y.cols, row_as<S, 3>(gate, i), row_as<S, 4>(up, i), out);
+      write_row<S, 2>(run, y, i, Update::overwrite, [&](S* out) {
+        run.kernels<S>().swiglu(y.cols, row_as<S, 3>(run, gate, i), row_as<S, 4>(run, up, i), out);
       });
   });
 }
@@ -101,9 +99,9 @@ void swiglu_backward(const CpuRun& run, MatrixView<const T> dy, MatrixView<const
   expect_shape("swiglu_backward: dup", dup, dy.rows, dy.cols);
   run.parallel_ranges(dy.rows, row_grain(dy.cols), [&](Index begin, Index end) {
     for (Index i = begin; i < end; ++i) {
-      const S *d = row_as<S, 2>(dy, i), *g = row_as<S, 3>(gate, i), *u = row_as<S, 4>(up, i);
-      write_row<S, 5>(dgate, i, Update::overwrite, [&](S* dg) {
-        write_row<S, 6>(dup, i, Update::overwrite, [&](S* du) { run.kernels<S>().swiglu_backward(dy.cols, d, g, u, dg, du); });
+      const S *d = row_as<S, 2>(run, dy, i), *g = row_as<S, 3>(run, gate, i), *u = row_as<S, 4>(run, up, i);
+      write_row<S, 5>(run, dgate, i, Update::overwrite, [&](S* dg) {
+        write_row<S, 6>(run, dup, i, Update::overwrite, [&](S* du) { run.kernels<S>().swiglu_backward(dy.cols, d, g, u, dg, du); });
       });
     }
   });
@@ -115,7 +113,7 @@ void gelu(const CpuRun& run, MatrixView<const T> x, MatrixView<T> y) {
   expect_shape("gelu: y", y, x.rows, x.cols);
   run.parallel_ranges(x.rows, row_grain(x.cols), [&](Index begin, Index end) {
     for (Index i = begin; i < end; ++i)
-      write_row<S, 2>(y, i, Update::overwrite, [&](S* out) { run.kernels<S>().gelu(x.cols, row_as<S, 3>(x, i), out); });
+      write_row<S, 2>(run, y, i, Update::overwrite, [&](S* out) { run.kernels<S>().gelu(x.cols, row_as<S, 3>(run, x, i), out); });
   });
 }
 
@@ -126,8 +124,8 @@ void gelu_backward(const CpuRun& run, MatrixView<const T> dy, MatrixView<const T
   expect_shape("gelu_backward: dx", dx, dy.rows, dy.cols);
   run.parallel_ranges(x.rows, row_grain(x.cols), [&](Index begin, Index end) {
     for (Index i = begin; i < end; ++i)
-      write_row<S, 2>(dx, i, Update::overwrite, [&](S* out) {
-        run.kernels<S>().gelu_backward(x.cols, row_as<S, 3>(dy, i), row_as<S, 4>(x, i), out);
+      write_row<S, 2>(run, dx, i, Update::overwrite, [&](S* out) {
+        run.kernels<S>().gelu_backward(x.cols, row_as<S, 3>(run, dy, i), row_as<S, 4>(run, x, i), out);
       });
   });
 }
@@ -140,7 +138,7 @@ void embed(const CpuRun& run, std::span<const std::int32_t> ids, const Table& ta
     for (Index i = begin; i < end; ++i) {
       const Index id = ids[static_cast<std::size_t>(i)];
       if constexpr (requires { table.codes; })
-        write_row<float, 2>(y, i, Update::overwrite,
+        write_row<float, 2>(run, y, i, Update::overwrite,
                             [&](float* row) { run.codes().decode(coded(table), id * table.cols, table.cols, row); });
       else
         for (Index j = 0; j < y.cols; ++j) y(i, j) = static_cast<T>(table(id, j));

@@ -248,7 +248,7 @@ struct Bits16Cells {
   CellPanels prepare(const CpuRun& run, MatrixView<const T> x) const {
     const CellPanels cells = panels_of(x.rows, x.cols);
     each_x_rows(run, x.rows, x.cols, kernels.x_rows, [&](Index row, Index rows) {
-      round(run, row, rows, x.cols, [&](Index r) { return row_as<float, 2>(x, row + r); }, cells);
+      round(run, row, rows, x.cols, [&](Index r) { return row_as<float, 2>(run, x, row + r); }, cells);
     });
     return cells;
   }
@@ -368,16 +368,16 @@ void multiply_panels(const CpuRun& run, const Cells& cells, const Panels& panels
                        input.stride(), panel + q * apart, out.row(m) + q, out.stride, add);
         }
     }
-    if (!direct && parts == 1)
-      for (Index m = 0; m < tokens; ++m)
-        for (Index j = 0; j < width; ++j) store(y(token + m, first + j), out(m, j), update);
+    if (direct || parts > 1) return;
+    const auto target = y.middle_rows(token, tokens).middle_cols(first, width);
+    for (Index m = 0; m < tokens; ++m) store_row(run, out.row(m), target, m, update);
   });
   if (parts == 1) return;
   run.parallel_ranges(x.rows, row_grain(parts * outputs), [&](Index begin, Index end) {
     for (Index m = begin; m < end; ++m) {
       S* sum = sums + m * sum_stride;
       for (Index p = 1; p < parts; ++p) run.kernels<S>().add(outputs, sums + (p * x.rows + m) * sum_stride, sum);
-      for (Index j = 0; j < outputs; ++j) store(y(m, j), sum[j], update);
+      store_row(run, sum, y, m, update);
     }
   });
 }

@@ -17,7 +17,7 @@ using ConstView = MatrixView<const typename std::remove_const<std::remove_pointe
 template <class S, class W>
 const S* weight_row(const CpuRun& run, const W& w, Index n) {
   if constexpr (is_dense<W>) {
-    return row_as<S, 0>(ConstView<W>(w), n);
+    return row_as<S, 0>(run, ConstView<W>(w), n);
   } else {
     S* row = scratch<S, 0>(w.cols);
     if constexpr (std::is_same_v<S, float>) run.codes().decode(coded(w), n * w.cols, w.cols, row);
@@ -31,7 +31,7 @@ const S* weight_row(const CpuRun& run, const W& w, Index n) {
 template <class S, class T, class W, class Y>
 void multiply_dots(const CpuRun& run, MatrixView<const T> x, const W& w, MatrixView<Y> y, Update update) {
   Matrix<S> storage;
-  const MatrixView<const S> input = as_scalar<S>(x, storage);
+  const MatrixView<const S> input = as_scalar<S>(run, x, storage);
   const auto& kernels = run.kernels<S>();
   if constexpr (!is_dense<W> && std::is_same_v<S, float>) {
     const CodedWeight c = coded(w);
@@ -86,7 +86,7 @@ void dequantize(const CpuRun& run, const QuantizedView<Format, Scales>& weight, 
   const CodedWeight w = coded(weight);
   run.parallel_ranges(y.rows, row_grain(y.cols), [&](Index begin, Index end) {
     for (Index i = begin; i < end; ++i)
-      write_row<float, 2>(y, i, Update::overwrite, [&](float* row) { run.codes().decode(w, i * w.cols, w.cols, row); });
+      write_row<float, 2>(run, y, i, Update::overwrite, [&](float* row) { run.codes().decode(w, i * w.cols, w.cols, row); });
   });
 }
 
@@ -139,7 +139,7 @@ void weight_gradient(const CpuRun& run, MatrixView<const S> u, MatrixView<const 
     }
   }
   Matrix<S> storage;
-  const MatrixView<const S> input = as_scalar<S>(x, storage);
+  const MatrixView<const S> input = as_scalar<S>(run, x, storage);
   const auto& kernels = run.kernels<S>();
   run.parallel_ranges(g.cols, slice_cols, [&](Index begin, Index end) {
     kernels.gemm(g.rows, end - begin, u.rows, u.data, 1, u.stride, input.data + begin, input.stride, g.data + begin, g.stride,

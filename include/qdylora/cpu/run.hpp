@@ -78,42 +78,63 @@ S* scratch(Index size) {
   return block.data();
 }
 
+/// y = x, rounded once.
+template <class X, class Y>
+void convert_row(const CpuRun& run, Index count, const X* x, Y* y) {
+  if constexpr (std::is_same_v<X, bfloat16> && std::is_floating_point_v<Y>) {
+    run.kernels<Y>().widen(count, x, y);
+  } else if constexpr (std::is_floating_point_v<X> && std::is_same_v<Y, bfloat16>) {
+    run.kernels<X>().narrow(count, x, y);
+  } else {
+    using Between = std::conditional_t<std::is_same_v<X, double> && sizeof(Y) == 2, float, X>;  // what 16 bits are rounded from
+    for (Index j = 0; j < count; ++j) y[j] = static_cast<Y>(static_cast<Between>(x[j]));
+  }
+}
+
 /// Row i of a view as S: in its place where it is that, else converted into scratch memory.
 template <class S, int Slot, class T>
-const S* row_as(MatrixView<const T> view, Index i) {
+const S* row_as(const CpuRun& run, MatrixView<const T> view, Index i) {
   if constexpr (std::is_same_v<S, T>) {
     return view.row(i);
   } else {
     S* row = scratch<S, Slot>(view.cols);
-    for (Index j = 0; j < view.cols; ++j) row[j] = static_cast<S>(view(i, j));
+    convert_row(run, view.cols, view.row(i), row);
     return row;
   }
 }
 
 /// f(row) writes row i of a view as S; if it adds to what is there, `update` says so.
 template <class S, int Slot, class T, class F>
-void write_row(MatrixView<T> view, Index i, Update update, F&& f) {
+void write_row(const CpuRun& run, MatrixView<T> view, Index i, Update update, F&& f) {
   if constexpr (std::is_same_v<S, T>) {
     f(view.row(i));
   } else {
     S* row = scratch<S, Slot>(view.cols);
-    if (update == Update::accumulate)
-      for (Index j = 0; j < view.cols; ++j) row[j] = static_cast<S>(view(i, j));
+    if (update == Update::accumulate) convert_row(run, view.cols, view.row(i), row);
     f(row);
-    for (Index j = 0; j < view.cols; ++j) view(i, j) = static_cast<T>(row[j]);
+    convert_row(run, view.cols, row, view.row(i));
   }
+}
+
+/// Row i of a view (+)= values.
+template <class S, class T>
+void store_row(const CpuRun& run, const S* values, MatrixView<T> view, Index i, Update update) {
+  if (update == Update::overwrite) return convert_row(run, view.cols, values, view.row(i));
+  write_row<S, 13>(run, view, i, update, [&](S* sum) { run.kernels<S>().add(view.cols, values, sum); });
 }
 
 /// The elements of `view` as S: the view itself where it has them, else converted into `storage`.
 template <class S, class T>
-MatrixView<const S> as_scalar(MatrixView<const T> view, Matrix<S>& storage) {
+MatrixView<const S> as_scalar(const CpuRun& run, MatrixView<const T> view, Matrix<S>& storage) {
   if constexpr (std::is_same_v<S, T>) {
     return view;
   } else {
     storage.resize(view.rows, view.cols);
-    for (Index i = 0; i < view.rows; ++i)
-      for (Index j = 0; j < view.cols; ++j) storage(i, j) = static_cast<S>(view(i, j));
-    return storage.view();
+    const MatrixView<S> converted = storage.view();
+    run.parallel_ranges(view.rows, row_grain(view.cols), [&](Index begin, Index end) {
+      for (Index i = begin; i < end; ++i) convert_row(run, view.cols, view.row(i), converted.row(i));
+    });
+    return converted;
   }
 }
 

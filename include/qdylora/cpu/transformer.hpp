@@ -16,11 +16,11 @@ void rms_norm(const CpuRun& run, MatrixView<const T> x, MatrixView<const S> weig
   expect_shape("rms_norm: inverse rms", inverse, x.rows, 1);
   run.parallel_ranges(x.rows, row_grain(x.cols), [&](Index begin, Index end) {
     for (Index i = begin; i < end; ++i) {
-      const S* row = row_as<S, 2>(x, i);
+      const S* row = row_as<S, 2>(run, x, i);
       const double mean = run.kernels<S>().squares(x.cols, row) / static_cast<double>(x.cols);
       const S r = static_cast<S>(1.0 / std::sqrt(mean + static_cast<double>(epsilon)));
       inverse(i, 0) = r;
-      write_row<S, 3>(y, i, Update::overwrite, [&](S* out) { run.kernels<S>().normalize(x.cols, row, r, weight.data, out); });
+      write_row<S, 3>(run, y, i, Update::overwrite, [&](S* out) { run.kernels<S>().normalize(x.cols, row, r, weight.data, out); });
     }
   });
 }
@@ -35,10 +35,10 @@ void rms_norm_backward(const CpuRun& run, MatrixView<const T> dy, MatrixView<con
   run.parallel_ranges(x.rows, row_grain(x.cols), [&](Index begin, Index end) {
     for (Index i = begin; i < end; ++i) {
       const S r = inverse(i, 0);
-      const S *d = row_as<S, 2>(dy, i), *row = row_as<S, 3>(x, i);
+      const S *d = row_as<S, 2>(run, dy, i), *row = row_as<S, 3>(run, x, i);
       const double products = run.kernels<S>().triple_products(x.cols, d, weight.data, row);
       const S mean = static_cast<S>(products / static_cast<double>(x.cols)) * r * r;
-      write_row<S, 4>(dx, i, update, [&](S* out) {
+      write_row<S, 4>(run, dx, i, update, [&](S* out) {
         run.kernels<S>().normalize_backward(x.cols, d, row, weight.data, r, mean, out, update == Update::accumulate);
       });
     }
@@ -52,14 +52,14 @@ void layer_norm(const CpuRun& run, MatrixView<const T> x, MatrixView<const S> we
   run.parallel_ranges(x.rows, row_grain(x.cols), [&](Index begin, Index end) {
     const auto count = static_cast<double>(x.cols);
     for (Index i = begin; i < end; ++i) {
-      const S* row = row_as<S, 2>(x, i);
+      const S* row = row_as<S, 2>(run, x, i);
       double sum = 0.0, squares = 0.0;
       for (Index j = 0; j < x.cols; ++j) sum += static_cast<double>(row[j]);
       const double mean = sum / count;
       for (Index j = 0; j < x.cols; ++j) squares += (static_cast<double>(row[j]) - mean) * (static_cast<double>(row[j]) - mean);
       const S m = moments(i, 0) = static_cast<S>(mean);
       const S r = moments(i, 1) = static_cast<S>(1.0 / std::sqrt(squares / count + static_cast<double>(epsilon)));
-      write_row<S, 3>(y, i, Update::overwrite, [&](S* out) {
+      write_row<S, 3>(run, y, i, Update::overwrite, [&](S* out) {
         for (Index j = 0; j < x.cols; ++j) out[j] = (row[j] - m) * r * weight(0, j) + bias(0, j);
       });
     }
@@ -74,7 +74,7 @@ void layer_norm_backward(const CpuRun& run, MatrixView<const T> dy, MatrixView<c
     const auto count = static_cast<double>(x.cols);
     for (Index i = begin; i < end; ++i) {
       const S m = moments(i, 0), r = moments(i, 1);
-      const S *d = row_as<S, 2>(dy, i), *row = row_as<S, 3>(x, i);
+      const S *d = row_as<S, 2>(run, dy, i), *row = row_as<S, 3>(run, x, i);
       double sum = 0.0, dot = 0.0;
       for (Index j = 0; j < x.cols; ++j) {
         const auto dw = static_cast<double>(d[j] * weight(0, j));
@@ -82,7 +82,7 @@ void layer_norm_backward(const CpuRun& run, MatrixView<const T> dy, MatrixView<c
         dot += dw * static_cast<double>(row[j] - m);
       }
       const S mean = static_cast<S>(sum / count), slope = static_cast<S>(dot / count) * r * r;
-      write_row<S, 4>(dx, i, update, [&](S* out) {
+      write_row<S, 4>(run, dx, i, update, [&](S* out) {
         for (Index j = 0; j < x.cols; ++j) {
           const S value = r * (d[j] * weight(0, j) - mean - (row[j] - m) * slope);
           out[j] = update == Update::accumulate ? out[j] + value : value;
@@ -233,7 +233,7 @@ void attention_backward(const CpuRun& run, MatrixView<const T> dy, MatrixView<co
         S* dpi = dp + i * keys;
         kernels.exp_sum(visible, pi, scale, lse(t, head));
         std::fill(pi + visible, pi + keys, S{});
-        const S delta = kernels.dot(d, dys.row(i), row_as<S, 9>(y.middle_cols(head * d, d), t));
+        const S delta = kernels.dot(d, dys.row(i), row_as<S, 9>(run, y.middle_cols(head * d, d), t));
         kernels.softmax_backward(visible, pi, delta, scale, dpi);
         std::fill(dpi + visible, dpi + keys, S{});
       }

@@ -38,6 +38,8 @@ struct KernelTable {
   void (*softmax_backward)(Index count, const S* p, S delta, S scale, S* dx);
   void (*scale)(Index count, S factor, S* x);
   void (*add)(Index count, const S* x, S* y);
+  void (*widen)(Index count, const bfloat16* x, S* y);
+  void (*narrow)(Index count, const S* x, bfloat16* y);
   void (*multiply)(Index count, const S* a, const S* b, S* y);
   void (*normalize)(Index count, const S* x, S r, const S* w, S* y);
   void (*normalize_backward)(Index count, const S* dy, const S* x, const S* w, S r, S mean, S* dx, bool accumulate);
