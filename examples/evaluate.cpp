@@ -1,5 +1,5 @@
 // What a model says, with or without an adapter, at any rank: loss on data, exact match and BLEU of its answers, accuracy in multiple-choice
-// questions, or logits of given token ids.
+// questions, and what the rank costs; or logits of given token ids.
 //
 //   evaluate --model FILE.gguf|DIR [--adapter DIR] [--rank b] --data FILE
 //   evaluate --model FILE.gguf|DIR [--adapter DIR] [--ranks 0,1,4] --choices FILE --shots 5        or     --data FILE --bleu
@@ -51,6 +51,7 @@ void declare(CLI::App& app, EvaluateOptions& o) {
   app.add_flag("--bleu", o.bleu, "answer the data greedily and compare with its answers: BLEU as sacrebleu has it, and exact match")
       ->needs(data);
   app.add_option("--out", o.out, "folder for report.json and report.csv")->check(not_empty())->excludes(ids);
+  add_keep(app, o.keep)->excludes(ids);
   data->excludes(ids);
   choices->excludes(ids);
   ids->needs(logits);

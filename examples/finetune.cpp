@@ -101,6 +101,7 @@ void declare(CLI::App& app, FinetuneOptions& o) {
   add_number(app, "--eval-examples", o.eval_examples, "held-out examples for the losses", 1, most_examples);
   add_number(app, "--answers", o.answers, "held-out examples to answer at every rank; 0: none", 0, most_examples);
   add_number(app, "--max-new-tokens", o.new_tokens, "tokens of an answer at most", 1, most_new_tokens);
+  add_keep(app, o.keep);
   add_number(app, "--save-every", o.save_every, "steps between saved states; 0: only when stopped", 0, most_steps);
   auto* checkpoint = app.add_flag("--gradient-checkpointing", o.checkpoint, "recompute activations: less memory, a third more work");
   app.add_option("--offload", o.offload, "a folder on a disk that is to hold what gradient checkpointing keeps between the passes")

@@ -29,6 +29,7 @@ struct EvaluateOptions {
   std::optional<Index> rank;
   Index seq_len = 512, answers = 0, new_tokens = 128, max_examples = 1'000'000, shots = 0;
   int threads = 0;
+  double keep = 0.99;
   bool bleu = false;
 };
 
@@ -128,6 +129,8 @@ inline void print_tasks(const std::vector<RankResult>& results, const Evaluation
                   r.texts.size());
     if (!r.chosen.empty())
       std::printf("rank %lld: accuracy %s%s\n", rank, share(r.chosen_right).c_str(), points_above(above_first.choice).c_str());
+    std::printf("rank %lld: %.2f M parameters, %.2f MB, %.2f ms a token\n", rank, static_cast<double>(r.parameters) / 1e6,
+                static_cast<double>(r.bytes()) / 1e6, 1e3 * r.token_seconds);
   }
 }
 
@@ -179,8 +182,13 @@ int evaluate(const EvaluateOptions& o, const OpenAdapter& open, OpenModel& model
     evaluate_answers(decoder, model.need_tokenizer(), model.chat_template(), tasks.questions, results, o.new_tokens);
   if (o.bleu) evaluate_bleu(tasks.questions, results);
   if (tasks.choices) evaluate_choices(decoder, *tasks.choices, results);
+  measure_costs(decoder, results);
+  if (adapter)  // whole modules are the same at every rank
+    for (const auto& tensor : adapter->saved.tensors)
+      for (auto& result : results) result.parameters += tensor.value.size();
   const AboveFirst above_first(results);
   print_tasks(results, tasks, above_first);
+  print_curves(rank_curves(results, o.keep), o.keep);
   if (!o.out.empty()) {
     Json settings{{"model", model.name},
                   {"adapter", printable_utf8(o.adapter)},
@@ -193,7 +201,7 @@ int evaluate(const EvaluateOptions& o, const OpenAdapter& open, OpenModel& model
       settings.update(Json{{"choices", printable_utf8(o.choices)}, {"shots", o.shots}, {"choice_score", o.choice_score}});
       for (const auto& prompt : tasks.choices->prompts) settings["right_choices"].push_back(prompt.answer);
     }
-    write_evaluation(o.out, settings, results, above_first);
+    write_evaluation(o.out, settings, results, above_first, o.keep);
     std::printf("wrote %s: report.json, report.csv\n", o.out.c_str());
   }
   return 0;

@@ -108,16 +108,18 @@ void measure_costs(
   const std::vector<std::vector<std::int32_t>> prompts = {{0}};
   for (auto& result : results) {
     model.for_each_trained([&](const auto& linear) {
-      result.parameters += std::min(result.rank, linear.adapter().max_rank()) * (linear.in() + linear.out()) +
-                           (result.rank > 0 ? (linear.adapter().dora() + linear.adapter().biased()) * linear.out() : 0);
+      const Index rank = std::min(result.rank, linear.rank_limit());
+      result.parameters += rank * (linear.in() + linear.out()) +
+                           (rank > 0 ? (linear.adapter().dora() + linear.adapter().biased()) * linear.out() : 0);
     });
     if (result.rank > 0 && !has_ranks(model.options().method))
       for (const auto& p : model.parameters()) result.parameters += p->value.size();
     for (Index round = 0; round < rounds && !stop(); ++round) {
       const auto start = std::chrono::steady_clock::now();
-      generate(model, std::span<const std::vector<std::int32_t>>(prompts), RankPlan::uniform(result.rank), {.max_tokens = tokens});
+      const auto written = generate(model, std::span<const std::vector<std::int32_t>>(prompts), RankPlan::uniform(result.rank),
+                                    {.max_tokens = tokens});  // fewer where the context is shorter
       const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - start;
-      const double each = taken.count() / static_cast<double>(tokens);
+      const double each = taken.count() / static_cast<double>(written.front().size());
       result.token_seconds = round == 0 ? each : std::min(result.token_seconds, each);
     }
   }

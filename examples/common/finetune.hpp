@@ -248,7 +248,7 @@ int finetune_with(const FinetuneOptions& o, OpenModel& model, const FinetuneData
   const StopSignal signal;
   auto report = train_and_measure<T, Optimizer>(o, model, data, device, trains_whole(o) ? std::move(weights) : weights, signal);
   if (!report) return 130;
-  const RankSummary summary(report->ranks);
+  const RankSummary summary(report->ranks, o.keep);
   if (trains_whole(o)) show_whole(report->ranks.front(), report->ranks.back());
   else if (scales) show_scales(report->ranks);
   else print_table(report->ranks, summary);
@@ -257,6 +257,7 @@ int finetune_with(const FinetuneOptions& o, OpenModel& model, const FinetuneData
   const auto megabytes = [](std::size_t bytes) { return static_cast<double>(bytes) / 1e6; };
   std::printf("\nmemory     %.0f MB planned, %.0f MB measured at most\n", megabytes(plan.total()), megabytes(peak));
   report->settings.update(Json{{"memory_plan", to_json(plan)}, {"peak_memory_bytes", peak}});
+  if (const auto how = how_to_rival(o); how && !o.rival) report->settings["no_rival"] = *how;
   write_report(o.out, *report, summary);
   if (!has_ranks(adapter_method(o.method))) {
     const double base = report->ranks.front().loss, loss = report->ranks.back().loss;
@@ -276,15 +277,14 @@ int finetune_with(const FinetuneOptions& o, OpenModel& model, const FinetuneData
   std::printf("wrote      %s: report.json, report.csv, ranks.svg, adapter/ (%s %lld), state.safetensors\n", o.out.c_str(),
               lora ? "PEFT, rank" : "bottlenecks, width", static_cast<long long>(report->ranks.back().rank));
   if (!o.rival) {
-    if (lora && o.recipe_name != rival_recipe)
-      std::printf("rival      none: the same command with --resume --rival trains QLoRA on these batches, to be cut by singular values\n");
+    if (const auto how = how_to_rival(o)) std::printf("rival      %s\n", how->c_str());
     return 0;
   }
   const FinetuneOptions of_rival = rival_of(o);
   std::printf("\nrival      QLoRA on the same batches, re-ordered by singular values at the end; in %s\n", of_rival.out.c_str());
   auto rival = train_and_measure<T, Optimizer>(of_rival, model, data, device, weights, signal);
   if (!rival) return 130;
-  print_rival(*report, *rival);
+  print_rival(*report, *rival, o.keep);
   const std::size_t peak_of_both = device.peak();
   std::printf("\nmemory     %.0f MB measured at most, with the rival\n", megabytes(peak_of_both));
   rival->settings["peak_memory_bytes"] = peak_of_both;

@@ -33,7 +33,7 @@ struct FinetuneOptions {
   std::string device = "cpu", dtype = "float32", compute = "automatic";
   Index planes = 3, group_size = 0, trained_planes = 1;  // of the method alpha
   float alpha = 16.0f, dropout = 0.0f;
-  double lr = 1e-3, lora_plus = 1.0;
+  double lr = 1e-3, lora_plus = 1.0, keep = 0.99;
   std::int64_t steps = 80, save_every = 50;
   Index batch = 8, seq_len = 256, examples = 2000, eval_examples = 48, answers = 32, new_tokens = 48;
   int threads = 0;
@@ -71,6 +71,12 @@ inline void expect_rival(const FinetuneOptions& o) {
                   "--rival: is cut by singular values, which only low-rank updates have, not those of --method " + o.method);
   QDYLORA_EXPECTS(o.recipe_name != rival_recipe, bad_argument,
                   "--rival: the run would be its own rival, by the recipe " + o.recipe_name + "; give it beside another --recipe");
+}
+
+/// How a run without --rival comes to one; nothing where no run of its method can have one.
+inline std::optional<std::string> how_to_rival(const FinetuneOptions& o) {
+  if (adapter_method(o.method) != AdapterMethod::lora || o.recipe_name == rival_recipe) return std::nullopt;
+  return "none measured: the same command with --resume --rival trains QLoRA on these batches, to be cut by singular values";
 }
 
 /// A run of its own in --out/rival, which --resume goes on with if it has begun. It comes when the run that it follows has left its memory,

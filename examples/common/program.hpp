@@ -77,6 +77,14 @@ CLI::Option* add_number(CLI::App& app, const std::string& name, T& value, const 
   return app.add_option(name, value, text)->check(in_range<Bound>(least, most))->capture_default_str();
 }
 
+/// What the report calls enough of an adapter.
+inline CLI::Option* add_keep(CLI::App& app, double& keep) {
+  return add_number(app, "--keep", keep,
+                    "the share of what the best rank gains over the base, in loss and in each task's score, that the report names the "
+                    "smallest rank for",
+                    0.01, 1.0);
+}
+
 /// Where the arithmetic is done, and in what type activations are.
 inline void add_device(CLI::App& app, std::string& device, std::string& dtype) {
   app.add_option("--device", device, "cpu, or cuda in a program that was built with it")

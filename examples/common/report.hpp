@@ -14,11 +14,11 @@
 
 #include <qdylora/io/file.hpp>
 #include <qdylora/io/json.hpp>
-#include <qdylora/model/rank_report.hpp>
 
 #include "evaluation.hpp"
 #include "folder.hpp"
 #include "progress.hpp"
+#include "rank_summary.hpp"
 #include "run_state.hpp"
 #include "svg.hpp"
 
@@ -30,68 +30,6 @@ struct RunReport {
   std::vector<RankResult> ranks;  // rank 0 first; by the method full the model before, and as rank 1 after
   RunHistory history;
 };
-
-/// Of the adapter's ranks, the one of the lowest loss, as the same examples have it that it is compared on: intervals do not know that it
-/// was chosen.
-inline const RankResult& best_rank(const std::vector<RankResult>& ranks) {
-  return *std::min_element(ranks.begin() + 1, ranks.end(), [](const RankResult& a, const RankResult& b) { return a.loss < b.loss; });
-}
-
-/// What one result has above another, of the same examples in pairs: of losses, a scored token; of a task's 1 and 0, a share of the
-/// examples. Where no example differs, the interval is 0 alone.
-inline Interval paired_above(const RankResult& result, const RankResult& other, std::vector<double> RankResult::*scores) {
-  const bool losses = scores == &RankResult::example_losses;
-  return paired_difference(result.*scores, other.*scores, losses ? result.example_tokens : std::vector<double>{});
-}
-
-/// Of each result, above one of them; empty where these were not measured.
-inline std::vector<Interval> paired_above(const std::vector<RankResult>& results, const RankResult& one,
-                                          std::vector<double> RankResult::*scores) {
-  std::vector<Interval> differences;
-  if (!(one.*scores).empty())
-    for (const auto& r : results) differences.push_back(paired_above(r, one, scores));
-  return differences;
-}
-
-/// What the ranks' losses say together, and what their answers say.
-struct RankSummary {
-  static constexpr double share = 0.99;
-  Index best = 0;                     // the rank of the lowest loss
-  std::vector<Interval> above_best;   // of each result's loss
-  std::vector<Interval> match_gains;  // of each result's exact match, above the base; none where nothing was answered
-  double area_linear = 0.0, area_log2 = 0.0;
-  Index enough = 0;  // the smallest rank that keeps `share` of the best one's gain
-
-  explicit RankSummary(const std::vector<RankResult>& results) {
-    const auto& lowest = best_rank(results);
-    best = lowest.rank;
-    above_best = paired_above(results, lowest, &RankResult::example_losses);
-    match_gains = paired_above(results, results.front(), &RankResult::matches);
-    std::vector<Index> ranks;
-    std::vector<double> losses;
-    for (std::size_t i = 1; i < results.size(); ++i) {
-      ranks.push_back(results[i].rank);
-      losses.push_back(results[i].loss);
-    }
-    area_linear = area_under_ranks(ranks, losses, RankScale::linear);
-    area_log2 = area_under_ranks(ranks, losses, RankScale::log2);
-    enough = smallest_rank_keeping(share, results.front().loss, ranks, losses);
-  }
-};
-
-/// What a run has above its rival at every rank, rank 0 first, on the same examples.
-struct AboveRival {
-  std::vector<Interval> loss, match;  // no match where nothing was answered
-
-  AboveRival(const std::vector<RankResult>& ours, const std::vector<RankResult>& rival) {
-    for (std::size_t i = 0; i < ours.size(); ++i) {
-      loss.push_back(paired_above(ours[i], rival[i], &RankResult::example_losses));
-      if (!ours[i].matches.empty()) match.push_back(paired_above(ours[i], rival[i], &RankResult::matches));
-    }
-  }
-};
-
-inline Json to_json(const Interval& interval) { return {{"value", interval.value}, {"low", interval.low}, {"high", interval.high}}; }
 
 inline void print_table(const std::vector<RankResult>& ranks, const RankSummary& summary) {
   const bool answers = !summary.match_gains.empty();
@@ -112,9 +50,7 @@ inline void print_table(const std::vector<RankResult>& ranks, const RankSummary&
     std::printf(" %8.2f M %7.2f MB %9.2f\n", static_cast<double>(r.parameters) / 1e6, static_cast<double>(r.bytes()) / 1e6,
                 1e3 * r.token_seconds);
   }
-  if (summary.enough > 0)
-    std::printf("  rank %lld keeps %.0f %% of what the best rank, %lld, gains\n", static_cast<long long>(summary.enough),
-                100.0 * RankSummary::share, static_cast<long long>(summary.best));
+  print_curves(summary.curves, summary.keep);
 }
 
 inline void append(std::vector<double>& numbers, const Interval& interval) {
@@ -132,8 +68,13 @@ inline std::string csv_fields(const std::vector<double>& numbers, std::size_t co
   return text;
 }
 
-/// A run beside its rival, whose ranks are the same: a table, and the means over the ranks.
-inline void print_rival(const RunReport& run, const RunReport& rival) {
+/// Of what a rank costs: parameters,bytes,ms_per_token.
+inline std::string cost_fields(const RankResult& r) {
+  return csv_fields({static_cast<double>(r.parameters), static_cast<double>(r.bytes()), 1e3 * r.token_seconds}, 3);
+}
+
+/// A run beside its rival, whose ranks are the same: a table, and what the rival's measures say over the ranks.
+inline void print_rival(const RunReport& run, const RunReport& rival, double keep) {
   const AboveRival above(run.ranks, rival.ranks);
   const bool answers = !above.match.empty();
   std::printf("\n  %4s %8s %8s  %-27s%s\n", "rank", "loss", "rival's", "above the rival, 95 %",
@@ -149,9 +90,8 @@ inline void print_rival(const RunReport& run, const RunReport& rival) {
                   100.0 * above.match[i].value, 100.0 * above.match[i].low, 100.0 * above.match[i].high);
     std::printf("\n");
   }
-  const RankSummary ours(run.ranks), theirs(rival.ranks);
-  std::printf("  mean loss over ranks %.4f, the rival's %.4f; over log2 of ranks %.4f, the rival's %.4f\n", ours.area_linear,
-              theirs.area_linear, ours.area_log2, theirs.area_log2);
+  std::printf("  the rival's:\n");
+  print_curves(rank_curves(rival.ranks, keep), keep);
 }
 
 inline Json to_json(const RunReport& report, const RankSummary& summary) {
@@ -165,17 +105,13 @@ inline Json to_json(const RunReport& report, const RankSummary& summary) {
               {"above_best", to_json(summary.above_best[i])},
               {"answers", r.matches.size()},
               {"correct", count_right(r.matches)},
-              {"parameters", r.parameters},
-              {"bytes", r.bytes()},
-              {"ms_per_token", 1e3 * r.token_seconds},
               {"example_losses", r.example_losses},
               {"example_tokens", r.example_tokens}};
+    rank.update(cost_json(r));
     if (!r.matches.empty()) rank.update(Json{{"match_gain", to_json(summary.match_gains[i])}, {"example_matches", r.matches}});
     json["ranks"].push_back(std::move(rank));
   }
-  json["mean_loss_over_rank"] = summary.area_linear;
-  json["mean_loss_over_log2_rank"] = summary.area_log2;
-  json["smallest_rank_keeping_99_percent"] = summary.enough;
+  json.update(to_json(summary.curves, summary.keep));
   json["tokens"] = report.history.tokens;
   json["training_seconds"] = report.history.seconds;
   json["tokens_per_second"] = report.history.tokens_per_second();
@@ -206,7 +142,7 @@ inline void write_report(const std::filesystem::path& folder, const RunReport& r
   Json json = to_json(report, summary);
   if (rival != nullptr) {
     above_rival.emplace(report.ranks, rival->ranks);
-    json["rival"] = to_json(*rival, RankSummary(rival->ranks));
+    json["rival"] = to_json(*rival, RankSummary(rival->ranks, summary.keep));
   }
   std::string csv =
       "rank,loss,perplexity,above_best,low,high,answers,correct,match_gain,match_gain_low,match_gain_high,parameters,bytes,ms_per_token,"
@@ -228,9 +164,8 @@ inline void write_report(const std::filesystem::path& folder, const RunReport& r
       json["ranks"][i]["match_above_rival"] = to_json(above_rival->match[i]);
     }
     csv += std::to_string(r.rank) + csv_fields(loss, 5) + "," + std::to_string(r.matches.size()) + "," +
-           std::to_string(count_right(r.matches)) + csv_fields(gain, 3) + "," + std::to_string(r.parameters) + "," +
-           std::to_string(r.bytes()) + csv_fields({1e3 * r.token_seconds}, 1) + csv_fields(rival_loss, 4) + csv_fields(rival_match, 4) +
-           "\n";
+           std::to_string(count_right(r.matches)) + csv_fields(gain, 3) + cost_fields(r) + csv_fields(rival_loss, 4) +
+           csv_fields(rival_match, 4) + "\n";
   }
   replace_file(folder / "report.json", json.dump(1) + "\n");
   replace_file(folder / "report.csv", csv);
@@ -245,31 +180,23 @@ inline void write_report(const std::filesystem::path& folder, const RunReport& r
   write_svg(folder / "ranks.svg", charts);
 }
 
-/// What each result of evaluate is above the first, the base unless that was not asked for; empty where it is the only one.
-struct AboveFirst {
-  std::vector<Interval> loss, match, choice;
-
-  explicit AboveFirst(const std::vector<RankResult>& results) {
-    if (results.size() < 2) return;
-    loss = paired_above(results, results.front(), &RankResult::example_losses);
-    match = paired_above(results, results.front(), &RankResult::matches);
-    choice = paired_above(results, results.front(), &RankResult::chosen_right);
-  }
-};
-
 /// report.json and report.csv of what evaluate measured at each rank; numbers of what it did not measure are absent, fields empty.
+/// keep: of RankCurve::enough.
 inline void write_evaluation(const std::filesystem::path& folder, const Json& settings, const std::vector<RankResult>& ranks,
-                             const AboveFirst& above_first) {
+                             const AboveFirst& above_first, double keep) {
   Json json = settings;
+  json.update(to_json(rank_curves(ranks, keep), keep));
   json["ranks"] = Json::array();
   std::string csv =
       "rank,loss,perplexity,loss_above_first,loss_above_first_low,loss_above_first_high,"
       "answers,correct,exact_match,exact_match_low,exact_match_high,match_above_first,match_above_first_low,match_above_first_high,"
       "bleu,brevity_penalty,"
-      "questions,right,accuracy,accuracy_low,accuracy_high,accuracy_above_first,accuracy_above_first_low,accuracy_above_first_high\n";
+      "questions,right,accuracy,accuracy_low,accuracy_high,accuracy_above_first,accuracy_above_first_low,accuracy_above_first_high,"
+      "parameters,bytes,ms_per_token\n";
   for (std::size_t i = 0; i < ranks.size(); ++i) {
     const auto& r = ranks[i];
     Json line{{"rank", r.rank}};
+    line.update(cost_json(r));
     std::vector<double> loss, match, bleu, choice;  // as the line of CSV has them
     const auto add = [&](const char* key, const Interval& interval, std::vector<double>& numbers) {
       line[key] = to_json(interval);
@@ -302,7 +229,7 @@ inline void write_evaluation(const std::filesystem::path& folder, const Json& se
       line["chosen"] = r.chosen;
     }
     json["ranks"].push_back(std::move(line));
-    csv += std::to_string(r.rank) + csv_fields(loss, 5) + csv_fields(match, 8) + csv_fields(bleu, 2) + csv_fields(choice, 8) + "\n";
+    csv += std::to_string(r.rank) + csv_fields(loss, 5) + csv_fields(match, 8) + csv_fields(bleu, 2) + csv_fields(choice, 8) + cost_fields(r) + "\n";
   }
   replace_file(folder / "report.json", json.dump(1, ' ', false, Json::error_handler_t::replace) + "\n");  // an answer may end inside of a letter
   replace_file(folder / "report.csv", csv);

@@ -286,6 +286,9 @@ TEST_CASE("programs: a wrong argument or file gives one line and status 2") {
       {"evaluate", tiny + " --threads -2 --ids 1 --logits " + quoted(folder / "l"), "--threads"},
       {"evaluate", tiny + " --data " + good + " --max-examples 0", "--max-examples"},
       {"evaluate", tiny + " --data " + good + " --answers -1", "--answers"},
+      {"evaluate", tiny + " --data " + good + " --keep 0", "--keep"},
+      {"evaluate", tiny + " --keep 0.9 --ids 1 --logits " + quoted(folder / "l"), "--keep"},
+      {"finetune", "--toy --keep 1.5", "--keep"},
       {"evaluate", tiny + " --data " + good + " --max-new-tokens -1", "--max-new-tokens"},
       {"evaluate", tiny + " --data " + good + " --seq-len 1", "--seq-len"},
       {"evaluate", tiny + " --data " + good, "context is 64"},
@@ -469,7 +472,12 @@ TEST_CASE("programs: finetune writes its report and an adapter that loads") {
     least = std::min(least, value);
   }
   CHECK(least == 0.0);
-  CHECK(report.at("smallest_rank_keeping_99_percent").get<Index>() >= 1);
+  CHECK(report.at("keep") == 0.99);
+  CHECK(report.at("over_ranks").at("loss").at("smallest_rank_keeping").get<Index>() >= 1);
+  CHECK(report.at("over_ranks").contains("exact_match"));
+  // Whoever reads the report alone finds what it lacks.
+  CHECK(report.at("no_rival").get<std::string>().find("--resume --rival") != std::string::npos);
+  CHECK(result.out.find("rival      " + report.at("no_rival").get<std::string>() + "\n") != std::string::npos);
   CHECK(test::read_file(out / "report.csv")
             .starts_with("rank,loss,perplexity,above_best,low,high,answers,correct,match_gain,match_gain_low,match_gain_high,parameters,"
                          "bytes,ms_per_token,rival_loss,"));
@@ -523,6 +531,43 @@ TEST_CASE("programs: layers have ranks and alphas by the ends of their names") {
   CHECK(report.at("ranks")[3].at("parameters") == parameters);
   CHECK(report.at("memory_plan").at("adapters") == 4 * parameters);
   CHECK(report.at("rank_pattern") == "q_proj=4,layers.2.mlp.down_proj=2");
+}
+
+TEST_CASE("programs: evaluate reports of an adapter over its ranks what finetune reported, and what each rank costs") {
+  if (!built("finetune") || !built("evaluate")) SKIP("finetune or evaluate has not been built");
+  const test::TemporaryFolder folder;
+  write_letters_model(folder / "model");
+  write_letters_data(folder / "data.jsonl");
+  const std::string common = "--model " + quoted(folder / "model") + " --seq-len 16 --max-new-tokens 3 --answers 6 --keep 0.75 --data " +
+                             quoted(folder / "data.jsonl");
+  const auto trained = succeeds("finetune", common + " --eval " + quoted(folder / "data.jsonl") +
+                                                " --steps 6 --batch 3 --ranks 1,2,4 --rank-pattern q_proj=2 --lr 1e-2 --out " +
+                                                quoted(folder / "run"));
+  const auto adapter = folder / "run" / "adapter";
+  const auto evaluated =
+      succeeds("evaluate", common + " --adapter " + quoted(adapter) + " --ranks 4,0,1,2 --out " + quoted(folder / "out"));
+  CAPTURE(trained, evaluated);
+  const auto before = qd::read_json(folder / "run" / "report.json"), after = qd::read_json(folder / "out" / "report.json");
+  CHECK(after.at("keep") == 0.75);
+  REQUIRE(after.at("over_ranks").size() == 2);
+  for (const char* measure : {"loss", "exact_match"}) {
+    const auto &was = before.at("over_ranks").at(measure), &is = after.at("over_ranks").at(measure);
+    for (const char* mean : {"mean_over_rank", "mean_over_log2_rank"})
+      CHECK(is.at(mean).get<double>() == Approx(was.at(mean).get<double>()).margin(1e-4));
+    CHECK(is.at("best_rank") == was.at("best_rank"));
+    CHECK(is.at("smallest_rank_keeping") == was.at("smallest_rank_keeping"));
+  }
+  for (const std::string line : {"\n  loss: mean over ranks ", "\n  exact match: mean over ranks "})
+    for (const auto* said : {&trained, &evaluated}) CHECK(said->find(line) != std::string::npos);
+  CHECK(evaluated.find(" keeps 75 % of what the best rank, ") != std::string::npos);
+  const std::size_t place[] = {3, 0, 1, 2};  // of evaluate's ranks in finetune's report
+  for (std::size_t i = 0; i < 4; ++i) {
+    const auto &was = before.at("ranks")[place[i]], &is = after.at("ranks")[i];
+    for (const char* cost : {"rank", "parameters", "bytes"}) CHECK(is.at(cost) == was.at(cost));
+    CHECK(is.at("ms_per_token").get<double>() > 0.0);
+    CHECK(evaluated.find("\nrank " + is.at("rank").dump() + ": ") != std::string::npos);
+  }
+  CHECK(after.at("ranks")[0].at("bytes") == tensor_bytes(adapter / "adapter_model.safetensors"));
 }
 
 TEST_CASE("programs: an adapter whose scale is rsLoRA's is saved with what every LoRA reader divides by its rank") {
@@ -813,6 +858,16 @@ TEST_CASE("programs: whole modules of an adapter take the place of the model's, 
     CHECK(difference(logits(model, "--adapter " + quoted(folder / ("cut " + name))), logits(model, "--adapter " + adapter + " --rank 1")) ==
           0.0);
   }
+  // Its file has adapters of some layers alone, and the whole modules at any rank.
+  write_letters_model(folder / "letters", "saved_modules/untied", 32, 'a');
+  write_letters_data(folder / "data.jsonl");
+  const auto both = test::golden("saved_modules/untied") / "both";
+  succeeds("evaluate", "--model " + quoted(folder / "letters") + " --base-format float32 --seq-len 16 --data " + quoted(folder / "data.jsonl") +
+                           " --ranks 0,2 --adapter " + quoted(both) + " --out " + quoted(folder / "out"));
+  const auto ranks = qd::read_json(folder / "out" / "report.json").at("ranks");
+  CHECK(ranks[1].at("bytes") == tensor_bytes(both / "adapter_model.safetensors"));
+  CHECK(ranks[0].at("parameters") == 2 * 32 * 16);
+
   const auto tied = test::golden("saved_modules/tied");
   const auto refused = run("merge", quoted(tied) + " " + quoted(tied / "embedding") + " " + quoted(folder / "tied"));
   CHECK(refused.status == 2);
@@ -1960,6 +2015,8 @@ TEST_CASE("programs: evaluate scores questions and answers at every rank, and co
     CHECK(out.find("rank " + std::to_string(rank) + ": exact match ") != std::string::npos);
   }
   CHECK(report.at("ranks")[0].at("loss") != report.at("ranks")[2].at("loss"));
+  for (const std::string measure : {"loss", "exact_match", "bleu", "accuracy"}) CHECK(report.at("over_ranks").contains(measure));
+  CHECK(report.at("ranks")[2].at("bytes") == tensor_bytes(test::golden("llama_tiny_adapter") / "adapter_model.safetensors"));
   const auto csv = test::read_file(folder / "out" / "report.csv");
   CHECK(std::count(csv.begin(), csv.end(), '\n') == 4);
   for (const auto& line : {std::string("rank,loss"), std::string("\n0,"), std::string("\n2,"), std::string("\n8,")})

@@ -94,14 +94,62 @@ TEST_CASE("a task's gain has the interval of its discordant pairs", "[report]") 
   CHECK(losses[2].value == Approx(all[2].loss - all[0].loss));
 }
 
+TEST_CASE("what a measure says over the ranks is of the loss and of each task that was scored, in any order of ranks", "[report]") {
+  const Index ranks[] = {2, 0, 8, 1};
+  const double losses[] = {1.5, 3.0, 1.0, 2.0}, bleus[] = {4.0, 5.0, 4.5, 3.0};
+  const std::vector<double> right[] = {{1, 1, 1, 0}, {1, 0, 0, 0}, {1, 1, 0, 0}, {0, 0, 0, 1}};
+  std::vector<ex::RankResult> all(4);
+  for (std::size_t i = 0; i < 4; ++i) {
+    all[i].rank = ranks[i];
+    all[i].loss = losses[i];
+    all[i].example_losses = {losses[i]};
+    all[i].matches = all[i].chosen_right = right[i];
+    all[i].bleu.emplace().score = bleus[i];
+  }
+  const auto curves = ex::rank_curves(all, 0.75);
+  REQUIRE(curves.size() == 4);
+  const auto& loss = curves[0];
+  CHECK(loss.measure == "loss");
+  CHECK(loss.best == 8);
+  CHECK(loss.area_linear == Approx((1.75 * 1.0 + 1.25 * 6.0) / 7.0));
+  CHECK(loss.area_log2 == Approx((1.75 * 1.0 + 1.25 * 2.0) / 3.0));
+  CHECK(loss.enough == Index{2});  // 3 - 0.75 * (3 - 1) is 1.5
+  CHECK(ex::rank_curves(all, 0.76)[0].enough == Index{8});
+  CHECK(ex::rank_curves(all, 0.5)[0].enough == Index{1});
+  for (const std::size_t task : {std::size_t{1}, std::size_t{3}}) {
+    const auto& share = curves[task];
+    CHECK(share.measure == (task == 1 ? "exact_match" : "accuracy"));
+    CHECK(share.best == 2);  // which the higher rank does not reach
+    CHECK(share.area_linear == Approx((0.5 * 1.0 + 0.625 * 6.0) / 7.0));
+    CHECK(share.area_log2 == Approx((0.5 * 1.0 + 0.625 * 2.0) / 3.0));
+    CHECK(share.enough == Index{2});
+  }
+  CHECK(curves[2].measure == "bleu");
+  CHECK(curves[2].best == 8);
+  CHECK(curves[2].area_log2 == Approx((3.5 * 1.0 + 4.25 * 2.0) / 3.0));
+  CHECK(curves[2].enough == Index{0});  // the base has 5
+  CHECK(test::code_of([&] { (void)ex::rank_curves(all, 1.5); }) == qd::Errc::bad_argument);
+
+  all.erase(all.begin() + 1);  // without a base no gain over it is known
+  CHECK(ex::rank_curves(all, 0.75)[0].area_linear == loss.area_linear);
+  CHECK_FALSE(ex::rank_curves(all, 0.75)[0].enough);
+  all = {ex::RankResult{}};
+  CHECK(ex::rank_curves(all, 0.75).empty());  // a base alone
+}
+
 TEST_CASE("the report of a run has what a rank costs and what its answers gain", "[report]") {
   const test::TemporaryFolder folder;
-  const ex::RankSummary summary(results());
+  const ex::RankSummary summary(results(), 0.5);
   CHECK(summary.best == 4);
   ex::write_report(folder.path(), {.settings = {{"method", "lora"}}, .ranks = results(), .history = {}}, summary);
   const auto json = qd::read_json(folder / "report.json");
   const auto& rank = json.at("ranks")[1];
   CHECK(rank.at("bytes") == 4 * 200);
+  CHECK(json.at("keep") == 0.5);
+  CHECK(json.at("over_ranks").at("loss").at("mean_over_rank").get<double>() ==
+        Approx((results()[1].loss + results()[2].loss) / 2.0));  // of two ranks
+  CHECK(json.at("over_ranks").at("exact_match").at("mean_over_log2_rank").get<double>() == Approx(67.0 / 200.0));
+  CHECK(json.at("over_ranks").at("exact_match").at("smallest_rank_keeping") == 2);  // of equals
   CHECK(rank.at("answers") == 200);
   CHECK(rank.at("correct") == 67);
   CHECK(rank.at("match_gain").at("value").get<double>() == Approx(17.0 / 200.0));
@@ -132,8 +180,8 @@ TEST_CASE("the report of a run beside its rival has both at every rank", "[repor
   ex::write_report(folder.path(), run, ex::RankSummary(run.ranks), &rival);
   const auto json = qd::read_json(folder / "report.json");
   CHECK(json.at("rival").at("recipe") == "qlora-svd");
-  CHECK(json.at("rival").at("mean_loss_over_log2_rank").get<double>() ==
-        Approx(json.at("mean_loss_over_log2_rank").get<double>() + 0.5));
+  const auto mean = [](const qd::Json& of) { return of.at("over_ranks").at("loss").at("mean_over_log2_rank").get<double>(); };
+  CHECK(mean(json.at("rival")) == Approx(mean(json) + 0.5));
   const auto& above = json.at("ranks")[2].at("above_rival");
   CHECK(above.at("value").get<double>() == Approx(-0.5));
   CHECK(above.at("low").get<double>() == Approx(-0.5));  // all examples differ by as much
@@ -168,7 +216,7 @@ TEST_CASE("the report of an evaluation has differences to the first rank, of wha
   }
   const ex::AboveFirst above_first(all);
   CHECK(above_first.loss.empty());
-  ex::write_evaluation(folder.path(), {}, all, above_first);
+  ex::write_evaluation(folder.path(), {}, all, above_first, 0.9);
   const auto json = qd::read_json(folder / "report.json");
   CHECK_FALSE(json.at("ranks")[0].contains("accuracy_above_first"));
   CHECK_FALSE(json.at("ranks")[2].contains("loss_above_first"));
@@ -180,9 +228,18 @@ TEST_CASE("the report of an evaluation has differences to the first rank, of wha
   CHECK(line.at("right") == "2");
   CHECK(std::stod(line.at("accuracy_above_first")) == Approx(1.0 / 3.0));
   CHECK(csv_line(folder / "report.csv", "1").at("accuracy_above_first").empty());
+  CHECK(json.at("ranks")[2].at("parameters") == 400);
+  CHECK(json.at("ranks")[2].at("bytes") == 1600);
+  CHECK(json.at("ranks")[2].at("ms_per_token") == 0.0);
+  CHECK(line.at("parameters") == "400");
+  CHECK(line.at("bytes") == "1600");
+  CHECK(json.at("keep") == 0.9);
+  CHECK_FALSE(json.at("over_ranks").contains("loss"));
+  CHECK(json.at("over_ranks").at("accuracy").at("best_rank") == 4);
+  CHECK_FALSE(json.at("over_ranks").at("accuracy").contains("smallest_rank_keeping"));  // of what is gained over a base
 
   all.resize(1);
-  ex::write_evaluation(folder.path(), {}, all, ex::AboveFirst(all));
+  ex::write_evaluation(folder.path(), {}, all, ex::AboveFirst(all), 0.9);
   CHECK(csv_line(folder / "report.csv", "1").at("accuracy_above_first_low").empty());
 }
 
