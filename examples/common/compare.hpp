@@ -144,6 +144,7 @@ inline void add_measured(const RankResult& measured, ComparedRun& run) {
     run.scores["exact match"].push_back(100.0 * accuracy(measured.matches));
     add_examples("exact match", measured.matches);
     run.scores["BLEU"].push_back(measured.bleu->score);
+    run.bleu_counts.push_back(measured.bleu_counts);
   }
   if (!measured.chosen.empty()) {
     run.scores["accuracy"].push_back(100.0 * accuracy(measured.chosen_right));
@@ -231,6 +232,7 @@ inline std::vector<ComparedRun> train_separately(const CompareInput& in, const R
     }
     for (std::size_t i = 0; i < all.size(); ++i) {
       append(all[i].losses, own[i].losses);
+      append(all[i].bleu_counts, own[i].bleu_counts);
       for (const auto& [task, scores] : own[i].scores) append(all[i].scores[task], scores);
       for (const auto& [measure, scores] : own[i].examples) append(all[i].examples[measure], scores);
     }

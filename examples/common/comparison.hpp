@@ -12,9 +12,11 @@
 #include <vector>
 
 #include <qdylora/io/json.hpp>
+#include <qdylora/model/bleu_difference.hpp>
 #include <qdylora/model/rank_report.hpp>
 #include <qdylora/nn/ranks.hpp>
 
+#include "bleu_json.hpp"
 #include "json_lines.hpp"
 
 namespace qdylora::examples {
@@ -31,14 +33,17 @@ struct ComparedRun {
   double share = 0.0;                                      // of the rows, what auto spent on low ranks
   std::map<std::string, std::vector<double>> scores = {};  // of tasks, in percent
 
-  /// By measure, again at every rank, then the base: of each held-out example its loss a token, or 1 if it is right and 0 if not. A BLEU
-  /// has none, nor have runs of earlier versions.
+  /// By measure, again at every rank, then the base: of each held-out example its loss a token, or 1 if it is right and 0 if not. Runs of
+  /// earlier versions have none.
   std::map<std::string, std::vector<std::vector<double>>> examples = {};
   std::vector<double> example_tokens = {};  // scored in each example of the loss
+  /// Likewise what BLEU, which is of all answers together, counts in each of them.
+  std::vector<std::vector<BleuCounts>> bleu_counts = {};
 
   const std::vector<double>& measured(const std::string& measure) const {
     return measure == held_out_loss ? losses : scores.at(measure);
   }
+  bool has_examples(const std::string& measure) const { return measure == "BLEU" ? !bleu_counts.empty() : examples.contains(measure); }
 };
 
 /// The line of a run. base: the format that needs no mention.
@@ -47,6 +52,7 @@ inline Json to_json(const ComparedRun& run, const Json& key, const std::string& 
   if (run.on != base) line["on"] = run.on;
   if (!run.scores.empty()) line["scores"] = run.scores;
   line.update(Json{{"examples", run.examples}, {"example_tokens", run.example_tokens}});
+  for (const auto& answers : run.bleu_counts) line["bleu_counts"].push_back(to_json(answers));
   return line;
 }
 
@@ -71,6 +77,20 @@ inline void read_examples(const Json& line, ComparedRun& run) {
     if (measure == held_out_loss) whole = whole && scores.front().size() == run.example_tokens.size();
     QDYLORA_EXPECTS(whole, json,
                     "'examples': expected a score of every example, at every rank and of the base, in '" + printable(measure) + "'");
+  }
+}
+
+/// What BLEU counts in the answers of a line, where it has that. Errors: json.
+inline void read_bleu(const Json& line, ComparedRun& run) {
+  if (!line.contains("bleu_counts")) return;
+  const auto expect = [](bool whole) {
+    QDYLORA_EXPECTS(whole, json, "'bleu_counts': expected those of every answer, at every rank and of the base");
+  };
+  const Json& lists = line["bleu_counts"];
+  expect(lists.is_array() && lists.size() == run.losses.size());
+  for (const auto& list : lists) {
+    run.bleu_counts.push_back(read_bleu_counts(list));
+    expect(run.bleu_counts.back().size() == run.bleu_counts.front().size());
   }
 }
 
@@ -102,6 +122,7 @@ inline std::vector<ComparedRun> read_runs(const std::string& file, const Json& k
         complete = complete && whole(run.scores[task] = detail::numbers(get_object(line, "scores").value(task, Json::array())));
       if (!complete) return;
       detail::read_examples(line, run);
+      detail::read_bleu(line, run);
       runs.push_back(std::move(run));
     });
   }
@@ -123,20 +144,46 @@ struct RunPair {
   const ComparedRun* against;
 };
 
+/// Throws Errc::bad_argument for a run that was measured on others.
+inline void expect_same_examples(bool same, const ComparedRun& run, const ComparedRun& first) {
+  QDYLORA_EXPECTS(same, bad_argument,
+                  "--results: " + run.recipe + ", seed " + std::to_string(run.seed) + ", was measured on other examples than " + first.recipe +
+                      ", seed " + std::to_string(first.seed));
+}
+
+/// Differences of BLEU at every rank, then of its mean over the ranks: of means over the seeds, with intervals over the answers, which every
+/// resample draws alike for all runs. pairs: at least one, all with counts. Errors: bad_argument where these are of other answers.
+inline std::vector<Interval> paired_bleu_differences(const std::vector<RunPair>& pairs) {
+  const ComparedRun& first = *pairs.front().run;
+  const std::size_t ranks = first.losses.size() - 1;
+  std::vector<std::vector<std::vector<BleuCounts>>> ours(ranks + 1), theirs = ours;  // by rank, then of all ranks
+  const auto add = [&](const ComparedRun& run, auto& systems) {
+    expect_same_examples(run.bleu_counts.front().size() == first.bleu_counts.front().size(), run, first);
+    for (std::size_t rank = 0; rank < ranks; ++rank)
+      for (const std::size_t at : {rank, ranks}) systems[at].push_back(run.bleu_counts[rank]);
+  };
+  for (const auto& pair : pairs) {
+    add(*pair.run, ours);
+    add(*pair.against, theirs);
+  }
+  std::vector<Interval> differences;
+  for (std::size_t at = 0; at <= ranks; ++at) differences.push_back(paired_bleu_difference(ours[at], theirs[at]));
+  return differences;
+}
+
 /// Differences of a measure at every rank, then of its mean over the ranks, with intervals over the held-out examples. An example has its
 /// mean over the seeds: were each seed one of its own, what it has in common to all would count as often, and intervals be too narrow. The
 /// seeds are taken as they are. pairs: at least one, all with examples of the measure. Errors: bad_argument where these are not the same,
 /// and those of paired_difference.
 inline std::vector<Interval> paired_differences(const std::vector<RunPair>& pairs, const std::string& measure) {
+  if (measure == "BLEU") return paired_bleu_differences(pairs);
   const ComparedRun& first = *pairs.front().run;
   const std::size_t ranks = first.losses.size() - 1, examples = first.examples.at(measure).front().size();
   std::vector<std::vector<double>> ours(ranks + 1, std::vector<double>(examples)), theirs = ours;
   const auto add = [&](const ComparedRun& run, std::vector<std::vector<double>>& means) {
     const auto& scores = run.examples.at(measure);
-    QDYLORA_EXPECTS(scores.front().size() == examples && (measure != held_out_loss || run.example_tokens == first.example_tokens),
-                    bad_argument,
-                    "--results: " + run.recipe + ", seed " + std::to_string(run.seed) + ", was measured on other examples than " +
-                        first.recipe + ", seed " + std::to_string(first.seed));
+    expect_same_examples(scores.front().size() == examples && (measure != held_out_loss || run.example_tokens == first.example_tokens), run,
+                         first);
     for (std::size_t rank = 0; rank < ranks; ++rank)
       for (std::size_t i = 0; i < examples; ++i) {
         const double part = scores[rank][i] / static_cast<double>(pairs.size());
@@ -211,11 +258,11 @@ inline std::string tables(const Comparison& c, const std::string& on, const std:
       auto difference = pair.run->measured(measure);
       for (std::size_t i = 0; i < columns; ++i) difference[i] -= pair.against->measured(measure)[i];
       out += row(name + ", seed " + std::to_string(seed), difference, losses ? " %+.3f |" : " %+.1f |");
-      if (pair.run->examples.contains(measure) && pair.against->examples.contains(measure)) pairs.push_back(pair);
+      if (pair.run->has_examples(measure) && pair.against->has_examples(measure)) pairs.push_back(pair);
     }
     if (pairs.empty()) continue;
     intervals += "| " + counted(name, pairs.size()) + " |";
-    const double unit = losses ? 1.0 : 100.0;
+    const double unit = losses || measure == "BLEU" ? 1.0 : 100.0;  // of shares, points
     for (const auto& d : paired_differences(pairs, measure))
       intervals += printed(losses ? " %+.3f [%+.3f, %+.3f] |" : " %+.1f [%+.1f, %+.1f] |", unit * d.value, unit * d.low, unit * d.high);
     intervals += "\n";

@@ -124,9 +124,13 @@ inline void print_tasks(const std::vector<RankResult>& results, const Evaluation
     }
     if (!r.matches.empty())
       std::printf("rank %lld: exact match %s%s\n", rank, share(r.matches).c_str(), points_above(above_first.match).c_str());
-    if (r.bleu)
-      std::printf("rank %lld: BLEU %.2f, brevity penalty %.3f, on %zu answers\n", rank, r.bleu->score, r.bleu->brevity_penalty,
-                  r.texts.size());
+    if (r.bleu) {
+      std::printf("rank %lld: BLEU %.2f, brevity penalty %.3f, on %zu answers", rank, r.bleu->score, r.bleu->brevity_penalty, r.texts.size());
+      if (i > 0)
+        std::printf(", %+.2f [%+.2f, %+.2f] above rank %lld", above_first.bleu[i].value, above_first.bleu[i].low, above_first.bleu[i].high,
+                    first);
+      std::printf("\n");
+    }
     if (!r.chosen.empty())
       std::printf("rank %lld: accuracy %s%s\n", rank, share(r.chosen_right).c_str(), points_above(above_first.choice).c_str());
     std::printf("rank %lld: %.2f M parameters, %.2f MB, %.2f ms a token\n", rank, static_cast<double>(r.parameters) / 1e6,

@@ -44,6 +44,7 @@ struct RankResult {
   std::vector<std::string> texts;      // the answers written
   std::vector<double> matches;         // of each 1 if it matches exactly, else 0
   std::optional<Bleu> bleu;            // of the answers written
+  std::vector<BleuCounts> bleu_counts; // of each of them
   std::vector<std::size_t> chosen;     // of each multiple-choice question
   std::vector<double> chosen_right;    // likewise 1 or 0
 
@@ -180,7 +181,10 @@ void evaluate_answers(
 inline void evaluate_bleu(std::span<const Example> examples, std::vector<RankResult>& results) {
   std::vector<std::vector<std::string>> references;
   for (const auto& example : examples) references.push_back(example.references());
-  for (auto& result : results) result.bleu = corpus_bleu(result.texts, references);
+  for (auto& result : results) {
+    result.bleu_counts = corpus_counts(result.texts, references);
+    result.bleu = corpus_bleu(result.bleu_counts);
+  }
 }
 
 /// Multiple-choice questions, ready to be asked of a model.

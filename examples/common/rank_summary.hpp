@@ -10,6 +10,7 @@
 #include <vector>
 
 #include <qdylora/io/json.hpp>
+#include <qdylora/model/bleu_difference.hpp>
 #include <qdylora/model/rank_report.hpp>
 
 #include "evaluation.hpp"
@@ -135,12 +136,15 @@ struct AboveRival {
 
 /// What each result of evaluate is above the first, the base unless that was not asked for; empty where it is the only one.
 struct AboveFirst {
-  std::vector<Interval> loss, match, choice;
+  std::vector<Interval> loss, match, bleu, choice;
 
   explicit AboveFirst(const std::vector<RankResult>& results) {
     if (results.size() < 2) return;
     loss = paired_above(results, results.front(), &RankResult::example_losses);
     match = paired_above(results, results.front(), &RankResult::matches);
+    const auto& first = results.front().bleu_counts;
+    for (const auto& r : results)
+      if (!first.empty()) bleu.push_back(paired_bleu_difference({&r.bleu_counts, 1}, {&first, 1}));
     choice = paired_above(results, results.front(), &RankResult::chosen_right);
   }
 };

@@ -190,7 +190,7 @@ inline void write_evaluation(const std::filesystem::path& folder, const Json& se
   std::string csv =
       "rank,loss,perplexity,loss_above_first,loss_above_first_low,loss_above_first_high,"
       "answers,correct,exact_match,exact_match_low,exact_match_high,match_above_first,match_above_first_low,match_above_first_high,"
-      "bleu,brevity_penalty,"
+      "bleu,brevity_penalty,bleu_above_first,bleu_above_first_low,bleu_above_first_high,"
       "questions,right,accuracy,accuracy_low,accuracy_high,accuracy_above_first,accuracy_above_first_low,accuracy_above_first_high,"
       "parameters,bytes,ms_per_token\n";
   for (std::size_t i = 0; i < ranks.size(); ++i) {
@@ -222,6 +222,7 @@ inline void write_evaluation(const std::filesystem::path& folder, const Json& se
       bleu = {r.bleu->score, r.bleu->brevity_penalty};
       line["bleu"] = {{"score", r.bleu->score}, {"precisions", r.bleu->precisions}, {"brevity_penalty", r.bleu->brevity_penalty},
                       {"hypothesis_words", r.bleu->hypothesis_words}, {"reference_words", r.bleu->reference_words}};
+      if (i > 0) add("bleu_above_first", above_first.bleu[i], bleu);
     }
     if (!r.chosen.empty()) {
       add("accuracy", add_count("questions", "right", r.chosen_right, choice), choice);
@@ -229,7 +230,7 @@ inline void write_evaluation(const std::filesystem::path& folder, const Json& se
       line["chosen"] = r.chosen;
     }
     json["ranks"].push_back(std::move(line));
-    csv += std::to_string(r.rank) + csv_fields(loss, 5) + csv_fields(match, 8) + csv_fields(bleu, 2) + csv_fields(choice, 8) + cost_fields(r) + "\n";
+    csv += std::to_string(r.rank) + csv_fields(loss, 5) + csv_fields(match, 8) + csv_fields(bleu, 5) + csv_fields(choice, 8) + cost_fields(r) + "\n";
   }
   replace_file(folder / "report.json", json.dump(1, ' ', false, Json::error_handler_t::replace) + "\n");  // an answer may end inside of a letter
   replace_file(folder / "report.csv", csv);

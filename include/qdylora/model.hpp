@@ -5,6 +5,7 @@
 #include <qdylora/cpu/cpu.hpp>
 #include <qdylora/model/batch.hpp>
 #include <qdylora/model/bleu.hpp>
+#include <qdylora/model/bleu_difference.hpp>
 #include <qdylora/model/calibrate.hpp>
 #include <qdylora/model/chat.hpp>
 #include <qdylora/model/chat_templates.hpp>

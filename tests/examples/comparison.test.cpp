@@ -24,6 +24,21 @@ namespace {
 
 constexpr std::size_t examples = 120;
 
+// What BLEU counts in answers of seven words, of which as many are right as a draw says, in a row.
+std::vector<qd::BleuCounts> answers_of(std::uint64_t seed, std::uint32_t most_right) {
+  qd::Rng rng(seed);
+  std::vector<qd::BleuCounts> answers(20);
+  for (auto& counts : answers) {
+    const auto right = static_cast<Index>(4 + rng.below(most_right - 3));
+    for (Index n = 0; n < 4; ++n) {
+      counts.matched[static_cast<std::size_t>(n)] = right - n;
+      counts.total[static_cast<std::size_t>(n)] = 7 - n;
+    }
+    counts.hypothesis_words = counts.reference_words = 7;
+  }
+  return answers;
+}
+
 // Ranks 1 and 2 and the base on examples of 1 to 3 tokens. An example is as hard for all seeds, and what is added to its loss is its own.
 ex::ComparedRun run_of(const std::string& recipe, std::uint64_t seed, double added = 0.0) {
   ex::ComparedRun run{.recipe = recipe, .seed = seed, .on = "nf4", .losses = {}};
@@ -42,6 +57,8 @@ ex::ComparedRun run_of(const std::string& recipe, std::uint64_t seed, double add
     }
     run.losses.push_back(sum / tokens);
     run.scores["accuracy"].push_back(100.0 * static_cast<double>(std::count(right.begin(), right.end(), 1.0)) / examples);
+    run.bleu_counts.push_back(answers_of(10 * seed + static_cast<std::uint64_t>(rank), added > 0.0 ? 7 : 5));
+    run.scores["BLEU"].push_back(qd::corpus_bleu(run.bleu_counts.back()).score);
   }
   return run;
 }
@@ -62,7 +79,7 @@ TEST_CASE("lines of results come back as they were, and those of earlier version
   auto other = run_of("qlora", 1);
   other.on = "fp8";
   write_runs(file, {run_of("qlora", 0), other}, key);
-  const auto read = ex::read_runs(file.string(), key, "nf4", 2, {"accuracy"});
+  const auto read = ex::read_runs(file.string(), key, "nf4", 2, {"accuracy", "BLEU"});
   REQUIRE(read.size() == 2);
   CHECK(read[0].recipe == "qlora");
   CHECK(read[0].on == "nf4");
@@ -72,9 +89,10 @@ TEST_CASE("lines of results come back as they were, and those of earlier version
   CHECK(read[0].scores == run_of("qlora", 0).scores);
   CHECK(read[0].examples == run_of("qlora", 0).examples);
   CHECK(read[0].example_tokens == run_of("qlora", 0).example_tokens);
+  CHECK(read[0].bleu_counts == run_of("qlora", 0).bleu_counts);
   CHECK(ex::read_runs(file.string(), {{"steps", 4}}, "nf4", 2, {}).empty());
   CHECK(ex::read_runs(file.string(), key, "nf4", 3, {}).empty());         // other ranks
-  CHECK(ex::read_runs(file.string(), key, "nf4", 2, {"BLEU"}).empty());   // not measured
+  CHECK(ex::read_runs(file.string(), key, "nf4", 2, {"exact match"}).empty());  // not measured
 
   test::write_file(file, R"({"key":{"steps":3},"losses":[1.5,null,2.5],"recipe":"qdylora","seed":7,"share":0.25})" "\n");
   const auto old = ex::read_runs(file.string(), key, "nf4", 2, {});
@@ -83,6 +101,7 @@ TEST_CASE("lines of results come back as they were, and those of earlier version
   CHECK(old[0].share == 0.25);
   CHECK(std::isnan(old[0].losses[1]));
   CHECK(old[0].examples.empty());
+  CHECK(old[0].bleu_counts.empty());
 }
 
 TEST_CASE("a line of results whose examples do not fit, or without its end, is named", "[comparison]") {
@@ -107,6 +126,28 @@ TEST_CASE("a line of results whose examples do not fit, or without its end, is n
   run = run_of("qlora", 1);
   run.example_tokens.pop_back();
   refuses(run, "held-out loss");
+  run = run_of("qlora", 1);
+  run.bleu_counts.pop_back();
+  refuses(run, "bleu_counts");
+  run = run_of("qlora", 1);
+  run.bleu_counts[1].pop_back();
+  refuses(run, "bleu_counts");
+  run = run_of("qlora", 1);
+  run.bleu_counts[1][3].matched[2] = 6;  // of 5
+  refuses(run, "1- to 4-grams");
+  run = run_of("qlora", 1);
+  run.bleu_counts[2][0].hypothesis_words = 8;  // have one 1-gram more
+  refuses(run, "1- to 4-grams");
+  run = run_of("qlora", 1);
+  run.bleu_counts[0][0].reference_words = -1;
+  refuses(run, "1- to 4-grams");
+  for (const auto& damaged : {qd::Json(7), qd::Json::array(), qd::Json::array({7}), qd::Json::array({qd::Json::array({1, 2})}),
+                              qd::Json::array({{1, 0, 0, 0, 1, 0, 0, 0, 1, "1"}}), qd::Json::array({{1, 0, 0, 0, 1, 0, 0, 0, 1, 0.5}}),
+                              qd::Json::array({{1, 0, 0, 0, 1, 0, 0, 0, 1, 18446744073709551615u}})}) {
+    CAPTURE(damaged.dump());
+    CHECK(test::code_of([&] { (void)ex::read_bleu_counts(damaged); }) == qd::Errc::json);
+  }
+  CHECK(ex::read_bleu_counts(qd::Json::array({{1, 0, 0, 0, 1, 0, 0, 0, 1, 9}})).front().reference_words == 9);
   test::write_file(file, "{\"key\":{}");
   CHECK(test::code_of([&] { (void)ex::read_runs(file.string(), key, "nf4", 2, {}); }) == qd::Errc::truncated);
 }
@@ -175,8 +216,22 @@ TEST_CASE("tables have means of all runs, and intervals of those with examples",
   CHECK(part.find("95 % over examples | 1 | 2 | mean |\n|---|---|---|---|\n| a (1) | ") != std::string::npos);
   c.runs[2].examples.clear();
   CHECK(ex::tables(c, "nf4", ex::held_out_loss).find("95 %") == std::string::npos);
-  // Nor has a BLEU examples.
-  for (auto& run : c.runs) run.scores["BLEU"] = {1.0, 2.0, 3.0};
+  // A BLEU is of all answers together, and so are its resamples; the means are of seeds, and the last of ranks too.
+  const auto bleu = ex::paired_differences({{&c.runs[0], &c.runs[2]}, {&c.runs[1], &c.runs[3]}}, "BLEU");
+  REQUIRE(bleu.size() == 3);
+  for (std::size_t at = 0; at < 2; ++at) {
+    const auto score = [&](std::size_t run) { return c.runs[run].scores.at("BLEU")[at]; };
+    CHECK(bleu[at].value == Approx((score(0) + score(1) - score(2) - score(3)) / 2.0));
+    CHECK(bleu[at].low > 0.0);
+    CHECK(bleu[at].high > bleu[at].low);
+  }
+  CHECK(bleu[2].value == Approx((bleu[0].value + bleu[1].value) / 2.0));
+  CHECK(ex::tables(c, "nf4", "BLEU").find("95 % over examples | 1 | 2 | mean |\n|---|---|---|---|\n| a (2) | " +
+                                          printed("%+.1f", bleu[0].value) + " [" + printed("%+.1f", bleu[0].low) + ", ") !=
+        std::string::npos);
+  c.runs[1].bleu_counts[0].pop_back();
+  CHECK(test::code_of([&] { (void)ex::tables(c, "nf4", "BLEU"); }) == qd::Errc::bad_argument);
+  for (auto& run : c.runs) run.bleu_counts.clear();
   CHECK(ex::tables(c, "nf4", "BLEU").find("95 %") == std::string::npos);
 }
 

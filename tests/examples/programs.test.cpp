@@ -1992,14 +1992,14 @@ TEST_CASE("programs: evaluate scores questions and answers at every rank, and co
     for (std::size_t q = 0; q < 11; ++q) scores.push_back(r.at("chosen").at(q) == report.at("right_choices")[q] ? 1.0 : 0.0);
     const auto right = std::count(scores.begin(), scores.end(), 1.0);
     CHECK(r.at("right") == right);
-    for (const char* difference : {"accuracy_above_first", "match_above_first", "loss_above_first"})
+    for (const char* difference : {"accuracy_above_first", "match_above_first", "bleu_above_first", "loss_above_first"})
       CHECK(r.contains(difference) == (i > 0));
     if (i > 0) {
       const auto expected = qd::paired_difference(scores, right_of[0]);
       CHECK(r.at("accuracy_above_first") == qd::Json{{"value", expected.value}, {"low", expected.low}, {"high", expected.high}});
       const auto loss = r.at("loss_above_first").at("value").get<double>();
       CHECK(loss == Approx(r.at("loss").get<double>() - report.at("ranks")[0].at("loss").get<double>()));
-      for (const std::string of : {": loss ", ": exact match ", ": accuracy "}) {
+      for (const std::string of : {": loss ", ": exact match ", ": BLEU ", ": accuracy "}) {
         const auto begin = out.find("rank " + std::to_string(rank) + of);
         CHECK(out.substr(begin, out.find('\n', begin) - begin).ends_with("] above rank 0"));
       }
@@ -2010,6 +2010,9 @@ TEST_CASE("programs: evaluate scores questions and answers at every rank, and co
     CHECK(r.at("answers") == 12);
     const auto bleu = qd::corpus_bleu(texts, std::vector<std::vector<std::string>>(12, {"ab cd ef gh", "x"}));
     CHECK(r.at("bleu").at("score").get<double>() == Approx(bleu.score));
+    if (i > 0)
+      CHECK(r.at("bleu_above_first").at("value").get<double>() ==
+            Approx(bleu.score - report.at("ranks")[0].at("bleu").at("score").get<double>()).margin(1e-9));
     CHECK(out.find("rank " + std::to_string(rank) + ": accuracy " + std::to_string(right) + " of 11") != std::string::npos);
     CHECK(out.find("rank " + std::to_string(rank) + ": BLEU ") != std::string::npos);
     CHECK(out.find("rank " + std::to_string(rank) + ": exact match ") != std::string::npos);
@@ -2039,7 +2042,7 @@ TEST_CASE("programs: evaluate scores questions and answers at every rank, and co
     const auto begin = compared.find("| " + table + ", mean over seeds |");
     REQUIRE(begin != std::string::npos);
     const auto end = compared.find(", mean over seeds |", compared.find(", by seed |", begin));
-    CHECK((compared.substr(begin, end - begin).find(intervals) != std::string::npos) == (table != "BLEU"));  // which is of the corpus
+    CHECK(compared.substr(begin, end - begin).find(intervals) != std::string::npos);
   }
   const auto runs = test::read_file(folder / "runs.jsonl");
   std::vector<qd::Json> lines;
@@ -2057,7 +2060,19 @@ TEST_CASE("programs: evaluate scores questions and answers at every rank, and co
     // What stands for each example has the scores of the whole.
     const auto tokens = line.at("example_tokens").get<std::vector<double>>();
     REQUIRE(tokens.size() == 2);
+    REQUIRE(line.at("bleu_counts").size() == 3);
     for (std::size_t i = 0; i < 3; ++i) {
+      qd::BleuCounts sums;
+      for (const auto& answer : line.at("bleu_counts").at(i)) {
+        for (std::size_t n = 0; n < 4; ++n) {
+          sums.matched[n] += answer.at(n).get<Index>();
+          sums.total[n] += answer.at(4 + n).get<Index>();
+        }
+        sums.hypothesis_words += answer.at(8).get<Index>();
+        sums.reference_words += answer.at(9).get<Index>();
+      }
+      CHECK(sums.reference_words > 0);
+      CHECK(qd::bleu_of(sums).score == Approx(line.at("scores").at("BLEU").at(i).get<double>()));
       const auto losses = line.at("examples").at("held-out loss").at(i).get<std::vector<double>>();
       REQUIRE(losses.size() == 2);
       CHECK((tokens[0] * losses[0] + tokens[1] * losses[1]) / (tokens[0] + tokens[1]) == Approx(line.at("losses").at(i).get<double>()));
@@ -2075,8 +2090,7 @@ TEST_CASE("programs: evaluate scores questions and answers at every rank, and co
   // Nor those of earlier versions, which kept no examples: their means are the same.
   std::string earlier;
   for (auto& line : lines) {
-    line.erase("examples");
-    line.erase("example_tokens");
+    for (const char* key : {"examples", "example_tokens", "bleu_counts"}) line.erase(key);
     earlier += line.dump() + "\n";
   }
   test::write_file(folder / "runs.jsonl", earlier);

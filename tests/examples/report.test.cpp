@@ -212,13 +212,19 @@ TEST_CASE("the report of an evaluation has differences to the first rank, of wha
   for (auto& r : all) {
     r.chosen = {0, 1, 2};
     r.chosen_right = {1.0, r.rank == 4 ? 1.0 : 0.0, 0.0};
+    for (const char* answer : {"a b c d", r.rank == 4 ? "e f g h" : "e f g"})
+      r.bleu_counts.push_back(qd::bleu_counts(answer, std::vector<std::string>{answer[0] == 'a' ? "a b c d" : "e f g h"}));
+    r.bleu = qd::corpus_bleu(r.bleu_counts);
     r.example_losses.clear();
   }
   const ex::AboveFirst above_first(all);
   CHECK(above_first.loss.empty());
   ex::write_evaluation(folder.path(), {}, all, above_first, 0.9);
   const auto json = qd::read_json(folder / "report.json");
-  CHECK_FALSE(json.at("ranks")[0].contains("accuracy_above_first"));
+  for (const char* difference : {"accuracy_above_first", "bleu_above_first"}) CHECK_FALSE(json.at("ranks")[0].contains(difference));
+  // 7 words of 8 cost the brevity penalty; resamples have 8, 7 or 6 of them, the last with no 4-gram that does not match.
+  CHECK(json.at("ranks")[2].at("bleu_above_first").at("value").get<double>() == Approx(100.0 * (1.0 - std::exp(1.0 - 8.0 / 7.0))));
+  CHECK(json.at("ranks")[2].at("bleu_above_first").at("low").get<double>() == Approx(0.0).margin(1e-9));
   CHECK_FALSE(json.at("ranks")[2].contains("loss_above_first"));
   CHECK(json.at("ranks")[2].at("accuracy_above_first").at("value").get<double>() == Approx(1.0 / 3.0));
   CHECK(json.at("ranks")[1].at("match_above_first").at("value").get<double>() == Approx(17.0 / 200.0));
@@ -226,6 +232,8 @@ TEST_CASE("the report of an evaluation has differences to the first rank, of wha
   CHECK(line.at("loss").empty());
   CHECK(line.at("questions") == "3");
   CHECK(line.at("right") == "2");
+  CHECK(std::stod(line.at("bleu_above_first")) == Approx(json.at("ranks")[2].at("bleu_above_first").at("value").get<double>()));
+  CHECK(csv_line(folder / "report.csv", "2").at("bleu_above_first_high") == "0");
   CHECK(std::stod(line.at("accuracy_above_first")) == Approx(1.0 / 3.0));
   CHECK(csv_line(folder / "report.csv", "1").at("accuracy_above_first").empty());
   CHECK(json.at("ranks")[2].at("parameters") == 400);

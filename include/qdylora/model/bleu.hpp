@@ -20,15 +20,30 @@
 
 namespace qdylora {
 
-struct Bleu {
+/// What BLEU counts in a hypothesis; in a corpus, the sums.
+struct BleuCounts {
   static constexpr std::size_t orders = 4;
+  std::array<Index, orders> matched{};  // n-grams of n + 1 words that a reference has, each at most as often as one of them has it
+  std::array<Index, orders> total{};    // n-grams of the hypothesis
+  Index hypothesis_words = 0;
+  Index reference_words = 0;  // of the reference whose length is closest to the hypothesis'; of two as close, the shorter
+
+  BleuCounts& operator+=(const BleuCounts& other) noexcept {
+    for (std::size_t n = 0; n < orders; ++n) {
+      matched[n] += other.matched[n];
+      total[n] += other.total[n];
+    }
+    hypothesis_words += other.hypothesis_words;
+    reference_words += other.reference_words;
+    return *this;
+  }
+  bool operator==(const BleuCounts&) const = default;
+};
+
+struct Bleu : BleuCounts {
   double score = 0.0;                       // 0 ... 100
   std::array<double, orders> precisions{};  // of n-grams of n + 1 words, smoothed, in percent
-  std::array<Index, orders> matched{};      // n-grams of the hypotheses that a reference has, each at most as often as one of them has it
-  std::array<Index, orders> total{};        // n-grams of the hypotheses
   double brevity_penalty = 0.0;
-  Index hypothesis_words = 0;
-  Index reference_words = 0;  // of the references whose lengths are closest to the hypotheses'; of two as close, the shorter
 };
 
 namespace detail {
@@ -111,45 +126,46 @@ inline std::vector<std::string> tokenize_13a(std::string_view input) {
   return words;
 }
 
-/// BLEU of a corpus: hypotheses[i] against references[i], one or more of each. A corpus without n-grams of some order that it has matches
-/// of lower orders for has score 0, as has one without matches. Errors: bad_argument (sizes that differ, nothing to score, no reference).
-inline Bleu corpus_bleu(std::span<const std::string> hypotheses, std::span<const std::vector<std::string>> references) {
-  QDYLORA_EXPECTS(!hypotheses.empty() && hypotheses.size() == references.size(), bad_argument,
-                  "corpus_bleu: expected references for each hypothesis, found " + std::to_string(hypotheses.size()) + " hypotheses and " +
-                      std::to_string(references.size()) + " lists of references");
-  using Counts = std::map<std::vector<std::string>, Index>;
-  const auto count = [](const std::vector<std::string>& words, Counts& counts) {
-    for (std::size_t n = 1; n <= Bleu::orders; ++n)
+/// What BLEU counts in a hypothesis beside its references, at least one. Errors: bad_argument.
+inline BleuCounts bleu_counts(std::string_view hypothesis, std::span<const std::string> references) {
+  QDYLORA_EXPECTS(!references.empty(), bad_argument, "bleu_counts: the hypothesis has no reference");
+  using Grams = std::map<std::vector<std::string>, Index>;
+  const auto count = [](const std::vector<std::string>& words, Grams& grams) {
+    for (std::size_t n = 1; n <= BleuCounts::orders; ++n)
       for (std::size_t i = 0; i + n <= words.size(); ++i)
-        ++counts[{words.begin() + static_cast<std::ptrdiff_t>(i), words.begin() + static_cast<std::ptrdiff_t>(i + n)}];
+        ++grams[{words.begin() + static_cast<std::ptrdiff_t>(i), words.begin() + static_cast<std::ptrdiff_t>(i + n)}];
   };
-  Bleu bleu;
-  for (std::size_t i = 0; i < hypotheses.size(); ++i) {
-    QDYLORA_EXPECTS(!references[i].empty(), bad_argument, "corpus_bleu: hypothesis " + std::to_string(i) + " has no reference");
-    const auto words = tokenize_13a(hypotheses[i]);
-    const auto length = static_cast<Index>(words.size());
-    Counts own, allowed;
-    count(words, own);
-    Index closest = -1;
-    for (const auto& reference : references[i]) {
-      const auto reference_words = tokenize_13a(reference);
-      const auto reference_length = static_cast<Index>(reference_words.size());
-      const Index distance = std::abs(length - reference_length), least = std::abs(length - closest);
-      if (closest < 0 || distance < least || (distance == least && reference_length < closest)) closest = reference_length;
-      Counts counts;
-      count(reference_words, counts);
-      for (const auto& [gram, times] : counts) {
-        auto& most = allowed[gram];
-        most = std::max(most, times);
-      }
-    }
-    bleu.hypothesis_words += length;
-    bleu.reference_words += closest;
-    for (const auto& [gram, times] : own) {
-      bleu.total[gram.size() - 1] += times;
-      if (const auto found = allowed.find(gram); found != allowed.end()) bleu.matched[gram.size() - 1] += std::min(times, found->second);
+  const auto words = tokenize_13a(hypothesis);
+  const auto length = static_cast<Index>(words.size());
+  Grams own, allowed;
+  count(words, own);
+  Index closest = -1;
+  for (const auto& reference : references) {
+    const auto reference_words = tokenize_13a(reference);
+    const auto reference_length = static_cast<Index>(reference_words.size());
+    const Index distance = std::abs(length - reference_length), least = std::abs(length - closest);
+    if (closest < 0 || distance < least || (distance == least && reference_length < closest)) closest = reference_length;
+    Grams grams;
+    count(reference_words, grams);
+    for (const auto& [gram, times] : grams) {
+      auto& most = allowed[gram];
+      most = std::max(most, times);
     }
   }
+  BleuCounts counts;
+  counts.hypothesis_words = length;
+  counts.reference_words = closest;
+  for (const auto& [gram, times] : own) {
+    counts.total[gram.size() - 1] += times;
+    if (const auto found = allowed.find(gram); found != allowed.end()) counts.matched[gram.size() - 1] += std::min(times, found->second);
+  }
+  return counts;
+}
+
+/// BLEU of the sums over a corpus. One without n-grams of some order that it has matches of lower orders for has score 0, as has one without
+/// matches.
+inline Bleu bleu_of(const BleuCounts& corpus) {
+  Bleu bleu{corpus};
   bleu.brevity_penalty = 1.0;
   if (bleu.hypothesis_words < bleu.reference_words)
     bleu.brevity_penalty = bleu.hypothesis_words == 0
@@ -166,6 +182,32 @@ inline Bleu corpus_bleu(std::span<const std::string> hypotheses, std::span<const
   }
   bleu.score = bleu.brevity_penalty * std::exp(logs / static_cast<double>(Bleu::orders));
   return bleu;
+}
+
+/// What BLEU counts in each of a corpus' hypotheses: hypotheses[i] against references[i], one or more of each. Errors: bad_argument (sizes
+/// that differ, nothing to score, no reference).
+inline std::vector<BleuCounts> corpus_counts(std::span<const std::string> hypotheses, std::span<const std::vector<std::string>> references) {
+  QDYLORA_EXPECTS(!hypotheses.empty() && hypotheses.size() == references.size(), bad_argument,
+                  "BLEU: expected references for each hypothesis, found " + std::to_string(hypotheses.size()) + " hypotheses and " +
+                      std::to_string(references.size()) + " lists of references");
+  std::vector<BleuCounts> counts;
+  for (std::size_t i = 0; i < hypotheses.size(); ++i) {
+    QDYLORA_EXPECTS(!references[i].empty(), bad_argument, "BLEU: hypothesis " + std::to_string(i) + " has no reference");
+    counts.push_back(bleu_counts(hypotheses[i], references[i]));
+  }
+  return counts;
+}
+
+/// BLEU of the sums of some counts.
+inline Bleu corpus_bleu(std::span<const BleuCounts> counts) {
+  BleuCounts sums;
+  for (const auto& each : counts) sums += each;
+  return bleu_of(sums);
+}
+
+/// BLEU of a corpus. Errors: those of corpus_counts.
+inline Bleu corpus_bleu(std::span<const std::string> hypotheses, std::span<const std::vector<std::string>> references) {
+  return corpus_bleu(corpus_counts(hypotheses, references));
 }
 
 }  // namespace qdylora

@@ -27,23 +27,47 @@ struct BootstrapOptions {
   std::uint64_t seed = 0;
 };
 
-/// sum_i w_i (a_i - b_i) / sum_i w_i over examples i that both were scored on, and its interval: percentiles of the same statistic over
-/// resamples of the examples (the paired bootstrap: Efron & Tibshirani 1993, section 13.3; Koehn 2004). a, b: a score of each example,
-/// such as its loss a token; weights: how much of the whole each example is, such as its scored tokens; empty: all alike. What examples
-/// share cancels in the difference, so the interval is far narrower than that of either mean.
-/// Errors: bad_argument (sizes that differ, no examples, no weight or a negative one, confidence not within (0, 1), no resamples),
-/// non_finite.
+/// A statistic of n examples and its interval: percentiles of the same over resamples of the examples (Efron & Tibshirani 1993, section 13.3;
+/// Koehn 2004). statistic(example): of the n examples that example(0) ... example(n - 1) are the numbers of; it may ask again for others.
+/// What examples share cancels in a difference, so that of two systems on the same examples has an interval far narrower than that of either.
+/// Errors: bad_argument (no examples, confidence not within (0, 1), no resamples).
+template <class Statistic>
+Interval bootstrap(std::size_t n, const BootstrapOptions& options, Statistic&& statistic) {
+  QDYLORA_EXPECTS(n > 0, bad_argument, "bootstrap: there are no examples");
+  QDYLORA_EXPECTS(options.confidence > 0.0 && options.confidence < 1.0 && options.resamples > 0, bad_argument,
+                  "bootstrap: expected a confidence within (0, 1) and resamples, found " + std::to_string(options.confidence) + " and " +
+                      std::to_string(options.resamples));
+  Rng rng(options.seed, Purpose::sample);
+  std::vector<double> found(static_cast<std::size_t>(options.resamples));
+  for (double& x : found) x = statistic([&](std::size_t) { return static_cast<std::size_t>(rng.below(static_cast<std::uint32_t>(n))); });
+  std::sort(found.begin(), found.end());
+  const auto percentile = [&](double p) {
+    const auto last = static_cast<double>(found.size() - 1);
+    return found[static_cast<std::size_t>(std::lround(p * last))];
+  };
+  const double tail = (1.0 - options.confidence) / 2.0;
+  return {statistic([](std::size_t k) { return k; }), percentile(tail), percentile(1.0 - tail)};
+}
+
+/// sum_i w_i (a_i - b_i) / sum_i w_i over examples i that both were scored on, and its interval by the paired bootstrap. a, b: a score of each
+/// example, such as its loss a token; weights: how much of the whole each example is, such as its scored tokens; empty: all alike.
+/// Errors: bad_argument (sizes that differ, no examples, no weight or a negative one, and those of bootstrap), non_finite.
 inline Interval paired_difference(std::span<const double> a, std::span<const double> b, std::span<const double> weights = {},
                                   const BootstrapOptions& options = {}) {
   const auto n = a.size();
   QDYLORA_EXPECTS(n > 0 && b.size() == n && (weights.empty() || weights.size() == n), bad_argument,
                   "paired_difference: expected scores and weights of the same examples, found " + std::to_string(n) + ", " +
                       std::to_string(b.size()) + " and " + std::to_string(weights.size()));
-  QDYLORA_EXPECTS(options.confidence > 0.0 && options.confidence < 1.0 && options.resamples > 0, bad_argument,
-                  "paired_difference: expected a confidence within (0, 1) and resamples, found " + std::to_string(options.confidence) +
-                      " and " + std::to_string(options.resamples));
   const auto weight = [&](std::size_t i) { return weights.empty() ? 1.0 : weights[i]; };
-  const auto mean = [&](auto&& example) {
+  double all = 0.0;
+  for (std::size_t i = 0; i < n; ++i) {
+    QDYLORA_EXPECTS(std::isfinite(a[i]) && std::isfinite(b[i]) && std::isfinite(weight(i)), non_finite,
+                    "paired_difference: scores or weight of example " + std::to_string(i) + " are not finite");
+    QDYLORA_EXPECTS(weight(i) >= 0.0, bad_argument, "paired_difference: the weight of example " + std::to_string(i) + " is negative");
+    all += weight(i);
+  }
+  QDYLORA_EXPECTS(all > 0.0, bad_argument, "paired_difference: the examples have no weight");
+  return bootstrap(n, options, [&](auto&& example) {
     for (;;) {
       double sum = 0.0, whole = 0.0;
       for (std::size_t k = 0; k < n; ++k) {
@@ -53,25 +77,7 @@ inline Interval paired_difference(std::span<const double> a, std::span<const dou
       }
       if (whole > 0.0) return sum / whole;  // else examples without weight alone were drawn: again
     }
-  };
-  double whole = 0.0;
-  for (std::size_t i = 0; i < n; ++i) {
-    QDYLORA_EXPECTS(std::isfinite(a[i]) && std::isfinite(b[i]) && std::isfinite(weight(i)), non_finite,
-                    "paired_difference: scores or weight of example " + std::to_string(i) + " are not finite");
-    QDYLORA_EXPECTS(weight(i) >= 0.0, bad_argument, "paired_difference: the weight of example " + std::to_string(i) + " is negative");
-    whole += weight(i);
-  }
-  QDYLORA_EXPECTS(whole > 0.0, bad_argument, "paired_difference: the examples have no weight");
-  Rng rng(options.seed, Purpose::sample);
-  std::vector<double> means(static_cast<std::size_t>(options.resamples));
-  for (double& m : means) m = mean([&](std::size_t) { return static_cast<std::size_t>(rng.below(static_cast<std::uint32_t>(n))); });
-  std::sort(means.begin(), means.end());
-  const auto percentile = [&](double p) {
-    const auto last = static_cast<double>(means.size() - 1);
-    return means[static_cast<std::size_t>(std::lround(p * last))];
-  };
-  const double tail = (1.0 - options.confidence) / 2.0;
-  return {mean([](std::size_t k) { return k; }), percentile(tail), percentile(1.0 - tail)};
+  });
 }
 
 /// The share of examples that were right, and its interval of 95 % confidence by Wilson's score (1927), which stays within [0, 1] and has a
