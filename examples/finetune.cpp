@@ -39,10 +39,13 @@ void declare(CLI::App& app, FinetuneOptions& o) {
       ->check(not_empty())
       ->needs(model);
   auto* data = app.add_option("--data", o.data,
-                              "JSON lines (prompt/response, question/answer, instruction/output, messages) or plain text; "
-                              "default: generated word problems");
+                              "JSON lines (prompt/response or completion, question/answer, instruction/output, messages or ShareGPT's "
+                              "conversations, text) or plain text; default: generated word problems");
   data->check(not_empty());
   app.add_option("--eval", o.eval, "held-out data of the same kinds; default: the last of --data")->check(not_empty())->needs(data);
+  app.add_flag("--all-turns", o.all_turns,
+               "learn every answer of a conversation, not the last alone: an example each, which reads again what was said before")
+      ->needs(data);
   app.add_option("--ranks", o.ranks, "ranks the adapter is to work at")->capture_default_str();
   app.add_option(
          "--method", o.method,
@@ -137,6 +140,7 @@ FinetuneData load_data(const FinetuneOptions& o, const OpenModel& model, Index h
       train.resize(train.size() - count);
     }
   }
+  if (o.all_turns) train = with_every_answer(train);  // held-out examples stay those of other runs
   const auto& tokenizer = model.need_tokenizer();
   const auto fitting = [&](const std::vector<Example>& examples, const std::string& file, std::size_t least) {
     auto samples = tokenize(examples, tokenizer, {.chat = model.chat_template(), .max_length = o.seq_len});

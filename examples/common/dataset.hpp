@@ -1,8 +1,10 @@
 // Data to fine-tune on: reads examples from a file and turns them into token ids.
 //   JSON lines (.jsonl, .ndjson, .json; a .json file may also be one array), each object with one of these sets of fields:
-//     prompt, response  |  question, answer (GSM8K)  |  instruction, output and optionally input (Alpaca)
+//     prompt, response or completion  |  question, answer (GSM8K)  |  instruction, output and optionally input (Alpaca)
 //       an answer may be a list of right ones (Natural Questions), of which the first is learned
-//     messages (or conversation): [{"role": ..., "content": ...}, ...], whose last assistant turn is the response
+//     messages, conversation or conversations: [{"role": ..., "content": ...}, ...], or ShareGPT's [{"from": ..., "value": ...}, ...], whose
+//       last assistant turn is the response
+//     text: running text, all of it learned; marks of a chat template are text in it too
 //   anything else is plain text, read as chunks of running text.
 #pragma once
 
@@ -40,7 +42,8 @@ class ExampleReader : public ObjectReader {
   using ObjectReader::ObjectReader;
 
   Example read(const Json& object, const std::string& where) const {
-    if (has(object, {"prompt", "response"})) return pair(object, "prompt", "response", where);
+    for (const char* response : {"response", "completion"})
+      if (has(object, {"prompt", response})) return pair(object, "prompt", response, where);
     if (has(object, {"question", "answer"})) return pair(object, "question", "answer", where);
     if (has(object, {"instruction", "output"})) {
       Example example = pair(object, "instruction", "output", where);
@@ -49,12 +52,17 @@ class ExampleReader : public ObjectReader {
       }
       return example;
     }
-    for (const char* key : {"messages", "conversation"}) {
+    for (const char* key : {"messages", "conversation", "conversations"}) {
       if (object.contains(key)) return conversation(object[key], where + ", '" + key + "'");
+    }
+    if (object.contains("text")) {  // last: some data has it beside the fields that it was made of
+      if (text(object, "text", where).empty()) fail(where, "expected text in field 'text', found none");
+      return {"", text(object, "text", where)};
     }
     std::string found;
     for (const auto& item : object.items()) found += (found.empty() ? "" : ", ") + printable(item.key(), 40);
-    fail(where, "expected the fields prompt and response, question and answer, instruction and output, or messages; found " +
+    fail(where, "expected the fields prompt and response or completion, question and answer, instruction and output, messages, "
+                "conversations, or text; found " +
                     (found.empty() ? "none" : printable(found, 400)));
   }
 
@@ -77,6 +85,20 @@ class ExampleReader : public ObjectReader {
     return example;
   }
 
+  ChatMessage turn(const Json& item, const std::string& place) const {
+    const std::string& role = text(item, "role", place);
+    if (role != "system" && role != "user" && role != "assistant")
+      fail(place, "expected role system, user or assistant, found '" + printable(role) + "'");
+    return {role, text(item, "content", place)};
+  }
+
+  ChatMessage share_gpt_turn(const Json& item, const std::string& place) const {
+    const std::string& from = text(item, "from", place);
+    if (from != "system" && from != "human" && from != "gpt")
+      fail(place, "expected from system, human or gpt, found '" + printable(from) + "'");
+    return {from == "human" ? "user" : from == "gpt" ? "assistant" : from, text(item, "value", place)};
+  }
+
   Example conversation(const Json& list, const std::string& where) const {
     if (!list.is_array()) fail(where, "expected a list of messages, found " + std::string(list.type_name()));
     std::vector<ChatMessage> turns;
@@ -84,12 +106,8 @@ class ExampleReader : public ObjectReader {
     for (const auto& item : list) {
       const std::string place = where + ", message " + std::to_string(turns.size() + 1);
       if (!item.is_object()) fail(place, "expected an object, found " + std::string(item.type_name()));
-      turns.push_back({text(item, "role", place), text(item, "content", place)});
-      const std::string& role = turns.back().role;
-      if (role != "system" && role != "user" && role != "assistant") {
-        fail(place, "expected role system, user or assistant, found '" + printable(role) + "'");
-      }
-      if (role == "assistant") end = turns.size();
+      turns.push_back(item.contains("from") ? share_gpt_turn(item, place) : turn(item, place));
+      if (turns.back().role == "assistant") end = turns.size();
     }
     if (end < 2 || turns[end - 2].role != "user") fail(where, "expected a turn of the user and the assistant's answer, found none");
     Example example{std::move(turns[end - 2].content), std::move(turns[end - 1].content)};
@@ -138,6 +156,20 @@ inline std::vector<Example> load_examples(const std::filesystem::path& path, Loa
   }
   if (examples.empty()) throw Error(Errc::bad_config, "expected examples, found an empty file", {.file = path.string()});
   return examples;
+}
+
+/// The same with an example of its own, before that of the last, for each earlier answer to the user in a conversation: all that was said
+/// before it is read again.
+inline std::vector<Example> with_every_answer(const std::vector<Example>& examples) {
+  std::vector<Example> all;
+  for (const Example& example : examples) {
+    const auto& turns = example.earlier;
+    for (std::size_t i = 1; i < turns.size(); ++i)
+      if (turns[i].role == "assistant" && turns[i - 1].role == "user" && !turns[i - 1].content.empty())
+        all.push_back({turns[i - 1].content, turns[i].content, {turns.begin(), turns.begin() + static_cast<std::ptrdiff_t>(i) - 1}});
+    all.push_back(example);
+  }
+  return all;
 }
 
 /// ids[i] for i >= prompt_length is scored, predicted from the ids before it; prompt_length >= 1.

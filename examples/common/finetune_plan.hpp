@@ -26,7 +26,7 @@ namespace qdylora::examples {
 
 struct FinetuneOptions {
   std::string model, tokenizer, data, eval, chat = "model", out = "out";
-  bool toy = false, resume = false, rival = false, pack = false, group_by_length = false, gates = false, dora = false;
+  bool toy = false, resume = false, rival = false, pack = false, group_by_length = false, all_turns = false, gates = false, dora = false;
   bool train_bias = false, checkpoint = false;
   std::string ranks = "1,2,4,8,16,32,64", recipe_name = "auto", method = "lora", base = "nf4", init = "standard", optimizer = "adamw", paged;
   std::string rank_pattern, alpha_pattern, offload;

@@ -103,6 +103,63 @@ TEST_CASE("JSON lines of all known shapes become examples", "[dataset]") {
   CHECK(examples[5].earlier[2].content == "a1");
 }
 
+TEST_CASE("completions, ShareGPT's conversations and texts are read too", "[dataset]") {
+  const auto examples =
+      load("more.jsonl",
+           "{\"prompt\": \"p\", \"completion\": \"c\"}\n"
+           "{\"prompt\": \"p\", \"completion\": \"c\", \"response\": \"r\"}\n"
+           "{\"id\": 7, \"conversations\": [{\"from\": \"system\", \"value\": \"s\"}, {\"from\": \"human\", \"value\": \"u1\"}, "
+           "{\"from\": \"gpt\", \"value\": \"a1\"}, {\"from\": \"human\", \"value\": \"u2\"}, {\"from\": \"gpt\", \"value\": \"a2\"}]}\n"
+           "{\"conversations\": [{\"role\": \"user\", \"content\": \"u\"}, {\"role\": \"assistant\", \"content\": \"a\"}]}\n"
+           "{\"text\": \"all of it\", \"source\": \"web\"}\n"
+           "{\"instruction\": \"i\", \"output\": \"o\", \"text\": \"both as a prompt\"}\n");
+  REQUIRE(examples.size() == 6);
+  CHECK(examples[0].prompt == "p");
+  CHECK(examples[0].response == "c");
+  CHECK(examples[1].response == "r");
+  CHECK(examples[2].prompt == "u2");
+  CHECK(examples[2].response == "a2");
+  CHECK(examples[2].earlier == std::vector<qd::ChatMessage>{{"system", "s"}, {"user", "u1"}, {"assistant", "a1"}});
+  CHECK(examples[3].prompt == "u");
+  CHECK(examples[3].response == "a");
+  CHECK(examples[4].prompt.empty());
+  CHECK(examples[4].response == "all of it");
+  CHECK(examples[5].prompt == "i");
+  // A text is scored as running text is: all but what it begins with.
+  const auto sample = ex::tokenize(examples[4], byte_tokenizer());
+  REQUIRE(sample);
+  CHECK(scored_text(byte_tokenizer(), *sample) == "ll of it");
+}
+
+TEST_CASE("every answer of a conversation is an example with what was said before it", "[dataset]") {
+  const std::vector<ex::Example> examples{
+      {"q", "r"},
+      {"u3", "a3", {{"system", "s"}, {"user", "u1"}, {"assistant", "a1"}, {"user", "u2"}, {"assistant", "a2"}}},
+      {"u2", "a2", {{"assistant", "hello"}, {"user", "u1"}, {"assistant", "a1"}, {"assistant", "and"}}},
+      {"", "running text"}};
+  const auto all = ex::with_every_answer(examples);
+  REQUIRE(all.size() == 7);
+  CHECK(all[0].response == "r");
+  CHECK(all[1].prompt == "u1");
+  CHECK(all[1].response == "a1");
+  CHECK(all[1].earlier == std::vector<qd::ChatMessage>{{"system", "s"}});
+  CHECK(all[2].prompt == "u2");
+  CHECK(all[2].response == "a2");
+  CHECK(all[2].earlier == std::vector<qd::ChatMessage>{{"system", "s"}, {"user", "u1"}, {"assistant", "a1"}});
+  CHECK(all[3].response == "a3");
+  CHECK(all[3].earlier.size() == 5);
+  CHECK(all[4].response == "a1");  // a greeting and what is added to an answer answer nobody
+  CHECK(all[5].response == "a2");
+  CHECK(all[6].response == "running text");
+  // Each is tokenized to what the conversation has up to there.
+  const qd::Tokenizer tokenizer = byte_tokenizer();
+  const auto smollm2 = qd::chat_template("smollm2");
+  const auto first = ex::tokenize(all[1], tokenizer, {.chat = &smollm2}), last = ex::tokenize(all[3], tokenizer, {.chat = &smollm2});
+  REQUIRE((first && last));
+  CHECK(scored_text(tokenizer, *first) == "a1<|im_end|>");
+  CHECK(std::equal(first->ids.begin(), first->ids.end(), last->ids.begin()));
+}
+
 TEST_CASE("of several right answers the first is learned, and each of them matches", "[dataset]") {
   const auto examples = load("several.jsonl", "{\"question\": \"q\", \"answer\": [\"five\", \"5 seasons\", \"Five\"]}\n"
                                               "{\"question\": \"q\", \"answer\": [\"one\"]}");
@@ -129,11 +186,12 @@ TEST_CASE("a bad line is an error with its number, what is expected and what is 
   const std::string good = "{\"prompt\": \"p\", \"response\": \"r\"}\n";
   const auto bad = [&](const std::string& line) { return load_error("bad.jsonl", good + "\n" + line + "\n" + good); };
   {
-    const auto [code, text] = bad("{\"prompt\": \"p\", \"completion\": \"r\"}");
+    const auto [code, text] = bad("{\"prompt\": \"p\", \"continuation\": \"r\"}");
     CHECK(code == qd::Errc::json);
     CHECK(holds(text, "line 3"));
     CHECK(holds(text, "prompt and response"));
-    CHECK(holds(text, "found completion, prompt"));
+    CHECK(holds(text, "conversations, or text"));
+    CHECK(holds(text, "found continuation, prompt"));
   }
   {
     const auto [code, text] = bad("{\"prompt\": \"q\", \"response\": [\"a\", \"b\"]}");
@@ -163,6 +221,13 @@ TEST_CASE("a bad line is an error with its number, what is expected and what is 
   CHECK(holds(bad("{\"messages\": [{\"role\": \"assistant\", \"content\": \"u\"}]}").second, "assistant's answer"));
   CHECK(holds(bad("{\"messages\": [{\"role\": \"tool\", \"content\": \"u\"}]}").second, "message 1: expected role"));
   CHECK(holds(bad("{\"messages\": [{\"role\": \"user\"}]}").second, "expected a field 'content'"));
+  CHECK(holds(bad("{\"conversations\": [{\"from\": \"bot\", \"value\": \"u\"}]}").second, "message 1: expected from system, human or gpt"));
+  CHECK(holds(bad("{\"conversations\": [{\"from\": \"human\", \"content\": \"u\"}]}").second, "expected a field 'value'"));
+  CHECK(holds(bad("{\"conversations\": [{\"from\": \"human\", \"value\": \"u\"}]}").second, "assistant's answer"));
+  CHECK(holds(bad("{\"conversations\": [{\"from\": \"human\", \"value\": 7}]}").second, "'value' to be a string"));
+  CHECK(holds(bad("{\"prompt\": \"\", \"completion\": \"r\"}").second, "expected text in field 'prompt'"));
+  CHECK(holds(bad("{\"text\": \"\"}").second, "line 3: expected text in field 'text'"));
+  CHECK(holds(bad("{\"text\": [\"a\"]}").second, "'text' to be a string"));
   CHECK(holds(bad("{\"messages\": [7]}").second, "message 1: expected an object, found number"));
   CHECK(!holds(bad("{\"\\u001b[31m\": 1}").second, "\x1b"));  // nothing from the file reaches the terminal unescaped
 }

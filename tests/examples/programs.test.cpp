@@ -289,6 +289,7 @@ TEST_CASE("programs: a wrong argument or file gives one line and status 2") {
       {"evaluate", tiny + " --data " + good + " --keep 0", "--keep"},
       {"evaluate", tiny + " --keep 0.9 --ids 1 --logits " + quoted(folder / "l"), "--keep"},
       {"finetune", "--toy --keep 1.5", "--keep"},
+      {"finetune", "--toy --all-turns", "--all-turns requires --data"},
       {"evaluate", tiny + " --data " + good + " --max-new-tokens -1", "--max-new-tokens"},
       {"evaluate", tiny + " --data " + good + " --seq-len 1", "--seq-len"},
       {"evaluate", tiny + " --data " + good, "context is 64"},
@@ -817,6 +818,22 @@ TEST_CASE("programs: finetune warns of data whose tokens are scored by less than
   const auto less = said(38);
   CAPTURE(less);
   CHECK(less.find("41 tokens each, 5 % scored\nwarning    4.9 % of the tokens are scored") != std::string::npos);
+}
+
+TEST_CASE("programs: finetune learns every answer of conversations where it is told to, and holds out the last ones") {
+  if (!built("finetune")) SKIP("finetune has not been built");
+  const test::TemporaryFolder folder;
+  write_letters_model(folder / "model");
+  std::string data;
+  for (const std::string word : {"in", "inn", "pin", "spin", "tin", "kin"})
+    data += R"({"conversations":[{"from":"human","value":"in"},{"from":"gpt","value":")" + word +
+            R"("},{"from":"human","value":"inn"},{"from":"gpt","value":")" + word + "\"}]}\n";
+  test::write_file(folder / "data.jsonl", data);
+  const std::string arguments = "--model " + quoted(folder / "model") + " --seq-len 32 --steps 1 --batch 2 --ranks 1,2 --answers 0 --data " +
+                                quoted(folder / "data.jsonl") + " --eval " + quoted(folder / "data.jsonl") + " --recipe qlora --out ";
+  CHECK(succeeds("finetune", arguments + quoted(folder / "last")).find("data       6 training and 6 held-out examples") != std::string::npos);
+  CHECK(succeeds("finetune", arguments + quoted(folder / "all") + " --all-turns").find("data       12 training and 6 held-out examples") !=
+        std::string::npos);
 }
 
 TEST_CASE("programs: a run on packed rows, or on examples of like length, takes its steps; a state of one is not of the other") {

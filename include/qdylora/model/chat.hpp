@@ -19,6 +19,7 @@ namespace qdylora {
 struct ChatMessage {
   std::string role;  // "system", "user" or "assistant"
   std::string content;
+  bool operator==(const ChatMessage&) const = default;
 };
 
 /// Where a conversation's system message goes: a turn of its own; into the first or the last turn of the user; nowhere.
