@@ -88,8 +88,8 @@ inline BaseOptions base_of(const PeftAdapter& adapter, const std::string& folder
   return base;
 }
 
-/// Puts the adapter of a folder into a decoder; layers that it has nothing for stay as the base is. Errors, with the folder: those of assign,
-/// and missing_tensor for modules the model lacks.
+/// Puts the adapter of a folder into a decoder; layers that it has nothing for stay as the base is. Errors, with the folder: those of
+/// assign, and missing_tensor for modules the model lacks.
 template <class Model>
 void assign_adapter(const PeftAdapter& adapter, const std::string& folder, Model& model) {
   std::size_t used = 0;

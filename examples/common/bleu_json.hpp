@@ -29,7 +29,8 @@ inline Json to_json(const std::vector<BleuCounts>& answers) {
 inline std::vector<BleuCounts> read_bleu_counts(const Json& list) {
   constexpr std::size_t orders = BleuCounts::orders, numbers = 2 * orders + 2;
   const auto expect = [](bool right) {
-    QDYLORA_EXPECTS(right, json, "expected of each answer its 1- to 4-grams that a reference has, all of them, its words and the reference's");
+    QDYLORA_EXPECTS(right, json,
+                    "expected of each answer its 1- to 4-grams that a reference has, all of them, its words and the reference's");
   };
   const auto count = [&](const Json& x) {  // of so few that no sum over answers is too large
     const Index value = x.is_number_integer() ? x.get<std::int64_t>() : -1;

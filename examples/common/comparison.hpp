@@ -147,12 +147,12 @@ struct RunPair {
 /// Throws Errc::bad_argument for a run that was measured on others.
 inline void expect_same_examples(bool same, const ComparedRun& run, const ComparedRun& first) {
   QDYLORA_EXPECTS(same, bad_argument,
-                  "--results: " + run.recipe + ", seed " + std::to_string(run.seed) + ", was measured on other examples than " + first.recipe +
-                      ", seed " + std::to_string(first.seed));
+                  "--results: " + run.recipe + ", seed " + std::to_string(run.seed) + ", was measured on other examples than " +
+                      first.recipe + ", seed " + std::to_string(first.seed));
 }
 
-/// Differences of BLEU at every rank, then of its mean over the ranks: of means over the seeds, with intervals over the answers, which every
-/// resample draws alike for all runs. pairs: at least one, all with counts. Errors: bad_argument where these are of other answers.
+/// Differences of BLEU at every rank, then of its mean over the ranks: of means over the seeds, with intervals over the answers, which
+/// every resample draws alike for all runs. pairs: at least one, all with counts. Errors: bad_argument where these are of other answers.
 inline std::vector<Interval> paired_bleu_differences(const std::vector<RunPair>& pairs) {
   const ComparedRun& first = *pairs.front().run;
   const std::size_t ranks = first.losses.size() - 1;

@@ -2,8 +2,8 @@
 //   JSON lines (.jsonl, .ndjson, .json; a .json file may also be one array), each object with one of these sets of fields:
 //     prompt, response or completion  |  question, answer (GSM8K)  |  instruction, output and optionally input (Alpaca)
 //       an answer may be a list of right ones (Natural Questions), of which the first is learned
-//     messages, conversation or conversations: [{"role": ..., "content": ...}, ...], or ShareGPT's [{"from": ..., "value": ...}, ...], whose
-//       last assistant turn is the response
+//     messages, conversation or conversations: [{"role": ..., "content": ...}, ...], or ShareGPT's [{"from": ..., "value": ...}, ...],
+//       whose last assistant turn is the response
 //     text: running text, all of it learned; marks of a chat template are text in it too
 //   anything else is plain text, read as chunks of running text.
 #pragma once

@@ -125,7 +125,8 @@ inline void print_tasks(const std::vector<RankResult>& results, const Evaluation
     if (!r.matches.empty())
       std::printf("rank %lld: exact match %s%s\n", rank, share(r.matches).c_str(), points_above(above_first.match).c_str());
     if (r.bleu) {
-      std::printf("rank %lld: BLEU %.2f, brevity penalty %.3f, on %zu answers", rank, r.bleu->score, r.bleu->brevity_penalty, r.texts.size());
+      std::printf("rank %lld: BLEU %.2f, brevity penalty %.3f, on %zu answers", rank, r.bleu->score, r.bleu->brevity_penalty,
+                  r.texts.size());
       if (i > 0)
         std::printf(", %+.2f [%+.2f, %+.2f] above rank %lld", above_first.bleu[i].value, above_first.bleu[i].low, above_first.bleu[i].high,
                     first);

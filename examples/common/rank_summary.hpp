@@ -41,11 +41,12 @@ inline std::vector<Interval> paired_above(const std::vector<RankResult>& results
 
 /// What a measure says over the ranks of an adapter together. Of a loss the lowest value is the best, of a task's score the highest.
 struct RankCurve {
-  std::string measure;              // loss, exact_match, bleu or accuracy, as report.json names them
-  std::size_t ranks = 0;            // without the base
-  Index best = 0;                   // the rank of the best value, of equals the smallest
+  std::string measure;                        // loss, exact_match, bleu or accuracy, as report.json names them
+  std::size_t ranks = 0;                      // without the base
+  Index best = 0;                             // the rank of the best value, of equals the smallest
   double area_linear = 0.0, area_log2 = 0.0;  // the mean of the measure over the ranks, and over their logarithms
-  std::optional<Index> enough;      // the smallest rank that keeps a share of the best one's gain over the base; none where that was not measured
+  /// The smallest rank that keeps a share of what the best one gains over the base; 0 where none gains, nothing where it was not measured.
+  std::optional<Index> enough;
 
   std::string text(double value) const {
     char line[32];
@@ -100,8 +101,7 @@ inline void print_curves(const std::vector<RankCurve>& curves, double keep) {
     if (c.enough && *c.enough > 0)
       std::printf("; rank %lld keeps %g %% of what the best rank, %lld, gains", static_cast<long long>(*c.enough), 100.0 * keep,
                   static_cast<long long>(c.best));
-    else if (c.enough)
-      std::printf("; no rank gains over the base");
+    else if (c.enough) std::printf("; no rank gains over the base");
     std::printf("\n");
   }
 }

@@ -230,7 +230,8 @@ inline void write_evaluation(const std::filesystem::path& folder, const Json& se
       line["chosen"] = r.chosen;
     }
     json["ranks"].push_back(std::move(line));
-    csv += std::to_string(r.rank) + csv_fields(loss, 5) + csv_fields(match, 8) + csv_fields(bleu, 5) + csv_fields(choice, 8) + cost_fields(r) + "\n";
+    csv += std::to_string(r.rank) + csv_fields(loss, 5) + csv_fields(match, 8) + csv_fields(bleu, 5) + csv_fields(choice, 8) +
+           cost_fields(r) + "\n";
   }
   replace_file(folder / "report.json", json.dump(1, ' ', false, Json::error_handler_t::replace) + "\n");  // an answer may end inside of a letter
   replace_file(folder / "report.csv", csv);

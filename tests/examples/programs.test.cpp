@@ -829,11 +829,13 @@ TEST_CASE("programs: finetune learns every answer of conversations where it is t
     data += R"({"conversations":[{"from":"human","value":"in"},{"from":"gpt","value":")" + word +
             R"("},{"from":"human","value":"inn"},{"from":"gpt","value":")" + word + "\"}]}\n";
   test::write_file(folder / "data.jsonl", data);
-  const std::string arguments = "--model " + quoted(folder / "model") + " --seq-len 32 --steps 1 --batch 2 --ranks 1,2 --answers 0 --data " +
-                                quoted(folder / "data.jsonl") + " --eval " + quoted(folder / "data.jsonl") + " --recipe qlora --out ";
-  CHECK(succeeds("finetune", arguments + quoted(folder / "last")).find("data       6 training and 6 held-out examples") != std::string::npos);
-  CHECK(succeeds("finetune", arguments + quoted(folder / "all") + " --all-turns").find("data       12 training and 6 held-out examples") !=
-        std::string::npos);
+  const auto file = quoted(folder / "data.jsonl");
+  const std::string arguments = "--model " + quoted(folder / "model") + " --seq-len 32 --steps 1 --batch 2 --ranks 1,2 --answers 0 " +
+                                "--data " + file + " --eval " + file + " --recipe qlora --out ";
+  const auto last = succeeds("finetune", arguments + quoted(folder / "last"));
+  CHECK(last.find("data       6 training and 6 held-out examples") != std::string::npos);
+  const auto all = succeeds("finetune", arguments + quoted(folder / "all") + " --all-turns");
+  CHECK(all.find("data       12 training and 6 held-out examples") != std::string::npos);
 }
 
 TEST_CASE("programs: a run on packed rows, or on examples of like length, takes its steps; a state of one is not of the other") {
@@ -879,8 +881,8 @@ TEST_CASE("programs: whole modules of an adapter take the place of the model's, 
   write_letters_model(folder / "letters", "saved_modules/untied", 32, 'a');
   write_letters_data(folder / "data.jsonl");
   const auto both = test::golden("saved_modules/untied") / "both";
-  succeeds("evaluate", "--model " + quoted(folder / "letters") + " --base-format float32 --seq-len 16 --data " + quoted(folder / "data.jsonl") +
-                           " --ranks 0,2 --adapter " + quoted(both) + " --out " + quoted(folder / "out"));
+  succeeds("evaluate", "--model " + quoted(folder / "letters") + " --base-format float32 --seq-len 16 --ranks 0,2 --data " +
+                           quoted(folder / "data.jsonl") + " --adapter " + quoted(both) + " --out " + quoted(folder / "out"));
   const auto ranks = qd::read_json(folder / "out" / "report.json").at("ranks");
   CHECK(ranks[1].at("bytes") == tensor_bytes(both / "adapter_model.safetensors"));
   CHECK(ranks[0].at("parameters") == 2 * 32 * 16);

@@ -162,8 +162,8 @@ inline BleuCounts bleu_counts(std::string_view hypothesis, std::span<const std::
   return counts;
 }
 
-/// BLEU of the sums over a corpus. One without n-grams of some order that it has matches of lower orders for has score 0, as has one without
-/// matches.
+/// BLEU of the sums over a corpus. One without n-grams of some order that it has matches of lower orders for has score 0, as has one
+/// without matches.
 inline Bleu bleu_of(const BleuCounts& corpus) {
   Bleu bleu{corpus};
   bleu.brevity_penalty = 1.0;
@@ -186,7 +186,8 @@ inline Bleu bleu_of(const BleuCounts& corpus) {
 
 /// What BLEU counts in each of a corpus' hypotheses: hypotheses[i] against references[i], one or more of each. Errors: bad_argument (sizes
 /// that differ, nothing to score, no reference).
-inline std::vector<BleuCounts> corpus_counts(std::span<const std::string> hypotheses, std::span<const std::vector<std::string>> references) {
+inline std::vector<BleuCounts> corpus_counts(std::span<const std::string> hypotheses,
+                                             std::span<const std::vector<std::string>> references) {
   QDYLORA_EXPECTS(!hypotheses.empty() && hypotheses.size() == references.size(), bad_argument,
                   "BLEU: expected references for each hypothesis, found " + std::to_string(hypotheses.size()) + " hypotheses and " +
                       std::to_string(references.size()) + " lists of references");

@@ -12,10 +12,10 @@
 
 namespace qdylora {
 
-/// mean_k BLEU(a[k]) - mean_k BLEU(b[k]) and its interval by the paired bootstrap: each resample draws sentences, the same for all, and takes
-/// BLEU of the corpus they are (Koehn 2004). a[k], b[k]: what BLEU counts in each sentence by one system of either side, such as a run of each
-/// seed, in the same order of sentences. Errors: bad_argument (a side without systems, numbers of sentences that differ, and those of
-/// bootstrap).
+/// mean_k BLEU(a[k]) - mean_k BLEU(b[k]) and its interval by the paired bootstrap: each resample draws sentences, the same for all, and
+/// takes BLEU of the corpus they are (Koehn 2004). a[k], b[k]: what BLEU counts in each sentence by one system of either side, such as a
+/// run of each seed, in the same order of sentences. Errors: bad_argument (a side without systems, numbers of sentences that differ, and
+/// those of bootstrap).
 inline Interval paired_bleu_difference(std::span<const std::vector<BleuCounts>> a, std::span<const std::vector<BleuCounts>> b,
                                        const BootstrapOptions& options = {}) {
   QDYLORA_EXPECTS(!a.empty() && !b.empty(), bad_argument,

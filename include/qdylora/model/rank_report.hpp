@@ -27,9 +27,9 @@ struct BootstrapOptions {
   std::uint64_t seed = 0;
 };
 
-/// A statistic of n examples and its interval: percentiles of the same over resamples of the examples (Efron & Tibshirani 1993, section 13.3;
-/// Koehn 2004). statistic(example): of the n examples that example(0) ... example(n - 1) are the numbers of; it may ask again for others.
-/// What examples share cancels in a difference, so that of two systems on the same examples has an interval far narrower than that of either.
+/// A statistic of n examples and its interval: percentiles of the same over resamples of the examples (Efron & Tibshirani 1993, section
+/// 13.3; Koehn 2004). statistic(example): of the n examples that example(0) ... example(n - 1) are the numbers of; it may ask again for
+/// others. What examples share cancels in the difference of two systems, so its interval is far narrower than that of either.
 /// Errors: bad_argument (no examples, confidence not within (0, 1), no resamples).
 template <class Statistic>
 Interval bootstrap(std::size_t n, const BootstrapOptions& options, Statistic&& statistic) {
@@ -49,8 +49,8 @@ Interval bootstrap(std::size_t n, const BootstrapOptions& options, Statistic&& s
   return {statistic([](std::size_t k) { return k; }), percentile(tail), percentile(1.0 - tail)};
 }
 
-/// sum_i w_i (a_i - b_i) / sum_i w_i over examples i that both were scored on, and its interval by the paired bootstrap. a, b: a score of each
-/// example, such as its loss a token; weights: how much of the whole each example is, such as its scored tokens; empty: all alike.
+/// sum_i w_i (a_i - b_i) / sum_i w_i over examples i that both were scored on, and its interval by the paired bootstrap. a, b: a score of
+/// each example, such as its loss a token; weights: how much of the whole each example is, such as its scored tokens; empty: all alike.
 /// Errors: bad_argument (sizes that differ, no examples, no weight or a negative one, and those of bootstrap), non_finite.
 inline Interval paired_difference(std::span<const double> a, std::span<const double> b, std::span<const double> weights = {},
                                   const BootstrapOptions& options = {}) {
