@@ -96,8 +96,8 @@ inline std::vector<RankCurve> rank_curves(const std::vector<RankResult>& results
 inline void print_curves(const std::vector<RankCurve>& curves, double keep) {
   for (const auto& c : curves) {
     if (c.ranks < 2) continue;
-    std::printf("  %s: mean over ranks %s, over log2 of ranks %s", c.measure == "exact_match" ? "exact match" : c.measure.c_str(),
-                c.text(c.area_linear).c_str(), c.text(c.area_log2).c_str());
+    const char* name = c.measure == "exact_match" ? "exact match" : c.measure == "bleu" ? "BLEU" : c.measure.c_str();
+    std::printf("  %s: mean over ranks %s, over log2 of ranks %s", name, c.text(c.area_linear).c_str(), c.text(c.area_log2).c_str());
     if (c.enough && *c.enough > 0)
       std::printf("; rank %lld keeps %g %% of what the best rank, %lld, gains", static_cast<long long>(*c.enough), 100.0 * keep,
                   static_cast<long long>(c.best));

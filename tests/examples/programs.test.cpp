@@ -2038,6 +2038,7 @@ TEST_CASE("programs: evaluate scores questions and answers at every rank, and co
   }
   CHECK(report.at("ranks")[0].at("loss") != report.at("ranks")[2].at("loss"));
   for (const std::string measure : {"loss", "exact_match", "bleu", "accuracy"}) CHECK(report.at("over_ranks").contains(measure));
+  for (const std::string name : {"loss", "exact match", "BLEU", "accuracy"}) CHECK(out.find("\n  " + name + ": mean over ranks ") != out.npos);
   CHECK(report.at("ranks")[2].at("bytes") == tensor_bytes(test::golden("llama_tiny_adapter") / "adapter_model.safetensors"));
   const auto csv = test::read_file(folder / "out" / "report.csv");
   CHECK(std::count(csv.begin(), csv.end(), '\n') == 4);
