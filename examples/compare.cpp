@@ -1,4 +1,4 @@
-// Trains every recipe on the same batches with the same budget and compares them rank by rank, seed by seed.
+// Trains every method and recipe on the same batches with the same budget and compares them rank by rank, seed by seed.
 //
 //   compare --model stories260K.bin --tokenizer tok512.bin --data shakespeare.txt --steps 300 --lr 3e-3 --alpha 64 --seeds 0,1,2
 //   compare --model SmolLM2.gguf --data gsm8k_train.jsonl --batch 2 --steps 120 --seq-len 384 --alpha 16 --lr 1e-3 --eval-rows 24
@@ -8,9 +8,14 @@
 // comparison can be stopped and go on. The tables are printed in Markdown: means over seeds; differences to a rival by seed; and the means
 // of these with paired intervals over the held-out examples, of runs whose lines have them.
 //
-// Beside the recipes, `separate` stands for as many runs of qlora as there are ranks, each with an adapter of that rank alone, scale alpha/r
-// with --alpha-over-rank: what one run replaces; and `full` for a run whose weights all train, in bfloat16 and at a tenth of --lr, the same
-// value at every rank.
+// --recipes lists them as [METHOD:]RECIPE[+CHANGE]...[@FORMAT][*FACTOR]; common/compared_method.hpp says what each part may be:
+//
+//   --recipes qlora,auto,separate,auto+dora,'auto+lora-plus=16*0.25',houlsby,parallel:qdylora,'alpha@binary4*10',qlora@bfloat16,full
+//
+// `separate` stands for as many runs of qlora as there are ranks, each with an adapter of that rank alone, scale alpha/r with
+// --alpha-over-rank: what one run replaces. A method such as houlsby stands for METHOD:auto; its ranks are the bottleneck's widths. alpha and
+// full, whose weights all train, in bfloat16 and at a tenth of --lr, have no ranks and the same value at every one. @bfloat16 puts adapters
+// on a base of 16 bits, and *0.3 takes that much of --lr, for methods do not have the same best rate. The last table has what each trained.
 //
 // --answers 24 lets every rank answer held-out examples, a table each for exact match and BLEU; --choices FILE asks multiple-choice questions.
 //
@@ -46,10 +51,12 @@ void declare(CLI::App& app, CompareOptions& o) {
       ->check(not_empty());
   app.add_option("--data", o.data, "plain text (a stream) or JSON lines (examples)")->required()->check(not_empty());
   app.add_option("--recipes", o.recipes,
-                 "which to train, separated by commas, changes of them such as qdylora+frozen, separate, a run for each rank, and full, "
-                 "one whose weights all train, in bfloat16 at a tenth of --lr; default: all recipes")
+                 "what to train, separated by commas, each [METHOD:]RECIPE[+CHANGE]...[@FORMAT][*FACTOR]: a method as finetune's (lora if "
+                 "none is named; one alone is METHOD:auto); a recipe, or separate, a run for each rank; its changes such as +frozen, or "
+                 "+dora, or +lora-plus=RATIO; a base of its own, such as @bfloat16 (of alpha @binary3, or 1 to 8; of full @bfloat16, or "
+                 "@float32); what its learning rate is of --lr (1; of full 0.1). Default: all recipes")
       ->check(not_empty());
-  app.add_option("--seeds", o.seeds, "of adapters, data order and ranks; the same for every recipe")->capture_default_str();
+  app.add_option("--seeds", o.seeds, "of adapters, data order and ranks; the same for every run")->capture_default_str();
   app.add_option("--ranks", o.ranks, "ranks")->capture_default_str();
   add_number(app, "--alpha", o.alpha, "of recipes whose scale is alpha/r", 1e-6, 1e6);
   add_number(app, "--alpha-over-rank", o.alpha_over_rank, "of recipes whose scale is alpha/b or alpha/sqrt(b), and of separate runs", 1e-6, 1e6);
@@ -67,37 +74,40 @@ void declare(CLI::App& app, CompareOptions& o) {
       ->check(not_empty());
   app.add_option("--init", o.init, "what adapters begin with, as for finetune; recipes whose scale is alpha/r alone")
       ->capture_default_str();
-  app.add_option("--against", o.against, "the recipe that differences are taken to")->capture_default_str();
+  app.add_option("--against", o.against, "what differences are taken to, as --recipes has it")->capture_default_str();
   add_chat_template(app, o.chat);
   add_number(app, "--threads", o.threads, "0: one for each processor", 0, most_threads);
   add_compute(app, o.compute, /*trains=*/true);
   app.add_option("--results", o.out, "runs, one JSON line each")->check(not_empty())->capture_default_str();
 }
 
-// The recipes, seeds and ranks that the options name.
-Comparison comparison(const CompareOptions& o) {
+// Throws Errc::bad_argument where a method has no base that the options, which are of all methods, ask for.
+void expect_fits(const ComparedMethod& method, const CompareOptions& o) {
+  QDYLORA_EXPECTS(o.init == "standard" || !has_ranks(method.method) ||
+                      (method.method == AdapterMethod::lora && !method.separate && !method.dora && !method.base),
+                  bad_argument,
+                  "--init " + o.init + ": not for " + method.name +
+                      "; only low-rank updates begin so, without DoRA, of all ranks in one run and on the base of --base-format");
+  QDYLORA_EXPECTS((o.eval_formats.empty() && o.base.find(',') == o.base.npos) || !method.base, bad_argument,
+                  "--recipes " + method.name + ": has a base of its own, which is in none of several formats");
+}
+
+int compare(const CompareOptions& o) {
   Comparison c{.recipes = o.recipes.empty() ? std::vector<std::string>(recipe_names.begin(), recipe_names.end())
                                             : parse_list("--recipes", o.recipes),
                .seeds = parse_numbers<std::uint64_t>("--seeds", o.seeds),
                .ranks = parse_ranks(o.ranks),
                .against = o.against,
                .runs = {}};
-  for (const auto& name : c.recipes)
-    if (is_recipe(name)) static_cast<void>(recipe(name));
-  if (is_recipe(c.against)) static_cast<void>(recipe(c.against));
+  std::vector<ComparedMethod> methods;
+  for (const auto& name : c.recipes) {
+    methods.push_back(compared_method("--recipes", name));
+    expect_fits(methods.back(), o);
+  }
+  static_cast<void>(compared_method("--against", c.against));
   for (const auto seed : c.seeds)  // JSON's integers
     QDYLORA_EXPECTS(seed <= static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max()), bad_argument,
                     "--seeds: " + std::to_string(seed) + " is above 2^63 - 1");
-  const auto asked_for = [&](std::string_view name) { return std::find(c.recipes.begin(), c.recipes.end(), name) != c.recipes.end(); };
-  QDYLORA_EXPECTS(o.init == "standard" || !asked_for(separate_runs), bad_argument,
-                  "--init " + o.init + ": runs of one rank each would begin with another base each");
-  QDYLORA_EXPECTS((o.eval_formats.empty() && o.base.find(',') == o.base.npos) || !asked_for(full_run), bad_argument,
-                  "--recipes full: has weights of its own, which are in none of several formats of a base");
-  return c;
-}
-
-int compare(const CompareOptions& o) {
-  Comparison c = comparison(o);
   const auto input = open_input(o, c.ranks, CpuDevice(o.threads, compute_of(o.compute)));
   const Json key = key_of(o);
   c.runs = read_runs(o.out, key, o.base, c.ranks.size(), tasks_of(o));
@@ -105,16 +115,15 @@ int compare(const CompareOptions& o) {
   if (!file) throw Error(Errc::open, "cannot be written", {.file = o.out});
   const StopSignal signal;
   for (const auto seed : c.seeds)
-    for (const auto& name : c.recipes) {
+    for (const auto& method : methods) {
       const auto missing = [&](const std::string& format) {
         return std::none_of(c.runs.begin(), c.runs.end(),
-                            [&](const ComparedRun& r) { return r.recipe == name && r.seed == seed && r.on == format; });
+                            [&](const ComparedRun& r) { return r.recipe == method.name && r.seed == seed && r.on == format; });
       };
       if (std::none_of(input.eval_formats.begin(), input.eval_formats.end(), missing)) continue;
-      std::fprintf(stderr, "%s, seed %llu\n", name.c_str(), static_cast<unsigned long long>(seed));
-      const auto runs = name == separate_runs ? train_separately(input, c.ranks, seed, signal)
-                        : name == full_run    ? train_whole(input, c.ranks, seed, signal)
-                                              : train(input, c.ranks, /*base=*/true, name, seed, signal);
+      std::fprintf(stderr, "%s, seed %llu\n", method.name.c_str(), static_cast<unsigned long long>(seed));
+      const auto runs = method.separate ? train_separately(input, c.ranks, method, seed, signal)
+                                        : train(input, c.ranks, /*base=*/true, method, seed, signal);
       if (runs.empty()) {
         std::printf("stopped; the finished runs are in %s\n", o.out.c_str());
         return 130;
@@ -130,6 +139,7 @@ int compare(const CompareOptions& o) {
     if (input.eval_formats.size() > 1) std::printf("\nOn %s:\n", format.c_str());
     std::printf("%s", tables(c, format, held_out_loss).c_str());
     for (const auto& task : tasks_of(o)) std::printf("%s", tables(c, format, task).c_str());
+    std::printf("%s", costs(c, format).c_str());
   }
   return 0;
 }
@@ -137,7 +147,7 @@ int compare(const CompareOptions& o) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  CLI::App app{"Trains every recipe with the same budget and compares them rank by rank.", "compare"};
+  CLI::App app{"Trains every method and recipe with the same budget and compares them rank by rank.", "compare"};
   CompareOptions options;
   declare(app, options);
   return run_program(app, argc, argv, [&] { return compare(options); });

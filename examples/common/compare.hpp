@@ -1,4 +1,4 @@
-// What compare trains: every recipe on the same rows, from the same bases, with the same budget.
+// What compare trains: every method and recipe on the same rows, from the same model, with the same budget.
 #pragma once
 
 #include <algorithm>
@@ -14,6 +14,7 @@
 #include <qdylora/model/drawn_base.hpp>
 #include <qdylora/model/trainer.hpp>
 
+#include "compared_method.hpp"
 #include "comparison.hpp"
 #include "cpu_device.hpp"
 #include "evaluation.hpp"
@@ -36,15 +37,6 @@ struct CompareOptions {
   Index batch = 16, seq_len = 128, eval_rows = 64, answers = 0, new_tokens = 128, shots = 0;
   int threads = 0;
 };
-
-/// In place of a recipe: a run of qlora for each rank, with an adapter of that rank alone.
-inline constexpr std::string_view separate_runs = "separate";
-/// And a run whose weights all train, in bfloat16 with masters in float32, at full_lr of the learning rate.
-inline constexpr std::string_view full_run = "full";
-inline constexpr double full_lr = 0.1;
-
-/// Whether a name of --recipes is that of a recipe.
-inline bool is_recipe(std::string_view name) noexcept { return name != separate_runs && name != full_run; }
 
 /// The tasks that runs are scored by beside their losses.
 inline std::vector<std::string> tasks_of(const CompareOptions& o) {
@@ -96,6 +88,11 @@ struct CompareInput {
   std::optional<ChoiceTask> choices;
   Cpu cpu;
 };
+
+/// Bits that a linear weight takes, with its share of scales.
+inline double bits_of(const DecoderWeights<float>& weights) {
+  return 8.0 * static_cast<double>(weights.linear_bytes()) / static_cast<double>(weights.config.linear_weights());
+}
 
 /// Opens what the options name. Errors: bad_argument and unsupported for options that do not go together, and those of the files.
 inline CompareInput open_input(const CompareOptions& o, const RankSet& ranks, const CpuDevice& device) {
@@ -180,51 +177,78 @@ inline std::vector<RankResult> measure(const CompareInput& in, Decoder<float>& d
   return measured;
 }
 
-/// One training run, measured on each of the bases at `ranks` and, where `base` says so, without an adapter as the last. Empty if it was
-/// stopped. Errors: bad_argument for too few steps.
-inline std::vector<ComparedRun> train(const CompareInput& in, const RankSet& ranks, bool base, const std::string& name, std::uint64_t seed,
-                                      const StopSignal& signal) {
+/// One training run, measured on each of the bases, or on the method's own alone, at `ranks` and, where `base` says so, without an adapter
+/// as the last. What has no ranks has the same value at all. Empty if it was stopped. Errors: bad_argument for too few steps.
+inline std::vector<ComparedRun> train(const CompareInput& in, const RankSet& ranks, bool base, const ComparedMethod& method,
+                                      std::uint64_t seed, const StopSignal& signal) {
   const auto& o = in.options;
-  const bool separate = name == separate_runs;
-  const Recipe chosen = recipe(separate ? "qlora" : name);
-  const float alpha = separate || chosen.scale != ScalePolicy::constant ? o.alpha_over_rank : o.alpha;
-  std::vector<const DecoderWeights<float>*> trained;
-  for (const auto& b : in.bases)
-    if (b.trains) trained.push_back(b.weights.get());
-  Decoder<float> decoder(in.bases.front().weights, {.lora = adapter_options(chosen, ranks, alpha, seed)}, in.cpu);
+  const Recipe& chosen = method.recipe;
+  const bool whole = method.method == AdapterMethod::full;
+  const RankSet own = has_ranks(method.method) ? ranks : RankSet{1};
+  const float alpha = method.separate || chosen.scale != ScalePolicy::constant ? o.alpha_over_rank : o.alpha;
+  DecoderOptions options{.lora = adapter_options(chosen, own, alpha, seed), .method = method.method};
+  options.lora.dora = method.dora;
+  HostWeights weights = method.base ? in.model.read(*method.base) : in.bases.front().weights;
+  double base_bits = bits_of(*weights);
+  Decoder<float> decoder(std::move(weights), options, in.cpu);
+  std::vector<RankResult> before;  // of a model that trains whole, of which no base is kept
+  if (whole) before = measure(in, decoder, {1}, signal);
+
   // Measuring is paid for: a forward pass costs a third of a training row, and every held-back row is run at every rank and without.
-  const Index held_back = chosen.measure ? held_back_rows(o.steps * o.batch, ranks.size()) : 0;
-  const std::int64_t steps = o.steps - (held_back * (ranks.size() + 1) + 3 * o.batch - 1) / (3 * o.batch);
-  QDYLORA_EXPECTS(steps >= 1, bad_argument, "--steps: too few to pay for what " + name + " measures");
-  Trainer<float> trainer(decoder, {.recipe = chosen, .ranks = ranks, .steps = steps, .lr = o.lr, .seed = seed});
+  const Index held_back = chosen.measure ? held_back_rows(o.steps * o.batch, own.size()) : 0;
+  const std::int64_t steps = o.steps - (held_back * (own.size() + 1) + 3 * o.batch - 1) / (3 * o.batch);
+  QDYLORA_EXPECTS(steps >= 1, bad_argument, "--steps: too few to pay for what " + method.name + " measures");
+  Trainer<float> trainer(decoder, {.recipe = chosen,
+                                   .ranks = own,
+                                   .steps = steps,
+                                   .lr = method.lr * o.lr,
+                                   .b_lr_ratio = method.lora_plus,
+                                   .seed = seed});
   std::vector<Sample> back;
   for (Index i = 0; i < held_back; ++i) back.push_back(in.rows.row(seed, -1 - i));
   trainer.hold_back(to_batches(back, 2048));
+  std::vector<const DecoderWeights<float>*> trained;
+  for (const auto& b : in.bases)
+    if (b.trains) trained.push_back(b.weights.get());
   const auto draw_base = [&] {
     if (trained.size() > 1) set_base(decoder, *trained[drawn_base(seed, trainer.step_count(), trained.size())]);
   };
   if (!take_steps(in, trainer, steps, seed, signal, draw_base)) return {};
-  std::vector<Index> all(ranks.begin(), ranks.end());
-  if (base) all.push_back(0);
+
+  Index parameters = 0;
+  for (const auto& p : decoder.parameters()) parameters += p->value.size();
+  std::vector<Index> at(own.begin(), own.end());
+  if (base && !whole) at.push_back(0);
   std::vector<ComparedRun> runs;
   for (const auto& format : in.eval_formats) {
-    const auto on = std::find_if(in.bases.begin(), in.bases.end(), [&](const Base& b) { return b.format == format; });
-    set_base(decoder, *on->weights);
-    const auto measured = measure(in, decoder, all, signal);
+    if (!method.base) {
+      const auto on = std::find_if(in.bases.begin(), in.bases.end(), [&](const Base& b) { return b.format == format; });
+      set_base(decoder, *on->weights);
+      base_bits = bits_of(*on->weights);
+    }
+    auto measured = measure(in, decoder, at, signal);
     if (signal.requested()) return {};
-    auto& run = runs.emplace_back(ComparedRun{.recipe = name, .seed = seed, .on = format, .losses = {}, .share = trainer.nested().share});
+    measured.insert(measured.begin(), static_cast<std::size_t>(ranks.size() - own.size()), RankResult(measured.front()));
+    measured.insert(measured.end(), before.begin(), before.end());
+    auto& run = runs.emplace_back(ComparedRun{.recipe = method.name,
+                                              .seed = seed,
+                                              .on = format,
+                                              .losses = {},
+                                              .share = trainer.nested().share,
+                                              .parameters = parameters,
+                                              .base_bits = base_bits});
     for (const auto& at_rank : measured) add_measured(at_rank, run);
   }
   return runs;
 }
 
 /// At every rank what its own run has. Empty if one was stopped.
-inline std::vector<ComparedRun> train_separately(const CompareInput& in, const RankSet& ranks, std::uint64_t seed,
-                                                 const StopSignal& signal) {
+inline std::vector<ComparedRun> train_separately(const CompareInput& in, const RankSet& ranks, const ComparedMethod& method,
+                                                 std::uint64_t seed, const StopSignal& signal) {
   std::vector<ComparedRun> all;
   const auto append = [](auto& to, const auto& from) { to.insert(to.end(), from.begin(), from.end()); };
   for (const Index rank : ranks) {
-    const auto own = train(in, RankSet{rank}, /*base=*/rank == ranks.max(), std::string(separate_runs), seed, signal);
+    const auto own = train(in, RankSet{rank}, /*base=*/rank == ranks.max(), method, seed, signal);
     if (own.empty()) return {};
     if (all.empty()) {
       all = own;
@@ -235,31 +259,10 @@ inline std::vector<ComparedRun> train_separately(const CompareInput& in, const R
       append(all[i].bleu_counts, own[i].bleu_counts);
       for (const auto& [task, scores] : own[i].scores) append(all[i].scores[task], scores);
       for (const auto& [measure, scores] : own[i].examples) append(all[i].examples[measure], scores);
+      all[i].parameters = own[i].parameters;
     }
   }
   return all;
-}
-
-/// The run of full fine-tuning, which has one value at all ranks; its base is the model in bfloat16. Empty if it was stopped.
-inline std::vector<ComparedRun> train_whole(const CompareInput& in, const RankSet& ranks, std::uint64_t seed, const StopSignal& signal) {
-  const auto& o = in.options;
-  Decoder<float> decoder(in.model.read({.format = BaseFormat::bfloat16}), {.method = AdapterMethod::full}, in.cpu);
-  const auto base = measure(in, decoder, {1}, signal);
-  if (signal.requested()) return {};
-  Trainer<float> trainer(decoder, {.recipe = recipe("auto", AdapterMethod::full),
-                                   .ranks = RankSet{1},
-                                   .steps = o.steps,
-                                   .lr = full_lr * o.lr,
-                                   .seed = seed});
-  if (!take_steps(in, trainer, o.steps, seed, signal, [] {})) return {};
-  const auto measured = measure(in, decoder, {1}, signal);
-  if (signal.requested()) return {};
-  ComparedRun run{.recipe = std::string(full_run), .seed = seed, .on = in.eval_formats.front(), .losses = {}};
-  for (Index i = 0; i < ranks.size(); ++i) add_measured(measured.front(), run);
-  add_measured(base.front(), run);
-  std::vector<ComparedRun> runs;
-  runs.push_back(std::move(run));
-  return runs;
 }
 
 }  // namespace qdylora::examples

@@ -1,6 +1,7 @@
 // What compare keeps of its runs, a JSON line each, and the tables that it prints of them.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
@@ -39,6 +40,8 @@ struct ComparedRun {
   std::vector<double> example_tokens = {};  // scored in each example of the loss
   /// Likewise what BLEU, which is of all answers together, counts in each of them.
   std::vector<std::vector<BleuCounts>> bleu_counts = {};
+  Index parameters = 0;    // that trained, at the largest rank; 0 in runs of earlier versions
+  double base_bits = 0.0;  // of a linear weight of the base; likewise
 
   const std::vector<double>& measured(const std::string& measure) const {
     return measure == held_out_loss ? losses : scores.at(measure);
@@ -51,7 +54,10 @@ inline Json to_json(const ComparedRun& run, const Json& key, const std::string& 
   Json line{{"key", key}, {"recipe", run.recipe}, {"seed", run.seed}, {"losses", run.losses}, {"share", run.share}};
   if (run.on != base) line["on"] = run.on;
   if (!run.scores.empty()) line["scores"] = run.scores;
-  line.update(Json{{"examples", run.examples}, {"example_tokens", run.example_tokens}});
+  line.update(Json{{"examples", run.examples},
+                   {"example_tokens", run.example_tokens},
+                   {"parameters", run.parameters},
+                   {"base_bits", run.base_bits}});
   for (const auto& answers : run.bleu_counts) line["bleu_counts"].push_back(to_json(answers));
   return line;
 }
@@ -115,7 +121,9 @@ inline std::vector<ComparedRun> read_runs(const std::string& file, const Json& k
                       .seed = static_cast<std::uint64_t>(get_integer(line, "seed", 0, std::numeric_limits<std::int64_t>::max())),
                       .on = get_string_or(line, "on", base),
                       .losses = detail::numbers(line.value("losses", Json::array())),
-                      .share = get_number(line, "share")};
+                      .share = get_number(line, "share"),
+                      .parameters = get_integer_or(line, "parameters", 0, 0, std::numeric_limits<std::int64_t>::max()),
+                      .base_bits = get_number_or(line, "base_bits", 0.0)};
       const auto whole = [&](const std::vector<double>& all) { return std::ssize(all) == ranks + 1; };
       bool complete = whole(run.losses);
       for (const auto& task : tasks)
@@ -202,16 +210,36 @@ inline std::vector<Interval> paired_differences(const std::vector<RunPair>& pair
   return differences;
 }
 
+namespace detail {
+
+/// What printf makes of numbers.
+inline std::string printed(const char* format, auto... numbers) {
+  char text[96];
+  std::snprintf(text, sizeof text, format, numbers...);
+  return text;
+}
+
+}  // namespace detail
+
+/// A table in Markdown of what trained, at the largest rank, and of its base, where runs know it; "" where none does.
+inline std::string costs(const Comparison& c, const std::string& on) {
+  std::string rows;
+  for (const auto& name : c.recipes) {
+    const auto run = std::find_if(c.runs.begin(), c.runs.end(),
+                                  [&](const ComparedRun& r) { return r.recipe == name && r.on == on && r.parameters > 0; });
+    if (run == c.runs.end()) continue;
+    rows += "| " + name + " | " + std::to_string(run->parameters) + detail::printed(" | %.2f |\n", run->base_bits);
+  }
+  if (rows.empty()) return {};
+  return "\n| at rank " + std::to_string(c.ranks.max()) + " | parameters trained | bits of a base weight |\n|---|---|---|\n" + rows;
+}
+
 /// Tables in Markdown of one measure on one base: means over seeds, differences by seed, and differences with intervals as far as runs have
 /// examples. Errors: those of paired_differences.
 inline std::string tables(const Comparison& c, const std::string& on, const std::string& measure) {
   const bool losses = measure == held_out_loss;
   const auto columns = static_cast<std::size_t>(c.ranks.size());
-  const auto printed = [](const char* format, auto... numbers) {
-    char text[96];
-    std::snprintf(text, sizeof text, format, numbers...);
-    return std::string(text);
-  };
+  using detail::printed;
   const auto head = [&](const std::string& first) {
     std::string line = "\n| " + first + " |";
     for (const Index rank : c.ranks) line += " " + std::to_string(rank) + " |";

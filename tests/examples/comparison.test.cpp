@@ -78,6 +78,8 @@ TEST_CASE("lines of results come back as they were, and those of earlier version
   CHECK(ex::read_runs(file.string(), key, "nf4", 2, {}).empty());  // no file yet
   auto other = run_of("qlora", 1);
   other.on = "fp8";
+  other.parameters = 1234;
+  other.base_bits = 8.25;
   write_runs(file, {run_of("qlora", 0), other}, key);
   const auto read = ex::read_runs(file.string(), key, "nf4", 2, {"accuracy", "BLEU"});
   REQUIRE(read.size() == 2);
@@ -85,6 +87,8 @@ TEST_CASE("lines of results come back as they were, and those of earlier version
   CHECK(read[0].on == "nf4");
   CHECK(read[1].on == "fp8");
   CHECK(read[1].seed == 1);
+  CHECK(read[1].parameters == 1234);
+  CHECK(read[1].base_bits == 8.25);
   CHECK(read[0].losses == run_of("qlora", 0).losses);
   CHECK(read[0].scores == run_of("qlora", 0).scores);
   CHECK(read[0].examples == run_of("qlora", 0).examples);
@@ -102,6 +106,7 @@ TEST_CASE("lines of results come back as they were, and those of earlier version
   CHECK(std::isnan(old[0].losses[1]));
   CHECK(old[0].examples.empty());
   CHECK(old[0].bleu_counts.empty());
+  CHECK(old[0].parameters == 0);
 }
 
 TEST_CASE("a line of results whose examples do not fit, or without its end, is named", "[comparison]") {
@@ -233,6 +238,19 @@ TEST_CASE("tables have means of all runs, and intervals of those with examples",
   CHECK(test::code_of([&] { (void)ex::tables(c, "nf4", "BLEU"); }) == qd::Errc::bad_argument);
   for (auto& run : c.runs) run.bleu_counts.clear();
   CHECK(ex::tables(c, "nf4", "BLEU").find("95 %") == std::string::npos);
+}
+
+TEST_CASE("a table says what trained and on what, of runs that know it", "[comparison]") {
+  ex::Comparison c{.recipes = {"a", "b", "absent"}, .seeds = {0}, .ranks = {1, 2}, .against = "b", .runs = {run_of("b", 0), run_of("a", 0)}};
+  CHECK(ex::costs(c, "nf4").empty());
+  c.runs[1].parameters = 524288;
+  c.runs[1].base_bits = 4.127;
+  const std::string head = "\n| at rank 2 | parameters trained | bits of a base weight |\n|---|---|---|\n";
+  CHECK(ex::costs(c, "nf4") == head + "| a | 524288 | 4.13 |\n");
+  CHECK(ex::costs(c, "fp8").empty());
+  c.runs[0].parameters = 7;
+  c.runs[0].base_bits = 16.0;
+  CHECK(ex::costs(c, "nf4") == head + "| a | 524288 | 4.13 |\n| b | 7 | 16.00 |\n");
 }
 
 }  // namespace comparison_test

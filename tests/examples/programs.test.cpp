@@ -10,6 +10,7 @@
 #include <limits>
 #include <map>
 #include <numeric>
+#include <set>
 #include <span>
 #include <sstream>
 #include <string>
@@ -331,12 +332,18 @@ TEST_CASE("programs: a wrong argument or file gives one line and status 2") {
       {"compare", "--model " + junk + " --data " + good + " --recipes auto,best", "best"},
       {"compare", "--model " + junk + " --data " + good + " --recipes qdylora+best", "there are frozen, geometric"},
       {"compare", "--model " + junk + " --data " + good + " --recipes auto+frozen", "draws no ranks at first"},
-      {"compare", "--model " + junk + " --data " + good + " --against best", "best"},
+      {"compare", "--model " + junk + " --data " + good + " --against best", "--against best"},
+      {"compare", "--model " + junk + " --data " + good + " --recipes auto,houlsby:qlora-svd", "--recipes houlsby:qlora-svd"},
+      {"compare", "--model " + junk + " --data " + good + " --recipes 'alpha*fast'", "found 'fast'; expected [METHOD:]RECIPE"},
       {"compare", "--model " + junk + " --data " + good + " --base-format nf4,int5", "int5"},
       {"compare", "--model " + junk + " --data " + good + " --base-format nf4,fp8,nf4", "twice"},
       {"compare", "--model " + junk + " --data " + good + " --eval-formats nf4,", "--eval-formats"},
       {"compare", "--model " + junk + " --data " + good + " --init loftq --base-format nf4,fp8", "--init"},
-      {"compare", "--model " + junk + " --data " + good + " --init loftq --recipes qlora,separate", "--init"},
+      {"compare", "--model " + junk + " --data " + good + " --init loftq --recipes qlora,separate", "--init loftq: not for separate"},
+      {"compare", "--model " + junk + " --data " + good + " --init loftq --recipes qlora+dora", "--init loftq: not for qlora+dora"},
+      {"compare", "--model " + junk + " --data " + good + " --init loftq --recipes qlora@fp8", "--init loftq: not for qlora@fp8"},
+      {"compare", "--model " + junk + " --data " + good + " --init loftq --recipes parallel", "--init loftq: not for parallel"},
+      {"compare", "--model " + junk + " --data " + good + " --recipes qlora@fp8 --base-format nf4,int4", "--recipes qlora@fp8"},
       {"compare", "--model " + junk + " --data " + good + " --recipes qlora,full --base-format nf4,int4", "--recipes full"},
       {"compare", "--model " + junk + " --data " + good + " --recipes full --eval-formats nf4", "--recipes full"},
       {"compare", "--model " + junk + " --data " + good + " --compute int8", "--compute"},
@@ -2188,6 +2195,88 @@ TEST_CASE("programs: compare sets full fine-tuning of the model in bfloat16 besi
   CHECK(second.err.find("full, seed 0") == std::string::npos);
   CHECK(second.err.find("full, seed 1") != std::string::npos);
   CHECK(test::read_file(folder / "runs.jsonl").starts_with(text));
+}
+
+TEST_CASE("programs: compare puts methods, their variants and bases of their own into one table, and says what each trained") {
+  if (!built("compare")) SKIP("compare has not been built");
+  const test::TemporaryFolder folder;
+  write_letters_model(folder / "model", "qwen2", 48, 'L');
+  write_letters_data(folder / "d.jsonl");
+  const auto file = folder / "runs.jsonl";
+  const std::vector<std::string> names{"qlora",   "qlora+dora", "qlora+lora-plus=16", "qlora*0.5", "qlora@nf4", "houlsby:qlora",
+                                       "parallel", "alpha",      "alpha@binary1*2",    "full"};
+  const auto told = [&](std::size_t count) {
+    std::string recipes;
+    for (std::size_t i = 0; i < count; ++i) recipes += (i > 0 ? "," : "") + names[i];
+    return succeeds("compare", "--model " + quoted(folder / "model") + " --data " + quoted(folder / "d.jsonl") +
+                                   " --ranks 1,4 --steps 3 --batch 2 --seq-len 16 --eval-rows 2 --lr 3e-2 --base-format bfloat16" +
+                                   " --seeds 0 --against qlora --recipes '" + recipes + "' --results " + quoted(file));
+  };
+  const auto lines_of = [&] {
+    std::map<std::string, qd::Json> lines;
+    std::istringstream text(test::read_file(file));
+    for (std::string line; std::getline(text, line);) {
+      const auto json = qd::parse_json(line, {});
+      CHECK(lines.emplace(json.at("recipe").get<std::string>(), json).second);  // none is trained twice
+    }
+    return lines;
+  };
+  told(2);
+  const auto begun = test::read_file(file);
+  const auto out = told(names.size());
+  CHECK(test::read_file(file).starts_with(begun));
+  auto runs = lines_of();
+  REQUIRE(runs.size() == names.size());
+  const auto loss = [&](const std::string& name, std::size_t at) { return runs.at(name).at("losses").at(at).get<double>(); };
+  constexpr std::size_t rank_1 = 0, rank_4 = 1, base = 2;
+  std::set<double> trained;
+  for (const auto& name : names) {
+    CAPTURE(name);
+    trained.insert(loss(name, rank_4));
+    CHECK(loss(name, rank_4) != loss(name, base));
+    CHECK((loss(name, rank_4) == loss(name, rank_1)) == (name.starts_with("alpha") || name == "full"));
+    CHECK(table_row(out, name + " (1)").size() == 4);
+  }
+  CHECK(trained.size() == names.size());  // no two of them are one run
+  for (const std::string name : {"qlora+dora", "qlora+lora-plus=16", "qlora*0.5", "houlsby:qlora", "parallel"})
+    CHECK(loss(name, base) == loss("qlora", base));
+  CHECK(loss("qlora@nf4", base) != loss("qlora", base));
+  CHECK(loss("alpha", base) != loss("alpha@binary1*2", base));
+
+  const auto config = qd::hugging_face_config(folder / "model" / "config.json");
+  Index ins = 0, outs = 0;
+  for (const auto& linear : config.linears()) {
+    ins += config.layers * linear.in;
+    outs += config.layers * linear.out;
+  }
+  const auto parameters = [&](const std::string& name) { return runs.at(name).at("parameters").get<Index>(); };
+  CHECK(parameters("qlora") == 4 * (ins + outs));
+  CHECK(parameters("qlora+dora") == 4 * (ins + outs) + outs);
+  CHECK(parameters("houlsby:qlora") == 2 * config.layers * 4 * 2 * config.width);
+  CHECK(parameters("parallel") == config.layers * 4 * 2 * config.width);
+  CHECK(parameters("alpha") == outs);
+  CHECK(parameters("full") > config.linear_weights());
+  const auto bits = [&](const std::string& name) { return runs.at(name).at("base_bits").get<double>(); };
+  CHECK(bits("qlora") == 16.0);
+  CHECK(bits("qlora@nf4") < 6.0);
+  CHECK(bits("full") == 16.0);
+  CHECK(bits("alpha") == Approx(3.0 * bits("alpha@binary1*2")));
+  const std::string costs = "\n| at rank 4 | parameters trained | bits of a base weight |\n";
+  CHECK(table_row(out, "parallel", costs) == std::vector<std::string>{"parallel", std::to_string(parameters("parallel")), "16.00"});
+
+  // Runs that stand there are not done again, nor are those of earlier versions, which did not say what they trained.
+  const auto finished = test::read_file(file);
+  CHECK(told(names.size()) == out);
+  CHECK(test::read_file(file) == finished);
+  std::string earlier;
+  for (auto& [name, line] : runs) {
+    line.erase("parameters");
+    line.erase("base_bits");
+    earlier += line.dump() + "\n";
+  }
+  test::write_file(file, earlier);
+  CHECK(told(names.size()) == out.substr(0, out.find(costs)));
+  CHECK(test::read_file(file) == earlier);
 }
 
 TEST_CASE("programs: compare writes prompts as --chat-template says, beside a plain text too, and does not mix such runs with others") {

@@ -11,6 +11,7 @@
 // nothing is cut: its ranks are 0, the base, and 1, the trained scales. By full there is no base beside what trained: its one rank is 1.
 #pragma once
 
+#include <array>
 #include <string>
 #include <string_view>
 
@@ -19,6 +20,9 @@
 namespace qdylora {
 
 enum class AdapterMethod { lora, houlsby, parallel, alpha, full };
+
+inline constexpr std::array adapter_methods = {AdapterMethod::lora, AdapterMethod::houlsby, AdapterMethod::parallel, AdapterMethod::alpha,
+                                               AdapterMethod::full};
 
 constexpr std::string_view name(AdapterMethod method) noexcept {
   switch (method) {
@@ -34,8 +38,7 @@ constexpr std::string_view name(AdapterMethod method) noexcept {
 /// The method of a name; Errc::bad_argument lists them if there is none such.
 inline AdapterMethod adapter_method(std::string_view text) {
   std::string known;
-  for (const auto method :
-       {AdapterMethod::lora, AdapterMethod::houlsby, AdapterMethod::parallel, AdapterMethod::alpha, AdapterMethod::full}) {
+  for (const auto method : adapter_methods) {
     if (text == name(method)) return method;
     known += (known.empty() ? "" : ", ") + std::string(name(method));
   }
