@@ -57,6 +57,7 @@ void check_formats(const Matrix<T>& w, qd::QuantizeOptions options = {}) {
     check<NF4, DoubleQuant<FP8E4M3>>(w, options, padding);
     check<FP4, Float32Scales>(w, options, padding);
     check<INT4, DoubleQuant<>>(w, options, padding);
+    check<INT8, Float32Scales>(w, options, padding);
     check<FP8E4M3, Float32Scales>(w, options, padding);
     check<FP8E5M2, DoubleQuant<>>(w, options, padding);
   }
@@ -81,6 +82,11 @@ TEST_CASE("zeros, tiny and large weights, ties and exact thresholds are quantize
     w(5, j) = j % 2 == 0 ? -0.0f : 0.0f;
   }
   check_formats(w);
+  Matrix<float> middles(1, 256);  // of INT8's levels, beside a 1 that leaves them as they are
+  for (int level = -127; level < 127; ++level)
+    middles(0, level + 127) = (qd::INT8::values[static_cast<std::uint8_t>(level)] + qd::INT8::values[static_cast<std::uint8_t>(level + 1)]) / 2;
+  middles(0, 254) = 1.0f;
+  check_formats(middles, {.block_size = 256});
 }
 
 TEST_CASE("what is not finite is refused by name, or kept as on the host") {

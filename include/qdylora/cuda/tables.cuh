@@ -39,6 +39,8 @@ __device__ inline std::uint8_t encode(float v) {
 #pragma unroll
     for (std::size_t i = 0; i < Format::thresholds.size(); ++i) passed += !(v <= thresholds<Format>.at[i]);
     return ascending<Format>.at[passed];
+  } else if constexpr (requires { Format::encode(v, values<Format>.at); }) {
+    return Format::encode(v, values<Format>.at);
   } else {
     return Format::encode(v);
   }

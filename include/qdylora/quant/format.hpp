@@ -114,17 +114,20 @@ struct INT8 {
   }();
   static_assert(values[127] == 1.0f && values[129] == -1.0f);
 
-  /// NaN becomes code 0; its block's absmax is NaN already.
-  QDYLORA_HD static constexpr std::uint8_t encode(float v) noexcept {
+  // The nearest level; a tie goes to the even one, NaN to 0: its block's absmax is NaN already. Levels are read from `table`, which has the
+  // values wherever the caller can read it: computed here, a product could be fused into their sum, and its rounding lost.
+  QDYLORA_HD static constexpr std::uint8_t encode(float v, const float* table) noexcept {
     if (!(v == v)) return 0;
-    const auto value = [](int level) { return static_cast<float>(level) * step; };
-    int low = static_cast<int>(v * 127.0f + 128.0f) - 128;  // the level below v, or a neighbour of it
+    const auto value = [table](int level) { return table[static_cast<std::uint8_t>(level)]; };
+    int low = static_cast<int>((v + 1.0f) * 127.0f) - 127;  // the level below v, or a neighbour of it
     if (value(low) > v) --low;
-    else if (value(low + 1) <= v) ++low;
+    else if (low < 127 && value(low + 1) <= v) ++low;
+    if (low == 127) return 127;
     const float middle = (value(low) + value(low + 1)) * 0.5f;
     const bool up = v > middle || (v == middle && (low & 1));
     return static_cast<std::uint8_t>(low + (up ? 1 : 0));
   }
+  static constexpr std::uint8_t encode(float v) noexcept { return encode(v, values.data()); }
 };
 
 /// What a finite number beyond an 8-bit float's range becomes. saturate: the largest finite value, as CUDA's __NV_SATFINITE (infinity

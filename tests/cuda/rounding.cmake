@@ -1,0 +1,25 @@
+# Kernels that are to have the host's bits round each product and each sum. nvcc fuses them by itself where it may, so none of
+# rounding.cu's may have a multiply-add, here before the division of the hardware, which is made of some.
+#   NVCC, SOURCE, OUTPUT, INCLUDE
+if(NOT EXISTS "${NVCC}")
+  message("SKIPPED: there is no nvcc here")
+  return()
+endif()
+execute_process(COMMAND ${NVCC} -std=c++20 --expt-relaxed-constexpr -arch=sm_90a -ptx -I${INCLUDE} -o ${OUTPUT} ${SOURCE}
+                COMMAND_ERROR_IS_FATAL ANY)
+file(STRINGS ${OUTPUT} lines REGEX "\\.entry|fma\\.")
+set(fused "")
+set(count 0)
+foreach(line IN LISTS lines)
+  if(line MATCHES "\\.entry ([A-Za-z0-9_]+)")
+    set(kernel ${CMAKE_MATCH_1})
+    math(EXPR count "${count} + 1")
+  else()
+    list(APPEND fused ${kernel})
+  endif()
+endforeach()
+list(REMOVE_DUPLICATES fused)
+if(count EQUAL 0 OR fused)
+  message(FATAL_ERROR "${count} kernels; products are fused in:\n${fused}")
+endif()
+message("${count} kernels without a multiply-add")
