@@ -50,6 +50,39 @@ double distance(const std::vector<double>& found, const std::vector<double>& exp
 template <class T>
 constexpr double limit = std::is_same_v<T, float> ? 2e-5 : 6e-2;
 
+/// A model on the CPU, with adapters of random numbers, and the same on the device.
+template <class T>
+struct Twins {
+  using Acc = qd::Accumulator<T>;
+
+  Cuda cuda;
+  qd::Decoder<T> here;
+  qd::Decoder<T, Cuda> there;
+
+  Twins(const std::shared_ptr<const qd::DecoderWeights<Acc>>& weights, const qd::DecoderOptions& options, const Cuda& cuda_)
+      : cuda(cuda_), here(weights, options, Cpu(1)), there(qd::upload(*weights, cuda), options, cuda) {
+    test::randomize_adapters(here);
+    std::vector<const qd::LoRAAdapter<Acc>*> adapters;
+    here.for_each_trained([&](auto& layer) { adapters.push_back(&layer.adapter()); });
+    std::size_t next = 0;
+    there.for_each_trained([&](auto& layer) { qd::assign(layer.adapter(), *adapters[next++], cuda); });
+  }
+
+  void check_gradients(const qd::Batch& batch, const qd::RankPlan& plan, double scale) {
+    test::zero_gradients(here);
+    for (const auto& p : there.parameters()) cuda.fill(p->gradient.view(), Acc{});
+    here.set_ranks(plan);
+    there.set_ranks(plan);
+    const double loss = here.loss_and_gradient(batch, scale);
+    CHECK(std::fabs(there.loss_and_gradient(batch, scale) - loss) <= limit<T> * loss);
+    std::vector<double> found, expected;
+    for (const auto& p : there.parameters())
+      for (const double g : numbers(cuda, p->gradient)) found.push_back(g);
+    for (const Acc g : test::gradients(here)) expected.push_back(static_cast<double>(g));
+    CHECK(distance(found, expected) <= limit<T>);
+  }
+};
+
 }  // namespace
 
 TEMPLATE_TEST_CASE("a model has the losses and gradients on the device that it has on the CPU", "[cuda]", float, qd::bfloat16) {
@@ -73,29 +106,16 @@ TEMPLATE_TEST_CASE("a model has the losses and gradients on the device that it h
         Case{falcon_of_blocks, nf4, false, false, qd::AdapterMethod::parallel}}) {
     const std::shared_ptr<const qd::DecoderWeights<Acc>> weights = test::tiny_weights<Acc>(config, biases, base);
     const qd::DecoderOptions options{.lora = {.max_rank = 8, .alpha = 4, .seed = 2}, .checkpoint = checkpoint, .method = method};
-    qd::Decoder<T> here(weights, options, Cpu(1));
-    qd::Decoder<T, Cuda> there(qd::upload(*weights, cuda), options, cuda);
-    test::randomize_adapters(here);
-    std::vector<const qd::LoRAAdapter<Acc>*> adapters;
-    here.for_each_trained([&](auto& layer) { adapters.push_back(&layer.adapter()); });
-    std::size_t next = 0;
-    there.for_each_trained([&](auto& layer) { qd::assign(layer.adapter(), *adapters[next++], cuda); });
+    Twins<T> twins(weights, options, cuda);
+    auto& here = twins.here;
+    auto& there = twins.there;
 
     const auto batch = test::random_batch(config.vocab, {5, 2, 9, 3}, 5, 1);
     for (const auto& plan : {qd::RankPlan::uniform(8), qd::RankPlan::of_runs({{1, 0}, {2, 3}, {1, 8}})}) {
-      test::zero_gradients(here);
-      for (const auto& p : there.parameters()) cuda.fill(p->gradient.view(), Acc{});
       here.set_ranks(plan);
       there.set_ranks(plan);
       CHECK(distance(there.losses(batch), here.losses(batch)) <= limit<T>);
-      const double scale = 1.0 / static_cast<double>(batch.scored());
-      const double loss = here.loss_and_gradient(batch, scale);
-      CHECK(std::fabs(there.loss_and_gradient(batch, scale) - loss) <= limit<T> * loss);
-      std::vector<double> found, expected;
-      for (const auto& p : there.parameters())
-        for (const double g : numbers(cuda, p->gradient)) found.push_back(g);
-      for (const Acc g : test::gradients(here)) expected.push_back(static_cast<double>(g));
-      CHECK(distance(found, expected) <= limit<T>);
+      twins.check_gradients(batch, plan, 1.0 / static_cast<double>(batch.scored()));
     }
 
     // A prompt each, then tokens one at a time.
@@ -114,6 +134,21 @@ TEMPLATE_TEST_CASE("a model has the losses and gradients on the device that it h
       const auto found = numbers(cuda, there.infer(tokens, device_caches));
       CHECK(distance(found, {expected.span().begin(), expected.span().end()}) <= limit<T>);
     }
+  }
+}
+
+TEST_CASE("a model in half has the CPU's gradients of a step that scores many tokens", "[cuda]") {
+  // That of a logit, its probability over as many tokens, is below half's least number.
+  constexpr double scored = 4096;
+  const qd::CudaContext context({.workspace_bytes = std::size_t{4} << 20});
+  const qd::DecoderOptions options{.lora = {.max_rank = 8, .alpha = 4, .seed = 2}};
+  for (const bool blocks : {false, true}) {
+    const auto config = blocks ? config_of_blocks() : test::tiny_config();
+    const std::shared_ptr<const qd::DecoderWeights<float>> weights =
+        test::tiny_weights<float>(config, false, blocks ? nf4 : qd::BaseOptions{.format = qd::BaseFormat::float32});
+    Twins<qd::half> twins(weights, options, Cuda(context));
+    const auto batch = test::random_batch(config.vocab, {5, 9}, 5, 1);
+    twins.check_gradients(batch, qd::RankPlan::uniform(8), 1.0 / scored);
   }
 }
 

@@ -53,6 +53,38 @@ TEMPLATE_TEST_CASE("products go slab by slab through little memory", "[cuda]", f
   products(Gpu({.workspace_bytes = 60000, .slab_bytes = 20000, .overlap_slabs = false}));
 }
 
+TEST_CASE("gradients in float that half could not hold make half results", "[cuda]") {
+  const auto check = [](const Gpu& gpu, Index tokens, const auto& host, const auto& there) {
+    const Cuda cuda = gpu;
+    const auto x = test::normal_matrix<float>(tokens, host.rows, 1, 2e-9), same_x = test::normal_matrix<float>(tokens, host.cols, 2, 2e-9);
+    const test::Remote<Cuda, float> remote_x(cuda, x.view()), remote_same(cuda, same_x.view());
+    for (const auto update : test::both_updates) {
+      test::Output<Cuda, qd::half> back(cuda, tokens, host.cols, update), forth(cuda, tokens, host.rows, update);
+      cuda.matmul_transposed(remote_x.in(), there, back.view(), update);
+      test::reference::matmul_transposed(x.view(), host, back.expected(), update);
+      back.check(test::bound<qd::half>());
+      cuda.matmul(remote_same.in(), there, forth.view(), update);
+      test::reference::matmul(same_x.view(), host, forth.expected(), update);
+      forth.check(test::bound<qd::half>());
+    }
+  };
+  for (const std::size_t workspace : {std::size_t{60000}, std::size_t{1} << 20}) {
+    const Gpu gpu({.workspace_bytes = workspace, .slab_bytes = 20000});
+    const Cuda cuda = gpu;
+    for (const Index tokens : {3, 40}) {
+      const auto w = test::normal_matrix<float>(130, 259, 4, 1e5);
+      const test::Remote<Cuda, float> remote(cuda, w.view());
+      check(gpu, tokens, MatrixView<const float>(w.view()), remote.in());
+      const auto rounded = test::normal_matrix<qd::bfloat16>(130, 259, 4, 1e5);
+      const test::Remote<Cuda, qd::bfloat16> remote_rounded(cuda, rounded.view());
+      check(gpu, tokens, MatrixView<const qd::bfloat16>(rounded.view()), remote_rounded.in());
+      const auto codes = qd::quantize(w.view());
+      const auto remote_codes = cuda.upload(codes);
+      check(gpu, tokens, codes.view(), remote_codes.view());
+    }
+  }
+}
+
 TEMPLATE_TEST_CASE("an adapter rides on the product of its layer", "[cuda]", qd::bfloat16, qd::half) {
   using T = TestType;
   const Gpu gpu;

@@ -28,10 +28,10 @@ struct Convert {
   __device__ void operator()(Index i, Index j) const { assign(x, i, y, i, j); }
 };
 
-template <class T>
+template <class X, class Y>
 struct Add {
-  MatrixView<const T> x;
-  MatrixView<T> y;
+  MatrixView<const X> x;
+  MatrixView<Y> y;
   __device__ void operator()(Index i, Index j) const { write(y, i, j, read(y, i, j) + read(x, i, j)); }
 };
 
@@ -135,7 +135,7 @@ void convert(const CudaContext& context, MatrixView<const X> x, MatrixView<Y> y)
 template <class T>
 void add(const CudaContext& context, MatrixView<const T> x, MatrixView<T> y) {
   expect_shape("add: x", x, y.rows, y.cols);
-  for_each(context, y.rows, y.cols, device::Add<T>{x, y});
+  for_each(context, y.rows, y.cols, device::Add<T, T>{x, y});
 }
 
 template <class T>

@@ -10,9 +10,10 @@
 
 namespace qdylora::detail {
 
-/// Whether operands of these types would be converted before cuBLASLt multiplied them.
+/// Whether operands of these types would be converted before cuBLASLt multiplied them, or its result after.
 template <class X, class S, class Y>
-constexpr bool is_converted = !std::same_as<X, ProductType<X, S, Y>> || !std::same_as<S, ProductType<X, S, Y>>;
+constexpr bool is_converted = !std::same_as<X, ProductType<X, S, Y>> || !std::same_as<S, ProductType<X, S, Y>> ||
+                              !MultipliedTypes<ProductType<X, S, Y>, Y>;
 
 template <class X, class W, class Y>
 void expect_matmul(MatrixView<const X> x, const W& w, MatrixView<Y> y) {

@@ -36,12 +36,14 @@ concept SixteenBits = std::same_as<T, bfloat16> || std::same_as<T, half>;
 
 /// The type that x and w (S; void for codes) are multiplied in where y is of Y.
 ///   Any double makes it double; floats stay floats, to the bit of float32.
-///   A 16-bit y takes 16-bit operands: its own rounding is no smaller than theirs.
+///   A 16-bit y takes operands of its type: its own rounding is no smaller than theirs. But a half y of a float x is made of floats, since
+///   gradients pass below half's range: those of logits, a probability over the tokens that are scored, are less than its least 6e-8.
 ///   A float y keeps what x and w are, or codes in the type of x. Float adapters beside bfloat16 activations are rounded to bfloat16, as
-///   under autocast; half activations become float instead, because gradients pass below half's range.
+///   under autocast; half activations become float instead, for the same reason.
 template <class X, class S, class Y>
 constexpr auto product_type() {
   if constexpr (std::same_as<X, double> || std::same_as<S, double> || std::same_as<Y, double>) return std::type_identity<double>{};
+  else if constexpr (std::same_as<X, float> && std::same_as<Y, half>) return std::type_identity<float>{};
   else if constexpr (SixteenBits<Y>) return std::type_identity<Y>{};
   else if constexpr (std::same_as<X, S> || std::is_void_v<S>) return std::type_identity<X>{};
   else if constexpr (std::same_as<X, bfloat16> && std::same_as<S, float>) return std::type_identity<bfloat16>{};
@@ -148,13 +150,32 @@ void for_each_slab(const CudaContext& context, Scratch& scratch, Index extent, I
   });
 }
 
+/// y (+)= a . b, a piece of its rows at a time where they pass through the workspace as what cuBLASLt makes of a C: there is no half of floats.
+template <class C, class Y>
+void multiply_rows(const CudaContext& context, Scratch scratch, MatrixView<const C> a, const Factor<C>& b, MatrixView<Y> y, Update update) {
+  if constexpr (MultipliedTypes<C, Y>) {
+    gemm<C>(context, scratch, {a}, b, y, update);
+  } else {
+    const Index stride = (y.cols + 7) / 8 * 8, room = scratch.room() / 2 / (stride * static_cast<Index>(sizeof(C)));
+    const Index at_once = std::min(y.rows, piece_of(y.rows, room));
+    const MatrixView<C> sums(scratch.take<C>(at_once * stride), at_once, y.cols, stride);
+    for_each_piece(y.rows, at_once, [&](Index begin, Index count) {
+      const MatrixView<C> made = sums.top_rows(count);
+      const MatrixView<Y> part = y.middle_rows(begin, count);
+      gemm<C>(context, scratch, {a.middle_rows(begin, count)}, b, made, Update::overwrite);
+      if (update == Update::overwrite) convert(context, MatrixView<const C>(made), part);
+      else for_each(context, count, y.cols, device::Add<C, Y>{made, part});
+    });
+  }
+}
+
 /// Columns [first, first + slab.cols()) of y (+)= input . slab, a piece of the tokens at a time.
 template <class C, class X, class Y>
 void multiply_slab(const CudaContext& context, const Scratch& scratch, const ConvertedRows<C, X>& input, const Factor<C>& slab, Index first,
                    MatrixView<Y> y, Update update) {
   for_each_piece(y.rows, input.at_once(), [&](Index begin, Index count) {
     const MatrixView<Y> part = y.middle_rows(begin, count).middle_cols(first, slab.cols());
-    gemm<C>(context, scratch, {input.take(context, begin, count)}, slab, part, update);
+    multiply_rows<C>(context, scratch, input.take(context, begin, count), slab, part, update);
   });
 }
 

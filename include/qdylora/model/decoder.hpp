@@ -2,6 +2,8 @@
 // linear layers, or bottlenecks in the blocks; or the layers are AlphaLinear, whose scales train. By AdapterMethod::full all weights train,
 // which are copies of the base's then: linear layers are DenseLinear, in bfloat16 where the base is, and norms, embedding and head are in
 // Accumulator<T>; nothing is kept of the base, so that whoever lets it go has its memory back.
+// Gradients between layers are of T, and losses are not scaled up for its range: train in bfloat16 or float, as half, whose least number is
+// 6e-8, loses what is less.
 #pragma once
 
 #include <algorithm>
