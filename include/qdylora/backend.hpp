@@ -259,7 +259,9 @@ concept HasElementwise = requires(const B b, MatrixView<const T> x, MatrixView<T
   b.scale_columns(w, factors, h);  // h[i, j] = w[i, j] * factors[j], which are the host's
   b.column_products(w, w, h); // h[0, j] += sum_i first[i, j] * second[i, j]
   b.dropout(x, p, key, y, Update::overwrite);  // y (+)= x * mask / (1 - p)
-};
+} && (B::Memory::host || requires(const B b, MatrixView<const Accumulator<T>> w, MatrixView<Accumulator<T>> h) {
+  b.add_if_finite(w, h, w, h);  // (x, y, a, c): y += x and c += a, or neither where a number of x or a is not finite
+});
 
 /// The optimizer's arithmetic.
 template <class B, class T>

@@ -125,7 +125,7 @@ TEMPLATE_TEST_CASE("a recorded pass through a layer has the bits of one that is 
   });
 }
 
-TEST_CASE("a model's recorded losses and gradients have the bits of those that are not", "[cuda]") {
+TEST_CASE("a model's recorded losses, gradients and moments have the bits of those that are not", "[cuda]") {
   using T = qd::bfloat16;
   const qd::CudaContext context({.workspace_bytes = std::size_t{4} << 20});
   const Cuda cuda(context);
@@ -134,22 +134,32 @@ TEST_CASE("a model's recorded losses and gradients have the bits of those that a
     const auto weights = test::tiny_weights<float>(config, true, {.format = qd::BaseFormat::float32});
     const qd::DecoderOptions options{.lora = {.max_rank = 8, .alpha = 4, .seed = 2}, .checkpoint = checkpoint};
     qd::Decoder<T, Cuda> model(qd::upload(*weights, cuda), options, cuda);
+    model.for_each_trained([&](auto& layer) { layer.adapter().start_collecting(cuda); });
     const auto batch = test::random_batch(config.vocab, {5, 2, 9}, 5, 1);
     const auto set_adapters = [&](std::uint64_t seed) {
       for (const auto& p : model.parameters())
         cuda.upload(test::normal_matrix<float>(p->value.rows(), p->value.cols(), seed++, 0.1).view(), p->value.view());
       cuda.synchronize();
     };
+    const auto for_each_moment = [&](auto&& f) {
+      model.for_each_trained([&](auto& layer) {
+        f(layer.adapter().moment_a);
+        f(layer.adapter().moment_b);
+      });
+    };
     const auto pass = [&] {
       for (const auto& p : model.parameters()) cuda.fill(p->gradient.view(), 0.0f);
+      for_each_moment([&](Matrix<float>& moment) { cuda.fill(moment.view(), 0.0f); });
       model.queue_loss_and_gradient(batch, 0.25);
     };
     const auto gradients = [&] {
       std::vector<std::byte> all;
-      for (const auto& p : model.parameters()) {
-        const auto one = bits(cuda, p->gradient);
+      const auto append = [&](const Matrix<float>& sums) {
+        const auto one = bits(cuda, sums);
         all.insert(all.end(), one.begin(), one.end());
-      }
+      };
+      for (const auto& p : model.parameters()) append(p->gradient);
+      for_each_moment(append);
       return all;
     };
     set_adapters(1);
@@ -163,6 +173,7 @@ TEST_CASE("a model's recorded losses and gradients have the bits of those that a
       const auto expected = gradients();
       CHECK((losses == first) == (seed == 1));
       for (const auto& p : model.parameters()) cuda.fill(p->gradient.view(), 1.0f);
+      for_each_moment([&](Matrix<float>& moment) { cuda.fill(moment.view(), 1.0f); });
       graph.launch();
       CHECK(model.scored_losses() == losses);
       CHECK(gradients() == expected);

@@ -47,6 +47,7 @@ void every_operation(const qd::Cuda& cuda, qd::MatrixView<T> x, qd::MatrixView<q
   cuda.copy(x, a);
   cuda.copy(a, x);
   cuda.add(x, x);
+  cuda.add_if_finite(a, a, a, a);
   cuda.add_row(a, x);
   cuda.scale_columns(a, std::span<const qd::Accumulator<T>>(), a);
   cuda.column_products(a, a, a);

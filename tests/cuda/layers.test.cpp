@@ -40,7 +40,10 @@ class Trained {
 
   /// Forward, backward and an update; y and dx.
   std::pair<Matrix<T>, Matrix<T>> step(const qd::RankPlan& plan, std::uint32_t number) {
-    const auto x = upload(test::normal_matrix<T>(tokens, in, 10 + number)), dy = upload(test::normal_matrix<T>(tokens, out, 20 + number));
+    auto host_x = test::normal_matrix<T>(tokens, in, 10 + number), host_dy = test::normal_matrix<T>(tokens, out, 20 + number);
+    if (auto* const spoiled = std::exchange(spoil_x_, false) ? &host_x : std::exchange(spoil_dy_, false) ? &host_dy : nullptr)
+      (*spoiled)(7, 3) = test::not_a_number<T>();
+    const auto x = upload(host_x), dy = upload(host_dy);
     layer_.set_ranks(plan);
     layer_.set_training(true, number);
     optimizer_.zero_grad();
@@ -50,6 +53,8 @@ class Trained {
     return {std::move(y), std::move(dx)};
   }
 
+  /// A number of the next step's x, or dy, is none.
+  void spoil(bool in_x) { (in_x ? spoil_x_ : spoil_dy_) = true; }
   double gradient_norm() const { return norm_; }
   auto& layer() { return layer_; }
   std::vector<Matrix<Acc>> numbers() {
@@ -81,6 +86,7 @@ class Trained {
   qd::DynamicLoRALinear<T, Backend> layer_;
   qd::AdamW<T, Backend> optimizer_;
   double norm_ = 0.0;
+  bool spoil_x_ = false, spoil_dy_ = false;
 };
 
 /// Kernels that were launched, ever; -1 where nobody counts.
@@ -143,6 +149,37 @@ TEMPLATE_TEST_CASE("a layer trained on the device is the one that the CPU trains
     }
     CHECK(distance(found.merged(5), expected.merged(5)) <= limit);
   }
+}
+
+TEMPLATE_TEST_CASE("moments on the device are the CPU's, and do not keep what is not finite", "[cuda]", float, double, qd::bfloat16) {
+  using T = TestType;
+  using Acc = qd::Accumulator<T>;
+  const qd::CudaContext context({.workspace_bytes = std::size_t{4} << 20});
+  const auto moments_of = [](const auto& backend) {
+    Trained<T, std::remove_cvref_t<decltype(backend)>> trained(backend, {.max_rank = 16, .alpha = 8, .seed = 3});
+    trained.step(qd::RankPlan::uniform(16), 0);  // B is zero until then
+    auto& adapter = trained.layer().adapter();
+    adapter.start_collecting(backend);
+    const auto both = [&] {
+      return std::pair(on_host<Acc>(backend, std::as_const(adapter.moment_a).view()),
+                       on_host<Acc>(backend, std::as_const(adapter.moment_b).view()));
+    };
+    trained.step(qd::RankPlan::uniform(5), 1);
+    const auto kept = both();
+    for (const bool in_x : {true, false}) {
+      trained.spoil(in_x);
+      trained.step(qd::RankPlan::uniform(16), 2);
+      const auto after = both();
+      CHECK(test::same_bits(after.first.view(), kept.first.view()));
+      CHECK(test::same_bits(after.second.view(), kept.second.view()));
+    }
+    trained.step(qd::RankPlan::uniform(16), 3);
+    return both();
+  };
+  const auto expected = moments_of(Cpu(1)), found = moments_of(Cuda(context));
+  const double limit = std::is_same_v<T, double> ? 1e-12 : std::is_same_v<T, float> ? 2e-5 : 3e-2;
+  CHECK(distance(found.first, expected.first) <= limit);
+  CHECK(distance(found.second, expected.second) <= limit);
 }
 
 TEMPLATE_TEST_CASE("a layer's few tokens have their adapter's term in the same launch", "[cuda]", qd::bfloat16, qd::half) {

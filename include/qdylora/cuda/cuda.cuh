@@ -110,6 +110,10 @@ class Cuda {
   void add(In<T> x, MatrixView<T> y) const {
     detail::add(*context_, x, y);
   }
+  template <class S>
+  void add_if_finite(In<S> x, MatrixView<S> y, In<S> a, MatrixView<S> c) const {
+    detail::add_if_finite(*context_, x, y, a, c);
+  }
   template <class T>
   void add_row(In<Accumulator<T>> row, MatrixView<T> y) const {
     detail::add_row(*context_, row, y);

@@ -2,6 +2,8 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
 #include <span>
 #include <string>
 
@@ -103,6 +105,35 @@ struct SumPartial {
   }
 };
 
+/// y += x for two pairs, in one block, if all numbers of both x are finite.
+template <class S>
+struct AddIfFinite {
+  static constexpr int threads = 512;
+  static constexpr int shared_bytes = threads / warp_size * static_cast<int>(sizeof(S));
+
+  struct Pair {
+    MatrixView<const S> x;
+    MatrixView<S> y;
+  } pairs[2];
+
+  __device__ void operator()(SharedMemory memory) const {
+    S spoiled{};
+    for_each_element([&](const Pair& pair, Index i, Index j) {
+      spoiled += !(std::fabs(read(pair.x, i, j)) <= std::numeric_limits<S>::max()) ? S{1} : S{};
+    });
+    if (sum_block<threads>(memory.take<S>(threads / warp_size), spoiled) > S{}) return;
+    for_each_element([](const Pair& pair, Index i, Index j) { write(pair.y, i, j, read(pair.y, i, j) + read(pair.x, i, j)); });
+  }
+
+ private:
+  template <class F>
+  __device__ void for_each_element(F&& f) const {
+    for (const Pair& pair : pairs)
+      for (Index i = warp(); i < pair.x.rows; i += threads / warp_size)
+        for (Index j = lane(); j < pair.x.cols; j += warp_size) f(pair, i, j);
+  }
+};
+
 }  // namespace device
 
 #if !defined(QDYLORA_DEVICE_ONLY)
@@ -115,6 +146,15 @@ void column_products(const CudaContext& context, MatrixView<const T> a, MatrixVi
   expect_shape("column_products: sums", sums, 1, a.cols);
   const auto blocks = static_cast<unsigned>((a.cols + device::warp_size - 1) / device::warp_size);
   device::launch({context.stream(), blocks, Kernel::shared_bytes}, Kernel{a, b, sums});
+}
+
+/// y += x and c += a, or neither where a number of x or a is not finite. The host does not wait to know.
+template <class S>
+void add_if_finite(const CudaContext& context, MatrixView<const S> x, MatrixView<S> y, MatrixView<const S> a, MatrixView<S> c) {
+  using Kernel = device::AddIfFinite<S>;
+  expect_shape("add_if_finite: x", x, y.rows, y.cols);
+  expect_shape("add_if_finite: a", a, c.rows, c.cols);
+  device::launch({context.stream(), 1, Kernel::shared_bytes}, Kernel{{{x, y}, {a, c}}});
 }
 
 /// Over all elements of all matrices: one launch, one wait.

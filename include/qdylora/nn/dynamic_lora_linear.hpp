@@ -12,12 +12,12 @@
 // caller's.
 #pragma once
 
-#include <cmath>
 #include <memory>
 #include <utility>
 
 #include <qdylora/backend.hpp>
 #include <qdylora/nn/adapter_layer.hpp>
+#include <qdylora/nn/add_if_finite.hpp>
 #include <qdylora/nn/column_sums.hpp>
 #include <qdylora/nn/magnitude.hpp>
 #include <qdylora/nn/own_pass.hpp>
@@ -372,13 +372,14 @@ class DynamicLoRALinear : public AdapterLayer<T, Backend>,
     if (norms_) norms_->forget();
   }
 
+  // The optimizer skips a step that is not finite; the moments must not keep it either.
   void collect(const Context& context, MatrixView<const Acc> t) {
-    // The optimizer skips a step that is not finite; the moments must not keep it either.
-    if (!std::isfinite(backend_.sum_squares(context.z.view()) + backend_.sum_squares(t))) return;
     const Index width = t.cols;
     const auto part = [width](Matrix<Acc, Memory>& moment) { return moment.view().top_rows(width).left_cols(width); };
-    exact(backend_).weight_gradient(context.z.view(), context.z.view(), part(adapter_.moment_a), Update::accumulate);
-    exact(backend_).weight_gradient(t, t, part(adapter_.moment_b), Update::accumulate);
+    auto more_a = temporary<Acc>(backend_, width, width), more_b = temporary<Acc>(backend_, width, width);
+    exact(backend_).weight_gradient(context.z.view(), context.z.view(), more_a.view(), Update::overwrite);
+    exact(backend_).weight_gradient(t, t, more_b.view(), Update::overwrite);
+    detail::add_if_finite(backend_, as_const(more_a), part(adapter_.moment_a), as_const(more_b), part(adapter_.moment_b));
   }
 
   using Base::adapter_input, Base::add_input_gradient, Base::as_const, Base::begin, Base::expect_backward, Base::name, Base::project_down;
