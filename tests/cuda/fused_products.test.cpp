@@ -59,6 +59,10 @@ struct Case {
 
 enum class Kernel { small_batch, tiles };
 
+/// The fused kernels have no bodies for less.
+bool has_fused(const qd::CudaContext& context) { return context.compute_capability() >= 80; }
+constexpr const char* no_fused = "fused products need a device of compute capability 8.0, and code for one";
+
 template <class Format, class Scales, class T, class Y, Kernel kernel = Kernel::small_batch>
 void check(const qd::CudaContext& context, const Case& c, Index offset = 0, Index padding = 0) {
   CAPTURE(Format::name, c.tokens, c.out, c.in, c.block, c.rank, offset, padding);
@@ -96,6 +100,7 @@ TEMPLATE_TEST_CASE("few tokens with 4-bit weights on the device are the referenc
   using namespace qdylora;
   using T = TestType;
   const CudaContext context({.workspace_bytes = std::size_t{1} << 20});
+  if (!has_fused(context)) SKIP(no_fused);
   // One row and chunk; rows and tokens beside the tiles; chunks beside a group of 4 and a round of 8 warps; many second-level blocks.
   const Case cases[] = {{1, 1, 64},    {1, 16, 256},        {2, 17, 320},       {8, 33, 448},     {9, 15, 2048},      {16, 31, 2112},
                         {17, 47, 192}, {31, 5, 4352, 64, 3}, {32, 49, 128, 128}, {5, 130, 640, 64, 64}, {1, 16, 2304, 64, 8}};
@@ -115,6 +120,7 @@ TEMPLATE_TEST_CASE("tiles of tokens with 4-bit weights on the device are the ref
   using T = TestType;
   constexpr auto tiles = Kernel::tiles;
   const CudaContext context({.workspace_bytes = std::size_t{1} << 20});
+  if (!has_fused(context)) SKIP(no_fused);
   // Rows beside a warp's 16 and a block's 128; tokens beside a tile; sums in one part and in several, of different lengths.
   const Case cases[] = {{1, 1, 256}, {33, 128, 256}, {32, 129, 512}, {65, 15, 1280}, {30, 17, 2304}, {70, 100, 512, 128}};
   for (const Case& c : cases) check<NF4, DoubleQuant<>, T, T, tiles>(context, c);
@@ -127,6 +133,7 @@ TEMPLATE_TEST_CASE("tiles of tokens with 4-bit weights on the device are the ref
 TEST_CASE("a weight that is not a number spoils its own outputs, and no others") {
   using T = qd::bfloat16;
   const qd::CudaContext context({.workspace_bytes = std::size_t{1} << 20});
+  if (!has_fused(context)) SKIP(no_fused);
   auto weight = test::normal_matrix<float>(40, 256, 1);
   weight(17, 70) = std::numeric_limits<float>::infinity();
   const auto host = qd::reference::quantize<qd::NF4, qd::Float32Scales>(MatrixView<const float>(weight.view()), 64);
