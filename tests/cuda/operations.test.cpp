@@ -113,4 +113,12 @@ TEST_CASE("the host's loop takes each index once and hands on what is thrown", "
   CHECK(test::code_of([&] { cuda.parallel_for(50, refuse); }) == qd::Errc::bad_argument);
 }
 
+TEST_CASE("an error that another call of the program left behind is not a kernel's", "[cuda]") {
+  const Gpu gpu;
+  qd::Matrix<float, qd::DeviceMemory> x(3, 5);
+  CHECK(cudaSetDevice(1 << 20) == cudaErrorInvalidDevice);
+  CHECK_NOTHROW(Cuda(gpu).fill(x.view(), 1.0f));
+  CHECK(cudaGetLastError() == cudaErrorInvalidDevice);
+}
+
 }  // namespace operations_test

@@ -1,4 +1,4 @@
-// What a kernel asks of the hardware, and how it is launched: the only header with PTX, intrinsics and <<<>>>. Kernels are written
+// What a kernel asks of the hardware, and how it is launched: the only header with PTX, intrinsics and launches. Kernels are written
 // against these names; tests/support/cuda_emulator has a header of the same name that gives them their meaning on a CPU, where
 // accesses are checked. Every function here is one instruction, or a few where an older architecture lacks it.
 #pragma once
@@ -391,8 +391,10 @@ void launch(const Launch& how, const K& kernel) {
   if (how.blocks.x == 0 || how.blocks.y == 0 || how.blocks.z == 0) return;
   if (how.shared_bytes > without_asking)
     QDYLORA_CUDA_TRY(cudaFuncSetAttribute(run<K>, cudaFuncAttributeMaxDynamicSharedMemorySize, how.shared_bytes));
-  run<<<how.blocks, K::threads, static_cast<std::size_t>(how.shared_bytes), how.stream>>>(kernel);
-  QDYLORA_CUDA_TRY(cudaPeekAtLastError());
+  // <<<>>> would leave its error where those of other calls of the program lie, which are not this kernel's.
+  void* arguments[] = {const_cast<K*>(&kernel)};
+  QDYLORA_CUDA_TRY(
+      cudaLaunchKernel(run<K>, how.blocks, K::threads, arguments, static_cast<std::size_t>(how.shared_bytes), how.stream));
 }
 #endif
 }  // namespace qdylora::device

@@ -1,6 +1,9 @@
 // The emulated machine: what it has, and what a test makes it lack. First the runtime's names that this takes.
 #pragma once
 
+#include <type_traits>
+#include <utility>
+
 enum cudaError_t {
   cudaSuccess = 0,
   cudaErrorInvalidValue = 1,
@@ -30,6 +33,8 @@ struct Machine {
   int devices = 1;
   int compute_capability = 90;
   int compiled_capability = 120;  // what kernels were compiled for; 0: for other devices alone
+  int shared_bytes = 227 << 10;    // that a block may ask for
+  unsigned most_blocks = 65535;    // in a grid along y and z; a GPU takes 2^31 - 1 along x
   cudaError_t driver = cudaSuccess;  // what every call finds
   cudaError_t last_error = cudaSuccess;
   Late late = Late::none;
@@ -49,5 +54,19 @@ inline cudaError_t result(cudaError_t error) {
   return error;
 }
 inline bool is_late(bool first) { return machine().late == (first ? Late::first : Late::others); }
+
+/// Another number of the machine's, or one of its other things, until the end of a scope.
+template <class T>
+class With {
+ public:
+  With(T Machine::*what, std::type_identity_t<T> value) : what_(what), before_(std::exchange(machine().*what, value)) {}
+  With(const With&) = delete;
+  With& operator=(const With&) = delete;
+  ~With() { machine().*what_ = before_; }
+
+ private:
+  T Machine::*what_;
+  T before_;
+};
 
 }  // namespace test::emulator

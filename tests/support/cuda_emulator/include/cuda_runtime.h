@@ -72,8 +72,8 @@ inline cudaError_t cudaSetDevice(int device) {
 }
 inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
   const int capability = test::emulator::machine().compute_capability;
-  *properties = {"emulated", capability / 10, capability % 10, 4, test::emulator::global_memory().total(), std::size_t{227} << 10,
-                 1 << 20};
+  *properties = {"emulated", capability / 10, capability % 10, 4, test::emulator::global_memory().total(),
+                 static_cast<std::size_t>(test::emulator::machine().shared_bytes), 1 << 20};
   return test::emulator::result(cudaSuccess);
 }
 struct cudaFuncAttributes {

@@ -335,8 +335,8 @@ template <Kernel K>
 void launch(const Launch& how, const K& kernel) {
   const dim3 n = how.blocks;
   if (n.x == 0 || n.y == 0 || n.z == 0) return;
-  constexpr unsigned most = 65535;  // a GPU takes 2^31 - 1 along x
-  if (n.y > most || n.z > most || n.x > 0x7FFFFFFFu || how.shared_bytes > 227 * 1024)
+  const auto& machine = test::emulator::machine();
+  if (n.y > machine.most_blocks || n.z > machine.most_blocks || n.x > 0x7FFFFFFFu || how.shared_bytes > machine.shared_bytes)
     QDYLORA_CUDA_TRY(test::emulator::result(cudaErrorInvalidValue));
   ++test::emulator::machine().launches;
   QDYLORA_CUDA_TRY(test::emulator::result(test::emulator::issue(how.stream, [n, kernel, shared_bytes = how.shared_bytes] {
@@ -346,7 +346,6 @@ void launch(const Launch& how, const K& kernel) {
         for (unsigned x = 0; x < n.x; ++x)
           Running(name.get(), {n.x, n.y, n.z}, {x, y, z}, K::threads, shared_bytes).run([&] { kernel(SharedMemory()); });
   })));
-  QDYLORA_CUDA_TRY(cudaPeekAtLastError());
 }
 
 }  // namespace qdylora::device
