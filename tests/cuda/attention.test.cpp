@@ -52,35 +52,44 @@ TEMPLATE_TEST_CASE("heads of every width, copied 16 bytes at a time", "[cuda]", 
     test::attention_case<Cuda, TestType>(gpu, shape, offsets, 8, 8);
 }
 
+TEMPLATE_TEST_CASE("wide heads without tensor cores", "[cuda]", float, double) {
+  const Gpu gpu;
+  for (const auto& [shape, offsets] : std::vector<test::AttentionCase>{{{2, 1, 96}, {0, 19}}, {{1, 1, 256}, {0, 1, 10}}})
+    for (const Index padding : {0, 3}) test::attention_case<Cuda, TestType>(gpu, shape, offsets, padding, padding);
+}
+
 #ifdef QDYLORA_CUDA_EMULATOR
-namespace {
-
-/// A device of some compute capability, with kernels compiled for another one, until the end of a scope.
-struct Capabilities {
-  Capabilities(int device, int compiled)
-      : device_before(std::exchange(test::emulator::machine().compute_capability, device)),
-        compiled_before(std::exchange(test::emulator::machine().compiled_capability, compiled)) {}
-  ~Capabilities() {
-    test::emulator::machine().compute_capability = device_before;
-    test::emulator::machine().compiled_capability = compiled_before;
-  }
-  int device_before, compiled_before;
-};
-
-}  // namespace
+using test::emulator::Machine, test::emulator::With;
 
 TEMPLATE_TEST_CASE("a device of compute capability 7.5, or code for it, multiplies half on tensor cores and bfloat16 without", "[cuda]",
                    qd::bfloat16, qd::half) {
   for (const auto& [device, compiled] : {std::pair(75, 120), std::pair(90, 75)}) {
-    const Capabilities capabilities(device, compiled);
+    const With with_device(&Machine::compute_capability, device), with_code(&Machine::compiled_capability, compiled);
     const Gpu gpu;
     for (const Index padding : {0, 3}) test::attention_case<Cuda, TestType>(gpu, {2, 1, 72}, {0, 5, 38}, padding, padding);
   }
 }
+
+TEST_CASE("where tiles of a wide head do not fit into shared memory, there is attention without tensor cores", "[cuda]") {
+  using T = qd::bfloat16;
+  constexpr int tiles = qd::device::Attention<qd::device::AttentionTiles<T, 256, 4, 32>>::shared_bytes;
+  for (const int available : {tiles, tiles - 1}) {
+    const With with_memory(&Machine::shared_bytes, available);
+    test::attention_case<Cuda, T>(Gpu(), {1, 1, 256}, {0, 40}, 8, 8);
+    int width = -1;
+    qd::detail::with_tile_width<T>(qd::CudaContext({.workspace_bytes = 1024}), 256, [](auto) { return tiles; }, [&](auto w) { width = w(); });
+    CHECK(width == (available == tiles ? 256 : 0));
+  }
+}
+
+TEST_CASE("more sequences than a grid is high generate a token each", "[cuda]") {
+  const With low(&Machine::most_blocks, 3u);
+  test::attention_decode<Cuda, float>(Gpu());
+}
 #endif
 
-TEST_CASE("a long cache is shared among blocks, and so are many heads of one cache", "[cuda]") {
-  using T = qd::bfloat16;
+TEMPLATE_TEST_CASE("a long cache is shared among blocks, and so are many heads of one cache", "[cuda]", float, double, qd::bfloat16) {
+  using T = TestType;
   const Gpu gpu;
   const HeadShape shape{40, 2, 64};
   const std::vector<Index> lengths = {1100, 30};

@@ -19,7 +19,7 @@ struct KeyValueCache {
 };
 
 /// One query row a sequence: the heads that share a key-value head are the rows of a tile, and the keys are shared out among blocks
-/// ("FlashDecoding", Dao et al. 2023). Block (part of the keys, tile of heads, sequence).
+/// ("FlashDecoding", Dao et al. 2023). Block (part of the keys of a sequence, tile of heads), since a grid is long in x alone.
 template <class Tiles>
 struct AttentionDecode {
   using T = typename Tiles::Element;
@@ -29,7 +29,7 @@ struct AttentionDecode {
 
   MatrixView<const T> q;
   const KeyValueCache<T>* caches;
-  int head_dim, group, group_tiles;
+  int head_dim, group, group_tiles, parts;
   Index keys_per_block;
   S scale;
   bool aligned;
@@ -40,7 +40,7 @@ struct AttentionDecode {
   __device__ void operator()(SharedMemory memory) const {
     if constexpr (Tiles::available) {
       const Tiles tiles(memory, head_dim, aligned);
-      const Index part = block().x, sequence = block().z;
+      const Index sequence = block().x / static_cast<unsigned>(parts), part = block().x % static_cast<unsigned>(parts);
       const int at = static_cast<int>(block().y), kv_head = at / group_tiles, first = at % group_tiles * Tiles::own;
       const KeyValueCache<T> cache = load(caches + sequence);
       const Index begin = part * keys_per_block, left = cache.k.rows - begin;
@@ -50,13 +50,13 @@ struct AttentionDecode {
       if (keys > 0)
         attend(memory, tiles, heads, first, head_of(cache.k, begin, keys, kv_head, head_dim),
                head_of(cache.v, begin, keys, kv_head, head_dim), scale, [&](int) { return keys; }, softmax);
-      const Index row = part * grid().z + sequence;
+      const Index row = part * q.rows + sequence;
 #pragma unroll
       for (int r = 0; r < Tiles::rows; ++r) {
         const S total = softmax.total_of(r);
         if (first + Tiles::row(r) >= group) continue;
         const int head = kv_head * group + first + Tiles::row(r);
-        if (grid().x == 1) {
+        if (parts == 1) {
           tiles.write(y.row(sequence) + head * head_dim, r, softmax.sums, S{1} / total);
         } else {
           if (keys > 0) tiles.write(partial.row(row) + head * head_dim, r, softmax.sums, S{1} / total);
@@ -133,10 +133,10 @@ void attention_decode(const CudaContext& context, MatrixView<const T> q, std::sp
           partial = {scratch.take<S>(parts * q.rows * q.cols), parts * q.rows, q.cols};
           lse = {scratch.take<S>(parts * q.rows * shape.heads), parts * q.rows, shape.heads};
         }
-        const dim3 grid(static_cast<unsigned>(parts), static_cast<unsigned>(shape.kv_heads * group_tiles), static_cast<unsigned>(q.rows));
+        const dim3 grid(static_cast<unsigned>(parts * q.rows), static_cast<unsigned>(shape.kv_heads * group_tiles));
         device::launch({context.stream(), grid, Kernel::shared_bytes},
-                       Kernel{q, list, head_dim, group, group_tiles, keys_per_block, attention_scale<S>(head_dim), aligned, y, partial,
-                              lse});
+                       Kernel{q, list, head_dim, group, group_tiles, static_cast<int>(parts), keys_per_block, attention_scale<S>(head_dim),
+                              aligned, y, partial, lse});
         if (parts > 1) for_each(context, y.rows, y.cols, device::JoinParts<T>{partial, lse, parts, shape.head_dim, y});
       });
 }
