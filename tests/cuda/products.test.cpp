@@ -40,6 +40,14 @@ ON_THE_DEVICE("weight gradients on the device are the reference's", test::weight
 ON_THE_DEVICE("truncated adapters on the device", test::products_with_the_first_rows_of_an_adapter)
 ON_THE_DEVICE("products on the device refuse other shapes", test::products_refuse_other_shapes)
 
+TEMPLATE_TEST_CASE("few tokens with long rows of another type", "[cuda]", float, double, qd::bfloat16, qd::half) {
+  using T = TestType;
+  const Gpu gpu;
+  const test::ProductShape shapes[] = {{1, 1, 2048}, {3, 5, 2050}, {8, 2, 5000}};
+  test::dense_products_of<Cuda, T, qd::half, T, T>(gpu, shapes);
+  test::dense_products_of<Cuda, T, float, T, T>(gpu, shapes);
+}
+
 TEMPLATE_TEST_CASE("products go slab by slab through little memory", "[cuda]", float, double, qd::bfloat16, qd::half) {
   using T = TestType;
   const test::ProductShape shapes[] = {{33, 49, 65}, {20, 130, 259}, {40, 31, 640}};
