@@ -2,10 +2,12 @@
 #include <qdylora/cuda.hpp>
 
 #include <qdylora/cpu/reference.hpp>
+#include <qdylora/io/bitsandbytes.hpp>
 
 #include "support/catch.hpp"
 #include "support/distortion.hpp"
 #include "support/files.hpp"
+#include "support/golden.hpp"
 #include "support/random_data.hpp"
 
 namespace dequantize_test {
@@ -72,6 +74,28 @@ TEMPLATE_TEST_CASE("decoded weights are the reference's to the bit", "", float, 
   check_all<TestType, INT4, Float32Scales>(cuda);
   check_all<TestType, FP8E4M3, DoubleQuant<>>(cuda);
   check_all<TestType, FP8E5M2, Float32Scales>(cuda);
+}
+
+TEST_CASE("layers that bitsandbytes stored are decoded to its weights, to the bit") {
+  using namespace qdylora;
+  const CudaContext context;
+  const Cuda cuda(context);
+  const SafetensorsFile io(test::golden("linear4bit_io.safetensors"));
+  const auto check = [&]<class Format, class Scales, class T>(const std::string& variant, const std::string& tensor, Format, Scales, T) {
+    CAPTURE(variant);
+    const auto weight = load_bnb_4bit(SafetensorsFile(test::golden("linear4bit_" + variant + ".safetensors")), "weight");
+    const auto there = cuda.upload(std::get<QuantizedTensor<Format, Scales>>(weight.storage()));
+    const auto expected = test::load<T>(io, tensor);
+    test::Matrix<T, DeviceMemory> decoded(96, 128);
+    test::Matrix<T> found(96, 128);
+    cuda.dequantize(there.view(), decoded.view());
+    cuda.download(std::as_const(decoded).view(), found.view());
+    CHECK(test::same_bits(found.view(), MatrixView<const T>(expected.data(), 96, 128)));
+  };
+  check("nf4_dq", "nf4_dq/W_dequant", NF4{}, DoubleQuant<>{}, float{});
+  check("nf4_nodq", "nf4_nodq/W_dequant", NF4{}, Float32Scales{}, float{});
+  check("fp4_dq", "fp4_dq/W_dequant", FP4{}, DoubleQuant<>{}, float{});
+  check("nf4_dq_bf16", "bf16/W_dequant", NF4{}, DoubleQuant<>{}, bfloat16{});
 }
 
 TEST_CASE("codes at an odd address are decoded too") {
