@@ -7,6 +7,7 @@
 #include <span>
 
 #include <qdylora/cpu/cpu.hpp>
+#include <qdylora/nn/add_if_finite.hpp>
 
 namespace test {
 
@@ -44,6 +45,10 @@ class CountedDevice : public qdylora::Cpu {
   template <qdylora::CodeFormat Format, class Scales>
   qdylora::QuantizedTensor<Format, Scales, CountedMemory> upload(const qdylora::QuantizedTensor<Format, Scales>& w) const {
     return {w.rows(), w.cols(), w.block_size(), there(w.codes()), scales_there(w.scales())};
+  }
+  template <class S>
+  void add_if_finite(qdylora::In<S> x, qdylora::MatrixView<S> y, qdylora::In<S> a, qdylora::MatrixView<S> c) const {
+    qdylora::detail::add_if_finite(static_cast<const Cpu&>(*this), x, y, a, c);
   }
   /// The host's moments, in place.
   template <class S>

@@ -13,6 +13,7 @@
 #pragma once
 
 #include <memory>
+#include <string>
 #include <utility>
 
 #include <qdylora/backend.hpp>
@@ -76,6 +77,7 @@ class DynamicLoRALinear : public AdapterLayer<T, Backend>,
   const std::shared_ptr<const WeightType>& base() const noexcept { return base_; }
   /// Another base [out, in], between one pass's backward and the next one's forward. Errc::bad_argument for none, shape_mismatch.
   void set_base(std::shared_ptr<const WeightType> base) {
+    expect_unmerged();
     expect_shape((adapter_.options().name + ": base").c_str(), *checked(base, adapter_.options().name), out(), in());
     base_ = std::move(base);
     if constexpr (HasMagnitude<Backend, T>)
@@ -111,6 +113,10 @@ class DynamicLoRALinear : public AdapterLayer<T, Backend>,
 
   void forward(In<T> x, MatrixView<T> y, Context& context) const {
     begin(x, y, context);
+    if (merged()) {
+      backend_.matmul(x, as_const(merged_), y, Update::overwrite);
+      return add_bias(y, RankPlan::uniform(merged_rank_));
+    }
     const Index rank = plan_.max_rank();
     if (adapter_.dora() && rank > 0) {
       forward_magnitude(y, context, rank);
@@ -124,6 +130,7 @@ class DynamicLoRALinear : public AdapterLayer<T, Backend>,
 
   /// An empty dx is not computed. Throws Errc::state_order unless `context` comes from a forward pass.
   void backward(In<T> dy, MatrixView<T> dx, Context& context, GradientMode mode = GradientMode::accumulate) {
+    expect_unmerged();
     expect_backward(dy, dx, context);
     const auto x = context.x;
     const bool want_dx = dx.data != nullptr;
@@ -176,8 +183,17 @@ class DynamicLoRALinear : public AdapterLayer<T, Backend>,
     add_backward(dy, dx, context, mode);
   }
 
-  /// W + delta W_b, dense; with a magnitude its rows have that length. The base stays as it is: dropping the result is the exact unmerge.
-  /// (Quantizing the sum again would lose most of a small delta.)
+  /// From now on, until unmerge(), forward passes multiply with W + delta W_b alone, whatever ranks are set: a faster model between steps,
+  /// for out x in numbers more. Neither W nor the adapter changes, which makes unmerge() exact: a sum is rounded, and W' - delta W would not
+  /// be W. Meanwhile backward, set_base and an adapter's parts of passes throw Errc::state_order; what A and B become is not in the sum.
+  void merge(Index rank) {
+    merged_ = merged_weight(rank);
+    merged_rank_ = rank;
+  }
+  void unmerge() noexcept { merged_ = {}; }
+  bool merged() const noexcept { return merged_.size() > 0; }
+
+  /// W + delta W_b, dense; with a magnitude its rows have that length. (Quantizing the sum again would lose most of a small delta.)
   Matrix<Acc, Memory> merged_weight(Index rank) const {
     adapter_.check_rank(rank);
     Matrix<Acc, Memory> merged(out(), in());
@@ -198,21 +214,7 @@ class DynamicLoRALinear : public AdapterLayer<T, Backend>,
         MagnitudeContext<T, Memory> context;
         norms_->find(context.norms, RankPlan::uniform(rank), 1, adapter_, *base_, backend_, false);
         const auto there = context.factors(rank, adapter_, 0, backend_);
-        Matrix<Acc> factors(1, out());
-        backend_.download(as_const(there), factors.view());
-        const auto scale_rows_of = [&](Matrix<Acc>& w) {
-          for (Index o = 0; o < out(); ++o)
-            for (Index k = 0; k < in(); ++k) w(o, k) *= factors(0, o);
-        };
-        if constexpr (Memory::host) {
-          scale_rows_of(merged);
-        } else {
-          Matrix<Acc> host(out(), in());
-          backend_.download(as_const(merged), host.view());
-          scale_rows_of(host);
-          backend_.upload(as_const(host), merged.view());
-          backend_.synchronize();  // the host's memory is given back
-        }
+        scale_weight_rows<Acc>(as_const(there), merged.view(), backend_);
       }
     return merged;
   }
@@ -272,7 +274,11 @@ class DynamicLoRALinear : public AdapterLayer<T, Backend>,
     add_input_gradient(as_const(work), context, dx);
   }
 
+  void expect_unmerged() const {
+    QDYLORA_EXPECTS(!merged(), state_order, name() + ": merged at rank " + std::to_string(merged_rank_) + "; unmerge() comes first");
+  }
   void expect_parts() const {
+    expect_unmerged();
     QDYLORA_EXPECTS(!adapter_.dora() && !adapter_.biased(), unsupported,
                     name() + ": with a magnitude, or a bias that trains, the adapter has no part of its own");
   }
@@ -386,7 +392,8 @@ class DynamicLoRALinear : public AdapterLayer<T, Backend>,
   using Base::adapter_, Base::backend_, Base::plan_, Base::rows_of, Base::scale_rows, Base::training_;
 
   std::shared_ptr<const WeightType> base_;
-  Matrix<Acc, Memory> bias_;
+  Matrix<Acc, Memory> bias_, merged_;
+  Index merged_rank_ = 0;
   std::unique_ptr<RowNorms<Acc, Memory>> norms_;  // with a magnitude
 };
 

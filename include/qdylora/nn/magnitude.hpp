@@ -192,6 +192,18 @@ void scale_by_factors(In<T> source, const RankPlan& plan, const MagnitudeContext
   });
 }
 
+/// Each row of w [out, in] times its factor, of [1, out].
+template <class S, class Backend>
+void scale_weight_rows(In<S> factors, MatrixView<S> w, const Backend& backend) {
+  Matrix<S> on_host(1, w.rows), rows(w.rows, w.cols);
+  backend.download(factors, on_host.view());
+  backend.download(w, rows.view());
+  for (Index o = 0; o < w.rows; ++o)
+    for (Index k = 0; k < w.cols; ++k) rows(o, k) *= on_host(0, o);
+  backend.upload(MatrixView<const S>(rows.view()), w);
+  backend.synchronize();  // the host's memory is given back
+}
+
 /// dm += sum_t dy[t] v[t] / n.
 template <class T, class Memory, class Adapter, class Backend>
 void magnitude_gradient(MatrixView<const T> dy, const RankPlan& plan, const MagnitudeContext<T, Memory>& context, Adapter& adapter,
