@@ -193,7 +193,7 @@ int measure(const Options& o, OpenModel& model, const CpuDevice& cpu) {
   options.coded_tables = model.coded_tables;
   auto shape = model_shape(model.config);
   shape.biases = model.biases;
-  cpu.complete(options, shape);
+  cpu.complete<T>(options, shape);
   const auto plan = memory_plan<T>(shape, options);
 
   const std::size_t at_first = live_bytes;

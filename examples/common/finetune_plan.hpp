@@ -195,7 +195,7 @@ MemoryPlan plan_memory(const FinetuneOptions& o, const FinetuneData& data, const
   plan_batches(memory, o, data, model, ranks);
   auto shape = model_shape(model.config, options.method);
   shape.biases = model.biases;
-  device.complete(memory, shape);
+  device.template complete<T>(memory, shape);
   return memory_plan<T>(shape, memory);
 }
 

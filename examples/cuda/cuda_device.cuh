@@ -36,6 +36,7 @@ class CudaDevice {
   DeviceMemory moments_memory(const std::string&) const { return {}; }
   auto place(const HostWeights& weights) const { return upload(*weights, cuda_); }
   /// All work goes through one workspace. What the driver takes for itself, about half a gigabyte, is nobody's to plan.
+  template <Scalar T>
   void complete(MemoryOptions& options, const ModelShape&) const {
     options.device = true;
     options.backend_bytes = CudaOptions{}.workspace_bytes;

@@ -143,15 +143,17 @@ void few_backward(const CpuRun& run, MatrixView<const float> dy, const CodedWeig
   }
 }
 
+constexpr Index turned_sum_stride(Index tokens) noexcept { return rounded_up(tokens, 32) + 16; }  // a line more, as in CellPanels
+inline constexpr Index turned_together = 16;  // tokens that are turned side by side, and whose sums are turned back
+
 /// y[t, j] (+)= sums[j * sum_row + t]
 template <class Y>
 void store_turned(const CpuRun& run, const float* sums, Index sum_row, MatrixView<Y> y, Update update) {
-  constexpr Index together = 16;
   const auto& kernels = run.kernels<float>();
   const Index turned_row = rounded_up(y.cols, 16);
-  float* turned = scratch<float, 7>(together * turned_row);
-  for (Index first = 0; first < y.rows; first += together) {
-    const Index count = std::min(together, y.rows - first);
+  float* turned = scratch<float, 7>(turned_together * turned_row);
+  for (Index first = 0; first < y.rows; first += turned_together) {
+    const Index count = std::min(turned_together, y.rows - first);
     if constexpr (std::is_same_v<Y, float>)
       if (update == Update::overwrite && y.cols == turned_row) {
         kernels.transpose(y.cols, count, sums + first, sum_row, y.row(first), y.stride);
@@ -165,14 +167,13 @@ void store_turned(const CpuRun& run, const float* sums, Index sum_row, MatrixVie
 /// x as TileKernels take it.
 template <class T>
 CellPanels prepare_tiles(const CpuRun& run, const Bits16Cells& cells, MatrixView<const T> x) {
-  constexpr Index together = 16;
-  const CellPanels panels = cells.panels_of(x.rows, x.cols);
-  each_x_rows(run, x.rows, x.cols, together, [&](Index row, Index rows) {
+  const CellPanels panels = cells.panels_for(x.rows, x.cols);
+  each_x_rows(run, x.rows, x.cols, turned_together, [&](Index row, Index rows) {
     MatrixView<const float> floats;
     if constexpr (std::is_same_v<T, float>) {
       floats = x.middle_rows(row, rows);
     } else {
-      const MatrixView<float> converted{scratch<float, 2>(together * x.cols), rows, x.cols, x.cols};
+      const MatrixView<float> converted{scratch<float, 2>(turned_together * x.cols), rows, x.cols, x.cols};
       for (Index r = 0; r < rows; ++r) convert_row(run, x.cols, x.row(row + r), converted.row(r));
       floats = converted;
     }
@@ -193,7 +194,7 @@ void multiply_tiles(const CpuRun& run, const CodedWeight& w, const float* scales
   run.parallel_for(tasks.count(), [&](Index task) {
     const auto [first, width, token, tokens, whole_sum] = tasks[task];
     const Index next = tasks[task + 1].first;
-    const Index sum_row = rounded_up(tokens, 32) + 16;  // a line more, as in CellPanels
+    const Index sum_row = turned_sum_stride(tokens);
     float* sums = scratch<float, 1>(rounded_up(width, panel_width) * sum_row);
     std::uint32_t* decoded = scratch<std::uint32_t, 0>(rounded_up(width, panel_width) * panel_cells);
     const TileScope scope = cells.scope();

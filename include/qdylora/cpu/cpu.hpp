@@ -11,6 +11,8 @@
 
 namespace qdylora {
 
+class ScratchPlan;  // cpu/scratch_plan.hpp
+
 /// A handle: copies share one pool of threads. `Cpu{}` uses the pool of the process, which has a thread for every processor and starts
 /// them at its first parallel loop; `Cpu{n}` makes a pool of n; a trainer with threads of its own passes an Executor.
 /// Operations are done when they return, so synchronize does nothing.
@@ -223,6 +225,8 @@ class Cpu {
   }
 
  private:
+  friend class ScratchPlan;
+
   Cpu(std::shared_ptr<ThreadPool> pool, std::shared_ptr<const Executor> executor)
       : run_{std::move(pool), std::move(executor), best_isa(), Compute::automatic} {}
 

@@ -12,21 +12,14 @@
 namespace qdylora::detail {
 
 inline constexpr Index panel_cells = 128;   // of a sum, decoded at a time: with 32 outputs 16 KiB
+inline constexpr Index rounded_rows = 64;   // of a panel, rounded to 16 bits at a time: in a first-level cache
+inline constexpr Index dense_outputs = 2 * panel_width;  // of a task with a dense weight
 inline constexpr Index dense_group = 128;   // tokens of a task with a dense weight, which costs little to look at twice
 
 template <class W>
 inline constexpr bool is_dense = false;
 template <class S>
 inline constexpr bool is_dense<MatrixView<S>> = true;
-
-/// Whether rows `stride` bytes apart crowd into few sets of a first-level cache of 4 KiB a way.
-constexpr bool crowds_cache(Index stride) noexcept { return stride % 4096 == 0; }
-template <class S>
-constexpr Index uncrowded_stride(Index cols) noexcept {
-  constexpr Index line = 64 / static_cast<Index>(sizeof(S));
-  const Index stride = rounded_up(cols, line);
-  return crowds_cache(stride * static_cast<Index>(sizeof(S))) ? stride + line : stride;
-}
 
 template <class Y, class S>
 void store(Y& target, S value, Update update) noexcept {
@@ -40,10 +33,9 @@ enum class Direction { forward, backward };
 /// A panel in 16 bits, from one in float32.
 template <class Panels>
 void fill_rounded(const Panels& panels, const CodeKernels& kernels, Index first, Index count, Index begin, Index part, std::uint32_t* out) {
-  constexpr Index rows = 64;  // which stay in the first-level cache
-  float* panel = scratch<float, 9>(rows * panel_width);
-  for (Index k = 0; k < part; k += rows) {
-    const Index here = std::min(rows, part - k);
+  float* panel = scratch<float, 9>(rounded_rows * panel_width);
+  for (Index k = 0; k < part; k += rounded_rows) {
+    const Index here = std::min(rounded_rows, part - k);
     panels.fill(first, count, begin + k, here, panel);
     kernels.bits16.round_panel(panel, panel_width, here, out + kernels.bits16.cells_of(k) * panel_width);
   }
@@ -191,14 +183,15 @@ struct PlainCells {
   /// Of a sum, in a panel.
   static constexpr Index panel_depth() noexcept { return panel_cells; }
   static constexpr Index cells_of(Index depth) noexcept { return depth; }
+  /// Cells of x where it is converted.
+  static constexpr Index cells_for(Index rows, Index cols) noexcept { return rows * uncrowded_stride<S>(cols); }
 
   /// Rows of x as cells: its own memory where that serves, else the calling thread's.
   template <class T>
   CellRows<Cell> prepare(const CpuRun& run, MatrixView<const T> x) const {
     if constexpr (std::is_same_v<T, S>)
       if (x.rows <= 2 || !crowds_cache(x.stride * static_cast<Index>(sizeof(S)))) return {x};
-    const Index stride = uncrowded_stride<Cell>(x.cols);
-    const MatrixView<Cell> cells{scratch<Cell, 10>(x.rows * stride), x.rows, x.cols, stride};
+    const MatrixView<Cell> cells{scratch<Cell, 10>(cells_for(x.rows, x.cols)), x.rows, x.cols, uncrowded_stride<Cell>(x.cols)};
     convert(run, x, cells);
     return {cells};
   }
@@ -232,32 +225,38 @@ class TileScope {
 struct Bits16Cells {
   using Cell = std::uint32_t;
   const CellKernels& kernels;
+  static constexpr Index turned_rows = 16;  // of x_rows, and of what kernels turn side by side
 
   Index panel_depth() const noexcept { return panel_cells / kernels.cells * kernels.numbers; }
   Index cells_of(Index depth) const noexcept { return kernels.cells_of(depth); }
   Index block() const noexcept { return kernels.block; }
   Index batch() const noexcept { return kernels.batch; }
   TileScope scope() const { return TileScope(kernels); }
-  /// Room for so many cells.
-  CellPanels panels_of(Index rows, Index cols) const {
-    const Index all_rows = rounded_up(rows, 16);  // tiles take whole ones
-    const Index panels = div_up(std::max<Index>(cols, 1), panel_depth());
-    return {scratch<Cell, 10>(panels * all_rows * CellPanels::stride()), all_rows, panel_depth()};
+  /// Cells of x.
+  Index cells_for(Index rows, Index cols) const noexcept {
+    return div_up(std::max<Index>(cols, 1), panel_depth()) * rows_for(rows) * CellPanels::stride();
+  }
+  /// Of rows on their way to stand side by side.
+  Index cells_beside(Index rows, Index cols) const noexcept {
+    return kernels.x_rows > 1 ? div_up(cols, panel_depth()) * rows * CellPanels::stride() : 0;
+  }
+  /// Room for the cells of x.
+  CellPanels panels_for(Index rows, Index cols) const {
+    return {scratch<Cell, 10>(cells_for(rows, cols)), rows_for(rows), panel_depth()};
   }
   template <class T>
   CellPanels prepare(const CpuRun& run, MatrixView<const T> x) const {
-    const CellPanels cells = panels_of(x.rows, x.cols);
+    const CellPanels cells = panels_for(x.rows, x.cols);
     each_x_rows(run, x.rows, x.cols, kernels.x_rows, [&](Index row, Index rows) {
       round(run, row, rows, x.cols, [&](Index r) { return row_as<float, 2>(run, x, row + r); }, cells);
     });
     return cells;
   }
   CellPanels prepare(const CpuRun& run, Turned x) const {
-    constexpr Index together = 16;  // of x_rows, and of what kernels turn side by side
-    const CellPanels cells = panels_of(x.rows, x.cols);
-    each_x_rows(run, x.rows, x.cols, together, [&](Index first, Index count) {
+    const CellPanels cells = panels_for(x.rows, x.cols);
+    each_x_rows(run, x.rows, x.cols, turned_rows, [&](Index first, Index count) {
       const Index stride = rounded_up(x.cols, 16);
-      float* turned = scratch<float, 2>(together * stride);
+      float* turned = scratch<float, 2>(turned_rows * stride);
       run.kernels<float>().transpose(x.cols, count, x.columns.data + first, x.columns.stride, turned, stride);
       for (Index row = 0; row < count; row += kernels.x_rows)
         round(run, first + row, std::min(kernels.x_rows, count - row), x.cols, [&](Index r) { return turned + (row + r) * stride; }, cells);
@@ -269,11 +268,12 @@ struct Bits16Cells {
   }
 
  private:
+  static constexpr Index rows_for(Index rows) noexcept { return rounded_up(rows, 16); }  // tiles take whole ones
   /// Up to x_rows rows, of which row_of(r) gives one at a time.
   template <class RowOf>
   void round(const CpuRun& run, Index row, Index rows, Index count, RowOf row_of, const CellPanels& cells) const {
     const Index side = kernels.x_rows;
-    Cell* own = side > 1 ? scratch<Cell, 8>(div_up(count, cells.depth) * rows * CellPanels::stride()) : nullptr;
+    Cell* own = side > 1 ? scratch<Cell, 8>(cells_beside(rows, count)) : nullptr;
     const CellPanels to = own != nullptr ? CellPanels{own, rows, cells.depth} : cells;
     const Index first = own != nullptr ? 0 : row;
     for (Index r = 0; r < rows; ++r) {
@@ -298,6 +298,17 @@ inline Index task_outputs(const CpuRun& run, Index outputs, Index x_rows) noexce
 /// read all of x.
 constexpr Index depth_parts(Index outputs, Index depth) noexcept {
   return depth >= 8192 && depth >= 16 * outputs ? std::min<Index>(depth / 4096, 8) : 1;
+}
+/// Outputs of a task that shares its sums: panels in its second-level cache.
+constexpr Index shared_outputs(Index outputs) noexcept { return rounded_up(outputs / ((outputs + 319) / 320), panel_width); }
+/// What a row of sums takes, of a task whose y is not in S, and of all outputs where tasks share them.
+constexpr Index own_sum_stride(Index outputs) noexcept { return rounded_up(outputs, panel_width) + 16; }  // as CellPanels
+template <class S>
+constexpr Index shared_sum_stride(Index outputs) noexcept { return uncrowded_stride<S>(rounded_up(outputs, panel_width)); }
+/// Whether sums of S are made in y itself.
+template <class S, class Y>
+constexpr bool sums_in_place(Index outputs, Index y_stride) noexcept {
+  return std::is_same_v<Y, S> && outputs % panel_width == 0 && !crowds_cache(y_stride * static_cast<Index>(sizeof(S)));
 }
 
 /// A product cut into tasks, in their order: every `width` outputs; of these, every `group` tokens; of these, the parts of a sum.
@@ -327,22 +338,21 @@ void multiply_panels(const CpuRun& run, const Cells& cells, const Panels& panels
   const Index outputs = panels.outputs(), depth = panels.depth();
   const Index parts = depth_parts(outputs, depth);
   const Index part_depth = rounded_up(div_up(std::max<Index>(depth, 1), parts), panel_depth);
-  if (parts > 1) task_outputs = rounded_up(outputs / ((outputs + 319) / 320), panel_width);  // panels of a task: in its second-level cache
+  if (parts > 1) task_outputs = shared_outputs(outputs);
   const ProductTasks tasks{outputs, task_outputs, x.rows, group_tokens, parts};
-  const Index sum_stride = uncrowded_stride<S>(rounded_up(outputs, panel_width));
+  const Index sum_stride = shared_sum_stride<S>(outputs);
   S* sums = parts > 1 ? scratch<S, 12>(parts * x.rows * sum_stride) : nullptr;
   run.parallel_for(tasks.count(), [&](Index task) {
     const auto [first, width, token, tokens, part_of_sum] = tasks[task];
     const auto next = tasks[task + 1];
     const Index begin = part_of_sum * part_depth, end = std::min(depth, begin + part_depth);
-    const bool direct = parts == 1 && std::is_same_v<Y, S> && outputs % panel_width == 0 &&
-                        !crowds_cache(y.stride * static_cast<Index>(sizeof(S)));
+    const bool direct = parts == 1 && sums_in_place<S, Y>(outputs, y.stride);
     const Index padded = rounded_up(width, panel_width);
     MatrixView<S> out;
     if constexpr (std::is_same_v<Y, S>)
       if (direct) out = {y.row(token) + first, tokens, width, y.stride};
     if (parts > 1) out = {sums + (part_of_sum * x.rows + token) * sum_stride + first, tokens, width, sum_stride};
-    else if (!direct) out = {scratch<S, 1>(tokens * (padded + 16)), tokens, padded, padded + 16};  // as CellPanels
+    else if (!direct) out = {scratch<S, 1>(tokens * own_sum_stride(width)), tokens, padded, own_sum_stride(width)};
     const Index block = cells.block(), batch = cells.batch() * panel_width;
     const bool shared = tokens <= block && batch == panel_width;  // panels that serve once have one place, in a first-level cache
     const Index apart = shared ? 0 : panel_cells;

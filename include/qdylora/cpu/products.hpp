@@ -6,6 +6,7 @@
 namespace qdylora::detail {
 
 inline constexpr Index gradient_tokens = 64;  // below this, the sums of a weight's gradient are too short for 16 bits to pay
+inline constexpr Index gradient_group = 256;  // rows of one at a time, which bounds the memory that u^T takes
 inline constexpr Index few_dots = 8;  // below this, weights that have no kernels for few tokens are multiplied row by row
 
 // ---- dense weights -----------------------------------------------------------------------------------------------------------------
@@ -74,8 +75,8 @@ void multiply_dense(const CpuRun& run, MatrixView<const T> x, const W& w, Matrix
     const Index group = is_dense<W> ? dense_group : token_group;
     if constexpr (std::is_same_v<S, float>)
       if (run.compute_of<T>() == Compute::bits16 && kernels.bits16 && x.rows >= few_dots)
-        return multiply_panels<S>(run, Bits16Cells{kernels.bits16}, panels, 2 * panel_width, group, x, y, update);
-    multiply_panels<S>(run, PlainCells<S>{run.kernels<S>()}, panels, 2 * panel_width, group, x, y, update);
+        return multiply_panels<S>(run, Bits16Cells{kernels.bits16}, panels, dense_outputs, group, x, y, update);
+    multiply_panels<S>(run, PlainCells<S>{run.kernels<S>()}, panels, dense_outputs, group, x, y, update);
   };
   if constexpr (is_dense<W>) go(ElementPanels<direction, ConstView<W>>{kernels, w});
   else go(ElementPanels<direction, W>{kernels, w});
@@ -126,12 +127,11 @@ void weight_gradient(const CpuRun& run, MatrixView<const S> u, MatrixView<const 
                   "weight_gradient: u " + shape_text(u) + " and x " + shape_text(x) + " have different tokens");
   expect_shape("weight_gradient: g", g, u.cols, x.cols);
   if constexpr (std::is_same_v<S, float>) {
-    constexpr Index group_rows = 256;  // of g, which bounds the memory that u^T takes
     const CodeKernels& kernels = run.codes();
     if (run.compute_of<T>() == Compute::bits16 && kernels.bits16 && u.rows >= gradient_tokens && u.cols >= kernels.bits16.gradient_rows) {
       const ElementPanels<Direction::backward, MatrixView<const T>> panels{kernels, x};
-      for (Index j = 0; j < u.cols; j += group_rows) {
-        const Index rows = std::min(group_rows, u.cols - j);
+      for (Index j = 0; j < u.cols; j += gradient_group) {
+        const Index rows = std::min(gradient_group, u.cols - j);
         multiply_panels<float>(run, Bits16Cells{kernels.bits16}, panels, task_outputs(x.cols), token_group,
                                Turned{u.middle_cols(j, rows)}, g.middle_rows(j, rows), update);
       }

@@ -78,6 +78,15 @@ S* scratch(Index size) {
   return block.data();
 }
 
+/// Whether rows `stride` bytes apart crowd into few sets of a first-level cache of 4 KiB a way.
+constexpr bool crowds_cache(Index stride) noexcept { return stride % 4096 == 0; }
+template <class S>
+constexpr Index uncrowded_stride(Index cols) noexcept {
+  constexpr Index line = 64 / static_cast<Index>(sizeof(S));
+  const Index stride = rounded_up(cols, line);
+  return crowds_cache(stride * static_cast<Index>(sizeof(S))) ? stride + line : stride;
+}
+
 /// y = x, rounded once.
 template <class X, class Y>
 void convert_row(const CpuRun& run, Index count, const X* x, Y* y) {
@@ -120,7 +129,7 @@ void write_row(const CpuRun& run, MatrixView<T> view, Index i, Update update, F&
 template <class S, class T>
 void store_row(const CpuRun& run, const S* values, MatrixView<T> view, Index i, Update update) {
   if (update == Update::overwrite) return convert_row(run, view.cols, values, view.row(i));
-  write_row<S, 13>(run, view, i, update, [&](S* sum) { run.kernels<S>().add(view.cols, values, sum); });
+  write_row<S, 2>(run, view, i, update, [&](S* sum) { run.kernels<S>().add(view.cols, values, sum); });
 }
 
 /// The elements of `view` as S: the view itself where it has them, else converted into `storage`.

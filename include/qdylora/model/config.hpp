@@ -29,6 +29,8 @@ struct ModuleNames {
 /// Rows of logits in memory at a time, at most. Each chunk decodes the head twice, forward and backward; a device multiplies so fast that
 /// with 96 rows it would hardly do anything else.
 constexpr Index head_chunk(bool device) noexcept { return device ? 512 : 96; }
+/// Their rows lie further apart than they are long: rows a multiple of 4 KiB apart would crowd into few sets of a cache.
+constexpr Index logits_stride(Index vocab) noexcept { return vocab + 16; }
 
 struct DecoderConfig {
   Architecture architecture = Architecture::llama;

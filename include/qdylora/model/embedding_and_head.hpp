@@ -105,8 +105,7 @@ class EmbeddingAndHead {
     const Index chunks = (scored + most - 1) / most, chunk = (scored + chunks - 1) / chunks;
     for (Index first = 0; first < scored; first += chunk) {
       const Index count = std::min(chunk, scored - first);
-      // Rows a multiple of 4 KiB apart would crowd into few sets of a cache.
-      logits_.resize(count, config_.vocab + 16);
+      logits_.resize(count, logits_stride(config_.vocab));
       const auto logits = logits_.view().left_cols(config_.vocab);
       const auto normed = normed_.view().middle_rows(first, count);
       with_head([&](const auto& w) { backend_.matmul(normed, w, logits, Update::overwrite); });

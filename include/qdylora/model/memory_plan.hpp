@@ -49,6 +49,7 @@ struct MemoryOptions {
 
   bool device = false;            // the backend's memory is not the host's
   std::size_t backend_bytes = 0;  // what the backend works in: a device's workspace, the threads' scratch
+  std::size_t backend_passing = 0;  // the most that one of its operations takes beside and gives back
   std::size_t process_bytes = 0;  // of the process without a model, measured: code, libraries, tokenizer, data
 
   /// What a recipe's re-ordering takes.
@@ -318,9 +319,9 @@ MemoryPlan memory_plan(const ModelShape& s, const MemoryOptions& o) {
     passing = std::max({passing, t == acc ? Index{0} : tokens * widest * acc, per_norm + tokens * per_token,
                         per_norm + o.scored * (per_token + s.width * t)});
   }
-  passing = std::max(passing, decoded * acc);
+  passing = std::max({passing, decoded * acc, static_cast<Index>(o.backend_passing)});
   plan.workspace += bytes(passing);
-  plan.logits = bytes(std::min(scored, head_chunk(o.device)) * (s.vocab + 17) * acc + scored * (2 * s.width * t + s.statistics * acc));
+  plan.logits = bytes(std::min(scored, head_chunk(o.device)) * (logits_stride(s.vocab) + 1) * acc + scored * (2 * s.width * t + s.statistics * acc));
   if (o.second_moments && o.training) plan.reordering += bytes(squares * acc);
   if (o.snapshot && o.training) plan.reordering += plan.adapters;
 

@@ -19,6 +19,7 @@ struct ModelShape {
   Index norms = 0, biases = 0;       // numbers in a block's norms and biases
   Index final_norms = 0;             // and after the last block
   Index statistics = 1;              // numbers that a norm keeps of a token
+  Index query_width = 0;             // of the queries of all heads
   Index kv_width = 0;                // of keys, and of values
   Index head_dim = 0;                // of rotary positions
   // What a block keeps of a forward pass for its backward pass, beside its input and the adapters' z: activations, and numbers of the
@@ -57,6 +58,7 @@ inline ModelShape model_shape(const DecoderConfig& c, AdapterMethod method = Ada
   s.linears = c.linears();
   if (has_ranks(method)) s.adapted = c.adapted(method);
   s.whole = method == AdapterMethod::full;
+  s.query_width = q;
   s.kv_width = kv;
   s.head_dim = c.heads.head_dim;
   const bool falcon = c.architecture == Architecture::falcon;
