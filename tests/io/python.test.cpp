@@ -135,7 +135,8 @@ TEST_CASE("bitsandbytes decodes 4-bit weights written here to our values, bit fo
 }
 
 TEST_CASE("PEFT computes with saved adapters what we compute, at every rank, scale, gate, magnitude and bias", "[python]") {
-  if (!test::has_python("torch, peft, safetensors.torch")) SKIP("no Python with torch, peft and safetensors ($QDYLORA_PYTHON)");
+  if (!test::has_python("torch, peft, safetensors.torch, transformers"))
+    SKIP("no Python with torch, peft, transformers and safetensors ($QDYLORA_PYTHON)");
   test::TemporaryFolder folder;
   const qd::Matrix<float> up = test::normal_matrix<float>(24, 16, 1, 0.25), block_up = test::normal_matrix<float>(20, 24, 2, 0.25),
                           plain = test::normal_matrix<float>(6, 20, 3, 0.25), x = test::normal_matrix<float>(9, 16, 4);
@@ -180,6 +181,15 @@ TEST_CASE("PEFT computes with saved adapters what we compute, at every rank, sca
     const auto other = trained_adapter(24, 20, {.max_rank = 8, .alpha = 11.0f, .dora = dora}, 10);
     qd::save_peft_adapter(folder / name, {{"up", &biased}, {"block.up", &other}}, {.rank = 3, .task_type = ""});
     const auto last = relu(linear(relu(linear(input, up, &biased, 3)), block_up, &other, 3));
+    expected.add(name, std::as_const(outputs.emplace_back(to_float(linear(last, plain, nullptr, 0)))).view());
+  }
+  // On modules that store their weights [in, out]; PEFT takes the magnitude of their columns.
+  for (const bool dora : {false, true}) {
+    const std::string name = dora ? "conv1d_dora" : "conv1d";
+    const auto one = trained_adapter(16, 24, {.max_rank = 8, .alpha = 11.0f, .dora = dora}, 11);
+    const auto two = trained_adapter(24, 20, {.max_rank = 8, .alpha = 11.0f, .dora = dora}, 12);
+    qd::save_peft_adapter(folder / name, {{"up", &one}, {"block.up", &two}}, {.rank = 5, .task_type = "", .fan_in_fan_out = true});
+    const auto last = relu(linear(relu(linear(input, up, &one, 5)), block_up, &two, 5));
     expected.add(name, std::as_const(outputs.emplace_back(to_float(linear(last, plain, nullptr, 0)))).view());
   }
   // Weighted sums.
