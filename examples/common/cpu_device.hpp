@@ -36,6 +36,7 @@ class CpuDevice {
     const ScratchPlan scratch = scratch_of<T>(options, shape);
     options.backend_bytes = scratch.bytes();
     options.backend_passing = scratch.passing();
+    options.backend_beside_gradient = scratch.beside_gradient();
   }
   /// The most memory so far, as the plan's total counts it.
   std::size_t peak() const { return static_cast<std::size_t>(memory_use().peak); }

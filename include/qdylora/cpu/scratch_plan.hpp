@@ -44,7 +44,7 @@ class ScratchPlan {
   void gradient(Index tokens, Index rows, Index cols) {
     const auto& kernels = run().codes().bits16;
     if (!bits16<X>() || tokens < detail::gradient_tokens || rows < kernels.gradient_rows) {
-      if (sizeof(X) < sizeof(float)) passing_ = std::max(passing_, tokens * cols * float_bytes);
+      if (sizeof(X) < sizeof(float)) beside_gradient_ = std::max(beside_gradient_, tokens * cols * float_bytes);
       return;
     }
     round<float>(detail::Bits16Cells{kernels}, std::min(rows, detail::gradient_group), tokens);
@@ -72,8 +72,9 @@ class ScratchPlan {
       (slot < first_shared ? own : shared) += (numbers_[slot] + cells_[slot]) * float_bytes;
     return static_cast<std::size_t>(shared + own * std::max(1, cpu_.threads()));
   }
-  /// The most that an operation takes beside and gives back.
+  /// The most that attention, and that a weight's gradient takes beside and gives back.
   std::size_t passing() const { return static_cast<std::size_t>(passing_); }
+  std::size_t beside_gradient() const { return static_cast<std::size_t>(beside_gradient_); }
 
  private:
   static constexpr Index float_bytes = 4;  // of a number and of a cell
@@ -122,7 +123,7 @@ class ScratchPlan {
 
   Cpu cpu_;
   std::array<Index, slots> numbers_{}, cells_{};
-  Index passing_ = 0;
+  Index passing_ = 0, beside_gradient_ = 0;
 };
 
 }  // namespace qdylora

@@ -49,7 +49,8 @@ struct MemoryOptions {
 
   bool device = false;            // the backend's memory is not the host's
   std::size_t backend_bytes = 0;  // what the backend works in: a device's workspace, the threads' scratch
-  std::size_t backend_passing = 0;  // the most that one of its operations takes beside and gives back
+  // The most that one of its operations takes beside and gives back: attention, and a weight's gradient, which its layer has temporaries for.
+  std::size_t backend_passing = 0, backend_beside_gradient = 0;
   std::size_t process_bytes = 0;  // of the process without a model, measured: code, libraries, tokenizer, data
 
   /// What a recipe's re-ordering takes.
@@ -309,14 +310,14 @@ MemoryPlan memory_plan(const ModelShape& s, const MemoryOptions& o) {
     plan.workspace += bytes(s.layers * s.outputs() * (1 + o.dora_ranks) * acc);
     passing = std::max(passing, (rank * widest_out + 2 * rank * rank + widest_out) * acc);
   }
+  const auto beside_gradient = static_cast<Index>(o.backend_beside_gradient);
   if (o.training) {
     plan.workspace += bytes(tokens * (s.backward_temporaries + s.width + (o.checkpoint ? s.width : 0)) * t);  // d; a spare stream
-    passing = std::max({passing, tokens * (given_back + (dora ? widest_out * t : 0)),
-                        o.scored * s.width * t});
+    passing = std::max({passing, tokens * (given_back + (dora ? widest_out * t : 0)) + beside_gradient, o.scored * s.width * t});
   }
   if (s.whole && o.training) {  // dy as numbers of masters; what makes the gradient of a norm, of the final one beside its dx
     const Index per_norm = s.width * s.statistics * acc, per_token = s.width * t + (2 * s.statistics - 1) * acc;
-    passing = std::max({passing, t == acc ? Index{0} : tokens * widest * acc, per_norm + tokens * per_token,
+    passing = std::max({passing, (t == acc ? Index{0} : tokens * widest * acc) + beside_gradient, per_norm + tokens * per_token,
                         per_norm + o.scored * (per_token + s.width * t)});
   }
   passing = std::max({passing, decoded * acc, static_cast<Index>(o.backend_passing)});
