@@ -89,11 +89,6 @@ struct CompareInput {
   Cpu cpu;
 };
 
-/// Bits that a linear weight takes, with its share of scales.
-inline double bits_of(const DecoderWeights<float>& weights) {
-  return 8.0 * static_cast<double>(weights.linear_bytes()) / static_cast<double>(weights.config.linear_weights());
-}
-
 /// Opens what the options name. Errors: bad_argument and unsupported for options that do not go together, and those of the files.
 inline CompareInput open_input(const CompareOptions& o, const RankSet& ranks, const CpuDevice& device) {
   const Cpu& cpu = device.backend();
@@ -215,8 +210,7 @@ inline std::vector<ComparedRun> train(const CompareInput& in, const RankSet& ran
   };
   if (!take_steps(in, trainer, steps, seed, signal, draw_base)) return {};
 
-  Index parameters = 0;
-  for (const auto& p : decoder.parameters()) parameters += p->value.size();
+  const Index parameters = trained_parameters(decoder);
   std::vector<Index> at(own.begin(), own.end());
   if (base && !whole) at.push_back(0);
   std::vector<ComparedRun> runs;

@@ -101,6 +101,20 @@ std::vector<RankResult> evaluate_losses(
   return results;
 }
 
+/// Bits that a linear weight takes, with its share of scales.
+template <class Weights>
+double bits_of(const Weights& weights) {
+  return 8.0 * static_cast<double>(weights.linear_bytes()) / static_cast<double>(weights.config.linear_weights());
+}
+
+/// Numbers that train.
+template <class Model>
+Index trained_parameters(const Model& model) {
+  Index sum = 0;
+  for (const auto& p : model.parameters()) sum += p->value.size();
+  return sum;
+}
+
 /// Parameters at each rank, and the seconds that one token takes, alone in its batch: the fewest of three runs.
 template <class T, class Backend>
 void measure_costs(
@@ -113,8 +127,7 @@ void measure_costs(
       result.parameters += rank * (linear.in() + linear.out()) +
                            (rank > 0 ? (linear.adapter().dora() + linear.adapter().biased()) * linear.out() : 0);
     });
-    if (result.rank > 0 && !has_ranks(model.options().method))
-      for (const auto& p : model.parameters()) result.parameters += p->value.size();
+    if (result.rank > 0 && !has_ranks(model.options().method)) result.parameters += trained_parameters(model);
     for (Index round = 0; round < rounds && !stop(); ++round) {
       const auto start = std::chrono::steady_clock::now();
       const auto written = generate(model, std::span<const std::vector<std::int32_t>>(prompts), RankPlan::uniform(result.rank),

@@ -86,8 +86,7 @@ std::optional<RunReport> train_and_measure(const FinetuneOptions& o, const OpenM
       device.moments_memory(o.paged));
   trainer.hold_back(to_batches(data.held_back, batch_tokens));
   const Index adapted = decoder.config().layers * static_cast<Index>(decoder.config().adapted(method).size());
-  Index trainable = 0;
-  for (const auto& p : decoder.parameters()) trainable += p->value.size();
+  const Index trainable = trained_parameters(decoder);
   if (scales)
     std::printf("scales     of %lld of %lld planes of all %lld linear layers, %.2f M parameters\n",
                 static_cast<long long>(o.trained_planes), static_cast<long long>(o.planes), static_cast<long long>(adapted),
@@ -243,8 +242,7 @@ int finetune_with(const FinetuneOptions& o, OpenModel& model, const FinetuneData
   std::printf("model      %s: %lld blocks of width %lld, %.1f M linear weights in %s, %.3f bits each (%.0f MB), read in %.1f s\n",
               model.name.c_str(), static_cast<long long>(w.config.layers), static_cast<long long>(w.config.width),
               static_cast<double>(w.config.linear_weights()) / 1e6, base_text(o).c_str(),
-              8.0 * static_cast<double>(w.linear_bytes()) / static_cast<double>(w.config.linear_weights()),
-              static_cast<double>(w.linear_bytes()) / 1e6, seconds_since(start));
+              bits_of(w), static_cast<double>(w.linear_bytes()) / 1e6, seconds_since(start));
   const StopSignal signal;
   auto report = train_and_measure<T, Optimizer>(o, model, data, device, trains_whole(o) ? std::move(weights) : weights, signal);
   if (!report) return 130;

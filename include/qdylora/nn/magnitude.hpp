@@ -195,13 +195,21 @@ void scale_by_factors(In<T> source, const RankPlan& plan, const MagnitudeContext
 /// Each row of w [out, in] times its factor, of [1, out].
 template <class S, class Backend>
 void scale_weight_rows(In<S> factors, MatrixView<S> w, const Backend& backend) {
-  Matrix<S> on_host(1, w.rows), rows(w.rows, w.cols);
+  Matrix<S> on_host(1, w.rows);
   backend.download(factors, on_host.view());
-  backend.download(w, rows.view());
-  for (Index o = 0; o < w.rows; ++o)
-    for (Index k = 0; k < w.cols; ++k) rows(o, k) *= on_host(0, o);
-  backend.upload(MatrixView<const S>(rows.view()), w);
-  backend.synchronize();  // the host's memory is given back
+  const auto scale = [&](MatrixView<S> rows) {
+    for (Index o = 0; o < rows.rows; ++o)
+      for (Index k = 0; k < rows.cols; ++k) rows(o, k) *= on_host(0, o);
+  };
+  if constexpr (Backend::Memory::host) {
+    scale(w);
+  } else {
+    Matrix<S> rows(w.rows, w.cols);
+    backend.download(w, rows.view());
+    scale(rows.view());
+    backend.upload(MatrixView<const S>(rows.view()), w);
+    backend.synchronize();  // the host's memory is given back
+  }
 }
 
 /// dm += sum_t dy[t] v[t] / n.
