@@ -59,8 +59,8 @@ class ScratchPlan {
     own(6, passes * rows * longest);
     if (training) own(8, rows * head_dim);
     if (sizeof(T) < sizeof(float)) {
-      for (const int slot : {2, 7}) own(slot, rows * head_dim);
-      for (const int slot : {3, 4}) own(slot, longest * head_dim);
+      for (const unsigned slot : {2u, 7u}) own(slot, rows * head_dim);
+      for (const unsigned slot : {3u, 4u}) own(slot, longest * head_dim);
     }
     if (training) passing_ = std::max(passing_, 2 * tokens * heads * head_dim * float_bytes);  // dk and dv of each head
   }

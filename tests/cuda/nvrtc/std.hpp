@@ -43,6 +43,7 @@ struct string {
   bool empty() const;
   string& operator+=(char c);
   string& operator+=(const string& text);
+  string& append(const string& text);
 };
 string operator+(const string& a, const string& b);
 template <class T>
