@@ -21,8 +21,8 @@
 #include "common/dataset.hpp"
 #include "common/evaluation.hpp"
 #include "common/model.hpp"
+#include "common/other_formats.hpp"
 #include "common/program.hpp"
-#include "common/small_floats.hpp"
 #include "common/weight_error.hpp"
 
 namespace {
@@ -33,7 +33,7 @@ using Linear = WeightFor<AnyFormat>;
 using Linears = std::vector<std::shared_ptr<const Linear>>;
 
 struct Options {
-  std::string model, tokenizer, chat = "model", formats = "nf4,fp4,e2m1,e3m0,int4,fp8_e4m3,fp8_e5m2,int8", block_sizes = "64,128";
+  std::string model, tokenizer, chat = "model", formats = "nf4,af4,fp4,e2m1,e3m0,int4,int4_16,fp8_e4m3,fp8_e5m2,int8", block_sizes = "64,128";
   std::vector<std::string> data;
   Index examples = 32, seq_len = 256, own = 0;
   int threads = 0;
@@ -48,7 +48,10 @@ void declare(CLI::App& app, Options& o) {
       ->check(not_empty())
       ->needs(model);
   app.add_option("--data", o.data, "JSON lines or plain text, as for finetune; once for each text")->check(not_empty())->needs(model);
-  app.add_option("--formats", o.formats, "nf4, fp4 (bitsandbytes'), e2m1, e3m0, int4, fp8_e4m3, fp8_e5m2 and int8")->capture_default_str();
+  app.add_option("--formats", o.formats,
+                 "nf4, af4 (AbnormalFloat), fp4 (bitsandbytes'), e2m1, e3m0, int4 (-7 ... 7), int4_16 (-8 ... 7), "
+                 "fp8_e4m3, fp8_e5m2 and int8")
+      ->capture_default_str();
   app.add_option("--block-sizes", o.block_sizes, "weights that share a scale: powers of two in 32 ... 4096")->capture_default_str();
   add_number(app, "--examples", o.examples, "of each text at most, from all over it", 1, most_examples);
   add_number(app, "--own-text", o.own, "texts of --seq-len tokens that the model itself writes, as one more text", 0, most_batch);
@@ -70,7 +73,7 @@ void with_format(const std::string& name, F&& f) {
     f(format);
   };
   const auto all = [&]<class... Formats>(Formats... formats) { (one(formats), ...); };
-  all(NF4{}, FP4{}, E2M1{}, E3M0{}, INT4{}, FP8E4M3{}, FP8E5M2{}, INT8{});
+  all(NF4{}, AF4{}, FP4{}, E2M1{}, E3M0{}, INT4{}, INT4Of16{}, FP8E4M3{}, FP8E5M2{}, INT8{});
   QDYLORA_EXPECTS(found, bad_argument, "--formats: no format '" + printable(name) + "'; there are " + known);
 }
 
@@ -121,12 +124,12 @@ std::string difference(const RankResult& a, const RankResult& b) {
 }
 
 void print_errors(const std::string& of, const std::vector<Row>& rows) {
-  std::printf("\n| %s | block | bits | mean abs. error | RMS error | bits, DQ | mean abs. error, DQ | RMS error, DQ |\n", of.c_str());
+  std::printf("\n| %s | block | bits | mean abs. error | SQNR, dB | bits, DQ | mean abs. error, DQ | SQNR, dB, DQ |\n", of.c_str());
   std::printf("|---|---|---|---|---|---|---|---|\n");
   for (const auto& row : rows) {
     std::printf("| %s | %lld |", row.variant.format.c_str(), static_cast<long long>(row.variant.block_size));
     for (const auto* cost : {&row.plain, &row.nested})
-      std::printf(" %.3f | %.3f %% | %.3f %% |", cost->bits(), 100.0 * cost->error.absolute(), 100.0 * cost->error.root_mean_square());
+      std::printf(" %.3f | %.3f %% | %.3f |", cost->bits(), 100.0 * cost->error.absolute(), cost->error.signal_to_noise());
     std::printf("\n");
   }
 }

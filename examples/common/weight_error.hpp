@@ -24,6 +24,8 @@ struct WeightError {
   /// Means of |w' - w| and, squared, of (w' - w)^2, relative to those of w; 0 where all weights are zero.
   double absolute() const noexcept { return size > 0.0 ? error / size : 0.0; }
   double root_mean_square() const noexcept { return power > 0.0 ? std::sqrt(squared_error / power) : 0.0; }
+  /// The signal-to-quantization-noise ratio in decibels; infinite where nothing changed.
+  double signal_to_noise() const noexcept { return 10.0 * std::log10(power / squared_error); }
 };
 
 }  // namespace qdylora::examples

@@ -400,7 +400,7 @@ TEST_CASE("programs: a wrong argument or file gives one line and status 2") {
       {"quantize", quoted(folder / "junk.safetensors") + " out", "junk.safetensors"},
       {"quantize", quoted(test::golden("codes.safetensors")) + " out", "no matrix"},
       {"quantize", quoted(test::golden("linear4bit_io.safetensors")) + " " + quoted(folder / "q") + " --block-size 48", "48"},
-      {"formats", "--formats nf4,nf5", "no format 'nf5'; there are nf4, fp4, e2m1"},
+      {"formats", "--formats nf4,nf5", "no format 'nf5'; there are nf4, af4, fp4, e2m1"},
       {"formats", "--formats nf4,", "--formats"},
       {"formats", "--block-sizes 64,48", "48"},
       {"formats", "--data " + good, "--model"},

@@ -31,6 +31,11 @@ concept CodeFormat = requires(float v) {
   { F::values[0] } -> std::convertible_to<float>;  // decoded value of each code; 2^bits of them
   { F::encode(v) } -> std::same_as<std::uint8_t>;  // v in [-1, 1] or NaN; NaN has a defined code too
   requires F::values.size() == (std::size_t{1} << F::bits);
+  requires F::bits == 8 || requires {  // what kernels encode 4 bits by: v that is above k of the sorted thresholds has the code ascending[k]
+    { F::thresholds[0] } -> std::convertible_to<float>;
+    { F::ascending[0] } -> std::convertible_to<std::uint8_t>;
+    requires F::ascending.size() == F::thresholds.size() + 1;
+  };
 };
 
 namespace detail {

@@ -1,4 +1,4 @@
-// The 4-bit floats of QLoRA's Table 2 as code formats.
+// The 4-bit formats that papers compare NF4 with, as code formats.
 #include <algorithm>
 #include <cmath>
 #include <fstream>
@@ -7,18 +7,20 @@
 #include <qdylora/cpu/cpu.hpp>
 #include <qdylora/io/json.hpp>
 
-#include "common/small_floats.hpp"
+#include "common/other_formats.hpp"
 #include "support/catch.hpp"
 #include "support/distortion.hpp"
 #include "support/golden.hpp"
 #include "support/random_data.hpp"
 
-namespace small_floats_test {
+namespace other_formats_test {
 
 namespace qd = qdylora;
 using qd::Index;
+using qd::examples::AF4;
 using qd::examples::E2M1;
 using qd::examples::E3M0;
+using qd::examples::INT4Of16;
 
 namespace {
 
@@ -31,26 +33,29 @@ void expect_nearest() {
     CAPTURE(v);
     CHECK(std::fabs(v - Format::values[Format::encode(v)]) == Approx(least).margin(1e-6));
   }
-  for (std::size_t code = 0; code < 16; ++code)
-    if (code != 8) CHECK(Format::encode(Format::values[code]) == code);
-  CHECK(Format::encode(-0.0f) == 0);
+  for (const float value : Format::values) CHECK(Format::values[Format::encode(value)] == value);
+  CHECK(std::is_sorted(Format::values.begin(), Format::values.end()));
 }
 
 }  // namespace
 
-TEST_CASE("E2M1 and E3M0 have their bits' values, and encode to the nearest") {
+TEST_CASE("E2M1, E3M0, AF4 and INT4 of 16 levels have their values, and encode to the nearest") {
   const float e2m1[] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f};
   for (std::size_t code = 0; code < 8; ++code) {
-    CHECK(E2M1::values[code] == e2m1[code] / 6.0f);
-    CHECK(E3M0::values[code] == (code == 0 ? 0.0f : std::ldexp(1.0f, static_cast<int>(code) - 7)));
-    CHECK(E2M1::values[8 + code] == -E2M1::values[code]);
-    CHECK(E3M0::values[8 + code] == -E3M0::values[code]);
+    CHECK(E2M1::values[8 + code] == e2m1[code] / 6.0f);
+    CHECK(E3M0::values[8 + code] == (code == 0 ? 0.0f : std::ldexp(1.0f, static_cast<int>(code) - 7)));
+    CHECK(E2M1::values[7 - code] == -e2m1[code] / 6.0f);
+    CHECK(INT4Of16::values[code] == (static_cast<float>(code) - 8.0f) / 8.0f);
   }
+  CHECK(INT4Of16::values[INT4Of16::encode(1.0f)] == 0.875f);  // the price of the level -8
+  CHECK(INT4Of16::values[INT4Of16::encode(-1.0f)] == -1.0f);
   expect_nearest<E2M1>();
   expect_nearest<E3M0>();
+  expect_nearest<INT4Of16>();
+  expect_nearest<AF4>();
 }
 
-TEST_CASE("E2M1's and E3M0's errors on N(0, 1) are those of the golden table, by the backend's kernels") {
+TEST_CASE("other formats' errors on N(0, 1) are those of the golden table, by the backend's kernels") {
   std::ifstream stream(test::golden("quant_error_normal.json"));
   const qd::Json golden = qd::Json::parse(stream).at("results");
   const auto x = test::normal_matrix<float>(1024, 1024, 19);
@@ -66,6 +71,8 @@ TEST_CASE("E2M1's and E3M0's errors on N(0, 1) are those of the golden table, by
   };
   check("FP4 E2M1 OCP", E2M1{});
   check("FP4 E3M0 (0,2^-6..1)", E3M0{});
+  check("INT4 -8..7 (/8)", INT4Of16{});
+  check("AF4-64", AF4{});
 }
 
-}  // namespace small_floats_test
+}  // namespace other_formats_test
