@@ -280,6 +280,17 @@ void check_bad_scales(std::span<const Compute> classes) {
       w.scales()[static_cast<std::size_t>(block)] = static_cast<float>(bad);
       check_bad_elements(w.view(), clean, 64 * block, 64, classes);
     }
+  // Rows that end within a vector's scales, so that the next row's stand behind.
+  for (const auto& [rows, cols, block_size] : {std::tuple<Index, Index, Index>{40, 96, 32}, {21, 576, 64}}) {
+    const auto short_rows = normal_weight<Format, qd::Float32Scales>(rows, cols, block_size);
+    const DecodedWeight clean_rows = decoded_weight(short_rows.view());
+    for (const Index block : {5 * cols / block_size, 6 * cols / block_size - 1, short_rows.blocks() - cols / block_size}) {
+      CAPTURE(rows, cols, block);
+      PlacedWeight<Format, qd::Float32Scales> w(short_rows, 1);
+      w.scales()[static_cast<std::size_t>(block)] = std::numeric_limits<float>::infinity();
+      check_bad_elements(w.view(), clean_rows, block_size * block, block_size, classes);
+    }
+  }
   // The second block of scales of scales, which holds for 44 of 300 blocks.
   const auto nested = normal_weight<Format, qd::DoubleQuant<>>(30, 640, 64);
   const DecodedWeight clean_nested = decoded_weight(nested.view());
@@ -311,6 +322,48 @@ TEST_CASE("NaN and infinity in a scale spoil the products with its block and no 
   const std::vector lossy = {Compute::bits16, Compute::int8};
   check_bad_scales<qd::NF4>(lossy);
   check_bad_scales<qd::FP8E5M2>(lossy);
+}
+
+TEST_CASE("NaN that an earlier product left in scratch memory reaches no other product", "[cpu][classes]") {
+  const auto tensor = normal_weight<qd::NF4, qd::Float32Scales>(64, 96, 32), few_rows = normal_weight<qd::NF4, qd::Float32Scales>(17, 96, 32);
+  PlacedWeight<qd::NF4, qd::Float32Scales> spoilt(tensor, 1);
+  for (float& scale : spoilt.scales()) scale = std::numeric_limits<float>::quiet_NaN();
+  const DecodedWeight clean = decoded_weight(few_rows.view());
+  for (const Direction direction : both_directions)
+    for (const Index tokens : {1, 4, 16, 40}) {
+      const auto before = normal_problem<float>(direction, tokens, decoded_weight(tensor.view()), 3);
+      const auto p = normal_problem<float>(direction, tokens, clean, 4);
+      CAPTURE(static_cast<int>(direction), tokens);
+      each_class([&](const qd::Cpu& cpu) {
+        if (!has_product<float>(cpu, direction, few_rows.view())) return;
+        multiplied(cpu, direction, before.x.view(), spoilt.view());
+        const auto y = multiplied(cpu, direction, p.x.view(), few_rows.view());
+        CHECK(judged(p, y.view(), Update::overwrite, upper_bounds<float>(cpu)) == "");
+      });
+    }
+}
+
+TEST_CASE("INT4's code 0, beyond -1, overflows no sum of integers", "[cpu][classes]") {
+  const Index out = 40, in = 256;
+  qd::Buffer<std::uint8_t> codes(qd::code_bytes<qd::INT4>(out * in));
+  std::fill(codes.span().begin(), codes.span().end(), std::uint8_t{0});
+  qd::Float32Scales::Storage<qd::HostMemory> scales{qd::Buffer<float>(out * in / 64)};
+  for (auto& scale : scales.absmax.span()) scale = 1.0f;
+  const qd::QuantizedTensor<qd::INT4, qd::Float32Scales> tensor(out, in, 64, std::move(codes), std::move(scales));
+  const DecodedWeight decoded = decoded_weight(tensor.view());
+  CHECK(decoded.values(0, 0) == Approx(-8.0 / 7.0));
+  for (const Direction direction : both_directions)
+    for (const Index tokens : {1, 4, 16, 40}) {
+      Matrix<float> ones(tokens, direction == Direction::forward ? in : out);
+      for (float& x : ones.span()) x = 1.0f;
+      const auto p = problem_of(direction, std::move(ones), decoded);
+      CAPTURE(static_cast<int>(direction), tokens);
+      each_class([&](const qd::Cpu& cpu) {
+        if (!has_product<float>(cpu, direction, tensor.view())) return;
+        const auto y = multiplied(cpu, direction, p.x.view(), tensor.view());
+        for (const float v : y.span()) CHECK(v == Approx(p.product(0, 0)).epsilon(0.02));
+      });
+    }
 }
 
 // ---- sums whose result is known ------------------------------------------------------------------------------------------------

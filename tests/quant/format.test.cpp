@@ -265,6 +265,8 @@ TEST_CASE("the scaled 8-bit formats put their largest finite value at 1") {
   CHECK(qd::FP8E4M3::encode(1.0f) == 0x7E);
   CHECK(qd::FP8E4M3::encode(-1.0f) == 0xFE);
   CHECK(qd::FP8E5M2::encode(1.0f) == 0x7B);
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  for (const float v : {nan, -nan}) CHECK((qd::FP8E4M3::encode(v) == 0x7F && qd::FP8E5M2::encode(v) == 0x7F));
   CHECK(qd::FP8E4M3::values[0x7E] == 1.0f);
   CHECK(std::isnan(qd::FP8E4M3::values[0x7F]));
   CHECK(std::isinf(qd::FP8E5M2::values[0x7C]));

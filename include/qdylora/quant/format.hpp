@@ -28,7 +28,7 @@ template <class F>
 concept CodeFormat = requires(float v) {
   requires F::bits == 4 || F::bits == 8;
   { F::name } -> std::convertible_to<std::string_view>;
-  { F::values[0] } -> std::convertible_to<float>;  // decoded value of each code; 2^bits of them
+  { F::values[0] } -> std::convertible_to<float>;  // decoded value of each code, 2^bits of them; of 4 bits in [-8/7, 8/7]
   { F::encode(v) } -> std::same_as<std::uint8_t>;  // v in [-1, 1] or NaN; NaN has a defined code too
   requires F::values.size() == (std::size_t{1} << F::bits);
   requires F::bits == 8 || requires {  // what kernels encode 4 bits by: v that is above k of the sorted thresholds has the code ascending[k]
@@ -205,7 +205,8 @@ struct ScaledFloat8 {
     return table;
   }();
 
-  QDYLORA_HD static constexpr std::uint8_t encode(float v) noexcept { return Ocp::encode(v * largest); }
+  /// NaN has one code: processors do not agree on the sign of one that they make.
+  QDYLORA_HD static constexpr std::uint8_t encode(float v) noexcept { return v == v ? Ocp::encode(v * largest) : Ocp::nan_code; }
 };
 
 // bitsandbytes create_dynamic_map: 7 decades; decade i holds 2^i (unsigned: 2^(i+1)) values, the midpoints of an even division of

@@ -1,7 +1,10 @@
 // A quantized weight as the kernels read it: formats and scales as tables, so that one compiled kernel serves all of them.
 #pragma once
 
+#include <algorithm>
+#include <array>
 #include <bit>
+#include <cstdint>
 #include <type_traits>
 
 #include <qdylora/quant/quantized_tensor.hpp>
@@ -45,6 +48,9 @@ struct CodedWeight {
   }
 };
 
+/// How far from zero a code's value may be: INT4's code 0, which is never written, is -8/7.
+inline constexpr float largest_code_value = 8.0f / 7.0f;
+
 /// What 1 becomes where the values of 4-bit codes become signed integers of so many bits: of the scales that they fit at, in sixteenths, the one
 /// that moves them least.
 template <CodeFormat Format>
@@ -84,6 +90,9 @@ CodedWeight coded(const QuantizedView<Format, Scales>& w) noexcept {
   c.values = Format::values.data();
   c.bits = Format::bits;
   if constexpr (Format::bits == 4) {
+    static_assert(std::all_of(Format::values.begin(), Format::values.end(),
+                              [](float v) { return v <= largest_code_value && v >= -largest_code_value; }),
+                  "products' sums of integers hold values of codes in [-8/7, 8/7]");
     constexpr float in_7_bits = integer_scale<Format>(7), in_8_bits = integer_scale<Format>(8);
     c.one_in_7_bits = in_7_bits;
     c.one_in_8_bits = in_8_bits;

@@ -104,9 +104,9 @@ struct CellKernels {
 };
 
 /// Cells of 16-bit integers: 64 numbers of a sum are a unit of 33 cells, 32 with two integers each, the first in the low half, and one with the
-/// float that their sum is multiplied with. Integers reach 5792, so that 64 products fit a sum.
+/// float that their sum is multiplied with. Integers reach 5792, those of codes' values as much, so that 64 products fit a sum.
 inline constexpr Index word_unit = 64, word_cells = 33;
-inline constexpr float largest_word = 5792.0f;
+inline constexpr float largest_word = 5792.0f, largest_weight_word = 5068.0f;  // 5792 at largest_code_value
 
 /// Products of panels of bytes: weights unsigned, x signed, as few_int8 makes it.
 struct ByteKernels {
