@@ -1,7 +1,11 @@
 #include <qdylora/cpu/parallel.hpp>
 
+#include <sys/wait.h>
+#include <unistd.h>
+
 #include <atomic>
 #include <chrono>
+#include <memory>
 #include <set>
 #include <stdexcept>
 #include <thread>
@@ -84,6 +88,51 @@ TEST_CASE("an exception of a task reaches the caller, the lowest task's when the
     CHECK(runs == 50);
   }
 }
+
+TEST_CASE("all tasks have run when an exception reaches the caller", "[cpu]") {
+  for (const int threads : {1, 3}) {
+    qd::ThreadPool pool(threads);
+    std::atomic<int> runs{0};
+    const auto body = [&](Index i) {
+      ++runs;
+      if (i < 2) throw std::runtime_error("early");
+    };
+    CHECK_THROWS_AS(pool.run(20, body), std::runtime_error);
+    CHECK(runs == 20);
+  }
+}
+
+#if defined(__has_feature)
+#define HAS_FEATURE(feature) __has_feature(feature)
+#else
+#define HAS_FEATURE(feature) 0
+#endif
+#if !defined(__SANITIZE_THREAD__) && !HAS_FEATURE(thread_sanitizer)  // which ends a process that is forked off one with threads
+TEST_CASE("a forked process runs loops on its own thread, and ends", "[cpu]") {
+  auto pool = std::make_unique<qd::ThreadPool>(3);
+  std::atomic<int> before{0};
+  pool->run(64, [&](Index) { ++before; });
+  const pid_t child = fork();
+  REQUIRE(child >= 0);
+  if (child == 0) {
+    alarm(20);  // a hang is a failure
+    const auto self = std::this_thread::get_id();
+    int runs = 0, elsewhere = 0;
+    pool->run(64, [&](Index) { ++runs, elsewhere += std::this_thread::get_id() != self; });
+    pool.reset();
+    qd::ThreadPool own(3);  // made here, it has threads
+    std::atomic<int> again{0};
+    own.run(64, [&](Index) { ++again; });
+    _exit(runs == 64 && elsewhere == 0 && again == 64 ? 0 : 1);
+  }
+  int status = -1;
+  REQUIRE(waitpid(child, &status, 0) == child);
+  CHECK((WIFEXITED(status) && WEXITSTATUS(status) == 0));
+  std::atomic<int> after{0};
+  pool->run(64, [&](Index) { ++after; });
+  CHECK(after == 64);
+}
+#endif
 
 TEST_CASE("all tasks have ended when an exception reaches the caller", "[cpu]") {
   qd::ThreadPool pool(4);

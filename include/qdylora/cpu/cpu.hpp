@@ -231,8 +231,9 @@ class Cpu {
       : run_{std::move(pool), std::move(executor), best_isa(), Compute::automatic} {}
 
   static std::shared_ptr<ThreadPool> shared_pool() {
-    static const auto pool = std::make_shared<ThreadPool>();
-    return pool;
+    // Never destroyed: other threads may still be in it when the process ends.
+    static const auto* const pool = new std::shared_ptr<ThreadPool>(std::make_shared<ThreadPool>());
+    return *pool;
   }
 
   detail::CpuRun run_;

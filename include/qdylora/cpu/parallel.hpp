@@ -10,6 +10,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <type_traits>
 #include <utility>
@@ -18,10 +19,15 @@
 #include <qdylora/core/error.hpp>
 #include <qdylora/core/scalar.hpp>
 
+#if defined(__unix__)
+#include <pthread.h>
+#endif
+
 namespace qdylora {
 
 /// What a trainer with its own threads gives the backend instead of ours: runs f(0) ... f(count - 1), each once, in any order, on any
-/// threads, and returns when all are done.
+/// threads, and returns when all are done. Until then the calling thread may do nothing else with this library: what it has at hand lies in
+/// scratch memory of that thread. A pool whose waiting threads take up other work has to be kept from it (tbb::this_task_arena::isolate).
 using Executor = std::function<void(Index count, const std::function<void(Index)>& f)>;
 
 /// The body f of a loop, borrowed: it may not outlive f. One type for every f, so that what runs loops is compiled once.
@@ -39,9 +45,24 @@ class LoopBody {
   void (*invoke_)(void*, Index);
 };
 
+namespace detail {
+
+/// How many forks lie between the process that began and this one, counted from the first call on.
+inline int forks() noexcept {
+  static std::atomic<int> count{0};
+#if defined(__unix__)
+  [[maybe_unused]] static const int watched = pthread_atfork(nullptr, nullptr, [] { count.fetch_add(1, std::memory_order_relaxed); });
+#endif
+  return count.load(std::memory_order_relaxed);
+}
+
+}  // namespace detail
+
 /// A fork-join pool. The caller works too, so `threads` - 1 are started, at the first call that has use for them. Each thread has a share of
 /// a loop's tasks, in a row, and takes what others left when it is done: threads seldom wait for a counter that another one holds. Between
-/// calls workers spin for some microseconds (a layer is a chain of short parallel loops) and then sleep.
+/// calls workers spin for some microseconds (a layer is a chain of short parallel loops) and then sleep. Where the system gives fewer threads
+/// than asked for, those there are do the work; so does the calling thread alone in a process that was forked off one with threads, which has
+/// none of them. Workers keep the floating-point environment (rounding, denormals) of the thread that made the first call.
 class ThreadPool {
  public:
   /// threads = 0: as many as the hardware runs at once.
@@ -51,13 +72,18 @@ class ThreadPool {
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
   ~ThreadPool() {
+    if (forked()) {  // the workers are another process's, and what they wait for cannot be destroyed
+      static_cast<void>(workers_.release());
+      static_cast<void>(wake_.release());
+      return;
+    }
     stop_.store(true);
     round_.fetch_add(1);
     {
       const std::lock_guard lock(sleep_mutex_);
     }
-    wake_.notify_all();
-    for (auto& worker : workers_) worker.join();
+    wake_->notify_all();
+    for (auto& worker : *workers_) worker.join();
   }
 
   int threads() const noexcept { return threads_; }
@@ -66,12 +92,10 @@ class ThreadPool {
   /// loop holds the pool, runs on the calling thread alone.
   void run(Index count, LoopBody f) {
     if (count <= 0) return;
-    if (count == 1 || threads_ == 1 || inside() || !busy_.try_lock()) {
-      for (Index i = 0; i < count; ++i) f(i);
-      return;
-    }
+    if (count == 1 || threads_ == 1 || inside() || forked() || !busy_.try_lock()) return run_alone(count, f);
     const std::lock_guard hold(busy_, std::adopt_lock);
-    if (workers_.empty()) start();
+    if (!started_) start();
+    if (workers_->empty()) return run_alone(count, f);
     if (++tag_ == 0) {  // after four billion loops tags come again: no share may keep one of before
       for (Share& share : shares_) share.claimed.store(0, std::memory_order_relaxed);
       tag_ = 1;
@@ -80,13 +104,13 @@ class ThreadPool {
     count_ = count;
     error_ = nullptr;
     error_task_ = count;
-    shares_[0].working.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
+    shares_[0].working.store(static_cast<int>(workers_->size()), std::memory_order_relaxed);
     round_.fetch_add(1, std::memory_order_seq_cst);
     if (sleepers_.load(std::memory_order_seq_cst) > 0) {
       {
         const std::lock_guard lock(sleep_mutex_);
       }
-      wake_.notify_all();
+      wake_->notify_all();
     }
     work(0);
     for (int spin = 0; shares_[0].working.load(std::memory_order_acquire) > 0; ++spin)
@@ -109,11 +133,28 @@ class ThreadPool {
 #endif
   }
 
+  bool forked() const noexcept { return detail::forks() != forks_; }
+
+  static void run_alone(Index count, LoopBody f) {
+    std::exception_ptr first;
+    for (Index i = 0; i < count; ++i) {
+      try {
+        f(i);
+      } catch (...) {
+        if (!first) first = std::current_exception();
+      }
+    }
+    if (first) std::rethrow_exception(first);
+  }
+
   void start() {
-    workers_.reserve(static_cast<std::size_t>(threads_ - 1));
+    started_ = true;
+    workers_->reserve(static_cast<std::size_t>(threads_ - 1));
     const std::uint64_t round = round_.load();
-    for (int i = 1; i < threads_; ++i)
-      workers_.emplace_back([this, i, round] { serve(i, round); });
+    try {
+      for (int i = 1; i < threads_; ++i) workers_->emplace_back([this, i, round] { serve(i, round); });
+    } catch (const std::system_error&) {  // no more are to be had
+    }
   }
 
   void work(int self) noexcept {
@@ -163,7 +204,7 @@ class ThreadPool {
         }
         std::unique_lock lock(sleep_mutex_);
         sleepers_.fetch_add(1, std::memory_order_seq_cst);
-        wake_.wait(lock, [&] { return round_.load(std::memory_order_seq_cst) != seen; });
+        wake_->wait(lock, [&] { return round_.load(std::memory_order_seq_cst) != seen; });
         sleepers_.fetch_sub(1);
       }
       if (stop_.load()) return;
@@ -174,8 +215,10 @@ class ThreadPool {
   }
 
   const int threads_;
+  const int forks_ = detail::forks();
+  bool started_ = false;
   std::mutex busy_;  // held by the caller whose loop runs
-  std::vector<std::thread> workers_;
+  std::unique_ptr<std::vector<std::thread>> workers_ = std::make_unique<std::vector<std::thread>>();
 
   // The loop at hand. What threads wait for together lies together, and apart from what others write meanwhile.
   std::vector<Share> shares_;
@@ -190,7 +233,7 @@ class ThreadPool {
 
   alignas(64) std::atomic<int> sleepers_{0};
   std::mutex sleep_mutex_;
-  std::condition_variable wake_;
+  std::unique_ptr<std::condition_variable> wake_ = std::make_unique<std::condition_variable>();
 };
 
 }  // namespace qdylora
