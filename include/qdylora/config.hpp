@@ -5,6 +5,11 @@
 #error "qdylora needs a C++20 compiler: pass -std=c++20 or link the CMake target qdylora::qdylora"
 #endif
 
+// Weights, gradients and scales are asked whether they are finite, which -ffast-math answers beforehand.
+#if defined(__FAST_MATH__) && !defined(QDYLORA_ALLOW_FAST_MATH)
+#error "qdylora looks for NaN and infinity, which -ffast-math takes for absent: compile files that include it without, or define QDYLORA_ALLOW_FAST_MATH"
+#endif
+
 // Callable on host and device: expands to nothing unless the CUDA compiler reads the header.
 #if defined(__CUDACC__)
 #define QDYLORA_HD __host__ __device__

@@ -152,6 +152,17 @@ TEST_CASE("rows of rank 0 keep a base output of minus zero") {
   CHECK(same_bits(mixed.view().top_rows(11), base.view().top_rows(11)));
 }
 
+TEST_CASE("of a run without rows no rank is trained") {
+  Layer layer = make_layer(60, 50, false, qd::Cpu());
+  for (auto* p : {&layer.adapter().a(), &layer.adapter().b()}) p->touched.assign(p->touched.size(), false);
+  pass(layer, test::normal_matrix<float>(2, 50, 5), test::normal_matrix<float>(2, 60, 6), qd::RankPlan::of_runs({{0, 8}, {2, 3}, {0, 20}}));
+  for (Index row = 0; row < max_rank; ++row) {
+    CAPTURE(row);
+    CHECK(layer.adapter().a().touched[static_cast<std::size_t>(row)] == (row < 3));
+    CHECK(layer.adapter().b().touched[static_cast<std::size_t>(row)] == (row < 3));
+  }
+}
+
 TEST_CASE("a mixed batch accumulates the gradients of its parts") {
   Layer mixed = make_layer(60, 50, true, qd::Cpu()), parts = make_layer(60, 50, true, qd::Cpu());
   const Float x = test::normal_matrix<float>(30, 50, 5), dy = test::normal_matrix<float>(30, 60, 6);

@@ -9,6 +9,7 @@
 #include <qdylora/io/gguf_adapter.hpp>
 #include <qdylora/io/peft.hpp>
 #include <qdylora/nn/bottleneck_adapter.hpp>
+#include <qdylora/nn/dense_linear.hpp>
 #include <qdylora/nn/multi_lora_linear.hpp>
 #include <qdylora/nn/weighted_sum.hpp>
 #include <qdylora/optim/adamw.hpp>
@@ -190,6 +191,20 @@ TEST_CASE("what has no place for a trained bias says so") {
   CHECK(code_of([&] { qd::assign(*biased_module.find("q"), plain.adapter()); }) == Errc::bad_config);
   CHECK(code_of([&] { qd::assign(*plain_module.find("q"), layer.adapter()); }) == Errc::bad_config);
   CHECK(same(qd::to_adapter(*biased_module.find("q")).bias().value, layer.adapter().bias().value));
+}
+
+TEST_CASE("a bias that is set again is the parameter that an optimizer has") {
+  auto layer = layer_of<float>({.train_bias = true});
+  const auto* const before = &layer.adapter().bias();
+  layer.set_bias(test::normal_matrix<float>(1, out, 12).view());
+  CHECK(&layer.adapter().bias() == before);
+  CHECK(same(before->value, test::normal_matrix<float>(1, out, 12)));
+  qd::DenseLinear<float> dense(test::normal_matrix<float>(out, in, 1));
+  dense.set_bias(test::normal_matrix<float>(1, out, 2).view());
+  const auto parameter = dense.parameters().back();
+  dense.set_bias(test::normal_matrix<float>(1, out, 3).view());
+  CHECK(dense.parameters().back() == parameter);
+  CHECK(same(parameter->value, test::normal_matrix<float>(1, out, 3)));
 }
 
 }  // namespace trained_bias_nn_test

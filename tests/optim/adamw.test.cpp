@@ -165,6 +165,23 @@ TEST_CASE("a gradient that is not finite changes nothing, is reported and counte
   CHECK_FALSE(Snapshot(optimizer) == before);
 }
 
+TEST_CASE("a gradient whose square is not finite in float changes nothing, unless it is clipped") {
+  const auto clip = GENERATE(0.0, 1.0);
+  const auto p = parameter(2, 5, 1);
+  qd::AdamW<float> optimizer{{p}, {.lr = 1e-2, .max_gradient_norm = clip}};
+  new_gradient(*p, 10);
+  optimizer.step();
+  const Snapshot before(optimizer);
+  p->gradient(1, 2) = 1e21f;
+  const auto report = optimizer.step();
+  CHECK(report.gradient_norm == Approx(1e21));
+  CHECK(report.skipped == (clip == 0.0));
+  CHECK((Snapshot(optimizer) == before) == (clip == 0.0));
+  new_gradient(*p, 11);
+  CHECK_FALSE(optimizer.step().skipped);
+  for (const float value : p->value.span()) CHECK(std::isfinite(value));
+}
+
 TEST_CASE("every row may have a learning rate of its own") {
   const auto p = parameter(3, 9), reference = parameter(3, 9);
   p->row_lr = {0.0f, 1.0f, 2.5f};
@@ -335,6 +352,8 @@ TEST_CASE("AdamW refuses options outside their range") {
   CHECK(code({.beta2 = nan}) == Errc::bad_argument);
   CHECK(code({.epsilon = nan}) == Errc::bad_argument);
   CHECK(code({.epsilon = -1.0}) == Errc::bad_argument);
+  CHECK(code({.epsilon = 0.0}) == Errc::bad_argument);
+  CHECK(code({.epsilon = 1e-60}) == Errc::bad_argument);  // 0 in float
   CHECK(code({.weight_decay = nan}) == Errc::bad_argument);
   CHECK(code({.weight_decay = infinity}) == Errc::bad_argument);
   CHECK(code({.max_gradient_norm = nan}) == Errc::bad_argument);

@@ -70,7 +70,10 @@ class Rng {
   /// Uniform in [0, 1).
   float uniform() noexcept { return uniform_from(next()); }
   /// Uniform in [low, high).
-  float uniform(float low, float high) noexcept { return low + (high - low) * uniform(); }
+  float uniform(float low, float high) noexcept {
+    const float value = low + (high - low) * uniform();
+    return value < high || !(low < high) ? value : std::nextafter(high, low);  // the sum may have been rounded up
+  }
   /// Standard normal, by Box-Muller in double.
   float normal() noexcept {
     const double u = (static_cast<double>(next()) + 1.0) * 0x1p-32;  // (0, 1]

@@ -87,7 +87,7 @@ constexpr Index uncrowded_stride(Index cols) noexcept {
   return crowds_cache(stride * static_cast<Index>(sizeof(S))) ? stride + line : stride;
 }
 
-/// y = x, rounded once.
+/// y = x, rounded once; a double to 16 bits by way of float.
 template <class X, class Y>
 void convert_row(const CpuRun& run, Index count, const X* x, Y* y) {
   if constexpr (std::is_same_v<X, bfloat16> && std::is_floating_point_v<Y>) {

@@ -37,6 +37,7 @@ class BottleneckAdapter : public AdapterLayer<T, Backend> {
 
   BottleneckPlacement placement() const noexcept { return placement_; }
 
+  void forward(Matrix<T, Memory>&& x, MatrixView<T> y, Context& context) const = delete;  // x is borrowed until backward
   /// y = x + f(x), or y += f(x) by placement. y may not be x.
   void forward(In<T> x, MatrixView<T> y, Context& context) const {
     begin(x, y, context);

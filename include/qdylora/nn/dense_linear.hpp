@@ -72,7 +72,7 @@ class DenseLinear : public OwnPass<DenseLinear<T, Backend>, T, typename Backend:
   /// A bias [1, out] to begin with, which trains too.
   void set_bias(MatrixView<const Acc> bias) {
     expect_shape((options_.name + ": bias").c_str(), bias, 1, out());
-    bias_ = std::make_shared<Param>(options_.name + ".bias", 1, out());
+    if (bias_ == nullptr) bias_ = std::make_shared<Param>(options_.name + ".bias", 1, out());  // else it is an optimizer's already
     backend_.fill(bias_->gradient.view(), Acc{});
     backend_.copy(bias, bias_->value.view());
   }
@@ -91,6 +91,7 @@ class DenseLinear : public OwnPass<DenseLinear<T, Backend>, T, typename Backend:
     else f(as_const(weight_->value));
   }
 
+  void forward(Matrix<T, Memory>&& x, MatrixView<T> y, Context& context) const = delete;  // x is borrowed until backward
   void forward(In<T> x, MatrixView<T> y, Context& context) const {
     context.ready = false;
     expect_shape((options_.name + ": x").c_str(), x, x.rows, in());

@@ -111,6 +111,7 @@ class DynamicLoRALinear : public AdapterLayer<T, Backend>,
     Base::set_training(training, step, first_row);
   }
 
+  void forward(Matrix<T, Memory>&& x, MatrixView<T> y, Context& context) const = delete;  // x is borrowed until backward
   void forward(In<T> x, MatrixView<T> y, Context& context) const {
     begin(x, y, context);
     if (merged()) {
@@ -212,7 +213,7 @@ class DynamicLoRALinear : public AdapterLayer<T, Backend>,
     if constexpr (HasMagnitude<Backend, T>)
       if (adapter_.dora()) {
         MagnitudeContext<T, Memory> context;
-        norms_->find(context.norms, RankPlan::uniform(rank), 1, adapter_, *base_, backend_, false);
+        norms_->find(context.norms, RankPlan::uniform(rank), 1, adapter_, *base_, exact(backend_), false);
         const auto there = context.factors(rank, adapter_, 0, backend_);
         scale_weight_rows<Acc>(as_const(there), merged.view(), backend_);
       }

@@ -98,8 +98,10 @@ class LoRAAdapter {
   }
 
   const LoRAOptions& options() const noexcept { return options_; }
+  /// For writing what passes read: scale, alpha, dropout, gradient_rows ... What the adapter was made of, its rank and whether it has gates, a
+  /// magnitude or a bias, stays as it is.
   LoRAOptions& options() noexcept { return options_; }
-  Index max_rank() const noexcept { return options_.max_rank; }
+  Index max_rank() const noexcept { return a_->value.rows(); }
   Index in() const noexcept { return a_->value.cols(); }
   Index out() const noexcept { return b_->value.cols(); }
 
@@ -120,7 +122,9 @@ class LoRAAdapter {
   Param& bias() noexcept { return *bias_; }
   const Param& bias() const noexcept { return *bias_; }
   /// Gives the adapter one [1, out], of zeros on the host and of nothing yet on a device: LoRAOptions::train_bias, for a layer with a bias.
-  void add_bias() { bias_ = std::make_shared<Param>(options_.name + ".bias", 1, out()); }
+  void add_bias() {
+    if (bias_ == nullptr) bias_ = std::make_shared<Param>(options_.name + ".bias", 1, out());  // else it is an optimizer's already
+  }
 
   /// A, B, and the magnitude and bias where there are. For LoRA+ (Hayou et al. 2024) B's learning rate is a multiple of A's:
   /// b().row_lr.assign(max_rank, ratio), which Trainer does by TrainerOptions::b_lr_ratio.

@@ -82,8 +82,8 @@ void scale_by_rank(const Backend& backend, const LoRAAdapter<S, Memory>& adapter
 /// Marks the rows of A and B that a pass by this plan gave gradients to.
 template <class S, class Memory>
 void touch_ranks(LoRAAdapter<S, Memory>& adapter, const RankPlan& plan) {
-  plan.for_each_run(plan.is_uniform() ? 1 : plan.rows(), [&](Index, Index, Index rank) {
-    if (rank == 0) return;
+  plan.for_each_run(plan.is_uniform() ? 1 : plan.rows(), [&](Index, Index count, Index rank) {
+    if (rank == 0 || count == 0) return;
     const Index first = adapter.options().gradient_rows == GradientRows::last_row ? rank - 1 : 0;
     adapter.a().touch(first, rank);
     adapter.b().touch(first, rank);

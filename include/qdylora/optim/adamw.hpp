@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <limits>
 
 #include <qdylora/optim/row_optimizer.hpp>
 
@@ -21,7 +22,9 @@ struct AdamWOptions {
   UntouchedRows untouched_rows = UntouchedRows::dense;
 
   void check() const {
-    QDYLORA_EXPECTS(epsilon >= 0.0 && std::isfinite(epsilon), bad_argument, "AdamW: epsilon must be finite and not negative");
+    // In float too: a parameter whose gradients were all zero divides by it alone.
+    QDYLORA_EXPECTS(epsilon >= std::numeric_limits<float>::min() && std::isfinite(epsilon), bad_argument,
+                    "AdamW: epsilon must be finite and at least 1.2e-38");
   }
   AdamWUpdate update() const noexcept { return {lr, beta1, beta2, epsilon, weight_decay}; }
 };

@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <functional>
+#include <limits>
 #include <span>
 #include <string>
 #include <utility>
@@ -49,10 +50,11 @@ class RowOptimizer {
 
   struct Report {
     double gradient_norm = 0.0;  // before clipping
-    bool skipped = false;        // the gradient was not finite: nothing changed
+    bool skipped = false;        // the gradient, or its square, was not finite: nothing changed
   };
 
-  /// One update. A gradient with NaN or infinity changes nothing, is counted in skipped_steps() and reported.
+  /// One update. A gradient with NaN or infinity changes nothing, is counted in skipped_steps() and reported; so is one whose norm, clipped, has
+  /// an infinite square (from 1.8e19 on in float), which would stay in second moments for good.
   Report step() {
     for (const auto& p : parameters_)
       QDYLORA_EXPECTS(p->row_lr.empty() || p->row_lr.size() == p->touched.size(), shape_mismatch,
@@ -60,15 +62,16 @@ class RowOptimizer {
                           std::to_string(p->touched.size()) + " rows");
     const double squares = gradient_squares();
     Report report{std::sqrt(squares), false};
-    if (!std::isfinite(squares)) {
+    auto update = options_.update();
+    if (options_.max_gradient_norm > 0.0)
+      update.gradient_scale = std::min(1.0, options_.max_gradient_norm / (report.gradient_norm + 1e-6));
+    const double clipped = report.gradient_norm * update.gradient_scale;
+    if (!std::isfinite(squares) || clipped * clipped > static_cast<double>(std::numeric_limits<Acc>::max())) {
       ++skipped_;
       report.skipped = true;
       return report;
     }
     ++step_;
-    auto update = options_.update();
-    if (options_.max_gradient_norm > 0.0)
-      update.gradient_scale = std::min(1.0, options_.max_gradient_norm / (report.gradient_norm + 1e-6));
     for (std::size_t i = 0; i < parameters_.size(); ++i) {
       auto& p = *parameters_[i];
       auto& s = states_[i];

@@ -16,8 +16,8 @@
 namespace qdylora {
 
 /// NaN or infinity among the weights. reject: Errc::non_finite, naming the first. propagate: NaN poisons its block (every element decodes
-/// to NaN) and, under double quantization, all blocks, whose scales share an offset; infinity makes its block's absmax infinite, as
-/// bitsandbytes on the CPU.
+/// to NaN); infinity makes its block's absmax infinite, as bitsandbytes on the CPU. Under double quantization, where scales share an offset, either
+/// makes all blocks NaN.
 enum class NonFinite { reject, propagate };
 
 struct QuantizeOptions {
