@@ -176,6 +176,15 @@ TEST_CASE("slabs have lines enough to hide what is read again for each, and memo
   CHECK(lines(65024, 2 * 512 * 65024) >= 512);          // the head's, backward, beside a chunk of logits
   CHECK(qd::slab_lines(2 * 32768, 2, 25'000'000, 0, 1 << 30) == 190);  // slab_bytes by the user
   CHECK(qd::slab_lines(2 * 32768, 2, 0, qd::least_slab_lines, 1 << 20) == 8);
+  // An H200's 132 processors: tiles of 128 tokens by 256 lines, one for each, in rounds that leave few without.
+  CHECK(qd::filling_lines(512, 132) == 33 * 256);
+  CHECK(qd::filling_lines(4096, 132) == 4 * 256);
+  CHECK(qd::filling_lines(100000, 132) == 256);
+  CHECK(qd::lines_of_full_rounds(4096, 132, 1408) == 1024);  // 128 of 132, where 1280 lines make 160 of 264
+  CHECK(qd::lines_of_full_rounds(4096, 132, 2048) == 2048);
+  CHECK(qd::lines_of_full_rounds(512, 132, 4096) == 4096);  // not one round
+  CHECK(qd::lines_of_full_rounds(100000, 132, 1024) == 1024);
+  CHECK(qd::lines_of_full_rounds(4096, 132, 100) == 100);
   const qd::CudaContext by_itself({.workspace_bytes = 1 << 20}), told({.workspace_bytes = 1 << 20, .slab_bytes = 4096});
   CHECK(by_itself.least_slab_lines() == qd::least_slab_lines);
   CHECK(told.least_slab_lines() == 0);

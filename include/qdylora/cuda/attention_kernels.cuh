@@ -58,8 +58,9 @@ struct OnlineSoftmax {
         const S other = shuffle_xor(most, bits);
         most = other > most ? other : most;
       }
-      const S shift = most * in_powers_of_two;
-      const S fading = exp2(largest[r] * in_powers_of_two - shift);
+      // Products rounded by themselves: fused into the difference, that of an unchanged largest score would not be 1, tile after tile.
+      const S shift = multiply(most, in_powers_of_two);
+      const S fading = exp2(multiply(largest[r], in_powers_of_two) - shift);
       largest[r] = most;
       total[r] *= fading;
 #pragma unroll

@@ -303,6 +303,7 @@ __device__ __forceinline__ unsigned byte_of(std::uint32_t word, int i) { return 
 // ---- arithmetic that is rounded as written: never fused into a multiply-add, whatever the compiler's flags ----------------------------
 
 __device__ __forceinline__ float multiply(float a, float b) { return __fmul_rn(a, b); }
+__device__ __forceinline__ double multiply(double a, double b) { return __dmul_rn(a, b); }
 __device__ __forceinline__ float add(float a, float b) { return __fadd_rn(a, b); }
 __device__ __forceinline__ float divide(float a, float b) { return __fdiv_rn(a, b); }
 

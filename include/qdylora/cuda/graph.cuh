@@ -25,7 +25,8 @@ class CudaGraph {
   /// Takes down what f() queues on the context's stream; none of it is done. Throws what f throws, after which the stream is as before.
   template <class F>
   CudaGraph(const CudaContext& context, F&& f) : context_(&context) {
-    // Of this host thread alone: what others do to the device meanwhile is theirs.
+    // Calls of this host thread alone are judged. Others may use the device meanwhile, but not its legacy stream, which waits for this one: no
+    // Matrix in DeviceMemory{} may be made or freed there.
     QDYLORA_CUDA_TRY(cudaStreamBeginCapture(context.stream(), cudaStreamCaptureModeThreadLocal));
     try {
       std::forward<F>(f)();

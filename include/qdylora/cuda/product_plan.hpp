@@ -78,6 +78,24 @@ constexpr ProductKernel choose_product(const ProductProblem& problem, const Prod
 
 inline constexpr Index least_slab_lines = 1024;
 
+/// Lines of a slab whose product with so many tokens gives each processor a tile of 128 tokens by 256 lines, such as cuBLASLt's.
+constexpr Index filling_lines(Index tokens, Index processors) noexcept {
+  const Index rows = std::max<Index>((tokens + 127) / 128, 1);
+  return 256 * std::max<Index>(processors / rows, 1);
+}
+/// Of `most` lines the number whose tiles leave fewest processors without one in their last round; the larger one where two are within 2 %.
+constexpr Index lines_of_full_rounds(Index tokens, Index processors, Index most) noexcept {
+  const Index rows = std::max<Index>((tokens + 127) / 128, 1);
+  Index best = most, best_percent = 0;
+  for (Index columns = most / 256; columns > 0; --columns) {
+    const Index tiles = rows * columns, rounds = (tiles + processors - 1) / processors, percent = 100 * tiles / (rounds * processors);
+    if (percent <= best_percent + 2) continue;
+    best = 256 * columns;
+    best_percent = percent;
+  }
+  return best;
+}
+
 /// Lines in each of so many slabs at once, at most: what of them cache_bytes hold, and at least least_lines as far as memory_bytes go.
 constexpr Index slab_lines(Index line_bytes, Index slabs, Index cache_bytes, Index least_lines, Index memory_bytes) noexcept {
   const Index bytes = slabs * std::max<Index>(line_bytes, 1);

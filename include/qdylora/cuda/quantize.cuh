@@ -117,7 +117,10 @@ QuantizedTensor<Format, Scales, DeviceMemory> quantize(const CudaContext& contex
     for (Index b = 0; b < blocks; ++b)
       if (!(seen[static_cast<std::size_t>(b)] <= std::numeric_limits<float>::max()))
         raise_first_non_finite(context, x, b * options.block_size);
-  const auto scales = make_scales<Scales>(seen);
+  const auto scales = make_scales<Scales>(seen, [](Index count, const auto& f) {
+    if (count < 16) SerialFor{}(count, f);  // less than a thread's start takes
+    else host_loop(count, f);
+  });
   QuantizedTensor<Format, Scales, DeviceMemory> result(x.rows, x.cols, options.block_size, std::move(codes),
                                                        on_device<Scales>(context, scales));
   context.synchronize();  // the host's scales are given back

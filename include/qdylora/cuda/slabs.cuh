@@ -114,13 +114,17 @@ class ConvertedRows {
 };
 
 /// make(stream, memory, first, count) makes the slab of an extent's lines [first, first + count) in `memory`, and use(memory, first, count)
-/// multiplies it, for all slabs in order. room(count): elements of C that a slab takes; line_bytes: what one of its lines does.
+/// multiplies it with so many tokens, for all slabs in order. room(count): elements of C that a slab takes; line_bytes: what one of its lines does.
+/// A slab is as large as the cache holds, but no smaller than what gives every processor something to multiply.
 template <class C, class Room, class Make, class Use>
-void for_each_slab(const CudaContext& context, Scratch& scratch, Index extent, Index line_bytes, Room room, Make make, Use use) {
+void for_each_slab(const CudaContext& context, Scratch& scratch, Index tokens, Index extent, Index line_bytes, Room room, Make make, Use use) {
   const DecodingStream* side = context.decoding_stream();
   const Index memory_bytes = scratch.room() - std::min(gemm_workspace, scratch.room() / 4);
   const auto lines = [&](Index slabs) {
-    return piece_of(extent, slab_lines(line_bytes, slabs, context.slab_bytes(), context.least_slab_lines(), memory_bytes));
+    const Index processors = context.properties().multiProcessorCount, least = context.least_slab_lines();
+    if (least == 0) return piece_of(extent, slab_lines(line_bytes, slabs, context.slab_bytes(), 0, memory_bytes));  // the user has said how much
+    const Index wanted = std::max(least, filling_lines(tokens, processors));
+    return piece_of(extent, lines_of_full_rounds(tokens, processors, slab_lines(line_bytes, slabs, context.slab_bytes(), wanted, memory_bytes)));
   };
   Index at_once = lines(1);
   if (side != nullptr) {
@@ -193,7 +197,7 @@ void multiply_by_slabs(const CudaContext& context, MatrixView<const X> x, const 
   } else {
     const Index stride = (w.cols + 7) / 8 * 8;
     for_each_slab<C>(
-        context, scratch, w.rows, stride * static_cast<Index>(sizeof(C)), [&](Index rows) { return rows * stride; },
+        context, scratch, x.rows, w.rows, stride * static_cast<Index>(sizeof(C)), [&](Index rows) { return rows * stride; },
         [&](cudaStream_t stream, C* memory, Index first, Index rows) {
           decode(stream, context, w, MatrixView<C>(memory, rows, w.cols, stride), first, 0);
         },
@@ -215,7 +219,7 @@ void multiply_transposed_by_slabs(const CudaContext& context, MatrixView<const X
   } else {
     const auto stride = [](Index cols) { return (cols + 7) / 8 * 8; };
     for_each_slab<C>(
-        context, scratch, w.cols, w.rows * static_cast<Index>(sizeof(C)), [&](Index cols) { return w.rows * stride(cols); },
+        context, scratch, x.rows, w.cols, w.rows * static_cast<Index>(sizeof(C)), [&](Index cols) { return w.rows * stride(cols); },
         [&](cudaStream_t stream, C* memory, Index first, Index cols) {
           decode(stream, context, w, MatrixView<C>(memory, w.rows, cols, stride(cols)), 0, first);
         },
