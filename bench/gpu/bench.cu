@@ -36,6 +36,7 @@ Options parse(int argc, char** argv) {
 int main(int argc, char** argv) {
   try {
     const Options options = parse(argc, argv);
+    if (!bench::device_there()) return 77;
     const qd::CudaContext context;
     const bench::Cells cells(context, options);
     cells.machine();
@@ -55,6 +56,6 @@ int main(int argc, char** argv) {
     return 0;
   } catch (const qd::Error& error) {
     std::fprintf(stderr, "gpu_bench: %s\n", error.what());
-    return error.code() == qd::Errc::device ? 77 : 2;  // 77: there is no device
+    return 2;
   }
 }

@@ -111,7 +111,12 @@ class Cells {
     cuda_.upload(map.view(), map_.view());
     cuda_.upload(offset.view(), offset_.view());
     context.synchronize();
-    if (!options.bitsandbytes.empty()) peer_.emplace(options.bitsandbytes);
+    if (options.bitsandbytes.empty()) return;
+    try {
+      peer_.emplace(options.bitsandbytes);
+    } catch (const qd::Error& error) {
+      std::fprintf(stderr, "ours is beside cuBLAS alone: %s\n", error.what());
+    }
   }
 
   void machine() const {

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one go:  bash bench/gpu/run.sh [options]
-#   builds the device's tests and the benchmark for this GPU alone, runs the tests (ctest -L cuda), looks at small shapes with
-#   compute-sanitizer where it is installed, times ceilings, products and layers beside cuBLAS and bitsandbytes, and writes
-#   bench/results/gpu-<name>.json and .md. Meant to take 8 minutes on an H100 with 16 processors.
+#   builds the device's tests and the benchmark for this GPU alone, runs the tests (ctest -L '^cuda$'), times ceilings, products and layers beside
+#   cuBLAS and bitsandbytes, writes bench/results/gpu-<name>.json and .md, and looks at small shapes with compute-sanitizer where it is installed.
+#   Meant to take 8 minutes on an H100 with 16 processors. A step that fails is named in the end and in the exit status; the others go on.
 #   --quick       two shapes, few tokens
 #   --name NAME   of the results; else made of the GPU's name
 #   --out FOLDER  where they go (bench/results)
 #   --fetch       only gather, in build/gpu-peers, what a machine with nvcc and CMake but without a network lacks: bitsandbytes' library, from
-#                 PyPI, and the headers of Eigen, nlohmann/json and Catch2 from their Debian packages here
+#                 PyPI, with its Python package, and the headers of Eigen, nlohmann/json and Catch2 from their Debian packages here
 #   --no-build, --no-tests, --no-sanitizer, --no-bench, --no-report   leave that step out
-# Environment: BUILD_DIR (build/gpu), JOBS, ARCHITECTURES (of the GPU at hand, else 90a), BITSANDBYTES, a libbitsandbytes_cuda*.so (else one in build/gpu-peers;
+# Environment: BUILD_DIR (build/gpu), CELLS, the file that measurements go to as they are made (cells.jsonl in BUILD_DIR), JOBS, ARCHITECTURES (of the GPU at hand, else 90a), BITSANDBYTES, a libbitsandbytes_cuda*.so (else one in build/gpu-peers;
 #   without any, ours is beside cuBLAS alone), PEER_PYTHON, an interpreter with torch, bitsandbytes, peft and transformers (else python3:
 #   where it lacks them, PEFT + bitsandbytes are left out).
 # Then a training step of Falcon-40b's shape under a cap of 32 GiB: batch 4, and batch 8 with moments in 8 bits; and of 4 of its blocks
@@ -24,6 +24,7 @@ out=$root/bench/results name='' quick=''
 build_it=yes tests=yes sanitizer=yes bench=yes report=yes
 wheel=bitsandbytes==0.50.2
 peer_python=${PEER_PYTHON:-python3}
+cells=${CELLS:-$build/cells.jsonl}
 
 while (($# > 0)); do
   case $1 in
@@ -39,8 +40,8 @@ folder = pathlib.Path(sys.argv[1])
 for wheel in folder.glob("bitsandbytes-*.whl"):
     with zipfile.ZipFile(wheel) as files:
         for name in files.namelist():
-            if name.startswith("bitsandbytes/libbitsandbytes_cuda130"):
-                (folder / pathlib.Path(name).name).write_bytes(files.read(name))
+            if not name.endswith(".so") or "libbitsandbytes_cuda130" in name:
+                files.extract(name, folder / "python")
     wheel.unlink()
 PYTHON
       for package in libeigen3-dev nlohmann-json3-dev catch2; do
@@ -67,6 +68,7 @@ small_shapes+=',attention of one*,heads of every*,zeros*,codes at an odd*,moment
 
 say() { printf '\n== %s  (%d s)\n' "$*" "$SECONDS"; }
 PATH=$PATH:/usr/local/cuda/bin
+[[ ! -d $peers/python ]] || export PYTHONPATH=$peers/python${PYTHONPATH:+:$PYTHONPATH}
 library=${BITSANDBYTES:-}
 if [[ -z $library ]]; then  # the newest that the toolkit's runtime can load
   library=$(find "$peers" -name 'libbitsandbytes_cuda13*.so' 2>/dev/null | sort | head -n 1 || true)
@@ -87,42 +89,39 @@ if [[ $build_it == yes ]]; then
   cmake --build "$build" --parallel "$jobs" --target gpu_bench falcon_step test_device
 fi
 
+failed=()
+# try MOST_SECONDS NAME COMMAND...   a step that may fail, and may hang
+try() {
+  local most=$1 name=$2 status=0
+  shift 2
+  timeout --kill-after=5 "$most" "$@" || status=$?
+  ((status == 0)) || failed+=("$name (exit $status)")
+  return "$status"
+}
+
 if [[ $tests == yes ]]; then
   say "tests on the device"
-  ctest --test-dir "$build" -L '^cuda$' --output-on-failure
-fi
-
-if [[ $sanitizer == yes ]]; then
-  if command -v compute-sanitizer >/dev/null; then
-    for tool in memcheck racecheck; do
-      say "compute-sanitizer, $tool"
-      compute-sanitizer --tool "$tool" --error-exitcode 1 "$build/tests/test_device" "$small_shapes" | tail -n 5
-    done
-  else
-    echo "compute-sanitizer is not installed: its step is left out"
-  fi
+  try 240 tests ctest --test-dir "$build" -L '^cuda$' --output-on-failure || true
 fi
 
 if [[ $bench == yes ]]; then
   say "ceilings, products, layers"
   status=0
-  "$build/bench/gpu_bench" $quick ${library:+--bitsandbytes "$library"} >"$build/cells.jsonl" || status=$?
+  try 420 gpu_bench "$build/bench/gpu_bench" $quick ${library:+--bitsandbytes "$library"} >"$cells" || status=$?
   if ((status == 77)); then
     echo "there is no GPU here: nothing was timed"
     exit 0
   fi
-  ((status == 0)) || exit "$status"
   say "a step of Falcon-40b's shape"
   for case in "--batch 4 --moments 32" "--batch 8 --moments 8"; do
-    "$build/bench/falcon_step" ${quick:+--layers 2} $case >>"$build/cells.jsonl" ||
-      echo "{\"falcon_step_failed\": \"$case\"}" | tee -a "$build/cells.jsonl"
+    try 120 "falcon_step $case" "$build/bench/falcon_step" ${quick:+--layers 2} $case >>"$cells" ||
+      echo "{\"falcon_step_failed\": \"$case\"}" | tee -a "$cells"
   done
   if "$peer_python" -c 'import torch, bitsandbytes, peft, transformers; assert torch.cuda.is_available()' 2>/dev/null; then
     say "PEFT + bitsandbytes"
-    "$peer_python" "$here/peers.py" layers ${quick:+--shapes 4096x4096,11008x4096 --tokens 256} >>"$build/cells.jsonl" ||
-      echo "its layers failed"
-    "$build/bench/falcon_step" --layers 4 --moments 8 >>"$build/cells.jsonl" || echo "ours failed"
-    "$peer_python" "$here/peers.py" step >>"$build/cells.jsonl" || echo "its step failed"
+    try 120 "PEFT's layers" "$peer_python" "$here/peers.py" layers ${quick:+--shapes 4096x4096,11008x4096 --tokens 256} >>"$cells" || true
+    try 60 "four blocks" "$build/bench/falcon_step" --layers 4 --moments 8 >>"$cells" || true
+    try 120 "PEFT's step" "$peer_python" "$here/peers.py" step >>"$cells" || true
   else
     echo "$peer_python has no torch for this GPU, bitsandbytes, peft and transformers: PEFT + bitsandbytes are left out"
   fi
@@ -130,6 +129,20 @@ fi
 
 if [[ $report == yes ]]; then
   say "report"
-  python3 "$here/report.py" "$build/cells.jsonl" --out "$out" ${name:+--name "$name"} ${library:+--bitsandbytes "$(basename "$library")"}
+  try 60 report python3 "$here/report.py" "$cells" --out "$out" ${name:+--name "$name"} ${library:+--bitsandbytes "$(basename "$library")"} || true
+fi
+
+if [[ $sanitizer == yes ]]; then
+  if command -v compute-sanitizer >/dev/null; then
+    for tool in memcheck racecheck; do
+      say "compute-sanitizer, $tool"
+      try 180 "$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 "$build/tests/test_device" "$small_shapes" >"$build/$tool.log" || true
+      tail -n 5 "$build/$tool.log"
+    done
+  else
+    echo "compute-sanitizer is not installed: its step is left out"
+  fi
 fi
 say "done"
+for step in "${failed[@]}"; do echo "failed: $step"; done
+((${#failed[@]} == 0))

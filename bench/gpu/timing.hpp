@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <cstdio>
 #include <functional>
 #include <string>
 #include <utility>
@@ -12,6 +13,15 @@
 #include <qdylora/cuda.hpp>
 
 namespace bench {
+
+/// Whether there is a device; says so if not. Whatever else goes wrong with one is an error.
+inline bool device_there() {
+  int count = 0;
+  const cudaError_t error = cudaGetDeviceCount(&count);
+  if (error == cudaSuccess && count > 0) return true;
+  std::fprintf(stderr, "no GPU: %s\n", error == cudaSuccess ? "the driver has none" : cudaGetErrorString(error));
+  return false;
+}
 
 struct Competitor {
   std::string name;
@@ -56,6 +66,7 @@ class Stopwatch {
     }
     for (int round = 0; round < rounds + 1; ++round)  // the first warms up
       for (std::size_t i = 0; i < competitors.size(); ++i) {
+        recorded[i].launch();  // the device is busy until the next is queued: how long the host takes to launch it is no part of its time
         const double time = measure([&] { recorded[i].launch(); });
         if (round > 0) times[i].push_back(time / repetitions);
       }

@@ -29,9 +29,9 @@ def cells(ours_us=10.0, ours_error=1e-3, peak=30.0, gpu="NVIDIA H100 80GB HBM3")
     return lines + [{"falcon_step": step}, {"peer_step": {"layers": 60, "batch": 4, "tokens": 512, "moments": 32, "median_s": 7.5}}]
 
 
-def run(lines):
+def run(lines, end="\n"):
     file = folder / "cells.jsonl"
-    file.write_text("\n".join(map(json.dumps, lines)) + "\n")
+    file.write_text("\n".join(map(json.dumps, lines)) + end)
     done = subprocess.run([sys.executable, str(report), str(file), "--out", str(folder), "--name", "test"], stdout=subprocess.PIPE)
     record = json.loads((folder / "gpu-test.json").read_text())
     return done.returncode, {g["goal"]: g for g in record["goals"]}, (folder / "gpu-test.md").read_text()
@@ -74,3 +74,11 @@ assert status == 1 and "more than 5 % off the plan's 30.00" in text
 
 status, goals, text = run([c for c in cells() if "bitsandbytes" not in c.get("who", "")])
 assert status == 0 and goals["M=4-16, as bitsandbytes"]["verdict"] == "not measured"
+
+# What a run that was cut off has left: no ceilings, a cell without cuBLAS, half a line.
+left = [c for c in cells() if "ceiling" not in c][:4]
+assert [c.get("who") for c in left[1:]] == ["ours", "cublas", "bitsandbytes, fused"]
+status, goals, text = run(left + [{**left[1], "tokens": 16}], '\n{"op": "forward", "out": 40')
+assert status == 0 and "Ceilings: not measured." in text
+close(goals["M=1, times as fast as bitsandbytes"]["found"], 0.8)
+assert goals["M=4-16, as bitsandbytes"]["verdict"] == "not measured"
