@@ -13,8 +13,8 @@
 //   --recipes qlora,auto,separate,auto+dora,'auto+lora-plus=16*0.25',houlsby,parallel:qdylora,'alpha@binary4*10',qlora@bfloat16,full
 //
 // `separate` stands for as many runs of qlora as there are ranks, each with an adapter of that rank alone, scale alpha/r with
-// --alpha-over-rank: what one run replaces. A method such as houlsby stands for METHOD:auto; its ranks are the bottleneck's widths. alpha and
-// full, whose weights all train, in bfloat16 and at a tenth of --lr, have no ranks and the same value at every one. @bfloat16 puts adapters
+// --alpha-over-rank: what one run replaces. A method such as houlsby stands for METHOD:auto; its ranks are the bottleneck's widths. alpha
+// (scales of binary3's planes, at --lr) and full (all weights, in bfloat16, at a tenth of --lr) have no ranks and the same value at every one. @bfloat16 puts adapters
 // on a base of 16 bits, and *0.3 takes that much of --lr, for methods do not have the same best rate. The last table has what each trained.
 //
 // --answers 24 lets every rank answer held-out examples, a table each for exact match and BLEU; --choices FILE asks multiple-choice questions.

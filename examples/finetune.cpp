@@ -4,7 +4,8 @@
 //
 // The linear weights are quantized to double-quantized NF4 while they are read and stay frozen; LoRA adapters of the largest rank train on
 // all of them, as --recipe says, or bottlenecks beside them, or the weights become planes of signs, whose scales train; or, to compare with,
-// all weights train (--method). Loss counts on the response only. Results: report.json, report.csv, ranks.svg and a PEFT adapter in --out.
+// all weights train (--method). Loss counts on responses, in texts on all tokens. Results: report.json, report.csv, ranks.svg and a PEFT
+// adapter in --out (a folder of its own kind of other methods, of full the model).
 // Ctrl-C saves the state and stops; --resume goes on, to the same bytes as an uninterrupted run. --rival puts the same run by QLoRA, cut by
 // singular values, beside it.
 #include <algorithm>

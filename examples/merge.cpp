@@ -48,9 +48,9 @@ struct Retained {
     size += other.size;
     error += other.error;
   }
+  double left() const { return size > 0.0 ? along / size : 1.0; }
   void print(const std::string& tensor) const {
-    std::printf("%-60s %7.1f%% %7.0f%%\n", printable(tensor, 60).c_str(), size > 0.0 ? 100.0 * along / size : 100.0,
-                size > 0.0 ? 100.0 * std::sqrt(error / size) : 0.0);
+    std::printf("%-60s %7.1f%% %7.0f%%\n", printable(tensor, 60).c_str(), 100.0 * left(), size > 0.0 ? 100.0 * std::sqrt(error / size) : 0.0);
   }
 };
 
@@ -235,7 +235,11 @@ int merge(const std::filesystem::path& model, const std::string& adapter_folder,
     for (const char* key : {"dtype", "torch_dtype"})
       if (config.contains(key)) config[key] = dtype;
   });
-  if (merger.retained().size > 0.0) merger.retained().print("all together");
+  if (const auto& retained = merger.retained(); retained.size > 0.0) {
+    retained.print("all together");
+    if (retained.left() < 0.5)
+      std::printf("note: most of the update is lost, for it is smaller than the steps of 4 bits; --dtype bfloat16 keeps it\n");
+  }
   std::printf("wrote %s: %zu weights merged at rank %lld", out.string().c_str(), merger.merged(), static_cast<long long>(at));
   if (merger.replaced() > 0) std::printf(", %zu tensors replaced", merger.replaced());
   std::printf("\n");

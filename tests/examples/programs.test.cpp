@@ -1212,6 +1212,22 @@ TEST_CASE("programs: a merged model has the logits of its adapter at that rank")
     const auto expected = logits_of("--model " + quoted(folder / "bytes"));
     CHECK(difference(logits_of("--model " + quoted(test::golden("quantized") / "nf4_storage")), expected) > 1e-2);
   }
+  // Of an update smaller than the steps of 4 bits next to nothing is left, which the program says; of one of their size most is.
+  for (const float size : {1e-4f, 1.0f}) {
+    CAPTURE(size);
+    qd::LoRAAdapter<float> adapter(64, 64, {.max_rank = 2});
+    auto b = test::normal_matrix<float>(2, 64, 2);
+    for (float& x : b.span()) x *= size;
+    qd::copy(b.view(), adapter.b().value.view());
+    const auto name = size < 1.0f ? "faint" : "strong";
+    qd::save_peft_adapter(folder / name, {{"model.layers.0.mlp.up_proj", &adapter}});
+    const auto text = succeeds("merge", model + " " + quoted(folder / name) + " " + quoted(folder / (std::string(name) + "-merged")));
+    std::istringstream all(text.substr(text.find("all together") + 12));
+    double left = -1.0;
+    all >> left;
+    CHECK((size < 1.0f ? left < 10.0 : left > 80.0));
+    CHECK((text.find("--dtype bfloat16 keeps it") != std::string::npos) == (size < 1.0f));
+  }
   // Stored floats keep their type.
   merge(quoted(folder / "half"), "again", "");
   CHECK(qd::SafetensorsFile(folder / "again" / "model.safetensors").info("model.layers.0.mlp.up_proj.weight").dtype == qd::DType::F16);
