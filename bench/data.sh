@@ -2,7 +2,7 @@
 # Gets the data and the small model that bench/results name, each file as it was when they were measured:  bash bench/data.sh FOLDER
 #
 #   gsm8k_train_2k.jsonl, gsm8k_test_500.jsonl   the first 2000 and 500 problems of GSM8K without the calculator's notes (MIT, OpenAI)
-#   gsm8k.txt                                    the first of them as text: question, answer, empty line
+#   gsm8k.txt                                    the same 2000 as text: question, answer, empty line
 #   webglm_nq_open.jsonl                         400 of Natural Questions' open questions (Apache-2.0, WebGLM)
 #   tinyshakespeare.txt                          1.1 MB of Shakespeare (public domain, char-rnn)
 #   stories260K.bin, tok512.bin                  a Llama of 260 K parameters and its tokenizer (MIT, llama2.c)

@@ -11,7 +11,7 @@
 #include <qdylora/core/paged_memory.hpp>
 #include <qdylora/core/random.hpp>
 
-// quant: NF4, FP4, INT4, FP8; double-quantized block scales; QuantizedTensor and streaming Quantizer; binary codes
+// quant: NF4, FP4, INT4, INT8, FP8; double-quantized block scales; QuantizedTensor and streaming Quantizer; binary codes
 #include <qdylora/quant/binary_quantize.hpp>
 #include <qdylora/quant/quantize.hpp>
 
