@@ -80,12 +80,12 @@ class ModulePatterns {
 
   /// f(the name, the name without its first component, ...) until it returns true; whether it did.
   template <class F>
-  static bool for_each_ending(std::string_view module, F&& f) {
+  static bool for_each_ending(std::string_view name, F&& f) {
     for (;;) {
-      if (f(module)) return true;
-      const auto dot = module.find('.');
+      if (f(name)) return true;
+      const auto dot = name.find('.');
       if (dot == std::string_view::npos) return false;
-      module.remove_prefix(dot + 1);
+      name.remove_prefix(dot + 1);
     }
   }
 

@@ -68,7 +68,7 @@ float encode_block(const float* x, Index count, bool partial, std::uint8_t* code
 template <CodeFormat Format>
 struct BlockEncoder {
   // Not inline: g++ 12 would warn of writes to a tensor of no elements, which are never made.
-  [[gnu::noinline]] float operator()(const float* x, Index count, bool partial, std::uint8_t* out) const noexcept {
+  __attribute__((noinline)) float operator()(const float* x, Index count, bool partial, std::uint8_t* out) const noexcept {
     if constexpr (Format::bits == 8) {
       return encode_block<Format>(x, count, partial, out);
     } else {
