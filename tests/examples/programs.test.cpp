@@ -1215,12 +1215,12 @@ TEST_CASE("programs: a merged model has the logits of its adapter at that rank")
   // Of an update smaller than the steps of 4 bits next to nothing is left, which the program says; of one of their size most is.
   for (const float size : {1e-4f, 1.0f}) {
     CAPTURE(size);
-    qd::LoRAAdapter<float> adapter(64, 64, {.max_rank = 2});
-    auto b = test::normal_matrix<float>(2, 64, 2);
+    qd::LoRAAdapter<float> update(64, 128, {.max_rank = 2});
+    auto b = test::normal_matrix<float>(2, 128, 2);
     for (float& x : b.span()) x *= size;
-    qd::copy(b.view(), adapter.b().value.view());
+    qd::copy(b.view(), update.b().value.view());
     const auto name = size < 1.0f ? "faint" : "strong";
-    qd::save_peft_adapter(folder / name, {{"model.layers.0.mlp.up_proj", &adapter}});
+    qd::save_peft_adapter(folder / name, {{"model.layers.0.mlp.up_proj", &update}});
     const auto text = succeeds("merge", model + " " + quoted(folder / name) + " " + quoted(folder / (std::string(name) + "-merged")));
     std::istringstream all(text.substr(text.find("all together") + 12));
     double left = -1.0;
