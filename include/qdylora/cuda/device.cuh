@@ -1,6 +1,5 @@
-// What a kernel asks of the hardware, and how it is launched: the only header with PTX, intrinsics and launches. Kernels are written
-// against these names; tests/support/cuda_emulator has a header of the same name that gives them their meaning on a CPU, where
-// accesses are checked. Every function here is one instruction, or a few where an older architecture lacks it.
+// What a kernel asks of the hardware, and how it is launched: the only header with PTX, intrinsics and launches. Kernels are written against these names;
+// tests/support/cuda_emulator has a header of the same name, by which they run on a CPU, accesses checked. A function is one instruction, or a few.
 #pragma once
 
 #include <bit>

@@ -90,8 +90,7 @@ class DynamicLoRALinear : public AdapterLayer<T, Backend>,
   }
   const Adapter& adapter() const noexcept { return adapter_; }
 
-  /// A frozen bias [1, out] added to the base output; with LoRAOptions::train_bias what the adapter's begins with, which is then among
-  /// parameters().
+  /// A frozen bias [1, out] added to the base output; with LoRAOptions::train_bias what the adapter's, one of parameters(), begins with.
   void set_bias(MatrixView<const Acc> bias) {
     expect_shape((adapter_.options().name + ": bias").c_str(), bias, 1, out());
     bias_ = Matrix<Acc, Memory>(1, out());
