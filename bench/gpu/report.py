@@ -170,13 +170,13 @@ def write(lines, args):
     ceilings = {line["ceiling"]: line.get("tb_s", line.get("tflop_s")) for line in lines if "ceiling" in line}
     name = args.name or re.sub(r"[^a-z0-9]+", "-", machine["gpu"].lower()).strip("-")
     day = datetime.date.today().isoformat()
-    speeds = [f"copy {ceilings['copy']:.2f} TB/s" if "copy" in ceilings else None, f"read {ceilings['read']:.2f} TB/s" if "read" in ceilings else None,
-              f"bfloat16 {ceilings['bfloat16']:.0f} TFLOP/s" if "bfloat16" in ceilings else None]
+    speeds = [f"{what} {ceilings[what]:{digits}} {unit}" for what, digits, unit in
+              (("copy", ".2f", "TB/s"), ("read", ".2f", "TB/s"), ("bfloat16", ".0f", "TFLOP/s")) if what in ceilings]
     text = [f"# {machine['gpu']}", "",
             f"{day}; compute capability {machine['capability']}, {machine['processors']} processors, L2 {machine['l2_bytes'] / 2**20:.0f} MiB, "
             f"driver {machine['driver']}, CUDA {machine['runtime']}, cuBLASLt {machine['cublaslt']}, clock {machine['clock_khz'] / 1000:.0f} MHz"
             + (f", {args.bitsandbytes}" if args.bitsandbytes else "") + ".", "",
-            "Ceilings: " + (", ".join(filter(None, speeds)) or "not measured") + ".", "",
+            "Ceilings: " + (", ".join(speeds) or "not measured") + ".", "",
             "NF4 with double-quantized scales, bfloat16 activations; CUDA graphs over weights that exceed the L2 cache, competitors in turns, "
             "medians. bitsandbytes is the faster of its fused kernel and decoding + cuBLAS in every cell; cuBLAS multiplies weights in bfloat16.", ""]
     text += ["## Goals", "", "| goal | at least | aim | found | |", "|---|---|---|---|---|"]

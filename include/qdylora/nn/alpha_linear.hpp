@@ -103,7 +103,6 @@ class AlphaLinear : public OwnPass<AlphaLinear<T, Backend>, T, typename Backend:
   void set_tuned(bool tuned) noexcept { tuned_ = tuned; }
   bool tuned() const noexcept { return tuned_; }
 
-  void forward(Matrix<T, Memory>&& x, MatrixView<T> y, Context& context) const = delete;  // x is borrowed until backward
   void forward(In<T> x, MatrixView<T> y, Context& context) const {
     context.ready = false;
     expect_shape((options_.name + ": x").c_str(), x, x.rows, in());

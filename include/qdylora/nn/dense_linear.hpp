@@ -91,7 +91,6 @@ class DenseLinear : public OwnPass<DenseLinear<T, Backend>, T, typename Backend:
     else f(as_const(weight_->value));
   }
 
-  void forward(Matrix<T, Memory>&& x, MatrixView<T> y, Context& context) const = delete;  // x is borrowed until backward
   void forward(In<T> x, MatrixView<T> y, Context& context) const {
     context.ready = false;
     expect_shape((options_.name + ": x").c_str(), x, x.rows, in());

@@ -110,7 +110,6 @@ class DynamicLoRALinear : public AdapterLayer<T, Backend>,
     Base::set_training(training, step, first_row);
   }
 
-  void forward(Matrix<T, Memory>&& x, MatrixView<T> y, Context& context) const = delete;  // x is borrowed until backward
   void forward(In<T> x, MatrixView<T> y, Context& context) const {
     begin(x, y, context);
     if (merged()) {

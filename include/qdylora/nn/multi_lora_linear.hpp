@@ -105,7 +105,6 @@ class MultiLoRALinear : public OwnPass<MultiLoRALinear<T, Backend, Format>, T, t
     for (Layer& layer : layers_) layer.set_training(training, step, first_row);
   }
 
-  void forward(Matrix<T, Memory>&& x, MatrixView<T> y, Context& context) = delete;  // x is borrowed until backward
   /// y [tokens, out] of x [tokens, in]; sets the ranks of the adapters that have rows. Errc::shape_mismatch, also of the plan's rows.
   void forward(In<T> x, MatrixView<T> y, Context& context) {
     context.ready = false;

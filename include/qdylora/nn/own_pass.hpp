@@ -21,6 +21,8 @@ class OwnPass {
   MatrixView<T> forward(MatrixView<T> x) { return forward(MatrixView<const T>(x)); }
   MatrixView<T> forward(const Matrix<T, Memory>& x) { return forward(x.view()); }
   MatrixView<T> forward(Matrix<T, Memory>&& x) = delete;
+  void forward(Matrix<T, Memory>&& x, MatrixView<T> y, Context& context) = delete;  // nor with a context of the caller's
+  void forward(Matrix<T, Memory>&& x, MatrixView<T> y, Context& context) const = delete;
   MatrixView<T> backward(In<T> dy, GradientMode mode = GradientMode::accumulate) {
     auto& layer = static_cast<Layer&>(*this);
     dx_.resize(dy.rows, layer.in());
