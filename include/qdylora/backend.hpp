@@ -40,11 +40,14 @@ struct DropoutKey {
 /// them. half_split: (i, i + head_dim / 2), as Hugging Face's checkpoints have them.
 enum class RopeLayout { interleaved, half_split };
 
-/// What an adapter adds to a product: scale * u . b, u [tokens, rank], b [rank, out], rank-major as LoRAAdapter has it. Empty: nothing.
+/// What an adapter adds to a product x . w^T: scale * u . b, u [tokens, rank], b [rank, out], rank-major as LoRAAdapter has it. Empty:
+/// nothing. Where there is an a [rank, in], u is memory that x . a^T is written to on the way, apart from x and y; else it is read.
 template <class S>
 struct AdapterTerm {
-  MatrixView<const S> u = {}, b = {};
+  MatrixView<S> u = {};
+  MatrixView<const S> b = {};
   S scale = 1;
+  MatrixView<const S> a = {};
 };
 
 /// Heads of an attention layer. Query head h reads key-value head h / (heads / kv_heads).
@@ -248,7 +251,7 @@ template <class B, class T, class W>
 concept HasAdapterTerm = requires(const B b, MatrixView<const T> x, const W w, MatrixView<T> y, Update update,
                                   AdapterTerm<Accumulator<T>> adapter) {
   { b.takes_adapter(x, w) } -> std::same_as<bool>;  // whether there is what follows for such an x
-  b.matmul(x, w, y, update, adapter);               // y [tokens, out] (+)= x [tokens, in] . w^T + adapter, in one pass
+  b.matmul(x, w, y, update, adapter);               // y [tokens, out] (+)= x [tokens, in] . w^T + adapter, whose u it may write, in one pass
 };
 
 template <class B, class T>

@@ -1,5 +1,5 @@
 // The emulator itself: what it computes, and the mistakes it must not let pass.
-#include <qdylora/cuda/device.cuh>
+#include <qdylora/cuda/launch.cuh>
 
 #include <numeric>
 #include <vector>
@@ -187,6 +187,34 @@ TEST_CASE("global memory has bounds") {
   float host = 0.0f;
   float* const h = &host;
   CHECK(contains(fault<32>([h](SharedMemory) { device::store(h, 1.0f); }), "outside of every allocation"));
+}
+
+TEST_CASE("a block may wait for what earlier ones make, and for no other") {
+  test::DeviceArray<std::uint32_t> count(1);
+  test::DeviceArray<int> made(4);
+  std::uint32_t* const signals = count.data();
+  int* const out = made.data();
+  const auto kernel = [signals, out](std::uint32_t least) {
+    return [signals, out, least](SharedMemory) {
+      const auto own = device::block().x;
+      if (own < 2) {
+        device::store(out + own, static_cast<int>(10 + own));
+        if (device::thread() == 0) device::signal(signals);
+        return;
+      }
+      if (device::thread() == 0) {
+        device::await(signals, least);
+        if (device::count_up(signals) == device::grid().x - 1) device::set_count(signals, 0);
+      }
+      device::sync_block();
+      device::store(out + own, device::load(out) + device::load(out + 1));
+    };
+  };
+  run<32>([signals](SharedMemory) { device::store(signals, 0u); });
+  run<32>(kernel(2), 0, {4});
+  CHECK(made.host() == std::vector<int>{10, 11, 21, 21});
+  CHECK(count.host()[0] == 0);
+  CHECK_THROWS_AS((run<32>(kernel(3), 0, {4})), Fault);
 }
 
 TEST_CASE("a fault names the kernel, the block and the thread") {

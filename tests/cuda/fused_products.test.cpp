@@ -121,8 +121,10 @@ TEMPLATE_TEST_CASE("tiles of tokens with 4-bit weights on the device are the ref
   constexpr auto tiles = Kernel::tiles;
   const CudaContext context({.workspace_bytes = std::size_t{1} << 20});
   if (!has_fused(context)) SKIP(no_fused);
-  // Rows beside a warp's 16 and a block's 128; tokens beside a tile; sums in one part and in several, of different lengths.
-  const Case cases[] = {{1, 1, 256}, {33, 128, 256}, {32, 129, 512}, {65, 15, 1280}, {30, 17, 2304}, {65, 15, 2304}, {70, 100, 512, 128}};
+  // One row and chunk; rows beside a lane's 4, a warp's 32 and a block's 128; tokens beside a tile; fewer chunks than the ring has and
+  // others than it has in whole rounds; sums in one part and in several, of different lengths.
+  const Case cases[] = {{1, 1, 64},     {33, 128, 256},  {32, 129, 512},  {65, 15, 1280},       {30, 17, 2304},
+                        {65, 15, 2304}, {2, 34, 128},    {40, 63, 192},   {70, 100, 512, 128},  {64, 30, 3136}, {17, 290, 320}};
   for (const Case& c : cases) check<NF4, DoubleQuant<>, T, T, tiles>(context, c);
   check<NF4, DoubleQuant<>, T, float, tiles>(context, {33, 29, 1280});
   check<FP4, Float32Scales, T, T, tiles>(context, {20, 40, 256, 256});

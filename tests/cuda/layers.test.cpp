@@ -214,7 +214,7 @@ TEMPLATE_TEST_CASE("a layer's few tokens have their adapter's term in the same l
         const long before = launches();
         layer.forward(device_x.view(), y.view(), context);
         if (&cuda.context() == &fusing && plan.is_uniform() && count <= 8 && before >= 0)
-          CHECK(launches() - before == (plan.max_rank() > 0 ? 3 : 2));  // (x A^T,) the layer's product, the bias
+          CHECK(launches() - before == 2);  // the layer's product with its adapter's, the bias
         z = on_host<float>(cuda, std::as_const(context.z).view());
         const auto a = on_host<float>(cuda, std::as_const(layer.adapter().a().value).view());
         expected = Matrix<double>(count, out);
@@ -238,7 +238,8 @@ TEMPLATE_TEST_CASE("a layer's few tokens have their adapter's term in the same l
       const auto together = forward(Cuda(fusing), expected, z), separate = forward(Cuda(apart), same, other_z);
       CHECK(test::normalised_squared_error(together.view(), expected.view()) <= test::bound<T>());
       CHECK(test::normalised_squared_error(separate.view(), expected.view()) <= 2 * test::bound<T>());  // y is rounded once more
-      CHECK(test::same_bits(z.view(), other_z.view()));                                                 // what backward needs
+      if (plan.max_rank() > 0)  // what backward needs; in the other's products of more than 8 tokens, A is rounded to 16 bits
+        CHECK(test::normalised_squared_error(z.view(), test::in_double(other_z.view()).view()) <= test::bound<T>());
       // A row of rank 0 is the base's, to the bit.
       if (plan.max_rank() == 0) base = qd::clone(together.view());
       else

@@ -20,7 +20,10 @@ namespace {
 class Gpu {
  public:
   Gpu() : before_(test::device_memory_used()), context_({.workspace_bytes = std::size_t{1} << 20}) {}
-  ~Gpu() { CHECK(test::device_memory_used() == before_ + (std::size_t{1} << 20)); }
+  ~Gpu() {
+    constexpr std::size_t workspace = std::size_t{1} << 20, signals = sizeof(std::uint32_t);
+    CHECK(test::device_memory_used() == before_ + workspace + signals);
+  }
   operator Cuda() const { return Cuda(context_); }
 
  private:

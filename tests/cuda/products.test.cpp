@@ -98,40 +98,58 @@ TEMPLATE_TEST_CASE("an adapter rides on the product of its layer", "[cuda]", qd:
   const Gpu gpu;
   const Cuda cuda = gpu;
   if (cuda.context().compute_capability() < 80) SKIP("products with adapters need a device of compute capability 8.0, and code for one");
-  for (const Index tokens : {3, 20})
-    for (const Index rank : {1, 13}) {
-      const auto x = test::normal_matrix<T>(tokens, 256, 1);
-      const auto u = test::normal_matrix<float>(tokens, rank, 2), b = test::normal_matrix<float>(16, 50, 3);
-      const auto host = qd::quantize(test::normal_matrix<float>(50, 256, 4, 0.2).view());
-      const auto w = cuda.upload(host);
-      const test::Remote<Cuda, T> remote_x(cuda, x.view());
-      const test::Remote<Cuda, float> remote_u(cuda, u.view()), remote_b(cuda, b.view());
-      test::Output<Cuda, T> y(cuda, tokens, 50, qd::Update::overwrite);
+  constexpr Index in = 576;  // beyond what a projection's warps read at once
+  const auto host = qd::quantize(test::normal_matrix<float>(50, in, 4, 0.2).view());
+  const auto w = cuda.upload(host);
+  for (const Index tokens : {1, 3, 11, 20})
+    for (const Index rank : {1, 13, 70}) {
+      const auto x = test::normal_matrix<T>(tokens, in, 1);
+      const auto u = test::normal_matrix<float>(tokens, rank, 2), b = test::normal_matrix<float>(rank + 3, 50, 3),
+                 a = test::normal_matrix<float>(rank, in, 5, 0.2);
+      const test::Remote<Cuda, T> remote_x(cuda, x.view(), 0);
+      test::Remote<Cuda, float> remote_u(cuda, u.view());
+      const test::Remote<Cuda, float> remote_b(cuda, b.view()), aligned_a(cuda, a.view(), 4), remote_a(cuda, a.view(), 3);
       REQUIRE(cuda.takes_adapter(remote_x.in(), w.view()));
-      cuda.matmul(remote_x.in(), w.view(), y.view(), qd::Update::overwrite, {remote_u.in(), remote_b.in().top_rows(rank), -0.5f});
-      test::reference::matmul(x.view(), host.view(), y.expected(), qd::Update::overwrite);
-      Matrix<float> scaled(tokens, rank);
-      for (Index i = 0; i < scaled.size(); ++i) scaled.data()[i] = -0.5f * u.data()[i];
-      test::reference::matmul_transposed(MatrixView<const float>(scaled.view()), b.view().top_rows(rank), y.expected(),
-                                         qd::Update::accumulate);
-      y.check(test::bound<T>());
+      const auto check = [&](MatrixView<const float> from, const Matrix<float>& expected_u, qd::Update update) {
+        test::Output<Cuda, T> y(cuda, tokens, 50, update);
+        const qd::AdapterTerm<float> adapter{remote_u.view(), remote_b.in().top_rows(rank), -0.5f, from};
+        cuda.matmul(remote_x.in(), w.view(), y.view(), update, adapter);
+        test::reference::matmul(x.view(), host.view(), y.expected(), update);
+        Matrix<float> scaled(tokens, rank);
+        for (Index i = 0; i < scaled.size(); ++i) scaled.data()[i] = -0.5f * expected_u.data()[i];
+        test::reference::matmul_transposed(MatrixView<const float>(scaled.view()), b.view().top_rows(rank), y.expected(),
+                                           qd::Update::accumulate);
+        y.check(test::bound<T>());
+      };
+      for (const auto update : test::both_updates) check({}, u, update);  // of a u that is there
+      Matrix<double> made(tokens, rank);
+      test::reference::matmul(x.view(), a.view(), made.view(), qd::Update::overwrite);
+      Matrix<float> made_u(tokens, rank);
+      for (Index i = 0; i < made.size(); ++i) made_u.data()[i] = static_cast<float>(made.data()[i]);
+      for (const auto* from : {&aligned_a, &remote_a})  // of one that is made: on the way, or before where rows of a are not aligned
+        for (const auto update : test::both_updates) {
+          cuda.fill(remote_u.view(), std::numeric_limits<float>::quiet_NaN());
+          check(from->in(), made_u, update);
+          test::check_result(remote_u, std::as_const(made).view(), test::bound<float>());
+        }
       test::Output<Cuda, T> alone(cuda, tokens, 50, qd::Update::overwrite);
       cuda.matmul(remote_x.in(), w.view(), alone.view(), qd::Update::overwrite, qd::AdapterTerm<float>{});  // empty: nothing
       test::reference::matmul(x.view(), host.view(), alone.expected(), qd::Update::overwrite);
       alone.check(test::bound<T>());
-      CHECK(test::code_of([&] {
-              const auto narrow = remote_b.in().left_cols(49).top_rows(rank);
-              cuda.matmul(remote_x.in(), w.view(), y.view(), qd::Update::overwrite, {remote_u.in(), narrow});
-            }) == qd::Errc::shape_mismatch);
+      const auto code_of = [&](const qd::AdapterTerm<float>& adapter) {
+        return test::code_of([&] { cuda.matmul(remote_x.in(), w.view(), alone.view(), qd::Update::overwrite, adapter); });
+      };
+      CHECK(code_of({remote_u.view(), remote_b.in().left_cols(49).top_rows(rank)}) == qd::Errc::shape_mismatch);
+      CHECK(code_of({remote_u.view(), remote_b.in().top_rows(rank), 1.0f, remote_a.in().left_cols(in - 1)}) == qd::Errc::shape_mismatch);
+      CHECK(code_of({.b = remote_b.in().top_rows(rank), .a = remote_a.in()}) == qd::Errc::shape_mismatch);  // no u
     }
   // Tokens that another kernel multiplies take none along, and say so.
-  const auto w = cuda.upload(qd::quantize(test::normal_matrix<float>(50, 256, 4, 0.2).view()));
-  const test::Remote<Cuda, T> x(cuda, test::normal_matrix<T>(40, 256, 1).view());
+  const test::Remote<Cuda, T> x(cuda, test::normal_matrix<T>(40, in, 1).view());
   test::Output<Cuda, T> y(cuda, 40, 50, qd::Update::overwrite);
   CHECK_FALSE(cuda.takes_adapter(x.in(), w.view()));
-  const test::Remote<Cuda, float> u(cuda, test::normal_matrix<float>(40, 2, 2).view()),
-      b(cuda, test::normal_matrix<float>(2, 50, 3).view());
-  CHECK(test::code_of([&] { cuda.matmul(x.in(), w.view(), y.view(), qd::Update::overwrite, {u.in(), b.in()}); }) == qd::Errc::unsupported);
+  test::Remote<Cuda, float> u(cuda, test::normal_matrix<float>(40, 2, 2).view());
+  const test::Remote<Cuda, float> b(cuda, test::normal_matrix<float>(2, 50, 3).view());
+  CHECK(test::code_of([&] { cuda.matmul(x.in(), w.view(), y.view(), qd::Update::overwrite, {u.view(), b.in()}); }) == qd::Errc::unsupported);
 }
 
 TEST_CASE("a product's kernel is chosen by its shape, the device and the user") {
@@ -155,8 +173,7 @@ TEST_CASE("a product's kernel is chosen by its shape, the device and the user") 
   CHECK(kernel(1, 75, {.small_batch = 8}) == slabs);
   CHECK(qd::choose_product({16, 22016, 4096, true, true}, {}) == small_batch);
   CHECK(qd::choose_product({17, 22016, 4096, true, true}, {}) == tiles);   // many rows: x is read for 128 of them at once
-  CHECK(qd::choose_product({40, 4096, 4160, true, true}, {}) == slabs);    // no whole groups
-  CHECK(qd::choose_product({20, 22016, 4160, true, true}, {}) == small_batch);
+  CHECK(qd::choose_product({17, 4096, 4096, true, true}, {}) == small_batch);
   CHECK(qd::choose_product({1, 4096, 4096, false, true}, {}) == slabs);
   CHECK(qd::choose_product({1, 4096, 4096, true, false}, {}) == slabs);
   const qd::CudaContext context({.workspace_bytes = 1024, .product_limits = {.small_batch = 4}});

@@ -51,28 +51,51 @@ __device__ inline void fill_code_tables(const Shared<std::uint32_t>& pairs, cons
     for (int i = thread(); i < 256; i += threads) second_level.store(i, values<typename Scales::SecondLevel>.at[i]);
 }
 
-/// sums[i] += scale of the row * a chunk of two rows of weights . the same chunk of tokens 8i ... 8i + 7, as fragments of
-/// multiply_add have them. x(i, half): 16 bytes of token 8i + g, elements 16t + 8 half and on. `pairs` is the lane's own table.
-template <class T, int token_tiles, class X>
-__device__ inline void multiply_chunk(const LookUpTable& pairs, const Words<2>& codes0, const Words<2>& codes1, float scale0, float scale1,
-                                      const X& x, float (&sums)[token_tiles][4]) {
-  float partial[token_tiles][4] = {};
+/// Codes of two rows' chunks, a lane's eight bytes of each, and their scales.
+struct CodedRows {
+  Words<2> codes[2];
+  float scale[2];
+};
+
+/// sums[r][i] += scale of the row * a chunk of two rows of weights . the same chunk of tokens 8i ... 8i + 7, as fragments of
+/// multiply_add have them, for some pairs of rows r. x(i, half): 16 bytes of token 8i + g, elements 16t + 8 half and on; they are read once
+/// for all pairs. `table` is the lane's own.
+template <class T, int row_tiles, int token_tiles, class X>
+__device__ inline void multiply_chunk(const LookUpTable& table, const CodedRows (&rows)[row_tiles], const X& x,
+                                      float (&sums)[row_tiles][token_tiles][4]) {
+  constexpr int at_once = token_tiles < 4 ? token_tiles : 4;  // tiles whose sums wait for each other in the tensor cores
+  Words<4> steps[row_tiles][4];
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const auto pair = [&](const Words<2>& codes, int byte) { return pairs.load(byte_of(codes.word[half], byte) * warp_size); };
-    const Words<4> first{{pair(codes0, 0), pair(codes1, 0), pair(codes0, 1), pair(codes1, 1)}};
-    const Words<4> second{{pair(codes0, 2), pair(codes1, 2), pair(codes0, 3), pair(codes1, 3)}};
+  for (int first = 0; first < token_tiles; first += at_once) {
+    float partial[row_tiles][at_once][4] = {};
 #pragma unroll
-    for (int i = 0; i < token_tiles; ++i) {
-      const Words<4> tokens = x(i, half);
-      multiply_add<T>(partial[i], first, Words<2>{{tokens.word[0], tokens.word[1]}});
-      multiply_add<T>(partial[i], second, Words<2>{{tokens.word[2], tokens.word[3]}});
+    for (int half = 0; half < 2; ++half) {
+      if (first == 0) {
+#pragma unroll
+        for (int r = 0; r < row_tiles; ++r)
+#pragma unroll
+          for (int step = 0; step < 2; ++step) {
+            const auto pair = [&](int row, int byte) { return table.load(byte_of(rows[r].codes[row].word[half], byte) * warp_size); };
+            steps[r][2 * half + step] = {{pair(0, 2 * step), pair(1, 2 * step), pair(0, 2 * step + 1), pair(1, 2 * step + 1)}};
+          }
+      }
+#pragma unroll
+      for (int i = 0; i < at_once; ++i) {
+        const Words<4> tokens = x(first + i, half);
+#pragma unroll
+        for (int r = 0; r < row_tiles; ++r) {
+          multiply_add<T>(partial[r][i], steps[r][2 * half], Words<2>{{tokens.word[0], tokens.word[1]}});
+          multiply_add<T>(partial[r][i], steps[r][2 * half + 1], Words<2>{{tokens.word[2], tokens.word[3]}});
+        }
+      }
     }
+#pragma unroll
+    for (int r = 0; r < row_tiles; ++r)
+#pragma unroll
+      for (int i = 0; i < at_once; ++i)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) sums[r][first + i][j] += rows[r].scale[j / 2] * partial[r][i][j];
   }
-#pragma unroll
-  for (int i = 0; i < token_tiles; ++i)
-#pragma unroll
-    for (int j = 0; j < 4; ++j) sums[i][j] += (j < 2 ? scale0 : scale1) * partial[i][j];
 }
 
 }  // namespace qdylora::device

@@ -15,7 +15,7 @@
 #include <type_traits>
 
 #include <qdylora/core/matrix.hpp>
-#include <qdylora/cuda/device.cuh>
+#include <qdylora/cuda/launch.cuh>
 #include <qdylora/cuda/memory.cuh>
 #include <qdylora/cuda/product_plan.hpp>
 
@@ -143,6 +143,8 @@ class CudaContext {
     QDYLORA_CUDA_TRY(cudaDeviceGetDefaultMemPool(&pool, device_));
     QDYLORA_CUDA_TRY(cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &keep));
     workspace_ = Buffer<std::byte, DeviceMemory>(static_cast<Index>(options.workspace_bytes), memory());
+    signals_ = Buffer<std::uint32_t, DeviceMemory>(1, memory());
+    QDYLORA_CUDA_TRY(cudaMemsetAsync(signals_.data(), 0, sizeof(std::uint32_t), stream()));
   }
   CudaContext(const CudaContext&) = delete;
   CudaContext& operator=(const CudaContext&) = delete;
@@ -168,6 +170,8 @@ class CudaContext {
   }
   /// Algorithms that cuBLASLt has chosen: it takes longer to choose one than many a product takes.
   std::map<detail::GemmProblem, cublasLtMatmulAlgo_t>& gemm_algorithms() const noexcept { return gemm_algorithms_; }
+  /// A count on the device by which blocks of one launch wait for each other; zero between launches.
+  std::uint32_t* signals() const noexcept { return const_cast<std::uint32_t*>(signals_.data()); }
   /// Streams for state in the host's memory, made when they are first asked for.
   const Pager& pager() const;
   void synchronize() const { QDYLORA_CUDA_TRY(cudaStreamSynchronize(stream())); }
@@ -225,6 +229,7 @@ class CudaContext {
   Index slab_bytes_ = 0, converted_bytes_ = 0, least_slab_lines_ = 0;
   mutable std::map<detail::GemmProblem, cublasLtMatmulAlgo_t> gemm_algorithms_;
   Buffer<std::byte, DeviceMemory> workspace_;
+  Buffer<std::uint32_t, DeviceMemory> signals_;
   mutable std::shared_ptr<const Pager> pager_;
 };
 

@@ -90,7 +90,8 @@ class Cuda {
   bool takes_adapter(MatrixView<X> x, const W& w) const noexcept {
     return detail::fused_kernel(*context_, MatrixView<const std::remove_const_t<X>>(x), w) == ProductKernel::small_batch;
   }
-  /// y (+)= x . w^T + scale * u . b in one launch: a linear layer and its adapter. Errc::unsupported unless takes_adapter.
+  /// y (+)= x . w^T + scale * u . b, and u where there is an a: a linear layer and its adapter, in one launch if rows of x and a are
+  /// aligned to 16 bytes. Errc::unsupported unless takes_adapter.
   template <class X, class W, class Y>
     requires detail::FusedTypes<W, std::remove_const_t<X>, Y>
   void matmul(MatrixView<X> x, const W& w, MatrixView<Y> y, Update update, const AdapterTerm<float>& adapter) const {

@@ -1,4 +1,4 @@
-// What a kernel asks of the hardware, and how it is launched: the only header with PTX, intrinsics and launches. Kernels are written against these names;
+// What a kernel asks of the hardware: the only header with PTX and intrinsics. Kernels are written against these names;
 // tests/support/cuda_emulator has a header of the same name, by which they run on a CPU, accesses checked. A function is one instruction, or a few.
 #pragma once
 
@@ -8,18 +8,18 @@
 #include <type_traits>
 
 #include <qdylora/core/scalar.hpp>
-#include <qdylora/cuda/error.cuh>
 
 namespace qdylora::device {
 
 inline constexpr int warp_size = 32;
 inline constexpr unsigned all_lanes = 0xFFFFFFFFu;
 
-/// Whether code is compiled for sm_80 or later. The body of a kernel that is not launched on an earlier device need not exist there.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-inline constexpr bool is_sm80 = false;
+/// Whether code is compiled for sm_80 or later, and for sm_90 or later. The body of a kernel that is not launched on an earlier device need
+/// not exist there.
+#if defined(__CUDA_ARCH__)
+inline constexpr bool is_sm80 = __CUDA_ARCH__ >= 800, is_sm90 = __CUDA_ARCH__ >= 900;
 #else
-inline constexpr bool is_sm80 = true;
+inline constexpr bool is_sm80 = true, is_sm90 = true;
 #endif
 
 /// N 32-bit words that are loaded and stored at once.
@@ -136,6 +136,22 @@ template <std::integral T>
 __device__ __forceinline__ void atomic_min(T* p, std::type_identity_t<T> value) {
   atomicMin(p, value);
 }
+
+/// A count by which blocks wait for others of their grid. Who sees it with await sees what the thread has seen and done before.
+__device__ __forceinline__ void signal(std::uint32_t* count) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(count) : "memory");
+}
+/// Until the count is `least` at least, by signals of blocks with lower numbers in a grid along x: GPUs start those first, though CUDA does
+/// not say so.
+__device__ __forceinline__ void await(const std::uint32_t* count, std::uint32_t least) {
+  std::uint32_t found = 0;
+  do asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(found) : "l"(count) : "memory");
+  while (found < least);
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(found) : "l"(count) : "memory");
+}
+/// Adds one; returns what was there.
+__device__ __forceinline__ std::uint32_t count_up(std::uint32_t* count) { return atomicAdd(count, 1u); }
+__device__ __forceinline__ void set_count(std::uint32_t* count, std::uint32_t value) { atomicExch(count, value); }
 
 // ---- order -----------------------------------------------------------------------------------------------------------------------
 
@@ -356,45 +372,4 @@ __device__ __forceinline__ std::uint32_t pack(float first, float second) {
 #endif
 }
 
-// ---- launching -------------------------------------------------------------------------------------------------------------------
-
-/// A kernel is a class: its members are the arguments, `threads` the size of its blocks, and operator() what a thread does with the
-/// block's shared memory.
-template <class K>
-concept Kernel = std::is_trivially_copyable_v<K> && K::threads % warp_size == 0 && K::threads <= 1024;
-
-/// How many blocks of K one processor must have registers for. Kernels that keep much in registers say 1; without a word of theirs the
-/// compiler may spill a few to make room for another block.
-template <class K>
-inline constexpr int least_blocks = 0;
-template <class K>
-  requires requires { K::least_blocks; }
-inline constexpr int least_blocks<K> = K::least_blocks;
-
-template <Kernel K>
-__global__ void __launch_bounds__(K::threads, least_blocks<K>) run(const __grid_constant__ K kernel) {
-  extern __shared__ __align__(128) unsigned char bytes[];
-  kernel(SharedMemory(bytes));
-}
-
-#if !defined(QDYLORA_DEVICE_ONLY)
-struct Launch {
-  cudaStream_t stream = nullptr;
-  dim3 blocks;
-  int shared_bytes = 0;
-};
-
-/// Starts the kernel; returns before it is done. A grid without blocks is no work.
-template <Kernel K>
-void launch(const Launch& how, const K& kernel) {
-  constexpr int without_asking = 48 * 1024;
-  if (how.blocks.x == 0 || how.blocks.y == 0 || how.blocks.z == 0) return;
-  if (how.shared_bytes > without_asking)
-    QDYLORA_CUDA_TRY(cudaFuncSetAttribute(run<K>, cudaFuncAttributeMaxDynamicSharedMemorySize, how.shared_bytes));
-  // <<<>>> would leave its error where those of other calls of the program lie, which are not this kernel's.
-  void* arguments[] = {const_cast<K*>(&kernel)};
-  QDYLORA_CUDA_TRY(
-      cudaLaunchKernel(run<K>, how.blocks, K::threads, arguments, static_cast<std::size_t>(how.shared_bytes), how.stream));
-}
-#endif
 }  // namespace qdylora::device

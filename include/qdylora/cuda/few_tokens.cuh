@@ -2,8 +2,12 @@
 // plain multiply-adds, each operand read where it is. To convert it first would cost more than the product.
 #pragma once
 
+#include <algorithm>
+#include <bit>
 #include <concepts>
+#include <cstdint>
 #include <type_traits>
+#include <utility>
 
 #include <qdylora/cuda/for_each.cuh>
 #include <qdylora/cuda/reduce.cuh>
@@ -17,14 +21,58 @@ concept Doubles = std::same_as<T, double>;
 template <class... T>
 using SumOf = std::conditional_t<(Doubles<T> || ...), double, float>;
 
-/// y[t, n] (+)= sum_k x[t, k] w[n, k]. A group of warps makes four tokens' products with one row of w, which it reads once: a warp where
-/// rows are short, the whole block where they are long.
-template <class X, class W, class Y, int warps_a_row>
+/// `width` neighbours in memory, loaded at once, as what sums are kept in.
+template <int width, class T>
+struct Neighbours {
+  Accumulator<T> at[width];
+
+  __device__ static Neighbours load_from(const T* p) {
+    if constexpr (width == 1) {
+      return {{widen(load(p))}};
+    } else {
+      struct Elements {
+        T at[width];
+      };
+      const auto found = std::bit_cast<Elements>(load(reinterpret_cast<const Words<width * sizeof(T) / 4>*>(p)));
+      Neighbours wide;
+#pragma unroll
+      for (int i = 0; i < width; ++i) wide.at[i] = widen(found.at[i]);
+      return wide;
+    }
+  }
+};
+
+/// sum[t] += a thread's share of row . x[first + t, :]: of the rows' pieces of `width` elements every `threads`th, beginning with piece
+/// `own`. Of `count` tokens, where they are fewer, the last one is taken again: without branches, loads of all are on their way at once.
+template <int width, int threads, int tokens, class X, class W, class S>
+__device__ inline void add_share_of_row(const MatrixView<const X>& x, Index first, int count, const W* row, int own, S (&sum)[tokens]) {
+  constexpr int unrolled = 4;  // loads of the row on their way at once
+  constexpr int step = threads * width;
+  for (Index begin = Index{own} * width; begin < x.cols; begin += unrolled * step) {
+    Neighbours<width, W> weight[unrolled] = {};
+#pragma unroll
+    for (int u = 0; u < unrolled; ++u)
+      if (const Index k = begin + u * step; k < x.cols) weight[u] = Neighbours<width, W>::load_from(row + k);
+#pragma unroll
+    for (int u = 0; u < unrolled; ++u) {
+      const Index k = begin + u * step;
+      if (k >= x.cols) break;
+#pragma unroll
+      for (int t = 0; t < tokens; ++t) {
+        const auto token = Neighbours<width, X>::load_from(x.row(first + (t < count ? t : count - 1)) + k);
+#pragma unroll
+        for (int i = 0; i < width; ++i) sum[t] += static_cast<S>(token.at[i]) * static_cast<S>(weight[u].at[i]);
+      }
+    }
+  }
+}
+
+/// y[t, n] (+)= sum_k x[t, k] w[n, k]. A group of warps makes some tokens' products with one row of w, which it reads once: a warp where
+/// rows are short, the whole block where they are long. Rows are read in pieces of `width` elements, aligned to as many.
+template <class X, class W, class Y, int warps_a_row, int width, int tokens>
 struct RowDots {
   static constexpr int threads = 256;
   static constexpr int rows = threads / warp_size / warps_a_row;  // of w, a block
-  static constexpr int tokens = 4;
-  static constexpr int unrolled = 4;  // loads of w on their way at once
   using S = SumOf<X, W, Y>;
   static constexpr int shared_bytes = threads / warp_size * static_cast<int>(sizeof(S));
 
@@ -35,33 +83,19 @@ struct RowDots {
 
   __device__ void operator()(SharedMemory memory) const {
     static_assert(rows == 1 || warps_a_row == 1);
-    constexpr int step = warps_a_row * warp_size;
+    constexpr int sharing = warps_a_row * warp_size;
     const Index n = static_cast<Index>(block().x) * rows + (rows == 1 ? 0 : warp()), first = static_cast<Index>(block().y) * tokens;
     if (n >= w.rows) return;  // whole warps
     const int count = y.rows - first < tokens ? static_cast<int>(y.rows - first) : tokens;
     S sum[tokens] = {};
-    for (Index begin = thread() % step; begin < w.cols; begin += unrolled * step) {
-      S weight[unrolled];
-#pragma unroll
-      for (int u = 0; u < unrolled; ++u) {
-        const Index k = begin + u * step;
-        weight[u] = k < w.cols ? static_cast<S>(read(w, n, k)) : S{};
-      }
-#pragma unroll
-      for (int t = 0; t < tokens; ++t)
-        if (t < count) {
-#pragma unroll
-          for (int u = 0; u < unrolled; ++u)
-            if (const Index k = begin + u * step; k < w.cols) sum[t] += static_cast<S>(read(x, first + t, k)) * weight[u];
-        }
-    }
+    add_share_of_row<width, sharing>(x, first, count, w.row(n), thread() % sharing, sum);
     const auto sums = memory.take<S>(threads / warp_size);
 #pragma unroll
     for (int t = 0; t < tokens; ++t) {
       if (t >= count) break;
       if constexpr (rows == 1) sum[t] = sum_block<threads>(sums, sum[t]);
       else sum[t] = sum_warp(sum[t]);
-      if (thread() % step == 0)
+      if (thread() % sharing == 0)
         write(y, first + t, n, static_cast<Accumulator<Y>>(update == Update::accumulate ? read(y, first + t, n) + sum[t] : sum[t]));
     }
   }
@@ -107,17 +141,26 @@ namespace detail {
 
 inline constexpr Index few_mixed_tokens = 8;
 
+/// Whether every row of x begins at a multiple of `width` elements.
+template <int width, class T>
+bool has_aligned_rows(MatrixView<const T> x) noexcept {
+  return reinterpret_cast<std::uintptr_t>(x.data) % (width * sizeof(T)) == 0 && (x.rows <= 1 || x.stride % width == 0);
+}
+
 template <class X, class W, class Y>
 void multiply_few(const CudaContext& context, MatrixView<const X> x, MatrixView<const W> w, MatrixView<Y> y, Update update) {
   constexpr Index long_row = 2048;
-  const auto go = [&]<int warps_a_row>(std::integral_constant<int, warps_a_row>) {
-    using Kernel = device::RowDots<X, W, Y, warps_a_row>;
+  constexpr int wide = device::Doubles<device::SumOf<X, W, Y>> ? 1 : 16 / std::max(sizeof(X), sizeof(W));
+  const auto go = [&]<int warps_a_row, int width, int tokens>(std::integer_sequence<int, warps_a_row, width, tokens>) {
+    using Kernel = device::RowDots<X, W, Y, warps_a_row, width, tokens>;
     const auto blocks = [](Index extent, Index each) { return static_cast<unsigned>((extent + each - 1) / each); };
-    device::launch({context.stream(), {blocks(y.cols, Kernel::rows), blocks(y.rows, Kernel::tokens)}, Kernel::shared_bytes},
-                   Kernel{x, w, y, update});
+    device::launch({context.stream(), {blocks(y.cols, Kernel::rows), blocks(y.rows, tokens)}, Kernel::shared_bytes}, Kernel{x, w, y, update});
   };
-  if (w.cols < long_row) go(std::integral_constant<int, 1>{});
-  else go(std::integral_constant<int, 8>{});
+  const bool aligned = w.cols % wide == 0 && has_aligned_rows<wide>(x) && has_aligned_rows<wide>(w);
+  if (w.cols < long_row) go(std::integer_sequence<int, 1, 1, 4>{});
+  else if (!aligned) go(std::integer_sequence<int, 8, 1, 4>{});
+  else if (y.rows == 1) go(std::integer_sequence<int, 8, wide, 1>{});
+  else go(std::integer_sequence<int, 8, wide, 4>{});
 }
 template <class H, class W, class Y>
 void multiply_transposed_few(const CudaContext& context, MatrixView<const H> h, MatrixView<const W> w, MatrixView<Y> y, Update update) {

@@ -7,7 +7,7 @@
 #include <type_traits>
 
 #include <qdylora/cuda/context.cuh>
-#include <qdylora/cuda/device.cuh>
+#include <qdylora/cuda/launch.cuh>
 
 namespace qdylora {
 namespace device {

@@ -5,8 +5,7 @@
 //   slabs         decodes a slab into the workspace and leaves the product to cuBLASLt: any types, any shape, and the best there is where
 //                 the product outweighs the decoding
 //
-// The most tokens that each takes, by compute capability, where the codes have 4 bits, activations 16, and rows are whole chunks of 64 (for
-// tiles, whole groups of 256):
+// The most tokens that each takes, by compute capability, where the codes have 4 bits, activations 16, and rows are whole chunks of 64:
 //
 //                          small_batch   tiles
 //   7.5                              0       0   no mma.m16n8k16 of bfloat16 or half
@@ -70,7 +69,8 @@ constexpr ProductKernel choose_product(const ProductProblem& problem, const Prod
   if (limits.small_batch < 0) limits.small_batch = table.small_batch;
   if (limits.tiles < 0) limits.tiles = table.tiles;
   if (!problem.fused_types || !problem.whole_chunks || device.compute_capability < 80) return ProductKernel::slabs;
-  const bool fits_tiles = problem.in % 256 == 0 && problem.tokens <= limits.tiles;
+  constexpr Index most_rows = 128 * Index{65535};  // of a grid
+  const bool fits_tiles = problem.tokens <= limits.tiles && problem.out <= most_rows;
   if (fits_tiles && problem.tokens > 16 && (problem.out + 127) / 128 >= device.processors / 2) return ProductKernel::tiles;
   if (problem.tokens <= std::min<Index>(limits.small_batch, 32)) return ProductKernel::small_batch;
   return fits_tiles ? ProductKernel::tiles : ProductKernel::slabs;

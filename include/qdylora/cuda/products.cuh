@@ -1,6 +1,7 @@
 // The products of linear layers: which kernel makes them.
 #pragma once
 
+#include <algorithm>
 #include <concepts>
 
 #include <qdylora/cuda/few_tokens.cuh>
@@ -47,17 +48,23 @@ void matmul(const CudaContext& context, MatrixView<const X> x, const W& w, Matri
   }
 }
 
-/// The same and what an adapter adds, of an x whose kernel is small_batch; else Errc::unsupported.
+/// The same and what an adapter adds, of an x whose kernel is small_batch; else Errc::unsupported. In one launch, if rows of x and a are
+/// aligned to 16 bytes.
 template <class X, class W, class Y>
   requires FusedTypes<W, X, Y>
 void matmul(const CudaContext& context, MatrixView<const X> x, const W& w, MatrixView<Y> y, Update update,
             const AdapterTerm<float>& adapter) {
   expect_matmul(x, w, y);
-  if (const Index rank = adapter.u.cols; rank > 0) {
+  const bool makes_u = !adapter.a.empty();
+  if (const Index rank = std::max(adapter.u.cols, adapter.a.rows); rank > 0) {
     expect_shape("matmul: the adapter's u", adapter.u, x.rows, rank);
     expect_shape("matmul: the adapter's b", adapter.b, rank, w.rows);
+    if (makes_u) expect_shape("matmul: the adapter's a", adapter.a, rank, w.cols);
   }
-  if (y.empty()) return;
+  if (y.empty()) {
+    if (makes_u) matmul(context, x, adapter.a, adapter.u, Update::overwrite);
+    return;
+  }
   QDYLORA_EXPECTS(
       fused_kernel(context, x, w) == ProductKernel::small_batch, unsupported,
       "matmul: a product of " + shape_text(x) + " and " + shape_text(w.rows, w.cols) + " takes no adapter along; ask takes_adapter first");

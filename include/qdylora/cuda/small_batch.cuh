@@ -3,6 +3,10 @@
 //
 // A block makes 16 outputs of every token; its warps share the row, a group of four chunks at a time, and add their sums in order. Blocks
 // do not share a row: where a weight has so few rows that processors stay idle, a second launch would cost more than they could save.
+//
+// An adapter comes in the same launch. Where there is an a, the first blocks make u = x . a^T, each of two ranks and eight tokens: as much to
+// read as 16 rows of codes. The others wait for it when they have their own sums, and add scale * u . b. A launch of its own for u would take
+// as long as a small layer's product.
 #pragma once
 
 #include <bit>
@@ -12,7 +16,7 @@
 
 #include <qdylora/backend.hpp>
 #include <qdylora/cuda/coded_fragments.cuh>
-#include <qdylora/cuda/for_each.cuh>
+#include <qdylora/cuda/few_tokens.cuh>
 #include <qdylora/cuda/slabs.cuh>
 
 namespace qdylora {
@@ -29,18 +33,26 @@ struct SmallBatch {
   static constexpr int padded_rows = rows + 4;  // sums of one token: 2t * 20 + g mod 32 are different banks for all lanes
   static constexpr int shared_bytes = 4 * (pair_table_words + 256);
   static_assert(warps * 8 * token_tiles * padded_rows <= pair_table_words);
+  // Where ptxas would spill a few registers to make room for a third.
+  static constexpr int least_blocks = token_tiles == 1 && (!is_sm90 || !Scales::nested) ? 2 : 0;
+  static constexpr int projected_ranks = 2, projected_tokens = 8;  // of u, a block
 
   QuantizedView<Format, Scales> w;
   MatrixView<const T> x;
   MatrixView<Y> y;
   AdapterTerm<float> adapter;
   Update update;
-  int block_shift;  // log2(chunks in a block)
+  int block_shift;         // log2(chunks in a block)
+  int projections;         // blocks that make u, the first ones
+  std::uint32_t* signals;  // where there are such; zero
 
-  using Sums = float[token_tiles][4];
+  using Sums = float[1][token_tiles][4];  // of one pair of rows a lane
 
   __device__ void operator()(SharedMemory memory) const {
-    if constexpr (is_sm80) multiply(memory);
+    if constexpr (is_sm80) {
+      if (static_cast<int>(block().x) < projections) project(memory);
+      else multiply(memory);
+    }
   }
 
  private:
@@ -49,19 +61,15 @@ struct SmallBatch {
     const auto second_level = memory.take<float>(256);
     const LookUpTable pairs(table.from(lane()));
     const int g = lane() / 4, t = lane() % 4;
-    const Index first_row = static_cast<Index>(block().x) * rows;
+    const Index first_row = (static_cast<Index>(block().x) - projections) * rows;
     const int chunks = static_cast<int>(w.cols / chunk_elements), groups = chunks / group;
     int at = warp();
 
     // Beyond the last row, and the last token, lanes repeat it: their sums are dropped.
-    const Words<2>* codes[2];
-    std::uint32_t row_chunk[2];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const Index row = first_row + g + 8 * r < w.rows ? first_row + g + 8 * r : w.rows - 1;
-      codes[r] = reinterpret_cast<const Words<2>*>(w.codes + row * (w.cols / 2)) + t;
-      row_chunk[r] = static_cast<std::uint32_t>(row * chunks);
-    }
+    const auto row_of = [&](int r) { return first_row + g + 8 * r < w.rows ? first_row + g + 8 * r : w.rows - 1; };
+    const Words<2>* const codes = reinterpret_cast<const Words<2>*>(w.codes + row_of(0) * (w.cols / 2)) + t;
+    const int row_words[] = {0, static_cast<int>(row_of(1) - row_of(0)) * chunk_code_words * chunks};  // from the first row on
+    const std::uint32_t row_chunk[] = {static_cast<std::uint32_t>(row_of(0) * chunks), static_cast<std::uint32_t>(row_of(1) * chunks)};
     const Words<4>* tokens[token_tiles];
 #pragma unroll
     for (int i = 0; i < token_tiles; ++i) {
@@ -77,65 +85,120 @@ struct SmallBatch {
     // The first loads are on their way while the table is made. Lane t of four asks for the scale of chunk t of the group.
     Words<2> next[2][group];
     PendingScale<Scales> pending[2];
-    const Words<2>* ahead[2] = {codes[0] + chunk_code_words * group * at, codes[1] + chunk_code_words * group * at};
+    const Words<2>* ahead = codes + chunk_code_words * group * at;
     if (at < groups) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
 #pragma unroll
-        for (int u = 0; u < group; ++u) next[r][u] = load_once(ahead[r] + chunk_code_words * u);
+        for (int u = 0; u < group; ++u) next[r][u] = load_once(ahead + row_words[r] + chunk_code_words * u);
         pending[r] = fetch_scale(r, group * at + t);
       }
     }
     fill_code_tables<Format, Scales, T, threads>(table, second_level);
     Sums sums = {};
-    add_adapter(first_row, sums);
     sync_block();
 
     const auto multiply_group = [&](auto more) {
       const float scale[2] = {scale_of(pending[0]), scale_of(pending[1])};
+      ahead += chunk_code_words * group * warps;
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        ahead[r] += chunk_code_words * group * warps;
+      for (int r = 0; r < 2; ++r)
         if (more) pending[r] = fetch_scale(r, group * (at + warps) + t);
-      }
 #pragma unroll
       for (int u = 0; u < group; ++u) {
-        multiply_chunk<T>(pairs, next[0][u], next[1][u], shuffle(scale[0], u, 4), shuffle(scale[1], u, 4), x_of(group * at + u), sums);
+        const CodedRows row_pair[] = {{{next[0][u], next[1][u]}, {shuffle(scale[0], u, 4), shuffle(scale[1], u, 4)}}};
+        multiply_chunk<T>(pairs, row_pair, x_of(group * at + u), sums);
 #pragma unroll
         for (int r = 0; r < 2; ++r)
-          if (more) next[r][u] = load_once(ahead[r] + chunk_code_words * u);
+          if (more) next[r][u] = load_once(ahead + row_words[r] + chunk_code_words * u);
       }
     };
     for (; at + warps < groups; at += warps) multiply_group(std::true_type{});
     if (at < groups) multiply_group(std::false_type{});
     // Chunks beyond the last whole group, each by a warp of its own.
-    if (const int c = group * groups + (warp() + warps - groups % warps) % warps; c < chunks)
-      multiply_chunk<T>(pairs, load_once(codes[0] + chunk_code_words * c), load_once(codes[1] + chunk_code_words * c),
-                        scale_of(fetch_scale(0, c)), scale_of(fetch_scale(1, c)), x_of(c), sums);
+    if (const int c = group * groups + (warp() + warps - groups % warps) % warps; c < chunks) {
+      const CodedRows row_pair[] = {{{load_once(codes + chunk_code_words * c), load_once(codes + row_words[1] + chunk_code_words * c)},
+                                     {scale_of(fetch_scale(0, c)), scale_of(fetch_scale(1, c))}}};
+      multiply_chunk<T>(pairs, row_pair, x_of(c), sums);
+    }
+    add_adapter(first_row, sums);
     sync_block();  // the table is done with: its memory takes the sums
     write_sums(table.template from<float>(0), first_row, sums);
   }
 
-  /// The warps share the ranks; what they read is on its way beside the first codes.
+  /// Two ranks of u, by half of the warps each, for some of the tokens.
+  __device__ void project(SharedMemory memory) const {
+    if (x.rows == 1) project<1>(memory);
+    else project<projected_tokens>(memory);
+  }
+  template <int tokens>
+  __device__ void project(SharedMemory memory) const {
+    constexpr int sharing = threads / projected_ranks, sharing_warps = sharing / warp_size;
+    const auto sums = memory.take<float>(warps * tokens);
+    const int token_groups = static_cast<int>((x.rows + tokens - 1) / tokens);
+    const Index first_rank = static_cast<Index>(block().x) / token_groups * projected_ranks, own_rank = first_rank + thread() / sharing;
+    const Index first = static_cast<Index>(block().x) % token_groups * tokens;
+    const int count = x.rows - first < tokens ? static_cast<int>(x.rows - first) : tokens;
+    float sum[tokens] = {};
+    if (own_rank < adapter.a.rows) add_share_of_row<4, sharing>(x, first, count, adapter.a.row(own_rank), thread() % sharing, sum);
+#pragma unroll
+    for (int t = 0; t < tokens; ++t) {
+      sum[t] = sum_warp(sum[t]);
+      if (lane() == 0) sums.store(warp() * tokens + t, sum[t]);
+    }
+    sync_block();
+    const int half = thread() / tokens, t = thread() % tokens;
+    if (half < projected_ranks && first_rank + half < adapter.a.rows && t < count) {
+      float total = 0.0f;
+#pragma unroll
+      for (int part = 0; part < sharing_warps; ++part) total += sums.load((half * sharing_warps + part) * tokens + t);
+      store(adapter.u.row(first + t) + first_rank + half, total);
+    }
+    sync_block();
+    if (thread() == 0) signal(signals);
+  }
+
+  /// The warps share the ranks. A warp's numbers of some of them are on their way at once, those of b while it waits for u.
   __device__ void add_adapter(Index first_row, Sums& sums) const {
-    const int g = lane() / 4, t = lane() % 4;
-#pragma unroll 2
-    for (Index rank = warp(); rank < adapter.u.cols; rank += warps) {
-      float b[2];
+    constexpr int at_once = 8 / token_tiles;
+    const int g = lane() / 4, t = lane() % 4, ranks = static_cast<int>(adapter.u.cols);
+    const float* const own_b = adapter.b.data + first_row + g;
+    const int own_rows = static_cast<int>(w.rows - first_row) - g;
+    float b[at_once][2], u[at_once][token_tiles][2];
+    const auto fetch_b = [&](int first) {
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const Index row = first_row + g + 8 * r;
-        b[r] = row < w.rows ? load(adapter.b.row(rank) + row) : 0.0f;
-      }
+      for (int i = 0; i < at_once; ++i)
 #pragma unroll
-      for (int i = 0; i < token_tiles; ++i)
+        for (int r = 0; r < 2; ++r)
+          b[i][r] = first + i * warps < ranks && 8 * r < own_rows ? load(own_b + (first + i * warps) * adapter.b.stride + 8 * r) : 0.0f;
+    };
+    fetch_b(warp());
+    if (projections > 0) {
+      if (thread() == 0) await(signals, static_cast<std::uint32_t>(projections));
+      sync_block();
+      // The last block to have seen it leaves the count as it was.
+      if (thread() == 0 && count_up(signals) == grid().x - 1) set_count(signals, 0);
+    }
+#pragma unroll 1
+    for (int first = warp(); first < ranks; first += at_once * warps) {
+      if (first != warp()) fetch_b(first);
+#pragma unroll
+      for (int j = 0; j < token_tiles; ++j)
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
-          const Index token = 8 * i + 2 * t + c;
-          const float u = token < x.rows ? adapter.scale * load(adapter.u.row(token) + rank) : 0.0f;
-          sums[i][c] += b[0] * u;
-          sums[i][2 + c] += b[1] * u;
+          const int token = 8 * j + 2 * t + c;
+          const float* const own_u = adapter.u.row(token) + first;
+#pragma unroll
+          for (int i = 0; i < at_once; ++i) u[i][j][c] = first + i * warps < ranks && token < x.rows ? load(own_u + i * warps) : 0.0f;
         }
+#pragma unroll
+      for (int i = 0; i < at_once; ++i)
+#pragma unroll
+        for (int j = 0; j < token_tiles; ++j)
+#pragma unroll
+          for (int c = 0; c < 2; ++c)
+#pragma unroll
+            for (int r = 0; r < 2; ++r) sums[0][j][2 * r + c] += b[i][r] * (adapter.scale * u[i][j][c]);
     }
   }
 
@@ -147,7 +210,7 @@ struct SmallBatch {
     for (int i = 0; i < token_tiles; ++i)
 #pragma unroll
       for (int j = 0; j < 4; ++j)
-        memory.store(warp() * warp_sums + (8 * i + 2 * t + j % 2) * padded_rows + g + j / 2 * 8, sums[i][j]);
+        memory.store(warp() * warp_sums + (8 * i + 2 * t + j % 2) * padded_rows + g + j / 2 * 8, sums[0][i][j]);
     sync_block();
     for (int o = thread(); o < 8 * token_tiles * rows; o += threads) {
       const int token = o / rows;
@@ -197,8 +260,13 @@ void multiply_small_batch(const CudaContext& context, MatrixView<const T> x, con
   const int block_shift = std::countr_zero(static_cast<std::size_t>(w.block_size)) - 6;
   const auto go = [&]<int token_tiles>(std::integral_constant<int, token_tiles>) {
     using Kernel = device::SmallBatch<Format, Scales, T, Y, token_tiles>;
-    const auto blocks = static_cast<unsigned>((w.rows + Kernel::rows - 1) / Kernel::rows);
-    device::launch({context.stream(), blocks, Kernel::shared_bytes}, Kernel{w, x, y, adapter, update, block_shift});
+    const auto count = [](Index extent, Index each) { return static_cast<int>((extent + each - 1) / each); };
+    const bool apart = !has_aligned_rows<4>(adapter.a);
+    if (apart) multiply_few(context, x, adapter.a, adapter.u, Update::overwrite);
+    const int projections = apart ? 0 : count(adapter.a.rows, Kernel::projected_ranks) * count(x.rows, Kernel::projected_tokens);
+    const auto blocks = static_cast<unsigned>(projections + count(w.rows, Kernel::rows));
+    device::launch({context.stream(), blocks, Kernel::shared_bytes},
+                   Kernel{w, x, y, adapter, update, block_shift, projections, context.signals()});
   };
   if (x.rows <= 8) go(std::integral_constant<int, 1>{});
   else if (x.rows <= 16) go(std::integral_constant<int, 2>{});

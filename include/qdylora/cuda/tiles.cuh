@@ -1,9 +1,11 @@
 // Products of 4-bit weights with tens to hundreds of tokens, decoded on the way into the tensor cores (coded_fragments.cuh).
 //
-// A block makes 128 outputs of a tile of tokens. Each of its warps has 16 rows of the weight to itself, whose codes it loads straight into
+// A block makes 128 outputs of a tile of tokens. Each of its warps has 32 rows of the weight to itself, whose codes it loads straight into
 // registers; the tile of x is shared, and comes chunk by chunk through a ring in shared memory, filled by copies that run ahead.
-// Where there are fewer blocks than the device has processors, they share the sums: each makes a range of chunks, and their parts are added
-// in order.
+// Shared memory is what limits it: of 64 tokens, a warp reads 64 lines of 128 bytes of x a chunk and 32 of the table, and writes 16 of x, for
+// 131072 multiply-adds: 1170 a cycle. With 16 rows a warp it would be 745; tensor cores do 1024 on an A100, some 1300 by mma on an H100.
+// Where there are fewer blocks than the device holds at once, they share the sums: each makes a range of chunks, and their parts are added in
+// order.
 #pragma once
 
 #include <algorithm>
@@ -19,17 +21,18 @@ namespace qdylora {
 namespace device {
 
 /// y [tokens, out] (+)= x [tokens, in] . w [out, in]^T, or, in grid().z parts [tokens, out] of float, its sums over ranges of `in`. Rows of
-/// w are whole groups of chunks, blocks whole chunks, codes are aligned to 8 bytes, rows of x to 16. sm_80
+/// w and blocks are whole chunks, codes are aligned to 8 bytes, rows of x to 16. sm_80
 template <CodeFormat Format, class Scales, class T, class Y, int token_tiles>
 struct CodedTiles {
-  static constexpr int threads = 256;
-  static constexpr int warp_rows = 16, rows = threads / warp_size * warp_rows;
+  static constexpr int threads = 128;
+  static constexpr int row_tiles = 2, warp_rows = 16 * row_tiles, rows = threads / warp_size * warp_rows;
   static constexpr int tokens = 8 * token_tiles;
-  static constexpr int group = 4;   // chunks whose codes are loaded at once, a line of 128 bytes of each row
-  static constexpr int stages = 4;  // chunks of x in the ring: slot u is that of chunk u of each group
+  static constexpr int stages = 4;  // chunks of x in the ring, and scales of a row that are loaded at once
   static constexpr int stage_words = tokens * chunk_x_words, copies = stage_words / threads;
   static constexpr int shared_bytes = 4 * (pair_table_words + 256) + stages * stage_words * 16;
-  static_assert(stages == group && copies * threads == stage_words);
+  static constexpr int most_blocks = token_tiles <= 4 ? 3 : 2;  // that a processor has registers for
+  static constexpr int least_blocks = token_tiles <= 4 && !is_sm90 ? most_blocks : 0;  // on others ptxas finds so few unasked
+  static_assert(copies * threads == stage_words && stages == 4);
 
   QuantizedView<Format, Scales> w;
   MatrixView<const T> x;
@@ -49,96 +52,124 @@ struct CodedTiles {
     const auto ring = memory.take<Words<4>>(stages * stage_words);
     const LookUpTable pairs(table.from(lane()));
     const int g = lane() / 4, t = lane() % 4;
-    const Index first_row = static_cast<Index>(block().x) * rows + warp() * warp_rows;
-    const Index first_token = static_cast<Index>(block().y) * tokens;
-    const int chunks = static_cast<int>(w.cols / chunk_elements), groups = chunks / group;
+    const Index first_row = static_cast<Index>(block().y) * rows + warp() * warp_rows;
+    const Index first_token = static_cast<Index>(block().x) * tokens;
+    const int chunks = static_cast<int>(w.cols / chunk_elements);
     const int parts_count = static_cast<int>(grid().z), part = static_cast<int>(block().z);
-    const int begin = static_cast<int>(static_cast<Index>(groups) * part / parts_count);
-    const int end = static_cast<int>(static_cast<Index>(groups) * (part + 1) / parts_count);
+    const int begin = static_cast<int>(static_cast<Index>(chunks) * part / parts_count);
+    const int end = static_cast<int>(static_cast<Index>(chunks) * (part + 1) / parts_count);
 
-    // A lane's two rows are neighbours, so that groups of eight lanes write whole sectors of y. Beyond the last row lanes repeat it.
-    const Words<2>* codes[2];
-    std::uint32_t row_chunk[2];
+    // A lane's rows are neighbours, which it writes at once. Beyond the last row lanes repeat it.
+    constexpr int own_rows = 2 * row_tiles;
+    const auto row_of = [&](int r) { return first_row + own_rows * g + r < w.rows ? first_row + own_rows * g + r : w.rows - 1; };
+    const Words<2>* const codes = reinterpret_cast<const Words<2>*>(w.codes + row_of(0) * (w.cols / 2)) + t;
+    int row_words[own_rows];  // from the first row on
+    std::uint32_t row_chunk[own_rows];
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const Index row = first_row + 2 * g + r < w.rows ? first_row + 2 * g + r : w.rows - 1;
-      codes[r] = reinterpret_cast<const Words<2>*>(w.codes + row * (w.cols / 2)) + t;
-      row_chunk[r] = static_cast<std::uint32_t>(row * chunks);
+    for (int r = 0; r < own_rows; ++r) {
+      row_words[r] = static_cast<int>(row_of(r) - row_of(0)) * chunk_code_words * chunks;
+      row_chunk[r] = static_cast<std::uint32_t>(row_of(r) * chunks);
     }
     const auto fetch_scale = [&](int r, int c) {
       return PendingScale<Scales>::fetch(w.scales, (row_chunk[r] + static_cast<std::uint32_t>(c)) >> block_shift);
     };
 
-    // Chunk c of x into a slot, zeros for tokens that do not exist; a thread has a piece of 16 bytes of some of them. Piece p of token i
+    // Chunk c of x into a slot, zeros for tokens that do not exist; a thread has a piece of 16 bytes of every 16th token. Piece p of token i
     // lies at p ^ (i & 1): eight lanes that read at once, pieces 0 2 4 6 (or 1 3 5 7) of two tokens, then read different banks.
-    const Words<4>* source[copies];
-    int target[copies], bytes[copies];
-#pragma unroll
-    for (int i = 0; i < copies; ++i) {
-      const int token = (thread() + i * threads) / chunk_x_words, piece = thread() % chunk_x_words;
-      const bool exists = first_token + token < x.rows;
-      source[i] = reinterpret_cast<const Words<4>*>(x.row(exists ? first_token + token : 0)) + piece;
-      target[i] = token * chunk_x_words + (piece ^ (token & 1));
-      bytes[i] = exists ? 16 : 0;
-    }
+    constexpr int tokens_at_once = threads / chunk_x_words;
+    static_assert(tokens_at_once % 2 == 0);
+    const int own_token = thread() / chunk_x_words, piece = thread() % chunk_x_words;
+    const Words<4>* const source = reinterpret_cast<const Words<4>*>(x.row(first_token + own_token)) + piece;
+    const auto target = ring.from(own_token * chunk_x_words + (piece ^ (own_token & 1)));
+    const int own_tokens = static_cast<int>(x.rows - first_token) - own_token;
     const auto copy_x = [&](int c, int slot) {
-      if (c < group * end) {
+      if (c < end) {
 #pragma unroll
-        for (int i = 0; i < copies; ++i)
-          copy_async<16>(ring.from(slot * stage_words + target[i]), source[i] + chunk_x_words * c, bytes[i]);
+        for (int i = 0; i < copies; ++i) {
+          const int bytes = i * tokens_at_once < own_tokens ? 16 : 0;  // of none, the address is not read
+          copy_async<16>(target.from(slot * stage_words + i * threads), source + chunk_x_words * c + i * tokens_at_once * (x.stride / 8), bytes);
+        }
       }
       commit_copies();
     };
 #pragma unroll
-    for (int u = 0; u < stages - 1; ++u) copy_x(group * begin + u, u);
-    Words<2> next[2][group];
-    PendingScale<Scales> pending[2];
-    const Words<2>* ahead[2];
+    for (int u = 0; u < stages - 1; ++u) copy_x(begin + u, u);
+    // Codes are asked for two chunks ahead, scales of four chunks at once: lane t of four has those of chunk t.
+    const auto fetch_codes = [&](int r, int c) { return load_once(codes + row_words[r] + chunk_code_words * c); };
+    CodedRows coded[row_tiles];
+    Words<2> next[own_rows];
+    PendingScale<Scales> pending[own_rows];
+    float scale[own_rows] = {};
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      ahead[r] = codes[r] + chunk_code_words * group * begin;
-#pragma unroll
-      for (int u = 0; u < group; ++u) next[r][u] = load_once(ahead[r] + chunk_code_words * u);
-      pending[r] = fetch_scale(r, group * begin + t);
+    for (int r = 0; r < own_rows; ++r) {
+      coded[r / 2].codes[r % 2] = fetch_codes(r, begin);
+      pending[r] = fetch_scale(r, begin + t < end ? begin + t : begin);
+      next[r] = fetch_codes(r, begin + 1 < end ? begin + 1 : begin);
     }
     fill_code_tables<Format, Scales, T, threads>(table, second_level);
-    float sums[token_tiles][4] = {};
+    float sums[row_tiles][token_tiles][4] = {};
     sync_block();
 
-    int at = begin;
-    const auto multiply_group = [&](auto more) {
-      const float scale[2] = {pending[0].value(w.scales, second_level), pending[1].value(w.scales, second_level)};
+#pragma unroll 1
+    for (int c = begin; c < end; ++c) {
+      const int turn = (c - begin) % stages;
+      if (turn == 0) {
+        const int after = c + stages + t;
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        ahead[r] += chunk_code_words * group;
-        if (more) pending[r] = fetch_scale(r, group * (at + 1) + t);
+        for (int r = 0; r < own_rows; ++r) {
+          scale[r] = pending[r].value(w.scales, second_level);
+          pending[r] = fetch_scale(r, after < end ? after : begin);
+        }
       }
 #pragma unroll
-      for (int u = 0; u < group; ++u) {
-        wait_copies<stages - 2>();
-        sync_block();  // the slot is there for all, and that of the chunk before is done with
-        copy_x(group * at + u + stages - 1, (u + stages - 1) % stages);
-        const auto x_of = [&](int i, int half) {
-          return ring.load(u * stage_words + (8 * i + g) * chunk_x_words + ((2 * t + half) ^ (g & 1)));
-        };
-        multiply_chunk<T>(pairs, next[0][u], next[1][u], shuffle(scale[0], u, 4), shuffle(scale[1], u, 4), x_of, sums);
+      for (int r = 0; r < own_rows; ++r) coded[r / 2].scale[r % 2] = shuffle(scale[r], turn, stages);
+      wait_copies<stages - 2>();
+      sync_block();  // the slot is there for all, and that of the chunk before is done with
+      copy_x(c + stages - 1, (turn + stages - 1) % stages);
+      const auto slot = ring.from(turn * stage_words);
+      multiply_chunk<T>(pairs, coded, [&](int i, int half) {
+        return slot.load((8 * i + g) * chunk_x_words + ((2 * t + half) ^ (g & 1)));
+      }, sums);
 #pragma unroll
-        for (int r = 0; r < 2; ++r)
-          if (more) next[r][u] = load_once(ahead[r] + chunk_code_words * u);
+      for (int r = 0; r < own_rows; ++r) {
+        coded[r / 2].codes[r % 2] = next[r];
+        if (c + 2 < end) next[r] = fetch_codes(r, c + 2);
       }
-    };
-    for (; at + 1 < end; ++at) multiply_group(std::true_type{});
-    multiply_group(std::false_type{});
+    }
 
+    const Index row = first_row + own_rows * g;
 #pragma unroll
     for (int i = 0; i < token_tiles; ++i)
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const Index token = first_token + 8 * i + 2 * t + j % 2, row = first_row + 2 * g + j / 2;
+      for (int c = 0; c < 2; ++c) {
+        const Index token = first_token + 8 * i + 2 * t + c;
         if (token >= y.rows || row >= y.cols) continue;
-        if (parts != nullptr) store(parts + (part * y.rows + token) * y.cols + row, sums[i][j]);
-        else write(y, token, row, update == Update::accumulate ? read(y, token, row) + sums[i][j] : sums[i][j]);
+        float own[own_rows];
+#pragma unroll
+        for (int r = 0; r < own_rows; ++r) own[r] = sums[r / 2][i][r % 2 * 2 + c];
+        if (parts != nullptr) put(parts + (part * y.rows + token) * y.cols + row, y.cols - row, Update::overwrite, own);
+        else put(y.row(token) + row, y.cols - row, update, own);
       }
+  }
+
+  /// Four neighbours, of which `count` exist.
+  template <class Z>
+  __device__ static void put(Z* at, Index count, Update update, const float (&sums)[4]) {
+    struct Elements {
+      Z at[4];
+    };
+    using Whole = Words<sizeof(Elements) / 4>;
+    if (count >= 4 && reinterpret_cast<std::uintptr_t>(at) % sizeof(Elements) == 0) {
+      const auto before = update == Update::accumulate ? std::bit_cast<Elements>(load(reinterpret_cast<const Whole*>(at))) : Elements{};
+      Elements now;
+#pragma unroll
+      for (int r = 0; r < 4; ++r) now.at[r] = narrow<Z>(update == Update::accumulate ? widen(before.at[r]) + sums[r] : sums[r]);
+      store(reinterpret_cast<Whole*>(at), std::bit_cast<Whole>(now));
+    } else {
+#pragma unroll
+      for (int r = 0; r < 4; ++r)
+        if (r < count) store(at + r, narrow<Z>(update == Update::accumulate ? widen(load(at + r)) + sums[r] : sums[r]));
+    }
   }
 };
 
@@ -162,14 +193,12 @@ struct SumParts {
 #if !defined(QDYLORA_DEVICE_ONLY)
 namespace detail {
 
-/// y (+)= x . w^T of a w that has_whole_chunks, and whole groups of four.
+/// y (+)= x . w^T of a w that has_whole_chunks.
 template <CodeFormat Format, class Scales, class T, class Y>
   requires FusedTypes<QuantizedView<Format, Scales>, T, Y>
 void multiply_tiles(const CudaContext& context, MatrixView<const T> x, const QuantizedView<Format, Scales>& w, MatrixView<Y> y,
                     Update update) {
-  constexpr Index most_parts = 8, least_groups = 4;  // groups of chunks that are worth a block
-  QDYLORA_EXPECTS(w.cols > 0 && w.cols % 256 == 0, bad_argument,
-                  "tiles: rows of " + std::to_string(w.cols) + " are not whole groups of 256");
+  constexpr Index most_parts = 8, least_columns = 1024;  // that are worth a block
   Scratch scratch(context);
   x = aligned_rows(context, scratch, x);
   const int block_shift = std::countr_zero(static_cast<std::size_t>(w.block_size)) - 6;
@@ -178,12 +207,17 @@ void multiply_tiles(const CudaContext& context, MatrixView<const T> x, const Qua
     const auto count = [](Index extent, Index each) { return (extent + each - 1) / each; };
     const Index across = count(w.rows, Kernel::rows), down = count(x.rows, Kernel::tokens);
     const Index part_bytes = y.rows * y.cols * static_cast<Index>(sizeof(float));
+    const auto& device = context.properties();
+    constexpr std::size_t reserved = 1024;  // of a block's shared memory
+    const Index resident = std::clamp<Index>(static_cast<Index>(device.sharedMemPerMultiprocessor / (Kernel::shared_bytes + reserved)), 1,
+                                             Kernel::most_blocks);
     const Index parts = std::max<Index>(
-        std::min({most_parts, context.properties().multiProcessorCount / (across * down), w.cols / (256 * least_groups),
+        std::min({most_parts, resident * device.multiProcessorCount / (across * down), w.cols / least_columns,
                   static_cast<Index>(scratch.rest(most_parts * part_bytes).size()) / part_bytes}),
         1);
     float* const memory = parts > 1 ? scratch.take<float>(parts * y.rows * y.cols) : nullptr;
-    const dim3 blocks(static_cast<unsigned>(across), static_cast<unsigned>(down), static_cast<unsigned>(parts));
+    // Tiles of the same rows run side by side: their codes leave memory once.
+    const dim3 blocks(static_cast<unsigned>(down), static_cast<unsigned>(across), static_cast<unsigned>(parts));
     device::launch({context.stream(), blocks, Kernel::shared_bytes}, Kernel{w, x, y, memory, update, block_shift});
     if (parts > 1) for_each(context, y.rows, y.cols, device::SumParts<Y>{memory, static_cast<int>(parts), y, update});
   };

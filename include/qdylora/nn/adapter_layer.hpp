@@ -92,8 +92,8 @@ class AdapterLayer {
     if (dx.data != nullptr) expect_shape((name() + ": dx").c_str(), dx, pass.x.rows, in());
   }
 
-  // z = dropout(x) A_b^T
-  void project_down(Pass& pass) const {
+  // What z is made of, and room for it.
+  void begin_projection(Pass& pass) const {
     const float probability = adapter_.options().dropout;
     pass.dropped.resize(0, 0);
     if (training_ && probability > 0.0f) {
@@ -101,9 +101,15 @@ class AdapterLayer {
       pass.dropped.resize(pass.x.rows, in());
       backend_.dropout(pass.x, probability, pass.dropout, pass.dropped.view(), Update::overwrite);
     }
-    const Index rank = pass.plan.max_rank();
-    pass.z.resize(pass.x.rows, rank);
-    detail::through_ranks(backend_, adapter_input(pass), rows_of(adapter_.a(), rank), pass.plan, pass.z.view());
+    pass.z.resize(pass.x.rows, pass.plan.max_rank());
+  }
+  // z = dropout(x) A_b^T
+  void project_down(Pass& pass) const {
+    begin_projection(pass);
+    project(pass);
+  }
+  void project(Pass& pass) const {
+    detail::through_ranks(backend_, adapter_input(pass), rows_of(adapter_.a(), pass.plan.max_rank()), pass.plan, pass.z.view());
   }
   // What A saw: dropout(x).
   static MatrixView<const T> adapter_input(const Pass& pass) {

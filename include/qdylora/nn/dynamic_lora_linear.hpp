@@ -228,15 +228,15 @@ class DynamicLoRALinear : public AdapterLayer<T, Backend>,
     const auto x = context.x;
     if constexpr (HasAdapterTerm<Backend, T, W>)
       if (rank > 0 && backend_.takes_adapter(x, w)) {
-        project_down(context);
-        AdapterTerm<Acc> term{context.z.view(), rows_of(adapter_.b(), rank)};
+        AdapterTerm<Acc> term{.b = rows_of(adapter_.b(), rank)};
         Matrix<Acc, Memory> u;
-        if (plan_.is_uniform() && !adapter_.gated()) {
-          term.scale = adapter_.scale(rank);
-        } else {
-          u = scaled_z(context, rank);
-          term.u = u.view();
-        }
+        const bool one_scale = plan_.is_uniform() && !adapter_.gated();
+        begin_projection(context);
+        if (one_scale && context.dropped.size() == 0) term.a = rows_of(adapter_.a(), rank);
+        else project(context);
+        if (one_scale) term.scale = adapter_.scale(rank);
+        else u = scaled_z(context, rank);
+        term.u = one_scale ? context.z.view() : u.view();
         backend_.matmul(x, w, product, Update::overwrite, term);
         return true;
       }
@@ -387,7 +387,8 @@ class DynamicLoRALinear : public AdapterLayer<T, Backend>,
     detail::add_if_finite(backend_, as_const(more_a), part(adapter_.moment_a), as_const(more_b), part(adapter_.moment_b));
   }
 
-  using Base::adapter_input, Base::add_input_gradient, Base::as_const, Base::begin, Base::expect_backward, Base::name, Base::project_down;
+  using Base::adapter_input, Base::add_input_gradient, Base::as_const, Base::begin, Base::begin_projection, Base::expect_backward;
+  using Base::name, Base::project, Base::project_down;
   using Base::adapter_, Base::backend_, Base::plan_, Base::rows_of, Base::scale_rows, Base::training_;
 
   std::shared_ptr<const WeightType> base_;

@@ -30,7 +30,7 @@ QDYLORA_KERNEL(ForEach<device::Rope<qd::bfloat16>>);
 QDYLORA_KERNEL(LayerNorm<qd::bfloat16>);
 QDYLORA_KERNEL(QuantizeBlocks<qd::NF4, qd::half>);
 QDYLORA_KERNEL(RmsNorm<qd::bfloat16>);
-QDYLORA_KERNEL(RowDots<qd::bfloat16, float, float, 8>);
+QDYLORA_KERNEL(RowDots<qd::bfloat16, float, float, 8, 4, 1>);
 QDYLORA_KERNEL(RowSquares<qd::QuantizedView<qd::NF4, qd::DoubleQuant<>>, float>);
 QDYLORA_KERNEL(SmallBatch<qd::NF4, qd::DoubleQuant<>, qd::half, qd::half, 2>);
 QDYLORA_KERNEL(SumSquares<float>);

@@ -32,7 +32,7 @@ struct cudaDeviceProp {
   int major, minor;
   int multiProcessorCount;
   std::size_t totalGlobalMem;
-  std::size_t sharedMemPerBlockOptin;
+  std::size_t sharedMemPerBlockOptin, sharedMemPerMultiprocessor;
   int l2CacheSize;
 };
 
@@ -72,8 +72,9 @@ inline cudaError_t cudaSetDevice(int device) {
 }
 inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
   const int capability = test::emulator::machine().compute_capability;
+  const auto shared = static_cast<std::size_t>(test::emulator::machine().shared_bytes);
   *properties = {"emulated", capability / 10, capability % 10, 4, test::emulator::global_memory().total(),
-                 static_cast<std::size_t>(test::emulator::machine().shared_bytes), 1 << 20};
+                 shared, shared + 1024, 1 << 20};
   return test::emulator::result(cudaSuccess);
 }
 struct cudaFuncAttributes {

@@ -2,23 +2,17 @@
 // the library's in the list of include folders, so that kernels compile against it unchanged.
 #pragma once
 
-#include <cxxabi.h>
-
 #include <array>
 #include <bit>
 #include <cmath>
 #include <concepts>
 #include <cstdint>
-#include <cstdlib>
-#include <memory>
 #include <string>
 #include <type_traits>
-#include <typeinfo>
 
 #include <cuda_runtime.h>
 
 #include <qdylora/core/scalar.hpp>
-#include <qdylora/cuda/error.cuh>
 
 #include "support/cuda_emulator/block.hpp"
 
@@ -29,7 +23,7 @@ using test::emulator::Access;
 
 inline constexpr int warp_size = 32;
 inline constexpr unsigned all_lanes = 0xFFFFFFFFu;
-inline constexpr bool is_sm80 = true;
+inline constexpr bool is_sm80 = true, is_sm90 = true;
 
 template <int N>
 struct alignas(4 * N) Words {
@@ -131,6 +125,18 @@ template <std::integral T>
 void atomic_add(T* p, std::type_identity_t<T> value) {
   store(p, static_cast<T>(load(p) + value));
 }
+inline void signal(std::uint32_t* count) { atomic_add(count, 1); }
+/// Blocks run one after another: what has not come by now will not.
+inline void await(const std::uint32_t* count, std::uint32_t least) {
+  if (const std::uint32_t found = load(count); found < least)
+    Running::running().fail("waits for " + std::to_string(least) + " signals, of which earlier blocks have given " + std::to_string(found));
+}
+inline std::uint32_t count_up(std::uint32_t* count) {
+  const std::uint32_t before = load(count);
+  store(count, before + 1);
+  return before;
+}
+inline void set_count(std::uint32_t* count, std::uint32_t value) { store(count, value); }
 template <std::integral T>
 void atomic_min(T* p, std::type_identity_t<T> value) {
   store(p, std::min(load(p), value));
@@ -317,39 +323,6 @@ T narrow(Accumulator<T> value) {
 template <class T>
 std::uint32_t pack(float first, float second) {
   return T(first).bits | static_cast<std::uint32_t>(T(second).bits) << 16;
-}
-
-// ---- launching -------------------------------------------------------------------------------------------------------------------
-
-template <class K>
-concept Kernel = std::is_trivially_copyable_v<K> && K::threads % warp_size == 0 && K::threads <= 1024;
-
-/// Nobody calls it: its address stands for the kernel.
-template <Kernel K>
-void run(const K&) {}
-
-struct Launch {
-  cudaStream_t stream = nullptr;
-  dim3 blocks;
-  int shared_bytes = 0;
-};
-
-/// Runs the blocks one after another.
-template <Kernel K>
-void launch(const Launch& how, const K& kernel) {
-  const dim3 n = how.blocks;
-  if (n.x == 0 || n.y == 0 || n.z == 0) return;
-  const auto& machine = test::emulator::machine();
-  if (n.y > machine.most_blocks || n.z > machine.most_blocks || n.x > 0x7FFFFFFFu || how.shared_bytes > machine.shared_bytes)
-    QDYLORA_CUDA_TRY(test::emulator::result(cudaErrorInvalidValue));
-  ++test::emulator::machine().launches;
-  QDYLORA_CUDA_TRY(test::emulator::result(test::emulator::issue(how.stream, [n, kernel, shared_bytes = how.shared_bytes] {
-    const std::unique_ptr<char, void (*)(void*)> name(abi::__cxa_demangle(typeid(K).name(), nullptr, nullptr, nullptr), std::free);
-    for (unsigned z = 0; z < n.z; ++z)
-      for (unsigned y = 0; y < n.y; ++y)
-        for (unsigned x = 0; x < n.x; ++x)
-          Running(name.get(), {n.x, n.y, n.z}, {x, y, z}, K::threads, shared_bytes).run([&] { kernel(SharedMemory()); });
-  })));
 }
 
 }  // namespace qdylora::device

@@ -1,0 +1,51 @@
+// The names of the library's <qdylora/cuda/launch.cuh>: blocks run one after another, where the stream's order has them.
+#pragma once
+
+#include <cxxabi.h>
+
+#include <cstdlib>
+#include <memory>
+#include <type_traits>
+#include <typeinfo>
+
+#include <cuda_runtime.h>
+
+#include <qdylora/cuda/device.cuh>
+#include <qdylora/cuda/error.cuh>
+
+#include "support/cuda_emulator/streams.hpp"
+
+namespace qdylora::device {
+
+template <class K>
+concept Kernel = std::is_trivially_copyable_v<K> && K::threads % warp_size == 0 && K::threads <= 1024;
+
+/// Nobody calls it: its address stands for the kernel.
+template <Kernel K>
+void run(const K&) {}
+
+struct Launch {
+  cudaStream_t stream = nullptr;
+  dim3 blocks;
+  int shared_bytes = 0;
+};
+
+/// Runs the blocks one after another.
+template <Kernel K>
+void launch(const Launch& how, const K& kernel) {
+  const dim3 n = how.blocks;
+  if (n.x == 0 || n.y == 0 || n.z == 0) return;
+  const auto& machine = test::emulator::machine();
+  if (n.y > machine.most_blocks || n.z > machine.most_blocks || n.x > 0x7FFFFFFFu || how.shared_bytes > machine.shared_bytes)
+    QDYLORA_CUDA_TRY(test::emulator::result(cudaErrorInvalidValue));
+  ++test::emulator::machine().launches;
+  QDYLORA_CUDA_TRY(test::emulator::result(test::emulator::issue(how.stream, [n, kernel, shared_bytes = how.shared_bytes] {
+    const std::unique_ptr<char, void (*)(void*)> name(abi::__cxa_demangle(typeid(K).name(), nullptr, nullptr, nullptr), std::free);
+    for (unsigned z = 0; z < n.z; ++z)
+      for (unsigned y = 0; y < n.y; ++y)
+        for (unsigned x = 0; x < n.x; ++x)
+          Running(name.get(), {n.x, n.y, n.z}, {x, y, z}, K::threads, shared_bytes).run([&] { kernel(SharedMemory()); });
+  })));
+}
+
+}  // namespace qdylora::device
