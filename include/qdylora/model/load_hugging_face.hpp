@@ -131,7 +131,7 @@ std::shared_ptr<DecoderWeights<float>> load_hugging_face(const std::filesystem::
   };
   const auto norm = [&](const std::string& module) -> NormWeights<float> {
     auto weight = dense(module + ".weight", 1, config.width);
-    if (config.architecture == Architecture::llama) return weight;
+    if (config.architecture == Architecture::llama) return {std::move(weight)};
     return {std::move(weight), dense(module + ".bias", 1, config.width)};
   };
   const auto names = config.module_names();
