@@ -13,7 +13,7 @@ namespace qdylora::device {
 template <class K>
 concept Kernel = std::is_trivially_copyable_v<K> && K::threads % warp_size == 0 && K::threads <= 1024;
 
-/// How many blocks of K one processor must have registers for. Kernels that keep much in registers say 1; without a word of theirs the
+/// How many blocks of K one processor must have registers for. Kernels that keep much in registers say so; without a word of theirs the
 /// compiler may spill a few to make room for another block.
 template <class K>
 inline constexpr int least_blocks = 0;

@@ -33,7 +33,7 @@ struct SmallBatch {
   static constexpr int padded_rows = rows + 4;  // sums of one token: 2t * 20 + g mod 32 are different banks for all lanes
   static constexpr int shared_bytes = 4 * (pair_table_words + 256);
   static_assert(warps * 8 * token_tiles * padded_rows <= pair_table_words);
-  // Where ptxas would spill a few registers to make room for a third.
+  // Two, where ptxas would spill a few registers to make room for a third.
   static constexpr int least_blocks = token_tiles == 1 && (!is_sm90 || !Scales::nested) ? 2 : 0;
   static constexpr int projected_ranks = 2, projected_tokens = 8;  // of u, a block
 

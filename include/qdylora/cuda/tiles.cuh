@@ -31,7 +31,7 @@ struct CodedTiles {
   static constexpr int stage_words = tokens * chunk_x_words, copies = stage_words / threads;
   static constexpr int shared_bytes = 4 * (pair_table_words + 256) + stages * stage_words * 16;
   static constexpr int most_blocks = token_tiles <= 4 ? 3 : 2;  // that a processor has registers for
-  static constexpr int least_blocks = token_tiles <= 4 && !is_sm90 ? most_blocks : 0;  // on others ptxas finds so few unasked
+  static constexpr int least_blocks = token_tiles <= 4 && !is_sm90 ? most_blocks : 0;  // from sm_90 on ptxas keeps to it unasked
   static_assert(copies * threads == stage_words && stages == 4);
 
   QuantizedView<Format, Scales> w;
