@@ -119,6 +119,9 @@ class Cells {
     }
   }
 
+  /// Whether bitsandbytes' library was there, and loaded.
+  bool has_peer() const noexcept { return peer_.has_value(); }
+
   void machine() const {
     int driver = 0, runtime = 0, clock = 0, memory_clock = 0;
     cudaDriverGetVersion(&driver);

@@ -7,6 +7,7 @@
 // the device's memory, of which the driver's context is a part, is taken away before the model is made. A JSON line on stdout; exit 77
 // without a GPU, 1 where memory does not suffice.
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -122,9 +123,9 @@ void run(const Options& o, const qd::CudaContext& context, const qd::MemoryPlan&
   QDYLORA_CUDA_TRY(cudaMemPoolGetAttribute(pool, cudaMemPoolAttrReservedMemHigh, &reserved));
   std::printf(
       "{\"falcon_step\": {\"gpu\": \"%s\", \"layers\": %lld, \"batch\": %lld, \"tokens\": %lld, \"moments\": %lld, \"cap_gib\": %lld, "
-      "\"ranks\": [%s], \"loss\": %.4f, \"median_s\": %.4f, \"planned_gb\": %.3f, \"peak_gb\": %.3f, \"reserved_gb\": %.3f}}\n",
+      "\"ranks\": [%s], \"loss\": %s, \"median_s\": %.4f, \"planned_gb\": %.3f, \"peak_gb\": %.3f, \"reserved_gb\": %.3f}}\n",
       context.properties().name, static_cast<long long>(o.layers), static_cast<long long>(o.batch), static_cast<long long>(o.tokens),
-      static_cast<long long>(o.moments), static_cast<long long>(o.cap), drawn.c_str(), loss, seconds[seconds.size() / 2],
+      static_cast<long long>(o.moments), static_cast<long long>(o.cap), drawn.c_str(), std::isfinite(loss) ? std::to_string(loss).c_str() : "null", seconds[seconds.size() / 2],
       1e-9 * static_cast<double>(plan.total()), 1e-9 * static_cast<double>(peak), 1e-9 * static_cast<double>(reserved));
 }
 

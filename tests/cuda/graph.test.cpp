@@ -83,7 +83,8 @@ struct Pass {
 template <class T, class Layer>
 void check_layer(const Cuda& cuda, Layer& layer, Index rows, const qd::RankPlan& plan) {
   CAPTURE(rows, plan.max_rank(), plan.is_uniform());
-  cuda.upload(test::normal_matrix<qd::Accumulator<T>>(8, layer.out(), 7, 0.1).view(), layer.adapter().b().value.view());
+  const auto b = test::normal_matrix<qd::Accumulator<T>>(8, layer.out(), 7, 0.1);
+  cuda.upload(b.view(), layer.adapter().b().value.view());
   layer.set_ranks(plan);
   Pass<Layer, T> pass(cuda, layer);
   pass.fill(rows, 10);
@@ -137,9 +138,11 @@ TEST_CASE("a model's recorded losses, gradients and moments have the bits of tho
     model.for_each_trained([&](auto& layer) { layer.adapter().start_collecting(cuda); });
     const auto batch = test::random_batch(config.vocab, {5, 2, 9}, 5, 1);
     const auto set_adapters = [&](std::uint64_t seed) {
-      for (const auto& p : model.parameters())
-        cuda.upload(test::normal_matrix<float>(p->value.rows(), p->value.cols(), seed++, 0.1).view(), p->value.view());
-      cuda.synchronize();
+      for (const auto& p : model.parameters()) {
+        const auto numbers = test::normal_matrix<float>(p->value.rows(), p->value.cols(), seed++, 0.1);
+        cuda.upload(numbers.view(), p->value.view());
+        cuda.synchronize();
+      }
     };
     const auto for_each_moment = [&](auto&& f) {
       model.for_each_trained([&](auto& layer) {

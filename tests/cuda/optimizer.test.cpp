@@ -26,7 +26,8 @@ namespace {
 template <class Optimizer>
 qd::Matrix<float> trained(const Cuda& cuda, Index rows, Index cols, typename Optimizer::Options options) {
   const auto p = std::make_shared<Parameter>("p", rows, cols);
-  cuda.upload(test::normal_matrix<float>(rows, cols, 1).view(), p->value.view());
+  const auto begin = test::normal_matrix<float>(rows, cols, 1);
+  cuda.upload(begin.view(), p->value.view());
   for (Index i = 0; i < rows; ++i) p->row_lr.push_back(i % 3 == 0 ? 1.0f : 0.5f);
   Optimizer optimizer({p}, options, cuda);
   for (std::uint64_t step = 0; step < 4; ++step) {

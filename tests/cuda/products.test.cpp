@@ -93,6 +93,32 @@ TEST_CASE("gradients in float that half could not hold make half results", "[cud
   }
 }
 
+TEST_CASE("sums over many tokens have all their terms", "[cuda]") {
+  // Where a library splits a sum among blocks, a remainder is what it could leave out.
+#if defined(QDYLORA_CUDA_EMULATOR)
+  constexpr Index in = 32;
+#else
+  constexpr Index in = 4096;
+#endif
+  const qd::CudaContext context({.workspace_bytes = std::size_t{256} << 20});
+  const Cuda cuda(context);
+  const auto ones = [&](Index rows, Index cols) {
+    qd::Matrix<qd::bfloat16, qd::DeviceMemory> x(rows, cols);
+    cuda.fill(x.view(), qd::bfloat16(1.0f));
+    return x;
+  };
+  for (const Index tokens : {4096, 4097, 4099, 4103, 8193, 8199})
+    for (const Index rank : {8, 64}) {
+      CAPTURE(tokens, rank);
+      const auto u = ones(tokens, rank), x = ones(tokens, in);
+      qd::Matrix<float, qd::DeviceMemory> gradient(rank, in);
+      cuda.weight_gradient(u.view(), x.view(), gradient.view());
+      Matrix<float> found(rank, in);
+      cuda.download(std::as_const(gradient).view(), found.view());
+      for (const float sum : found.span()) REQUIRE(sum == static_cast<float>(tokens));
+    }
+}
+
 TEMPLATE_TEST_CASE("an adapter rides on the product of its layer", "[cuda]", qd::bfloat16, qd::half) {
   using T = TestType;
   const Gpu gpu;

@@ -1,7 +1,8 @@
 # Run after a test program is linked: writes a ctest script with one entry for each of its test cases. Catch2's own
 # catch_discover_tests takes a test case whose name holds a semicolon or bracket for another one, or none, and lets it pass.
-#   PROGRAM   the test program          ROOM     prefix and label of the entries
+#   PROGRAM   the test program          ROOM     prefix of the entries
 #   OUTPUT    the script to write       MAJOR    Catch2's major version
+#   LABEL     of the entries            SKIP     regular expression for the output of one that was skipped
 if(MAJOR EQUAL 2)
   set(list_names --list-test-names-only)
   set(run_options "-w NoTests")  # a name that matches no test case is a failure; version 3 needs no telling
@@ -29,6 +30,6 @@ foreach(name IN LISTS names)
   string(STRIP "${name}" name)
   string(REGEX REPLACE "([][\\,*\"])" "\\\\\\1" pattern "${name}")  # the characters that mean something in a filter
   string(APPEND script "add_test([==[${ROOM}: ${name}]==] [==[${PROGRAM}]==] [==[${pattern}]==] ${run_options})\n"
-         "set_tests_properties([==[${ROOM}: ${name}]==] PROPERTIES TIMEOUT 600 LABELS ${ROOM} SKIP_REGULAR_EXPRESSION SKIPPED:)\n")
+         "set_tests_properties([==[${ROOM}: ${name}]==] PROPERTIES TIMEOUT 600 LABELS ${LABEL} SKIP_REGULAR_EXPRESSION [==[${SKIP}]==])\n")
 endforeach()
 file(WRITE ${OUTPUT} "${script}")

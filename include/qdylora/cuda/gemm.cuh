@@ -58,7 +58,7 @@ class GemmCall {
     describe(y_, output_type, problem.m, problem.n, problem.y_stride, false);
   }
 
-  cublasLtMatmulAlgo_t choose_algorithm(cublasLtHandle_t handle, const GemmProblem& problem) {
+  cublasLtMatmulAlgo_t choose_algorithm(const CudaContext& context, const GemmProblem& problem) {
     cublasLtMatmulPreferenceOpaque_t preference;
     QDYLORA_CUDA_TRY(cublasLtMatmulPreferenceInit(&preference));
     const auto prefer = [&](cublasLtMatmulPreferenceAttributes_t attribute, auto value) {
@@ -73,11 +73,19 @@ class GemmCall {
     prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, problem.y_alignment);
     cublasLtMatmulHeuristicResult_t result{};
     int found = 0;
-    QDYLORA_CUDA_TRY(
-        cublasLtMatmulAlgoGetHeuristic(handle, &operation_, &b_, &a_, &y_, &y_, &preference, 1, &result, &found));
+    const cublasStatus_t status =
+        cublasLtMatmulAlgoGetHeuristic(context.blas(), &operation_, &b_, &a_, &y_, &y_, &preference, 1, &result, &found);
+    if (status != CUBLAS_STATUS_NOT_SUPPORTED) {
+      QDYLORA_EXPECTS(status == CUBLAS_STATUS_SUCCESS || !context.recording(), state_order,
+                      "cuBLASLt cannot choose an algorithm while a graph is recorded: do the same work once before");
+      QDYLORA_CUDA_TRY(status);
+    }
+    const auto factor = [](Index rows, Index cols, Index stride, bool transposed) {
+      return shape_text(rows, cols) + (transposed ? " (transposed" : " (") + " in rows of " + std::to_string(stride) + ")";
+    };
     QDYLORA_EXPECTS(found == 1, unsupported,
-                    "cuBLASLt has no algorithm for a product " + shape_text(problem.m, problem.k) + " . " +
-                        shape_text(problem.k, problem.n));
+                    "cuBLASLt has no algorithm for a product " + factor(problem.m, problem.k, problem.a_stride, problem.a_transposed) +
+                        " . " + factor(problem.k, problem.n, problem.b_stride, problem.b_transposed));
     return result.algo;
   }
 
@@ -127,7 +135,7 @@ void gemm(const CudaContext& context, const Scratch& scratch, const Factor<C>& a
   auto chosen = algorithms.find(problem);
   if (chosen == algorithms.end()) {
     if (algorithms.size() >= most_algorithms) algorithms.clear();  // batches of ever other sizes
-    chosen = algorithms.emplace(problem, call.choose_algorithm(context.blas(), problem)).first;
+    chosen = algorithms.emplace(problem, call.choose_algorithm(context, problem)).first;
   }
   call.template run<S>(context, chosen->second, a.view.data, b.view.data, y.data, update, workspace);
 }
