@@ -125,7 +125,8 @@ void run(const Options& o, const qd::CudaContext& context, const qd::MemoryPlan&
       "{\"falcon_step\": {\"gpu\": \"%s\", \"layers\": %lld, \"batch\": %lld, \"tokens\": %lld, \"moments\": %lld, \"cap_gib\": %lld, "
       "\"ranks\": [%s], \"loss\": %s, \"median_s\": %.4f, \"planned_gb\": %.3f, \"peak_gb\": %.3f, \"reserved_gb\": %.3f}}\n",
       context.properties().name, static_cast<long long>(o.layers), static_cast<long long>(o.batch), static_cast<long long>(o.tokens),
-      static_cast<long long>(o.moments), static_cast<long long>(o.cap), drawn.c_str(), std::isfinite(loss) ? std::to_string(loss).c_str() : "null", seconds[seconds.size() / 2],
+      static_cast<long long>(o.moments), static_cast<long long>(o.cap), drawn.c_str(),
+      std::isfinite(loss) ? std::to_string(loss).c_str() : "null", seconds[seconds.size() / 2],
       1e-9 * static_cast<double>(plan.total()), 1e-9 * static_cast<double>(peak), 1e-9 * static_cast<double>(reserved));
 }
 
