@@ -168,7 +168,7 @@ int main(int argc, char** argv) {
                                                                        .scored = o.batch * o.tokens,
                                                                        .longest = o.tokens,
                                                                        .device = true,
-                                                                       .backend_bytes = qd::CudaOptions{}.workspace_bytes});
+                                                                       .backend_bytes = qd::CudaOptions{}.context_bytes()});
     std::fprintf(stderr, "%s", plan.to_text().c_str());
     qd::expect_room(plan, Cuda(context));
     if (o.moments == 8) run<qd::AdamW8bit<float, Cuda>>(o, context, plan);

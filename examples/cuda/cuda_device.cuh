@@ -39,7 +39,7 @@ class CudaDevice {
   template <Scalar T>
   void complete(MemoryOptions& options, const ModelShape&) const {
     options.device = true;
-    options.backend_bytes = CudaOptions{}.workspace_bytes;
+    options.backend_bytes = CudaOptions{}.context_bytes();
     options.process_bytes = static_cast<std::size_t>(memory_use().bytes);
   }
   /// Errors: Errc::memory, with the plan.

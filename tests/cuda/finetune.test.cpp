@@ -90,7 +90,7 @@ TEST_CASE("finetune and evaluate on the device do what they do on the CPU", "[cu
 
     // The plan beside what the device's pool has held.
     const auto planned = found.at("memory_plan").at("at most at once").get<double>(), peak = found.at("peak_memory_bytes").get<double>();
-    const auto workspace = static_cast<double>(qd::CudaOptions{}.workspace_bytes);
+    const auto workspace = static_cast<double>(qd::CudaOptions{}.context_bytes());
     CHECK(peak <= planned);
     CHECK(peak - workspace >= 0.95 * (planned - workspace));
   }

@@ -41,8 +41,9 @@ std::optional<qd::Error> error_of_context(qd::CudaOptions options = {}) {
 TEST_CASE("a context gives back all it took") {
   const std::size_t used = global_memory().used();
   {
-    qd::CudaContext context({.workspace_bytes = 1 << 20}), simple({.workspace_bytes = 1 << 10, .overlap_slabs = false});
-    CHECK(global_memory().used() == used + (1 << 20) + (1 << 10));
+    const qd::CudaOptions large{.workspace_bytes = 1 << 20}, small{.workspace_bytes = 1 << 10, .overlap_slabs = false};
+    const qd::CudaContext context(large), simple(small);
+    CHECK(global_memory().used() == used + large.context_bytes() + small.context_bytes());
     CHECK(machine().streams == 3);
     CHECK(machine().handles == 2);
   }

@@ -40,6 +40,9 @@ struct CudaOptions {
   std::size_t slab_bytes = 0;  // decoded weights at once in products of many tokens; 0: as cuda/product_plan.hpp has it
   bool overlap_slabs = true;  // a slab is decoded, on a stream of its own, while the one before is multiplied
   ProductLimits product_limits = {};  // which kernel makes a product, by its tokens
+
+  /// Bytes of the device's memory that a context holds: its workspace, and a count by which blocks wait for each other.
+  constexpr std::size_t context_bytes() const noexcept { return workspace_bytes + sizeof(std::uint32_t); }
 };
 
 namespace detail {
