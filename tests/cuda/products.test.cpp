@@ -200,6 +200,10 @@ TEST_CASE("a product's kernel is chosen by its shape, the device and the user") 
   CHECK(qd::choose_product({16, 22016, 4096, true, true}, {}) == small_batch);
   CHECK(qd::choose_product({17, 22016, 4096, true, true}, {}) == tiles);   // many rows: x is read for 128 of them at once
   CHECK(qd::choose_product({17, 4096, 4096, true, true}, {}) == small_batch);
+  CHECK(qd::choose_product({40, 4096, 4160, true, true}, {}) == tiles);  // any whole chunks
+  CHECK(qd::choose_product({20, 22016, 4160, true, true}, {}) == tiles);
+  CHECK(qd::choose_product({40, 128 * 65535, 64, true, true}, {}) == tiles);
+  CHECK(qd::choose_product({40, 128 * 65535 + 1, 64, true, true}, {}) == slabs);  // more blocks than a grid has along y
   CHECK(qd::choose_product({1, 4096, 4096, false, true}, {}) == slabs);
   CHECK(qd::choose_product({1, 4096, 4096, true, false}, {}) == slabs);
   const qd::CudaContext context({.workspace_bytes = 1024, .product_limits = {.small_batch = 4}});

@@ -1,17 +1,10 @@
 // How a kernel is launched. tests/support/cuda_emulator has a header of the same name, by which it runs on a CPU.
 #pragma once
 
-#include <type_traits>
-
-#include <qdylora/cuda/device.cuh>
 #include <qdylora/cuda/error.cuh>
+#include <qdylora/cuda/kernel.cuh>
 
 namespace qdylora::device {
-
-/// A kernel is a class: its members are the arguments, `threads` the size of its blocks, and operator() what a thread does with the
-/// block's shared memory.
-template <class K>
-concept Kernel = std::is_trivially_copyable_v<K> && K::threads % warp_size == 0 && K::threads <= 1024;
 
 /// How many blocks of K one processor must have registers for. Kernels that keep much in registers say so; without a word of theirs the
 /// compiler may spill a few to make room for another block.
@@ -28,17 +21,11 @@ __global__ void __launch_bounds__(K::threads, least_blocks<K>) run(const __grid_
 }
 
 #if !defined(QDYLORA_DEVICE_ONLY)
-struct Launch {
-  cudaStream_t stream = nullptr;
-  dim3 blocks;
-  int shared_bytes = 0;
-};
-
-/// Starts the kernel; returns before it is done. A grid without blocks is no work.
+/// Starts the kernel; returns before it is done.
 template <Kernel K>
 void launch(const Launch& how, const K& kernel) {
   constexpr int without_asking = 48 * 1024;
-  if (how.blocks.x == 0 || how.blocks.y == 0 || how.blocks.z == 0) return;
+  if (how.empty()) return;
   if (how.shared_bytes > without_asking)
     QDYLORA_CUDA_TRY(cudaFuncSetAttribute(run<K>, cudaFuncAttributeMaxDynamicSharedMemorySize, how.shared_bytes));
   // <<<>>> would leave its error where those of other calls of the program lie, which are not this kernel's.

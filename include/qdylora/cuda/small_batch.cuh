@@ -243,7 +243,7 @@ bool has_whole_chunks(const W& w) noexcept {
 /// x, or a copy of it whose rows are aligned to 16 bytes; rows of x are multiples of 16 bytes.
 template <SixteenBits T>
 MatrixView<const T> aligned_rows(const CudaContext& context, Scratch& scratch, MatrixView<const T> x) {
-  if (reinterpret_cast<std::uintptr_t>(x.data) % 16 == 0 && (x.rows <= 1 || x.stride % 8 == 0)) return x;
+  if (has_aligned_rows<8>(x)) return x;
   const MatrixView<T> copy(scratch.take<T>(x.rows * x.cols), x.rows, x.cols);
   convert(context, x, copy);
   return copy;
@@ -258,11 +258,11 @@ void multiply_small_batch(const CudaContext& context, MatrixView<const T> x, con
   Scratch scratch(context);
   x = aligned_rows(context, scratch, x);
   const int block_shift = std::countr_zero(static_cast<std::size_t>(w.block_size)) - 6;
+  const bool apart = !has_aligned_rows<4>(adapter.a);  // then u is made before
+  if (apart) multiply_few(context, x, adapter.a, adapter.u, Update::overwrite);
   const auto go = [&]<int token_tiles>(std::integral_constant<int, token_tiles>) {
     using Kernel = device::SmallBatch<Format, Scales, T, Y, token_tiles>;
     const auto count = [](Index extent, Index each) { return static_cast<int>((extent + each - 1) / each); };
-    const bool apart = !has_aligned_rows<4>(adapter.a);
-    if (apart) multiply_few(context, x, adapter.a, adapter.u, Update::overwrite);
     const int projections = apart ? 0 : count(adapter.a.rows, Kernel::projected_ranks) * count(x.rows, Kernel::projected_tokens);
     const auto blocks = static_cast<unsigned>(projections + count(w.rows, Kernel::rows));
     device::launch({context.stream(), blocks, Kernel::shared_bytes},

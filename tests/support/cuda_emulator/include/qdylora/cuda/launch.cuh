@@ -5,36 +5,26 @@
 
 #include <cstdlib>
 #include <memory>
-#include <type_traits>
 #include <typeinfo>
 
 #include <cuda_runtime.h>
 
-#include <qdylora/cuda/device.cuh>
 #include <qdylora/cuda/error.cuh>
+#include <qdylora/cuda/kernel.cuh>
 
 #include "support/cuda_emulator/streams.hpp"
 
 namespace qdylora::device {
 
-template <class K>
-concept Kernel = std::is_trivially_copyable_v<K> && K::threads % warp_size == 0 && K::threads <= 1024;
-
 /// Nobody calls it: its address stands for the kernel.
 template <Kernel K>
 void run(const K&) {}
 
-struct Launch {
-  cudaStream_t stream = nullptr;
-  dim3 blocks;
-  int shared_bytes = 0;
-};
-
 /// Runs the blocks one after another.
 template <Kernel K>
 void launch(const Launch& how, const K& kernel) {
+  if (how.empty()) return;
   const dim3 n = how.blocks;
-  if (n.x == 0 || n.y == 0 || n.z == 0) return;
   const auto& machine = test::emulator::machine();
   if (n.y > machine.most_blocks || n.z > machine.most_blocks || n.x > 0x7FFFFFFFu || how.shared_bytes > machine.shared_bytes)
     QDYLORA_CUDA_TRY(test::emulator::result(cudaErrorInvalidValue));
