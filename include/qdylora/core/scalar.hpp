@@ -17,6 +17,10 @@ using Index = std::int64_t;
 
 namespace detail {
 
+/// x / unit and the next multiple of unit, of x >= 0.
+QDYLORA_HD constexpr Index div_up(Index x, Index unit) noexcept { return (x + unit - 1) / unit; }
+QDYLORA_HD constexpr Index rounded_up(Index x, Index unit) noexcept { return div_up(x, unit) * unit; }
+
 // float32 -> bfloat16 bits, round to nearest even; NaN stays a quiet NaN.
 QDYLORA_HD constexpr std::uint16_t bfloat16_bits(float value) noexcept {
   const auto bits = std::bit_cast<std::uint32_t>(value);

@@ -228,7 +228,7 @@ void lion(const CpuRun& run, MatrixView<S> p, MatrixView<const S> g, MatrixView<
 template <class S>
 double sum_squares(const CpuRun& run, MatrixView<const S> x) {
   const Index grain = row_grain(x.cols);
-  std::vector<double> partial(static_cast<std::size_t>((x.rows + grain - 1) / grain));
+  std::vector<double> partial(static_cast<std::size_t>(div_up(x.rows, grain)));
   run.parallel_ranges(x.rows, grain, [&](Index begin, Index end) {
     double sum = 0.0;
     for (Index i = begin; i < end; ++i) sum += run.kernels<S>().squares(x.cols, x.row(i));

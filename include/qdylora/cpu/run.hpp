@@ -27,9 +27,6 @@ enum class Compute {
 
 namespace qdylora::detail {
 
-constexpr Index div_up(Index x, Index unit) noexcept { return (x + unit - 1) / unit; }
-constexpr Index rounded_up(Index x, Index unit) noexcept { return div_up(x, unit) * unit; }
-
 struct CpuRun {
   std::shared_ptr<ThreadPool> pool;
   std::shared_ptr<const Executor> executor;  // instead of the pool, where given

@@ -96,7 +96,7 @@ void attention_backward(const CudaContext& context, MatrixView<const T> dy, Matr
   const MatrixView<S> delta(scratch.take<S>(shape.heads * tokens), shape.heads, tokens);
   const MatrixView<S> shift(scratch.take<S>(shape.heads * tokens), shape.heads, tokens);
   constexpr Index warps = device::AttentionRowTerms<T>::threads / device::warp_size;
-  device::launch({context.stream(), {static_cast<unsigned>((tokens + warps - 1) / warps), static_cast<unsigned>(shape.heads)}},
+  device::launch({context.stream(), {static_cast<unsigned>(div_up(tokens, warps)), static_cast<unsigned>(shape.heads)}},
                  device::AttentionRowTerms<T>{dy, y, lse, shape.head_dim, delta, shift});
   const auto tiles_of = [](auto width) { return std::type_identity<device::AttentionTiles<T, width(), 4, width() <= 128 ? 32 : 16>>{}; };
   with_tile_width<T>(

@@ -124,8 +124,8 @@ void attention_decode(const CudaContext& context, MatrixView<const T> q, std::sp
         const int group_tiles = (group + own - 1) / own;
         const Index blocks = shape.kv_heads * group_tiles * q.rows;
         const Index wanted = std::max<Index>(1, blocks_per_processor * context.properties().multiProcessorCount / blocks);
-        const Index keys_per_block = std::max(least, ((longest + wanted - 1) / wanted + 63) / 64 * 64);
-        const Index parts = (longest + keys_per_block - 1) / keys_per_block;
+        const Index keys_per_block = std::max(least, rounded_up(div_up(longest, wanted), 64));
+        const Index parts = div_up(longest, keys_per_block);
         Scratch scratch(context);
         const auto* const list = listed(context, scratch, std::span<const device::KeyValueCache<T>>(caches));
         MatrixView<S> partial, lse;

@@ -107,7 +107,7 @@ void dequantize_on(cudaStream_t stream, const CudaContext& context, const Quanti
         y.stride * static_cast<Index>(sizeof(T)) % 16 == 0) {
       using Kernel = device::DequantizeWords<Format, Scales, T>;
       constexpr Index columns = 8 * Kernel::threads * Kernel::words_per_thread;
-      const dim3 blocks = row_grid(context, (y.cols + columns - 1) / columns, y.rows);
+      const dim3 blocks = row_grid(context, div_up(y.cols, columns), y.rows);
       return device::launch({stream, blocks, Kernel::shared_bytes}, Kernel{w, y, first_row, first_col, block_shift});
     }
   }

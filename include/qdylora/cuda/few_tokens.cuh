@@ -153,8 +153,8 @@ void multiply_few(const CudaContext& context, MatrixView<const X> x, MatrixView<
   constexpr int wide = device::Doubles<device::SumOf<X, W, Y>> ? 1 : 16 / std::max(sizeof(X), sizeof(W));
   const auto go = [&]<int warps_a_row, int width, int tokens>(std::integer_sequence<int, warps_a_row, width, tokens>) {
     using Kernel = device::RowDots<X, W, Y, warps_a_row, width, tokens>;
-    const auto blocks = [](Index extent, Index each) { return static_cast<unsigned>((extent + each - 1) / each); };
-    device::launch({context.stream(), {blocks(y.cols, Kernel::rows), blocks(y.rows, tokens)}, Kernel::shared_bytes}, Kernel{x, w, y, update});
+    const dim3 blocks(static_cast<unsigned>(div_up(y.cols, Kernel::rows)), static_cast<unsigned>(div_up(y.rows, tokens)));
+    device::launch({context.stream(), blocks, Kernel::shared_bytes}, Kernel{x, w, y, update});
   };
   const bool aligned = w.cols % wide == 0 && has_aligned_rows<wide>(x) && has_aligned_rows<wide>(w);
   if (w.cols < long_row) go(std::integer_sequence<int, 1, 1, 4>{});

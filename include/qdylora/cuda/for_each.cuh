@@ -64,7 +64,7 @@ void for_each_on(cudaStream_t stream, const CudaContext& context, Index rows, In
   using Kernel = device::ForEach<F>;
   const int width_shift = std::countr_zero(std::bit_ceil(static_cast<unsigned>(std::clamp<Index>(cols, 1, Kernel::threads))));
   const Index width = Index{1} << width_shift, rows_at_once = Kernel::threads >> width_shift;
-  const dim3 blocks = row_grid(context, (cols + width - 1) / width, (rows + rows_at_once - 1) / rows_at_once);
+  const dim3 blocks = row_grid(context, div_up(cols, width), div_up(rows, rows_at_once));
   device::launch({stream, blocks}, Kernel{f, rows, cols, width_shift});
 }
 /// The same on the context's stream.

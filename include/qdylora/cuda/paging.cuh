@@ -40,7 +40,7 @@ class Pager {
     for (const auto& array : arrays) row_bytes += array.row_bytes;
     const Index room = Scratch(*context_).room() / slot_count - static_cast<Index>(N) * 256;
     const Index parts = std::clamp<Index>(rows * row_bytes / least_bytes, 1, most_parts);
-    const Index at_once = std::clamp<Index>(std::min((rows + parts - 1) / parts, room / std::max<Index>(row_bytes, 1)), 1, rows);
+    const Index at_once = std::clamp<Index>(std::min(detail::div_up(rows, parts), room / std::max<Index>(row_bytes, 1)), 1, rows);
     Scratch scratch(*context_);
     std::array<std::array<void*, N>, slot_count> staged;
     for (auto& slot : staged)

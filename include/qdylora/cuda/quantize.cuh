@@ -109,7 +109,7 @@ QuantizedTensor<Format, Scales, DeviceMemory> quantize(const CudaContext& contex
   const Index blocks = (x.size() + options.block_size - 1) / options.block_size;
   Buffer<std::uint8_t, DeviceMemory> codes(code_bytes<Format>(x.size()), context.memory());
   Buffer<float, DeviceMemory> absmax(blocks, context.memory());
-  device::launch({context.stream(), static_cast<unsigned>((blocks + blocks_at_once - 1) / blocks_at_once)},
+  device::launch({context.stream(), static_cast<unsigned>(div_up(blocks, blocks_at_once))},
                  Kernel{x, codes.data(), absmax.data(), static_cast<int>(options.block_size)});
   std::vector<float> seen(static_cast<std::size_t>(blocks));
   copy_to_host(context, std::as_const(absmax).data(), seen.data(), blocks);

@@ -73,7 +73,7 @@ struct SumSquares {
   __device__ void operator()(SharedMemory memory) const {
     const auto sums = memory.take<double>(threads / warp_size);
     const MatrixView<const S> x = load(matrices + block().y);
-    const Index across = (x.cols + columns - 1) / columns, pieces = x.rows * across;
+    const Index across = detail::div_up(x.cols, columns), pieces = x.rows * across;
     double sum = 0.0;
     for (Index piece = block().x; piece < pieces; piece += grid().x) {
       const Index i = piece / across, begin = (piece - i * across) * columns;
@@ -144,7 +144,7 @@ void column_products(const CudaContext& context, MatrixView<const T> a, MatrixVi
   using Kernel = device::ColumnProducts<T>;
   expect_shape("column_products: second", b, a.rows, a.cols);
   expect_shape("column_products: sums", sums, 1, a.cols);
-  const auto blocks = static_cast<unsigned>((a.cols + device::warp_size - 1) / device::warp_size);
+  const auto blocks = static_cast<unsigned>(div_up(a.cols, device::warp_size));
   device::launch({context.stream(), blocks, Kernel::shared_bytes}, Kernel{a, b, sums});
 }
 

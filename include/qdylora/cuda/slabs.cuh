@@ -69,8 +69,8 @@ void decode(cudaStream_t stream, const CudaContext& context, MatrixView<S> w, Ma
 inline Index piece_of(Index extent, Index most) {
   most = std::max<Index>(most >= 128 ? most / 128 * 128 : most >= 8 ? most / 8 * 8 : most, 1);
   if (extent <= most) return std::max<Index>(extent, 1);
-  const Index pieces = (extent + most - 1) / most, step = most >= 128 ? 128 : most >= 8 ? 8 : 1;
-  return ((extent + pieces - 1) / pieces + step - 1) / step * step;
+  const Index pieces = div_up(extent, most), step = most >= 128 ? 128 : most >= 8 ? 8 : 1;
+  return rounded_up(div_up(extent, pieces), step);
 }
 
 /// f(begin, count) for the pieces of an extent.

@@ -262,11 +262,10 @@ void multiply_small_batch(const CudaContext& context, MatrixView<const T> x, con
   if (apart) multiply_few(context, x, adapter.a, adapter.u, Update::overwrite);
   const auto go = [&]<int token_tiles>(std::integral_constant<int, token_tiles>) {
     using Kernel = device::SmallBatch<Format, Scales, T, Y, token_tiles>;
-    const auto count = [](Index extent, Index each) { return static_cast<int>((extent + each - 1) / each); };
-    const int projections = apart ? 0 : count(adapter.a.rows, Kernel::projected_ranks) * count(x.rows, Kernel::projected_tokens);
-    const auto blocks = static_cast<unsigned>(projections + count(w.rows, Kernel::rows));
+    const Index projections = apart ? 0 : div_up(adapter.a.rows, Kernel::projected_ranks) * div_up(x.rows, Kernel::projected_tokens);
+    const auto blocks = static_cast<unsigned>(projections + div_up(w.rows, Kernel::rows));
     device::launch({context.stream(), blocks, Kernel::shared_bytes},
-                   Kernel{w, x, y, adapter, update, block_shift, projections, context.signals()});
+                   Kernel{w, x, y, adapter, update, block_shift, static_cast<int>(projections), context.signals()});
   };
   if (x.rows <= 8) go(std::integral_constant<int, 1>{});
   else if (x.rows <= 16) go(std::integral_constant<int, 2>{});

@@ -102,7 +102,7 @@ class EmbeddingAndHead {
     backend_.gather_rows(x, std::span<const Index>(rows), selected_.view());
     norm_.forward(as_const(selected_), normed_.view(), statistics_);
     constexpr Index most = head_chunk(!Memory::host);
-    const Index chunks = (scored + most - 1) / most, chunk = (scored + chunks - 1) / chunks;
+    const Index chunks = detail::div_up(scored, most), chunk = detail::div_up(scored, chunks);
     for (Index first = 0; first < scored; first += chunk) {
       const Index count = std::min(chunk, scored - first);
       logits_.resize(count, logits_stride(config_.vocab));

@@ -99,7 +99,7 @@ std::shared_ptr<DecoderWeights<float>> load_gguf(const GgufFile& file, BaseOptio
           block, index, p, rows, cols, options,
           [&](Index first, MatrixView<float> out) {  // decoding is the slow part of reading: share it out
             constexpr Index grain = 64;
-            backend.parallel_for((out.rows + grain - 1) / grain, [&](Index task) {
+            backend.parallel_for(detail::div_up(out.rows, grain), [&](Index task) {
               const Index begin = task * grain;
               file.read_rows(tensor, first + begin, out.middle_rows(begin, std::min(grain, out.rows - begin)));
             });

@@ -185,7 +185,7 @@ constexpr CodedBytes coded_bytes(Index rows, Index cols, const BaseOptions& base
   const bool four_bit_float = base.format == BaseFormat::nf4 || base.format == BaseFormat::fp4;
   if (four_bit_float && !base.double_quant) return {bytes(codes), bytes(4 * blocks), 0};
   const Index nested = DoubleQuant<>::nested_block_size;
-  return {bytes(codes), bytes(blocks), bytes(4 * ((blocks + nested - 1) / nested))};
+  return {bytes(codes), bytes(blocks), bytes(4 * div_up(blocks, nested))};
 }
 
 }  // namespace detail

@@ -15,7 +15,7 @@ namespace qdylora {
 /// ranks need it.
 struct Moments8View {
   static constexpr Index block_size = 256;
-  static constexpr Index blocks(Index cols) noexcept { return (cols + block_size - 1) / block_size; }
+  static constexpr Index blocks(Index cols) noexcept { return detail::div_up(cols, block_size); }
 
   MatrixView<std::uint8_t> m, v;           // [rows, cols]
   MatrixView<float> m_absmax, v_absmax;  // [rows, blocks(cols)]

@@ -121,7 +121,7 @@ typename Scales::template Storage<Memory> make_scales(std::span<const float> abs
     for (float& a : centred) a -= storage.offset;
     constexpr Index nested_block = Scales::nested_block_size;
     storage.codes = Buffer<std::uint8_t, Memory>(blocks);
-    storage.nested_absmax = Buffer<float, Memory>((blocks + nested_block - 1) / nested_block);
+    storage.nested_absmax = Buffer<float, Memory>(detail::div_up(blocks, nested_block));
     quantize_blockwise<typename Scales::SecondLevel>(centred, nested_block, storage.codes.span(), storage.nested_absmax.span(),
                                                      parallel_for);
   } else {
@@ -160,7 +160,7 @@ class Quantizer {
       staged = Buffer<float>(carried + chunk.size());
       std::copy(carry_.begin(), carry_.end(), staged.data());
       constexpr Index rows_per_task = 16;
-      parallel_for((chunk.rows + rows_per_task - 1) / rows_per_task, [&](Index task) {
+      parallel_for(detail::div_up(chunk.rows, rows_per_task), [&](Index task) {
         for (Index i = task * rows_per_task; i < std::min(chunk.rows, (task + 1) * rows_per_task); ++i)
           for (Index j = 0; j < cols_; ++j) staged[carried + i * cols_ + j] = static_cast<float>(chunk(i, j));
       });
@@ -173,10 +173,10 @@ class Quantizer {
     const Index whole = count / block;
     const Index encoded = last ? count : whole * block;
     constexpr Index blocks_per_task = 256;
-    const Index blocks = last ? (count + block - 1) / block : whole;
+    const Index blocks = last ? detail::div_up(count, block) : whole;
     const Index first_block = done_ / block;
     std::atomic<Index> first_bad{count};
-    parallel_for((blocks + blocks_per_task - 1) / blocks_per_task, [&](Index task) {
+    parallel_for(detail::div_up(blocks, blocks_per_task), [&](Index task) {
       for (Index b = task * blocks_per_task; b < std::min(blocks, (task + 1) * blocks_per_task); ++b) {
         const Index size = std::min(block, count - b * block);
         // Blocks start at even elements, so they never share a byte.
