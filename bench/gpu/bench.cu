@@ -54,6 +54,7 @@ int main(int argc, char** argv) {
       cells.adapters(out, in, {1, 16, 128});
       cells.layers(out, in, options.quick ? 256 : 2048);
       cells.products(out, in, tokens);
+      if (out == in) cells.kernels(out, in, options.quick ? tokens : std::vector<Index>{16, 32, 64, 128, 256, 512, 1024});
     }
     return cells.has_peer() || options.bitsandbytes.empty() ? 0 : 3;
   } catch (const qd::Error& error) {

@@ -197,20 +197,35 @@ class Cells {
           if (forward && tokens <= 1536)
             competitors.push_back({"bitsandbytes, fused", every([&](std::size_t i) { multiply_by_peer(x, coded[i], y); })});
         }
-        const auto times = watch_.compare(competitors, copies, options_.rounds);
-        for (std::size_t c = 0; c < competitors.size(); ++c) {
-          cuda_.fill(y.view(), bfloat16(std::numeric_limits<float>::quiet_NaN()));
-          competitors[c].run();
-          const double error = distance(x, decoded, forward, y);
-          std::fprintf(lines_,
-                       "{\"op\": \"%s\", \"out\": %lld, \"in\": %lld, \"tokens\": %lld, \"who\": \"%s\", \"us\": %.3f, "
-                       "\"quartiles\": [%.3f, %.3f], \"error\": %.4e}\n",
-                       forward ? "forward" : "backward", static_cast<long long>(out), static_cast<long long>(in),
-                       static_cast<long long>(tokens), competitors[c].name.c_str(), times[c].median, times[c].least, times[c].most,
-                       std::isfinite(error) ? error : 1e30);  // JSON has no NaN
-        }
-        std::fflush(lines_);
+        compare_products(forward ? "forward" : "backward", competitors, copies, x, decoded, forward, y);
       }
+  }
+
+  /// The kernels that can make a forward product, each by itself: what the limits of product_plan.hpp should be.
+  void kernels(Index out, Index in, const std::vector<Index>& tokens_list) const {
+    const int copies = copies_of(out, in);
+    std::vector<Weight> coded;
+    for (int i = 0; i < copies; ++i) coded.push_back(random_weight(out, in, 100 + static_cast<std::uint64_t>(i)));
+    Matrix<float> decoded(out, in);
+    cuda_.dequantize(coded.back().view(), decoded.view());
+    for (const Index tokens : tokens_list) {
+      const auto x = activations(tokens, in, 7);
+      Matrix<bfloat16> y(tokens, out);
+      std::vector<Competitor> competitors;
+      const auto add = [&](const char* name, auto multiply) {
+        competitors.push_back({name, [&, multiply] {
+                                 const MatrixView<const bfloat16> tokens_view = x.view();
+                                 for (const Weight& w : coded) multiply(context_, tokens_view, w.view(), y.view(), qd::Update::overwrite);
+                               }});
+      };
+      if (context_.compute_capability() >= 80 && in % 64 == 0) {
+        if (tokens <= 32) add("small_batch", [](auto&&... operands) { qd::detail::multiply_small_batch(operands...); });
+        add("tiles", [](auto&&... operands) { qd::detail::multiply_tiles(operands...); });
+      }
+      if (context_.sm90a() && in % 256 == 0) add("warpgroup_tiles", [](auto&&... operands) { qd::detail::multiply_warpgroup_tiles(operands...); });
+      add("slabs", [](auto&&... operands) { qd::detail::multiply_by_slabs(operands...); });
+      compare_products("kernel", competitors, copies, x, decoded, true, y);
+    }
   }
 
   /// A layer's forward pass with its adapter at some ranks; rank 0 is the base alone.
@@ -297,6 +312,24 @@ class Cells {
 
  private:
   static constexpr float scale_offset = 0.02f;
+
+  /// Times competitors, each of which makes y of x and `copies` weights; `decoded` is the last one.
+  void compare_products(const char* op, const std::vector<Competitor>& competitors, int copies, const Matrix<bfloat16>& x,
+                        const Matrix<float>& decoded, bool forward, Matrix<bfloat16>& y) const {
+    const auto times = watch_.compare(competitors, copies, options_.rounds);
+    for (std::size_t c = 0; c < competitors.size(); ++c) {
+      cuda_.fill(y.view(), bfloat16(std::numeric_limits<float>::quiet_NaN()));
+      competitors[c].run();
+      const double error = distance(x, decoded, forward, y);
+      std::fprintf(lines_,
+                   "{\"op\": \"%s\", \"out\": %lld, \"in\": %lld, \"tokens\": %lld, \"who\": \"%s\", \"us\": %.3f, "
+                   "\"quartiles\": [%.3f, %.3f], \"error\": %.4e}\n",
+                   op, static_cast<long long>(decoded.rows()), static_cast<long long>(decoded.cols()), static_cast<long long>(x.rows()),
+                   competitors[c].name.c_str(), times[c].median, times[c].least, times[c].most,
+                   std::isfinite(error) ? error : 1e30);  // JSON has no NaN
+    }
+    std::fflush(lines_);
+  }
 
   /// So many weights that they fill options_.weight_bytes.
   int copies_of(Index out, Index in) const {

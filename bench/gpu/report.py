@@ -94,7 +94,7 @@ def verdict(what, least, aim, found):
 
 
 def wrong_cells(lines):
-    return [c for c in lines if c.get("who") == "ours" and "error" in c and not c["error"] <= LARGEST_ERROR]
+    return [c for c in lines if (c.get("who") == "ours" or c.get("op") == "kernel") and "error" in c and not c["error"] <= LARGEST_ERROR]
 
 
 def beside_plan(lines):
@@ -185,7 +185,7 @@ def write(lines, args):
         text.append(f"| {what} | {least:g} | {aim:g} | {'–' if found is None else f'{found:.2f}'} | {verdict(what, least, aim, found)} |")
     text.append("")
     for cell in wrong_cells(lines):
-        text += [f"**Wrong: {cell['op']} {cell['out']}×{cell['in']}, M={cell['tokens']}: error {cell['error']:.1e}.**", ""]
+        text += [f"**Wrong: {cell['op']} {cell['out']}×{cell['in']}, M={cell['tokens']}, {cell['who']}: error {cell['error']:.1e}.**", ""]
     for op, title in (("forward", "Forward, y = x·Wᵀ"), ("backward", "Backward, dx = dy·W")):
         table = products(lines, op)
         if not table:
@@ -195,6 +195,15 @@ def write(lines, args):
         text += ratio_table(table, "cublas", "Times as fast as cuBLAS in bfloat16")
         if any(cell["bitsandbytes"] for cell in table.values()):
             text += ratio_table(table, "bitsandbytes", "Times as fast as bitsandbytes")
+    kernels = by_key(lines, "kernel", "who")
+    if kernels:
+        names = list(dict.fromkeys(name for us in kernels.values() for name in us))
+        text += ["## Forward by each kernel, µs", "", "What `ProductLimits` should be; the fastest is bold.", "",
+                 "| out × in | M | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)]
+        for (o, i, t), us in kernels.items():
+            found = [f"{us[name]:.1f}" if name in us else "–" for name in names]
+            text.append(f"| {o}×{i} | {t} | " + " | ".join(f"**{f}**" if us.get(name) == min(us.values()) else f for name, f in zip(names, found)) + " |")
+        text.append("")
     adapters = by_key(lines, "adapter", "rank")
     if adapters:
         text += ["## What an adapter adds to a forward pass", "", "| out × in | M | rank 8 | rank 64 |", "|---|---|---|---|"]

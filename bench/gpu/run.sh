@@ -64,7 +64,7 @@ done
 
 # What compute-sanitizer looks at: a case or two of every family of kernels, of those that leave cuBLASLt's alone, of which it would look at all.
 small_shapes='an adapter rides*,few tokens with*,tiles of tokens*,attention on*,attention of one*,heads of every*,zeros*,codes at an odd*'
-small_shapes+=',moments in the host*,the squares of*'
+small_shapes+=',a product of a warpgroup*,tiles of warpgroups*,moments in the host*,the squares of*'
 
 say() { printf '\n== %s  (%d s)\n' "$*" "$SECONDS"; }
 PATH=$PATH:/usr/local/cuda/bin

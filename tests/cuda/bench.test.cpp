@@ -27,6 +27,7 @@ TEST_CASE("every cell of the GPU's benchmark runs and is right", "[cuda]") {
     cells.machine();
     cells.ceilings(1 << 16, 64);
     cells.products(256, 256, {1, 20, 300});  // a kernel each
+    cells.kernels(256, 256, {20, 40});
     cells.adapters(256, 256, {1, 20, 300});  // of which the first takes the adapter along
     cells.layers(64, 128, 40);
   }
@@ -43,7 +44,8 @@ TEST_CASE("every cell of the GPU's benchmark runs and is right", "[cuda]") {
       CHECK(error < 5e-3);
     }
   }
-  CHECK(count == std::map<std::string, int>{{"machine", 1}, {"ceiling", 3}, {"forward", 6}, {"backward", 6}, {"adapter", 9}, {"layer", 2}});
+  CHECK(count == std::map<std::string, int>{
+                     {"machine", 1}, {"ceiling", 3}, {"forward", 6}, {"backward", 6}, {"kernel", 7}, {"adapter", 9}, {"layer", 2}});
 }
 
 }  // namespace bench_test

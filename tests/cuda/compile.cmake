@@ -1,4 +1,5 @@
-# Compiles SOURCE with nvcc for one architecture. Fails on a warning, and where a kernel spills registers to memory.
+# Compiles SOURCE with nvcc for one architecture. Fails on a warning, and where a kernel spills registers to memory or has products of
+# warpgroups wait for each other.
 #   NVCC, SOURCE, OUTPUT, ARCHITECTURE (90a), INCLUDE
 if(NOT EXISTS "${NVCC}")
   message("SKIPPED: there is no nvcc here")
@@ -15,6 +16,9 @@ string(REGEX MATCHALL "Compiling entry function '[^']*'[^\n]*\n[^\n]*\n[^\n]*[1-
 list(LENGTH kernels count)
 if(count EQUAL 0 OR spills)
   message(FATAL_ERROR "${count} kernels; registers are spilled in:\n${spills}")
+endif()
+if(report MATCHES "(\\(C75[^\n]*)")
+  message(FATAL_ERROR "${CMAKE_MATCH_1}")
 endif()
 string(REGEX MATCHALL "Used [0-9]+ registers" used "${report}")
 list(SORT used COMPARE NATURAL ORDER DESCENDING)

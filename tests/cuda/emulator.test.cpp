@@ -1,6 +1,7 @@
 // The emulator itself: what it computes, and the mistakes it must not let pass.
 #include <qdylora/cuda/launch.cuh>
 
+#include <cmath>
 #include <numeric>
 #include <vector>
 
@@ -400,6 +401,50 @@ TEMPLATE_TEST_CASE("ldmatrix and mma make a matrix product", "", qd::bfloat16, q
         CHECK(static_cast<double>(result.host()[static_cast<std::size_t>(i * 8 + j)]) == Approx(sum).margin(1e-5));
       }
   }
+}
+
+TEST_CASE("products of warpgroups are published to, begun and waited for, and nobody touches what they use") {
+  using T = qd::bfloat16;
+  using device::Words;
+  enum class Mistake { none, unpublished, unbegun, unwaited, overwritten, changed, read, unordered, unfinished };
+  const auto product = [](Mistake mistake, float* out) {
+    return [=](SharedMemory memory) {
+      const auto tile = memory.take<device::SwizzledRows>(4);
+      const auto words = tile.from<std::uint32_t>(0);
+      const device::ProductRows rows(tile);
+      const auto write = [&] {
+        for (int i = device::thread(); i < 1024; i += 128) words.store(i, device::pack<T>(1.0f, 1.0f));
+      };
+      write();
+      if (mistake != Mistake::unpublished) device::publish_to_products();
+      if (mistake != Mistake::unordered) device::sync_block();
+      Words<4> left[1] = {{{device::pack<T>(1, 2), device::pack<T>(3, 4), device::pack<T>(5, 6), device::pack<T>(7, 8)}}};
+      float sums[16];
+      if (mistake != Mistake::unbegun) device::begin_products(left);
+      device::multiply_async<T, false>(sums, left[0], rows, 1);
+      if (mistake == Mistake::overwritten) device::multiply_async<T, false>(sums, left[0], rows, 2);
+      device::multiply_async<T, true>(sums, left[0], rows, 2);
+      device::commit_products();
+      if (mistake == Mistake::changed) left[0].word[3] = 0;
+      if (mistake == Mistake::unwaited) write();
+      if (mistake == Mistake::read) device::store(out + device::thread(), sums[15]);
+      if (mistake != Mistake::unfinished) device::wait_products<0>(sums);
+      if (mistake == Mistake::none) device::store(out + device::thread(), sums[15]);
+    };
+  };
+  test::DeviceArray<float> result(128);
+  const auto end = [&](Mistake mistake) { return fault<128>(product(mistake, result.data())); };
+  CHECK(end(Mistake::none) == "");
+  for (const float sum : result.host()) CHECK(sum == 2 * 4 * (3 + 4 + 7 + 8));
+  CHECK(end(Mistake::read) == "");
+  for (const float sum : result.host()) CHECK(std::isnan(sum));
+  CHECK(contains(end(Mistake::unpublished), "has written and not published"));
+  CHECK(contains(end(Mistake::unordered), "with no barrier between"));
+  CHECK(contains(end(Mistake::unbegun), "no begin_products"));
+  CHECK(contains(end(Mistake::overwritten), "have not been waited for"));
+  CHECK(contains(end(Mistake::changed), "left operand of a product was changed"));
+  CHECK(contains(end(Mistake::unwaited), "which a product is reading"));
+  CHECK(contains(end(Mistake::unfinished), "no wait_products"));
 }
 
 TEST_CASE("ldmatrix: one matrix and its transpose") {

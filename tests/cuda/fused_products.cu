@@ -1,5 +1,5 @@
 // The kernels whose main loops sass.cmake counts.
-#include <qdylora/cuda/tiles.cuh>
+#include <qdylora/cuda/warpgroup_tiles.cuh>
 
 namespace qd = qdylora;
 namespace device = qd::device;
@@ -14,3 +14,8 @@ template <int token_tiles>
 using ManyTokens = device::CodedTiles<qd::NF4, qd::DoubleQuant<>, qd::bfloat16, qd::bfloat16, token_tiles>;
 template void device::launch(const device::Launch&, const ManyTokens<4>&);
 template void device::launch(const device::Launch&, const ManyTokens<8>&);
+
+template <int token_tiles>
+using Warpgroups = device::WarpgroupTiles<qd::NF4, qd::DoubleQuant<>, qd::bfloat16, qd::bfloat16, token_tiles>;
+template void device::launch(const device::Launch&, const Warpgroups<8>&);
+template void device::launch(const device::Launch&, const Warpgroups<16>&);

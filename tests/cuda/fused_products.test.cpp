@@ -57,10 +57,47 @@ struct Case {
   Index tokens, out, in, block = 64, rank = 0;
 };
 
-enum class Kernel { small_batch, tiles };
+enum class Kernel { small_batch, tiles, warpgroup_tiles };
+
+/// d [64, n] = a [64, 64] . x [n, 64]^T by one warpgroup, all that the hardware is asked for by itself.
+template <class T, int sums>
+struct WarpgroupProduct {
+  static constexpr bool needs_sm90a = true;
+  static constexpr int threads = 128, tokens = 2 * sums;
+  static constexpr int shared_bytes = tokens * 128;
+
+  MatrixView<const T> a, x;
+  MatrixView<float> d;
+
+  __device__ void operator()(qd::device::SharedMemory memory) const {
+    using namespace qd::device;
+    if constexpr (is_sm90a) {
+      const auto tile = memory.take<SwizzledRows>(tokens / 8);
+      const auto pieces = tile.template from<Words<4>>(0);
+      const ProductRows rows(tile);
+      for (int i = thread(); i < tokens * 8; i += threads)
+        pieces.store(swizzled_piece(i / 8, i % 8), load(reinterpret_cast<const Words<4>*>(x.row(i / 8)) + i % 8));
+      publish_to_products();
+      sync_block();
+      const int row = warp() * 16 + lane() / 4, col = lane() % 4 * 2;
+      Words<4> left[4];
+      for (int step = 0; step < 4; ++step)
+        for (int w = 0; w < 4; ++w)
+          left[step].word[w] = load(reinterpret_cast<const std::uint32_t*>(a.row(row + 8 * (w % 2)) + 16 * step + col + 8 * (w / 2)));
+      float sum[sums] = {};
+      begin_products(left);
+      multiply_async<T, false>(sum, left[0], rows, 0);
+      for (int step = 1; step < 4; ++step) multiply_async<T, true>(sum, left[step], rows, step);
+      commit_products();
+      wait_products<0>(sum);
+      for (int i = 0; i < sums; ++i) store(d.row(row + i % 4 / 2 * 8) + 8 * (i / 4) + col + i % 2, sum[i]);
+    }
+  }
+};
 
 /// The fused kernels have no bodies for less.
 bool has_fused(const qd::CudaContext& context) { return context.compute_capability() >= 80; }
+constexpr const char* no_warpgroups = "products of warpgroups need a device of compute capability 9.0, and code for sm_90a";
 constexpr const char* no_fused = "fused products need a device of compute capability 8.0, and code for one";
 
 template <class Format, class Scales, class T, class Y, Kernel kernel = Kernel::small_batch>
@@ -88,6 +125,7 @@ void check(const qd::CudaContext& context, const Case& c, Index offset = 0, Inde
     OnDevice<Y> y(context, start.view(), 0, 3);
     const MatrixView<const T> in = device_x.view();
     if constexpr (kernel == Kernel::tiles) qd::detail::multiply_tiles(context, in, w.view(), y.view(), update);
+    else if constexpr (kernel == Kernel::warpgroup_tiles) qd::detail::multiply_warpgroup_tiles(context, in, w.view(), y.view(), update);
     else qd::detail::multiply_small_batch(context, in, w.view(), y.view(), update, {device_u.view(), device_b.view()});
     CHECK(test::normalised_squared_error(y.host(), expected.view()) <= (std::is_same_v<T, qd::half> ? 5e-7 : 2e-5));
     CHECK(y.padding_intact());
@@ -128,6 +166,42 @@ TEMPLATE_TEST_CASE("tiles of tokens with 4-bit weights on the device are the ref
   for (const Case& c : cases) check<NF4, DoubleQuant<>, T, T, tiles>(context, c);
   check<NF4, DoubleQuant<>, T, float, tiles>(context, {33, 29, 1280});
   check<FP4, Float32Scales, T, T, tiles>(context, {20, 40, 256, 256});
+  check<NF4, DoubleQuant<>, T, T, tiles>(context, {9, 20, 256}, 1, 0);
+  check<NF4, DoubleQuant<>, T, T, tiles>(context, {9, 20, 512}, 8, 8);
+}
+
+TEMPLATE_TEST_CASE("a product of a warpgroup is the product of its operands", "[cuda]", qd::bfloat16, qd::half) {
+  using T = TestType;
+  const qd::CudaContext context({.workspace_bytes = std::size_t{1} << 20});
+  if (!context.sm90a()) SKIP(no_warpgroups);
+  const auto check = [&]<int sums>(std::integral_constant<int, sums>) {
+    using Kernel = WarpgroupProduct<T, sums>;
+    const auto a = test::normal_matrix<T>(64, 64, 1), x = test::normal_matrix<T>(Kernel::tokens, 64, 2);
+    const OnDevice<T> device_a(context, a.view()), device_x(context, x.view());
+    OnDevice<float> d(context, Matrix<float>(64, Kernel::tokens).view());
+    const MatrixView<const T> left = device_a.view(), right = device_x.view();
+    qd::device::launch({context.stream(), 1, Kernel::shared_bytes}, Kernel{left, right, d.view()});
+    Matrix<double> expected(64, Kernel::tokens);
+    qd::reference::matmul(a.view(), x.view(), expected.view(), Update::overwrite);
+    CHECK(test::normalised_squared_error(d.host(), expected.view()) <= 1e-12);
+  };
+  check(std::integral_constant<int, 16>{});
+  check(std::integral_constant<int, 32>{});
+}
+
+TEMPLATE_TEST_CASE("tiles of warpgroups with 4-bit weights on the device are the reference's", "[cuda]", qd::bfloat16, qd::half) {
+  using namespace qdylora;
+  using T = TestType;
+  constexpr auto tiles = Kernel::warpgroup_tiles;
+  const CudaContext context({.workspace_bytes = std::size_t{1} << 20});
+  if (!context.sm90a()) SKIP(no_warpgroups);
+  // One row and round; rows beside a lane's 2, a warp's 16, a warpgroup's 64 and a block's 128; tokens beside half a tile and both tiles;
+  // fewer pairs of chunks than the ring has and more; sums in one part and in several, of different lengths.
+  const Case cases[] = {{1, 1, 256},    {33, 128, 256},      {64, 129, 512},      {65, 15, 1280},     {97, 66, 768},
+                        {128, 17, 512}, {129, 35, 2304},     {40, 63, 2560, 128}, {7, 20, 3072, 512}, {65, 80, 256}};
+  for (const Case& c : cases) check<NF4, DoubleQuant<>, T, T, tiles>(context, c);
+  check<NF4, DoubleQuant<>, T, float, tiles>(context, {33, 29, 1280});
+  check<FP4, Float32Scales, T, T, tiles>(context, {70, 40, 256, 256});
   check<NF4, DoubleQuant<>, T, T, tiles>(context, {9, 20, 256}, 1, 0);
   check<NF4, DoubleQuant<>, T, T, tiles>(context, {9, 20, 512}, 8, 8);
 }

@@ -205,10 +205,35 @@ TEST_CASE("a product's kernel is chosen by its shape, the device and the user") 
   CHECK(qd::choose_product({40, 128 * 65535, 64, true, true}, {}) == tiles);
   CHECK(qd::choose_product({40, 128 * 65535 + 1, 64, true, true}, {}) == slabs);  // more blocks than a grid has along y
   CHECK(qd::choose_product({1, 4096, 4096, false, true}, {}) == slabs);
+  const auto by_warpgroups = [](Index tokens, Index in, bool sm90a) {
+    return qd::choose_product({tokens, 4096, in, true, true}, {90, 132, sm90a}, {.warpgroup_tiles = 512});
+  };
+  CHECK(by_warpgroups(33, 4096, true) == warpgroup_tiles);
+  CHECK(by_warpgroups(512, 4096, true) == warpgroup_tiles);
+  CHECK(by_warpgroups(513, 4096, true) == slabs);
+  CHECK(by_warpgroups(32, 4096, true) == small_batch);
+  CHECK(by_warpgroups(33, 4096 + 128, true) == tiles);  // no whole rounds
+  CHECK(by_warpgroups(33, 4096, false) == tiles);
+  CHECK(qd::choose_product({33, 4096, 4096, true, true}, {90, 132, true}) == tiles);  // unasked, not before it has been run on a device
   CHECK(qd::choose_product({1, 4096, 4096, true, false}, {}) == slabs);
   const qd::CudaContext context({.workspace_bytes = 1024, .product_limits = {.small_batch = 4}});
   CHECK(context.choose_product({4, 64, 64, true, true}) == small_batch);
   CHECK(context.choose_product({5, 64, 64, true, true}) != small_batch);
+}
+
+TEST_CASE("tiles are made in as many parts as fill the device and no more than pay") {
+  const auto parts = [](Index out, Index tokens, Index in, Index most = 8) {
+    return qd::parts_of_tiles((out + 127) / 128 * ((tokens + 127) / 128), 132, in, most);
+  };
+  CHECK(parts(4096, 128, 4096, 4) == 4);   // 32 tiles, 128 blocks
+  CHECK(parts(4096, 256, 4096, 4) == 2);
+  CHECK(parts(4096, 512, 4096, 4) == 1);
+  CHECK(parts(8192, 128, 32768) == 2);
+  CHECK(parts(11008, 128, 4096, 4) == 1);  // in 3 parts there would be two full rounds, but what that gains goes into memory
+  CHECK(parts(11008, 128, 16384) == 3);
+  CHECK(parts(22016, 128, 8192) == 2);     // 172 tiles leave the second round two thirds empty, 344 half of the third
+  CHECK(parts(64, 8, 65536) == 8);
+  CHECK(parts(64, 8, 65536, 0) == 1);
 }
 
 TEST_CASE("slabs have lines enough to hide what is read again for each, and memory for two") {

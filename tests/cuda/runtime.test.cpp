@@ -85,6 +85,14 @@ TEST_CASE("kernels are chosen by what they were compiled for, where that is less
   CHECK(kernel(120, 80) == qd::ProductKernel::small_batch);
   CHECK(kernel(75, 90) == qd::ProductKernel::slabs);
   CHECK(kernel(90, 75) == qd::ProductKernel::slabs);  // whose body for sm_80 is empty
+  const auto sm90a = [](int device, bool compiled) {
+    machine().compute_capability = device;
+    machine().compiled_for_sm90a = compiled;
+    return qd::CudaContext({.workspace_bytes = 1024}).sm90a();
+  };
+  CHECK(sm90a(90, true));
+  CHECK_FALSE(sm90a(90, false));
+  CHECK_FALSE(sm90a(100, true));
 }
 
 TEST_CASE("QDYLORA_CUDA_TRY names the call and the line, and clears the error") {

@@ -38,14 +38,14 @@ struct PendingScale {
   }
 };
 
-/// Makes the table of pairs, and the values of the scales' codes. The first code of a byte is its high half, and goes to the low half of a
-/// fragment's word.
-template <CodeFormat Format, class Scales, class T, int threads>
+/// Makes the table of pairs, `pitch` words from a byte's to the next, and the values of the scales' codes. The first code of a byte is its
+/// high half, and goes to the low half of a fragment's word.
+template <CodeFormat Format, class Scales, class T, int threads, int pitch = warp_size>
 __device__ inline void fill_code_tables(const Shared<std::uint32_t>& pairs, const Shared<float>& second_level) {
   for (int i = thread(); i < pair_table_words / 4; i += threads) {
     const int byte = 4 * i / warp_size;
     const std::uint32_t pair = pack<T>(values<Format>.at[byte >> 4], values<Format>.at[byte & 15]);
-    pairs.template from<Words<4>>(4 * i).store(0, {{pair, pair, pair, pair}});
+    pairs.template from<Words<4>>(pitch * byte + 4 * i % warp_size).store(0, {{pair, pair, pair, pair}});
   }
   if constexpr (Scales::nested)
     for (int i = thread(); i < 256; i += threads) second_level.store(i, values<typename Scales::SecondLevel>.at[i]);

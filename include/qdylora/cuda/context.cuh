@@ -29,6 +29,11 @@ struct Nothing {
   static constexpr int threads = warp_size;
   __device__ void operator()(SharedMemory) const {}
 };
+struct NothingOfSm90a {
+  static constexpr bool needs_sm90a = true;
+  static constexpr int threads = 4 * warp_size;
+  __device__ void operator()(SharedMemory) const {}
+};
 
 }  // namespace device
 
@@ -104,6 +109,14 @@ inline int compiled_capability(const cudaDeviceProp& properties) {
   return attributes.ptxVersion;
 }
 
+/// Whether the current device is one of sm_90a, and kernels were compiled for that.
+inline bool has_sm90a(const cudaDeviceProp& properties) {
+  if (properties.major != 9 || properties.minor != 0) return false;
+  cudaFuncAttributes attributes{};
+  QDYLORA_CUDA_TRY(cudaFuncGetAttributes(&attributes, device::run<device::NothingOfSm90a>));
+  return attributes.maxThreadsPerBlock >= device::NothingOfSm90a::threads;
+}
+
 /// What cuBLASLt chooses an algorithm by.
 struct GemmProblem {
   int type, output_type;
@@ -127,6 +140,7 @@ class CudaContext {
       : device_(options.device),
         properties_(select(options.device)),
         compute_capability_(std::min(10 * properties_.major + properties_.minor, detail::compiled_capability(properties_))),
+        sm90a_(detail::has_sm90a(properties_)),
         stream_(make_stream()),
         blas_(make_blas()),
         product_limits_(options.product_limits) {
@@ -156,6 +170,8 @@ class CudaContext {
   const cudaDeviceProp& properties() const noexcept { return properties_; }
   /// What kernels may make use of, 10 * major + minor: the device's, or that which they were compiled for where it is less.
   int compute_capability() const noexcept { return compute_capability_; }
+  /// Whether kernels may make use of what sm_90a alone has.
+  bool sm90a() const noexcept { return sm90a_; }
   cudaStream_t stream() const noexcept { return stream_.get(); }
   cublasLtHandle_t blas() const noexcept { return blas_.get(); }
   /// Memory in the order of this context's stream.
@@ -169,7 +185,7 @@ class CudaContext {
   const detail::DecodingStream* decoding_stream() const noexcept { return decoding_.get(); }
   /// The kernel for a product.
   ProductKernel choose_product(const ProductProblem& problem) const noexcept {
-    return qdylora::choose_product(problem, {compute_capability_, properties_.multiProcessorCount}, product_limits_);
+    return qdylora::choose_product(problem, {compute_capability_, properties_.multiProcessorCount, sm90a_}, product_limits_);
   }
   /// Algorithms that cuBLASLt has chosen: it takes longer to choose one than many a product takes.
   std::map<detail::GemmProblem, cublasLtMatmulAlgo_t>& gemm_algorithms() const noexcept { return gemm_algorithms_; }
@@ -225,6 +241,7 @@ class CudaContext {
   int device_;
   cudaDeviceProp properties_;
   int compute_capability_;
+  bool sm90a_;
   Stream stream_;
   Blas blas_;
   std::unique_ptr<const detail::DecodingStream> decoding_;
@@ -246,7 +263,7 @@ class Scratch {
   T* take(Index count) {
     constexpr Index alignment = 256;
     const Index begin = used_;
-    used_ += (count * static_cast<Index>(sizeof(T)) + alignment - 1) / alignment * alignment;
+    used_ += detail::rounded_up(count * static_cast<Index>(sizeof(T)), alignment);
     QDYLORA_EXPECTS(used_ <= workspace_.size(), memory,
                     "an operation needs a workspace of " + std::to_string(used_) + " bytes; CudaOptions::workspace_bytes is " +
                         std::to_string(workspace_.size()));

@@ -78,6 +78,25 @@ class LookUpTable {
   unsigned address_;
 };
 
+/// The same with an entry for each value of a byte, 256 bytes from one to the next, of which lane l has word l: the byte and the lane make the
+/// address in one instruction.
+class ByteTable {
+ public:
+  static constexpr int pitch = 64;  // words from an entry to the next
+
+  __device__ __forceinline__ explicit ByteTable(const Shared<std::uint32_t>& words)
+      : begin_(words.address()), lane_bytes_(4 * static_cast<unsigned>(lane())) {}
+  /// Of byte i of a word.
+  __device__ __forceinline__ std::uint32_t load(std::uint32_t bytes, int i) const {
+    std::uint32_t word;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(__byte_perm(bytes, lane_bytes_, 0x5504u + 16 * static_cast<unsigned>(i)) + begin_));
+    return word;
+  }
+
+ private:
+  unsigned begin_, lane_bytes_;
+};
+
 /// All of a block's shared memory, dealt out from its beginning. Sizes are constants, and so are the addresses.
 class SharedMemory {
  public:
@@ -314,6 +333,10 @@ __device__ __forceinline__ void multiply_add(float (&d)[4], const Words<4>& a, c
 
 /// Byte i of a word, counted from the lowest.
 __device__ __forceinline__ unsigned byte_of(std::uint32_t word, int i) { return __byte_perm(word, 0, 0x4440 + static_cast<unsigned>(i)); }
+/// Byte i of the result is that of eight, four of `first` and four of `second`, which digit i of `which` names, from the lowest on.
+__device__ __forceinline__ std::uint32_t select_bytes(std::uint32_t first, std::uint32_t second, unsigned which) {
+  return __byte_perm(first, second, which);
+}
 
 // ---- arithmetic that is rounded as written: never fused into a multiply-add, whatever the compiler's flags ----------------------------
 

@@ -3,6 +3,7 @@
 
 #include <qdylora/cuda/error.cuh>
 #include <qdylora/cuda/kernel.cuh>
+#include <qdylora/cuda/warpgroup.cuh>
 
 namespace qdylora::device {
 
@@ -14,9 +15,16 @@ template <class K>
   requires requires { K::least_blocks; }
 inline constexpr int least_blocks<K> = K::least_blocks;
 
+/// The most threads a block of K may have: of a kernel that is not there, fewer than any launch has, so that none succeeds.
+template <class K>
+inline constexpr int most_threads = K::threads;
+template <class K>
+  requires(K::needs_sm90a)
+inline constexpr int most_threads<K> = is_sm90a ? K::threads : warp_size;
+
 template <Kernel K>
-__global__ void __launch_bounds__(K::threads, least_blocks<K>) run(const __grid_constant__ K kernel) {
-  extern __shared__ __align__(128) unsigned char bytes[];
+__global__ void __launch_bounds__(most_threads<K>, least_blocks<K>) run(const __grid_constant__ K kernel) {
+  extern __shared__ __align__(1024) unsigned char bytes[];
   kernel(SharedMemory(bytes));
 }
 

@@ -2,6 +2,7 @@
 //
 //   small_batch   decodes into tensor cores, each block 16 rows of the weight: memory-bound, though it reads x once for every 16 rows
 //   tiles         decodes into tensor cores, each block 128 rows of the weight and a tile of tokens, which lies in shared memory
+//   warpgroup_tiles  the same by the products of Hopper's warpgroups, where kernels were compiled for sm_90a and rows are multiples of 256
 //   slabs         decodes a slab into the workspace and leaves the product to cuBLASLt: any types, any shape, and the best there is where
 //                 the product outweighs the decoding
 //
@@ -16,6 +17,9 @@
 //
 // From 17 tokens on, x is more than four times the codes of 16 rows: tiles are ahead of small_batch as soon as there are blocks of 128 rows
 // for half of the processors.
+//
+// On 9.0 warpgroup_tiles should be ahead of tiles from 33 tokens on and of slabs up to 1024: three quarters of what tensor cores do, by the
+// count of instructions, where tiles do 57 %. It takes products only where ProductLimits asks for it, until it has been run on a device.
 //
 // The numbers come from instruction counts and data sheets, not from measurements. ProductLimits overrides them.
 //
@@ -37,7 +41,7 @@
 
 namespace qdylora {
 
-enum class ProductKernel { small_batch, tiles, slabs };
+enum class ProductKernel { small_batch, tiles, warpgroup_tiles, slabs };
 
 /// What a choice depends on.
 struct ProductProblem {
@@ -49,46 +53,66 @@ struct ProductProblem {
 struct ProductDevice {
   int compute_capability = 90;  // 10 * major + minor
   int processors = 132;
+  bool sm90a = false;  // kernels for sm_90a, and a device of compute capability 9.0
 };
 
 /// The most tokens that a kernel is given, for small_batch 32 at most; -1: what the table has.
 struct ProductLimits {
   Index small_batch = -1;
   Index tiles = -1;
+  Index warpgroup_tiles = -1;
 };
 
 constexpr ProductLimits default_limits(int compute_capability) noexcept {
-  if (compute_capability < 80) return {0, 0};
-  if (compute_capability == 80 || compute_capability == 90) return {32, 256};
-  if (compute_capability < 90 || compute_capability >= 120) return {32, 512};
-  return {32, 64};
+  if (compute_capability < 80) return {0, 0, 0};
+  if (compute_capability == 80 || compute_capability == 90) return {32, 256, 0};
+  if (compute_capability < 90 || compute_capability >= 120) return {32, 512, 0};
+  return {32, 64, 0};
 }
 
 constexpr ProductKernel choose_product(const ProductProblem& problem, const ProductDevice& device, ProductLimits limits = {}) noexcept {
   const ProductLimits table = default_limits(device.compute_capability);
   if (limits.small_batch < 0) limits.small_batch = table.small_batch;
   if (limits.tiles < 0) limits.tiles = table.tiles;
+  if (limits.warpgroup_tiles < 0) limits.warpgroup_tiles = table.warpgroup_tiles;
   if (!problem.fused_types || !problem.whole_chunks || device.compute_capability < 80) return ProductKernel::slabs;
   constexpr Index most_rows = 128 * Index{65535};  // of a grid
+  const Index by_warpgroups = device.sm90a && problem.in % 256 == 0 && problem.out <= most_rows ? limits.warpgroup_tiles : 0;
+  if (problem.tokens > 32 && problem.tokens <= by_warpgroups) return ProductKernel::warpgroup_tiles;
   const bool fits_tiles = problem.tokens <= limits.tiles && problem.out <= most_rows;
-  if (fits_tiles && problem.tokens > 16 && (problem.out + 127) / 128 >= device.processors / 2) return ProductKernel::tiles;
+  if (fits_tiles && problem.tokens > 16 && detail::div_up(problem.out, 128) >= device.processors / 2) return ProductKernel::tiles;
   if (problem.tokens <= std::min<Index>(limits.small_batch, 32)) return ProductKernel::small_batch;
   return fits_tiles ? ProductKernel::tiles : ProductKernel::slabs;
+}
+
+/// Ranges of columns, `most` at most, in which to make so many tiles of outputs at once: more of them fill a round of blocks, but each is
+/// written in float32 and read again. By an H100's numbers that takes as long as 512 columns of a tile do where all blocks are busy, and the
+/// launch that adds the parts as 300. Fewer where more are not ahead by a sixteenth.
+constexpr Index parts_of_tiles(Index tiles, Index blocks_at_once, Index columns, Index most) noexcept {
+  Index best = 1, best_cost = 0;
+  for (Index parts = 1; parts <= std::max<Index>(most, 1); ++parts) {
+    const Index rounds = detail::div_up(tiles * parts, blocks_at_once);
+    const Index cost = rounds * columns / parts + (parts > 1 ? 512 * parts * tiles / blocks_at_once + 300 : 0);
+    if (parts > 1 && 16 * cost > 15 * best_cost) continue;
+    best = parts;
+    best_cost = cost;
+  }
+  return best;
 }
 
 inline constexpr Index least_slab_lines = 1024;
 
 /// Lines of a slab whose product with so many tokens gives each processor a tile of 128 tokens by 256 lines, such as cuBLASLt's.
 constexpr Index filling_lines(Index tokens, Index processors) noexcept {
-  const Index rows = std::max<Index>((tokens + 127) / 128, 1);
+  const Index rows = std::max<Index>(detail::div_up(tokens, 128), 1);
   return 256 * std::max<Index>(processors / rows, 1);
 }
 /// Of `most` lines the number whose tiles leave fewest processors without one in their last round; the larger one where two are within 2 %.
 constexpr Index lines_of_full_rounds(Index tokens, Index processors, Index most) noexcept {
-  const Index rows = std::max<Index>((tokens + 127) / 128, 1);
+  const Index rows = std::max<Index>(detail::div_up(tokens, 128), 1);
   Index best = most, best_percent = 0;
   for (Index columns = most / 256; columns > 0; --columns) {
-    const Index tiles = rows * columns, rounds = (tiles + processors - 1) / processors, percent = 100 * tiles / (rounds * processors);
+    const Index tiles = rows * columns, rounds = detail::div_up(tiles, processors), percent = 100 * tiles / (rounds * processors);
     if (percent <= best_percent + 2) continue;
     best = 256 * columns;
     best_percent = percent;

@@ -8,6 +8,7 @@
 #include <qdylora/cuda/slabs.cuh>
 #include <qdylora/cuda/small_batch.cuh>
 #include <qdylora/cuda/tiles.cuh>
+#include <qdylora/cuda/warpgroup_tiles.cuh>
 
 namespace qdylora::detail {
 
@@ -37,6 +38,7 @@ void matmul(const CudaContext& context, MatrixView<const X> x, const W& w, Matri
     switch (fused_kernel(context, x, w)) {
       case ProductKernel::small_batch: multiply_small_batch(context, x, w, y, update); break;
       case ProductKernel::tiles: multiply_tiles(context, x, w, y, update); break;
+      case ProductKernel::warpgroup_tiles: multiply_warpgroup_tiles(context, x, w, y, update); break;
       case ProductKernel::slabs: multiply_by_slabs(context, x, w, y, update); break;
     }
   } else if constexpr (std::is_void_v<Element<W>>) {

@@ -20,6 +20,26 @@
 namespace qdylora {
 namespace device {
 
+/// Writes or adds neighbours in memory, of which `count` exist.
+template <class Y, int width>
+__device__ inline void put(Y* at, Index count, Update update, const float (&sums)[width]) {
+  struct Elements {
+    Y at[width];
+  };
+  using Whole = Words<sizeof(Elements) / 4>;
+  if (count >= width && reinterpret_cast<std::uintptr_t>(at) % sizeof(Elements) == 0) {
+    const auto before = update == Update::accumulate ? std::bit_cast<Elements>(load(reinterpret_cast<const Whole*>(at))) : Elements{};
+    Elements now;
+#pragma unroll
+    for (int r = 0; r < width; ++r) now.at[r] = narrow<Y>(update == Update::accumulate ? widen(before.at[r]) + sums[r] : sums[r]);
+    store(reinterpret_cast<Whole*>(at), std::bit_cast<Whole>(now));
+  } else {
+#pragma unroll
+    for (int r = 0; r < width; ++r)
+      if (r < count) store(at + r, narrow<Y>(update == Update::accumulate ? widen(load(at + r)) + sums[r] : sums[r]));
+  }
+}
+
 /// y [tokens, out] (+)= x [tokens, in] . w [out, in]^T, or, in grid().z parts [tokens, out] of float, its sums over ranges of `in`. Rows of
 /// w and blocks are whole chunks, codes are aligned to 8 bytes, rows of x to 16. sm_80
 template <CodeFormat Format, class Scales, class T, class Y, int token_tiles>
@@ -151,26 +171,6 @@ struct CodedTiles {
         else put(y.row(token) + row, y.cols - row, update, own);
       }
   }
-
-  /// Four neighbours, of which `count` exist.
-  template <class Z>
-  __device__ static void put(Z* at, Index count, Update update, const float (&sums)[4]) {
-    struct Elements {
-      Z at[4];
-    };
-    using Whole = Words<sizeof(Elements) / 4>;
-    if (count >= 4 && reinterpret_cast<std::uintptr_t>(at) % sizeof(Elements) == 0) {
-      const auto before = update == Update::accumulate ? std::bit_cast<Elements>(load(reinterpret_cast<const Whole*>(at))) : Elements{};
-      Elements now;
-#pragma unroll
-      for (int r = 0; r < 4; ++r) now.at[r] = narrow<Z>(update == Update::accumulate ? widen(before.at[r]) + sums[r] : sums[r]);
-      store(reinterpret_cast<Whole*>(at), std::bit_cast<Whole>(now));
-    } else {
-#pragma unroll
-      for (int r = 0; r < 4; ++r)
-        if (r < count) store(at + r, narrow<Z>(update == Update::accumulate ? widen(load(at + r)) + sums[r] : sums[r]));
-    }
-  }
 };
 
 /// y[i, j] (+)= the sum of its parts, in order.
@@ -193,36 +193,38 @@ struct SumParts {
 #if !defined(QDYLORA_DEVICE_ONLY)
 namespace detail {
 
+/// y (+)= x . w^T by a kernel whose blocks make tiles of outputs: [rows, tokens], or parts of their sums where there are fewer tiles than the
+/// device holds blocks.
+template <class Kernel, CodeFormat Format, class Scales, class T, class Y>
+void multiply_in_tiles(const CudaContext& context, MatrixView<const T> x, const QuantizedView<Format, Scales>& w, MatrixView<Y> y,
+                       Update update) {
+  constexpr Index most_parts = 8, least_columns = 1024;  // that are worth a block
+  constexpr std::size_t reserved = 1024;                 // of a block's shared memory
+  Scratch scratch(context);
+  x = aligned_rows(context, scratch, x);
+  const int block_shift = std::countr_zero(static_cast<std::size_t>(w.block_size)) - 6;
+  const Index across = div_up(w.rows, Kernel::rows), down = div_up(x.rows, Kernel::tokens);
+  const Index part_bytes = y.rows * y.cols * static_cast<Index>(sizeof(float));
+  const auto& device = context.properties();
+  const Index resident = std::clamp<Index>(static_cast<Index>(device.sharedMemPerMultiprocessor / (Kernel::shared_bytes + reserved)), 1,
+                                           Kernel::most_blocks);
+  const Index parts = parts_of_tiles(across * down, resident * device.multiProcessorCount, w.cols,
+                                     std::min({most_parts, w.cols / least_columns,
+                                               static_cast<Index>(scratch.rest(most_parts * part_bytes).size()) / part_bytes}));
+  float* const memory = parts > 1 ? scratch.take<float>(parts * y.rows * y.cols) : nullptr;
+  // Tiles of the same rows run side by side: their codes leave memory once.
+  const dim3 blocks(static_cast<unsigned>(down), static_cast<unsigned>(across), static_cast<unsigned>(parts));
+  device::launch({context.stream(), blocks, Kernel::shared_bytes}, Kernel{w, x, y, memory, update, block_shift});
+  if (parts > 1) for_each(context, y.rows, y.cols, device::SumParts<Y>{memory, static_cast<int>(parts), y, update});
+}
+
 /// y (+)= x . w^T of a w that has_whole_chunks.
 template <CodeFormat Format, class Scales, class T, class Y>
   requires FusedTypes<QuantizedView<Format, Scales>, T, Y>
 void multiply_tiles(const CudaContext& context, MatrixView<const T> x, const QuantizedView<Format, Scales>& w, MatrixView<Y> y,
                     Update update) {
-  constexpr Index most_parts = 8, least_columns = 1024;  // that are worth a block
-  Scratch scratch(context);
-  x = aligned_rows(context, scratch, x);
-  const int block_shift = std::countr_zero(static_cast<std::size_t>(w.block_size)) - 6;
-  const auto go = [&]<int token_tiles>(std::integral_constant<int, token_tiles>) {
-    using Kernel = device::CodedTiles<Format, Scales, T, Y, token_tiles>;
-    const auto count = [](Index extent, Index each) { return (extent + each - 1) / each; };
-    const Index across = count(w.rows, Kernel::rows), down = count(x.rows, Kernel::tokens);
-    const Index part_bytes = y.rows * y.cols * static_cast<Index>(sizeof(float));
-    const auto& device = context.properties();
-    constexpr std::size_t reserved = 1024;  // of a block's shared memory
-    const Index resident = std::clamp<Index>(static_cast<Index>(device.sharedMemPerMultiprocessor / (Kernel::shared_bytes + reserved)), 1,
-                                             Kernel::most_blocks);
-    const Index parts = std::max<Index>(
-        std::min({most_parts, resident * device.multiProcessorCount / (across * down), w.cols / least_columns,
-                  static_cast<Index>(scratch.rest(most_parts * part_bytes).size()) / part_bytes}),
-        1);
-    float* const memory = parts > 1 ? scratch.take<float>(parts * y.rows * y.cols) : nullptr;
-    // Tiles of the same rows run side by side: their codes leave memory once.
-    const dim3 blocks(static_cast<unsigned>(down), static_cast<unsigned>(across), static_cast<unsigned>(parts));
-    device::launch({context.stream(), blocks, Kernel::shared_bytes}, Kernel{w, x, y, memory, update, block_shift});
-    if (parts > 1) for_each(context, y.rows, y.cols, device::SumParts<Y>{memory, static_cast<int>(parts), y, update});
-  };
-  if (x.rows <= 32) go(std::integral_constant<int, 4>{});
-  else go(std::integral_constant<int, 8>{});
+  if (x.rows <= 32) multiply_in_tiles<device::CodedTiles<Format, Scales, T, Y, 4>>(context, x, w, y, update);
+  else multiply_in_tiles<device::CodedTiles<Format, Scales, T, Y, 8>>(context, x, w, y, update);
 }
 
 }  // namespace detail

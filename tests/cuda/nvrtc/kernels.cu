@@ -6,8 +6,8 @@
 #include <qdylora/cuda/layer_norm.cuh>
 #include <qdylora/cuda/magnitude.cuh>
 #include <qdylora/cuda/quantize.cuh>
-#include <qdylora/cuda/tiles.cuh>
 #include <qdylora/cuda/transformer.cuh>
+#include <qdylora/cuda/warpgroup_tiles.cuh>
 
 namespace qd = qdylora;
 namespace device = qd::device;
@@ -34,4 +34,5 @@ QDYLORA_KERNEL(RowDots<qd::bfloat16, float, float, 8, 4, 1>);
 QDYLORA_KERNEL(RowSquares<qd::QuantizedView<qd::NF4, qd::DoubleQuant<>>, float>);
 QDYLORA_KERNEL(SmallBatch<qd::NF4, qd::DoubleQuant<>, qd::half, qd::half, 2>);
 QDYLORA_KERNEL(SumSquares<float>);
+QDYLORA_KERNEL(WarpgroupTiles<qd::NF4, qd::DoubleQuant<>, qd::bfloat16, float, 16>);
 QDYLORA_KERNEL(WriteList<float>);

@@ -5,6 +5,7 @@
 //   collectives  (shuffles, votes, sync_warp, ldmatrix, mma) every lane of the mask, each naming the same mask
 //   shared memory: between a write and another access to the same byte by another thread there is a barrier of the block, or within a
 //   warp a sync_warp of both lanes. Order is kept as vector clocks (Mattern 1988), one a lane; a barrier of the block orders all.
+//   what a product of warpgroups reads, who wrote it has published before the barrier; until it is waited for, nobody writes there
 //   asynchronous copies land when their thread waits for them, the last moment a GPU may take; until then their target is untouchable.
 #pragma once
 
@@ -39,9 +40,10 @@ class Block {
       : kernel_(std::move(kernel)),
         grid_(grid),
         index_(index),
-        shared_(static_cast<std::size_t>(shared_bytes) + 128),
+        shared_(static_cast<std::size_t>(shared_bytes) + 1024),
         shared_bytes_(shared_bytes),
-        threads_(static_cast<std::size_t>(threads)) {
+        threads_(static_cast<std::size_t>(threads)),
+        warps_(static_cast<std::size_t>((threads + warp_size - 1) / warp_size)) {
     ++block_number;
     if (shadows.size() < static_cast<std::size_t>(shared_bytes)) shadows.resize(static_cast<std::size_t>(shared_bytes));
     for (int t = 0; t < threads; ++t) threads_[static_cast<std::size_t>(t)].seen[static_cast<std::size_t>(t % warp_size)] = 1;
@@ -64,6 +66,9 @@ class Block {
     }
     running_block = nullptr;
     if (failure_) std::rethrow_exception(failure_);
+    for (std::size_t w = 0; w < warps_.size(); ++w)
+      if (!warps_[w].open.empty() || !warps_[w].groups.empty())
+        fail("ends while a product is on its way: no wait_products", static_cast<int>(w) * warp_size);
   }
 
   static Block& running() { return *running_block; }
@@ -128,7 +133,7 @@ class Block {
   // ---- memory ------------------------------------------------------------------------------------------------------------------
 
   std::byte* shared_begin() {
-    return shared_.data() + (128 - reinterpret_cast<std::uintptr_t>(shared_.data()) % 128) % 128;
+    return shared_.data() + (1024 - reinterpret_cast<std::uintptr_t>(shared_.data()) % 1024) % 1024;
   }
   int shared_bytes() const { return shared_bytes_; }
 
@@ -147,6 +152,7 @@ class Block {
         fail(std::string(what) + " byte " + std::to_string(offset + static_cast<std::ptrdiff_t>(i)) + " of shared memory, " + why);
       };
       if (byte.copier >= 0) refuse("where a copy of thread " + std::to_string(byte.copier) + " is on its way: no wait_copies");
+      if (access != Access::read && byte.products > 0) refuse("which a product is reading: no wait_products");
       if (access == Access::read && byte.writer < 0) refuse("which nobody has written");
       if (byte.written == epoch_ && !seen(byte.writer, byte.write_time) && !(access == Access::atomic && byte.atomic))
         refuse("which thread " + std::to_string(byte.writer) + " has written, with no barrier between");
@@ -177,6 +183,43 @@ class Block {
       }
   }
 
+  // ---- products of warpgroups (warpgroup.cuh): what a warp defers, it does when the group it belongs to is waited for ---------------
+
+  void publish() { ++threads_[static_cast<std::size_t>(current_)].publications; }
+  void begin_products() { threads_[static_cast<std::size_t>(current_)].products_begun = true; }
+  bool has_begun_products() const { return threads_[static_cast<std::size_t>(current_)].products_begun; }
+  void defer_product(std::function<void()> landing) { own_warp().open.push_back(std::move(landing)); }
+  void commit_products(int line) {
+    int own = 0;
+    collective("commit_products", ~0u, line, own, [&](const auto&) { own_warp().groups.push_back(std::exchange(own_warp().open, {})); });
+  }
+  void wait_products(std::size_t pending, int line) {
+    int own = 0;
+    collective("wait_products", ~0u, line, own, [&](const auto&) {
+      for (auto& groups = own_warp().groups; groups.size() > pending; groups.pop_front())
+        for (const auto& land : groups.front()) land();
+    });
+    threads_[static_cast<std::size_t>(current_)].products_begun = false;
+  }
+  /// A product's reading, from its beginning to its landing.
+  void begin_reading(std::ptrdiff_t offset, std::size_t bytes) {
+    access_shared(offset, bytes, bytes, Access::read);
+    for (std::size_t i = 0; i < bytes; ++i) {
+      Shadow& byte = shadow(static_cast<std::size_t>(offset) + i);
+      if (threads_[static_cast<std::size_t>(byte.writer)].publications == byte.publications)
+        fail("a product reads byte " + std::to_string(offset + static_cast<std::ptrdiff_t>(i)) + " of shared memory, which thread " +
+             std::to_string(byte.writer) + " has written and not published");
+      ++byte.products;
+    }
+  }
+  void end_reading(std::ptrdiff_t offset, std::size_t bytes) {
+    for (std::size_t i = 0; i < bytes; ++i) {
+      Shadow& byte = shadow(static_cast<std::size_t>(offset) + i);
+      --byte.products;
+      note_read(byte);
+    }
+  }
+
   void access_global(const char* what, const void* p, std::size_t bytes, std::size_t aligned) const {
     if (const auto complaint = global_memory().complaint(p, bytes, aligned))
       fail(std::string(what) + " global memory: " + std::to_string(bytes) + " bytes at an address that " + *complaint);
@@ -201,6 +244,12 @@ class Block {
     Clock seen{};
     std::vector<Copy> open;
     std::deque<std::vector<Copy>> groups;
+    std::uint32_t publications = 0;
+    bool products_begun = false;
+  };
+  struct Warp {
+    std::vector<std::function<void()>> open;
+    std::deque<std::vector<std::function<void()>>> groups;
   };
   // Of one byte: the last write, and the reads since. Reads of several warps need no times: no thread may write after them.
   struct Shadow {
@@ -210,6 +259,8 @@ class Block {
     int writer = -1;
     bool atomic = false;
     int copier = -1;
+    std::uint32_t publications = 0;  // of its writer, when it wrote
+    int products = 0;                // that are reading it
     std::uint32_t read = 0;
     std::uint32_t reading_warps = 0;
     Clock read_times{};
@@ -309,6 +360,7 @@ class Block {
     return other / warp_size == current_ / warp_size &&
            threads_[static_cast<std::size_t>(current_)].seen[static_cast<std::size_t>(other % warp_size)] >= time;
   }
+  Warp& own_warp() { return warps_[static_cast<std::size_t>(current_ / warp_size)]; }
   std::uint32_t now() const { return threads_[static_cast<std::size_t>(current_)].seen[static_cast<std::size_t>(lane())]; }
 
   void note_read(Shadow& byte) {
@@ -333,6 +385,7 @@ class Block {
     byte.read = 0;
     byte.written = epoch_;
     byte.writer = current_;
+    byte.publications = threads_[static_cast<std::size_t>(current_)].publications;
     byte.write_time = now();
     byte.atomic = atomic;
   }
@@ -342,6 +395,7 @@ class Block {
   std::vector<std::byte> shared_;
   int shared_bytes_;
   std::vector<Thread> threads_;
+  std::vector<Warp> warps_;
   ucontext_t scheduler_{};
   const std::function<void()>* body_ = nullptr;
   int current_ = 0;

@@ -33,6 +33,7 @@ struct Machine {
   int devices = 1;
   int compute_capability = 90;
   int compiled_capability = 120;  // what kernels were compiled for; 0: for other devices alone
+  bool compiled_for_sm90a = true;  // kernels of a 9.0 alone have bodies
   int shared_bytes = 227 << 10;    // that a block may ask for
   unsigned most_blocks = 65535;    // in a grid along y and z; a GPU takes 2^31 - 1 along x
   cudaError_t driver = cudaSuccess;  // what every call finds

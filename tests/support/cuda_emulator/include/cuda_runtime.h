@@ -79,10 +79,12 @@ inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
 }
 struct cudaFuncAttributes {
   int ptxVersion;
+  int maxThreadsPerBlock;
 };
 template <class F>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, F*) {
   attributes->ptxVersion = test::emulator::machine().compiled_capability;
+  attributes->maxThreadsPerBlock = test::emulator::machine().compiled_for_sm90a ? 1024 : 32;
   return test::emulator::result(attributes->ptxVersion > 0 ? cudaSuccess : cudaErrorNoKernelImageForDevice);
 }
 enum cudaDeviceAttr { cudaDevAttrClockRate = 13, cudaDevAttrMemoryClockRate = 36 };

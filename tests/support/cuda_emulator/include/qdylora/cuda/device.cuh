@@ -85,6 +85,17 @@ class LookUpTable {
   Shared<std::uint32_t> words_;
 };
 
+class ByteTable {
+ public:
+  static constexpr int pitch = 64;
+
+  explicit ByteTable(const Shared<std::uint32_t>& words) : words_(words) {}
+  std::uint32_t load(std::uint32_t bytes, int i) const { return words_.load(static_cast<int>(bytes >> (8 * i) & 255u) * pitch + lane()); }
+
+ private:
+  Shared<std::uint32_t> words_;
+};
+
 class SharedMemory {
  public:
   template <class T>
@@ -297,6 +308,12 @@ void multiply_add(float (&d)[4], const Words<4>& a, const Words<2>& b, int line 
 // ---- bits ------------------------------------------------------------------------------------------------------------------------
 
 inline unsigned byte_of(std::uint32_t word, int i) { return word >> (8 * i) & 255u; }
+inline std::uint32_t select_bytes(std::uint32_t first, std::uint32_t second, unsigned which) {
+  const std::uint64_t bytes = first | std::uint64_t{second} << 32;
+  std::uint32_t selected = 0;
+  for (unsigned i = 0; i < 4; ++i) selected |= static_cast<std::uint32_t>(bytes >> (8 * (which >> (4 * i) & 7u)) & 255u) << (8 * i);
+  return selected;
+}
 
 // ---- arithmetic ------------------------------------------------------------------------------------------------------------------
 

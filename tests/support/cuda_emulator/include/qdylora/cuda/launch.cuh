@@ -11,6 +11,7 @@
 
 #include <qdylora/cuda/error.cuh>
 #include <qdylora/cuda/kernel.cuh>
+#include <qdylora/cuda/warpgroup.cuh>
 
 #include "support/cuda_emulator/streams.hpp"
 
