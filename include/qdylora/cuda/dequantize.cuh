@@ -31,11 +31,12 @@ struct DequantizeElement {
 };
 
 /// The same of 4-bit codes that lie in whole, aligned words of 8, into rows of aligned 16-byte pieces. A warp reads a line of 128 bytes
-/// and writes 8 values a lane, side by side. Values are looked up in pairs, a byte at once.
+/// and writes 8 values a lane, side by side. Values are looked up in pairs, a byte at once. A block has a strip of words, and takes
+/// of several rows at once.
 template <CodeFormat Format, class Scales, Scalar T>
 struct DequantizeWords {
   static constexpr int threads = 128;
-  static constexpr int words_per_thread = 4;  // loads on their way at once
+  static constexpr int rows_per_thread = 4;  // loads on their way at once
   static constexpr int shared_bytes = 256 * 8;
 
   struct alignas(8) Pair {
@@ -45,7 +46,7 @@ struct DequantizeWords {
   QuantizedView<Format, Scales> w;
   MatrixView<T> y;
   Index first_row, first_col;
-  int block_shift;
+  int block_shift, strip_shift;  // log2(words in a strip), at most threads
 
   __device__ void operator()(SharedMemory memory) const {
     const auto pairs = memory.take<Pair>(256);
@@ -55,17 +56,23 @@ struct DequantizeWords {
 
     const auto* const codes = reinterpret_cast<const std::uint32_t*>(w.codes);
     const Index words = y.cols / 8;
-    const Index first = static_cast<Index>(block().x) * (threads * words_per_thread) + thread();
-    for (Index row = block().y; row < y.rows; row += grid().y) {
-      const Index begin = ((first_row + row) * w.cols + first_col) >> 3;
-      std::uint32_t word[words_per_thread];
+    const Index step = threads >> strip_shift;  // rows from a thread's to its next one
+    const Index at = (static_cast<Index>(block().x) << strip_shift) + (thread() & ((1 << strip_shift) - 1));
+    if (at >= words) return;
+    for (Index row = static_cast<Index>(block().y) * rows_per_thread * step + (thread() >> strip_shift); row < y.rows;
+         row += static_cast<Index>(grid().y) * rows_per_thread * step) {
+      const Index first = (((first_row + row) * w.cols + first_col) >> 3) + at, pitch = step * (w.cols >> 3);
+      std::uint32_t word[rows_per_thread];
+      float scale[rows_per_thread];
+      const auto exists = [&](int i) { return i == 0 || row + i * step < y.rows; };  // else the first is decoded again
 #pragma unroll
-      for (int i = 0; i < words_per_thread; ++i)
-        if (first + i * threads < words) word[i] = load_once(codes + begin + first + i * threads);
+      for (int i = 0; i < rows_per_thread; ++i) word[i] = load_once(codes + first + (exists(i) ? i * pitch : 0));
 #pragma unroll
-      for (int i = 0; i < words_per_thread; ++i)
-        if (const Index at = first + i * threads; at < words)
-          decode(pairs, word[i], absmax<Scales>(w.scales, (begin + at) >> (block_shift - 3)), y.row(row) + 8 * at);
+      for (int i = 0; i < rows_per_thread; ++i)
+        scale[i] = absmax<Scales>(w.scales, (first + (exists(i) ? i * pitch : 0)) >> (block_shift - 3));
+#pragma unroll
+      for (int i = 0; i < rows_per_thread; ++i)
+        if (exists(i)) decode(pairs, word[i], scale[i], y.row(row + i * step) + 8 * at);
     }
   }
 
@@ -106,9 +113,10 @@ void dequantize_on(cudaStream_t stream, const CudaContext& context, const Quanti
     if (w.cols % 8 == 0 && first_col % 8 == 0 && y.cols % 8 == 0 && aligned(w.codes, 4) && aligned(y.data, 16) &&
         y.stride * static_cast<Index>(sizeof(T)) % 16 == 0) {
       using Kernel = device::DequantizeWords<Format, Scales, T>;
-      constexpr Index columns = 8 * Kernel::threads * Kernel::words_per_thread;
-      const dim3 blocks = row_grid(context, div_up(y.cols, columns), y.rows);
-      return device::launch({stream, blocks, Kernel::shared_bytes}, Kernel{w, y, first_row, first_col, block_shift});
+      const int strip_shift = std::countr_zero(std::bit_ceil(static_cast<unsigned>(std::clamp<Index>(y.cols / 8, 1, Kernel::threads))));
+      const Index rows_at_once = Kernel::rows_per_thread * (Kernel::threads >> strip_shift);
+      const dim3 blocks = row_grid(context, div_up(y.cols / 8, Index{1} << strip_shift), div_up(y.rows, rows_at_once));
+      return device::launch({stream, blocks, Kernel::shared_bytes}, Kernel{w, y, first_row, first_col, block_shift, strip_shift});
     }
   }
   for_each_on(stream, context, y.rows, y.cols, device::DequantizeElement<Format, Scales, T>{w, y, first_row, first_col, block_shift});

@@ -1,5 +1,6 @@
-// What a kernel asks of the hardware: the only header with PTX and intrinsics. Kernels are written against these names;
-// tests/support/cuda_emulator has a header of the same name, by which they run on a CPU, accesses checked. A function is one instruction, or a few.
+// What a kernel asks of the hardware: with arithmetic.cuh and warpgroup.cuh, the only headers with PTX and intrinsics. Kernels are written
+// against these names; tests/support/cuda_emulator has headers of the same, by which they run on a CPU, accesses checked. A function is one
+// instruction, or a few.
 #pragma once
 
 #include <bit>
@@ -8,6 +9,7 @@
 #include <type_traits>
 
 #include <qdylora/core/scalar.hpp>
+#include <qdylora/cuda/arithmetic.cuh>
 
 namespace qdylora::device {
 
@@ -144,6 +146,15 @@ __device__ __forceinline__ V load_once(const V* p) {
 template <class V>
 __device__ __forceinline__ void store(V* p, std::type_identity_t<V> value) {
   *p = value;
+}
+/// At once, which a compiler may forget of words that it has made one by one.
+template <int N>
+__device__ __forceinline__ void store(Words<N>* p, const Words<N>& v) {
+  static_assert(N == 1 || N == 2 || N == 4);
+  if constexpr (N == 1) asm volatile("st.global.u32 [%0], %1;" ::"l"(p), "r"(v.word[0]) : "memory");
+  else if constexpr (N == 2) asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(p), "r"(v.word[0]), "r"(v.word[1]) : "memory");
+  else
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.word[0]), "r"(v.word[1]), "r"(v.word[2]), "r"(v.word[3]) : "memory");
 }
 
 /// Integers: their sum and minimum do not depend on the order.
@@ -326,72 +337,6 @@ __device__ __forceinline__ void multiply_add(float (&d)[4], const Words<4>& a, c
     asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a.word[2 * k]), "r"(a.word[2 * k + 1]), "r"(b.word[k]));
-#endif
-}
-
-// ---- bits ------------------------------------------------------------------------------------------------------------------------
-
-/// Byte i of a word, counted from the lowest.
-__device__ __forceinline__ unsigned byte_of(std::uint32_t word, int i) { return __byte_perm(word, 0, 0x4440 + static_cast<unsigned>(i)); }
-/// Byte i of the result is that of eight, four of `first` and four of `second`, which digit i of `which` names, from the lowest on.
-__device__ __forceinline__ std::uint32_t select_bytes(std::uint32_t first, std::uint32_t second, unsigned which) {
-  return __byte_perm(first, second, which);
-}
-
-// ---- arithmetic that is rounded as written: never fused into a multiply-add, whatever the compiler's flags ----------------------------
-
-__device__ __forceinline__ float multiply(float a, float b) { return __fmul_rn(a, b); }
-__device__ __forceinline__ double multiply(double a, double b) { return __dmul_rn(a, b); }
-__device__ __forceinline__ float add(float a, float b) { return __fadd_rn(a, b); }
-__device__ __forceinline__ float divide(float a, float b) { return __fdiv_rn(a, b); }
-
-/// 2^x, to two units in the last place; a float result below the smallest normal number is zero.
-__device__ __forceinline__ float exp2(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-__device__ __forceinline__ double exp2(double x) { return ::exp2(x); }
-
-/// An activation as what sums are kept in, and back, rounded to nearest even.
-template <Scalar T>
-__device__ __forceinline__ Accumulator<T> widen(T value) {
-  if constexpr (std::same_as<T, half>) {
-    float wide;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(value.bits));
-    return wide;
-  } else {
-    return static_cast<Accumulator<T>>(value);
-  }
-}
-template <Scalar T>
-__device__ __forceinline__ T narrow(Accumulator<T> value) {
-  if constexpr (std::same_as<T, half>) {
-    half rounded;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(rounded.bits) : "f"(value));
-    return rounded;
-  } else {
-#if __CUDA_ARCH__ >= 800
-    if constexpr (std::same_as<T, bfloat16>) {
-      bfloat16 rounded;
-      asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(rounded.bits) : "f"(value));
-      return rounded;
-    }
-#endif
-    return static_cast<T>(value);
-  }
-}
-
-/// Two floats rounded to T, the first in the low half.
-template <class T>
-__device__ __forceinline__ std::uint32_t pack(float first, float second) {
-#if __CUDA_ARCH__ >= 800
-  std::uint32_t word;
-  if constexpr (std::same_as<T, bfloat16>) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
-  else asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
-  return word;
-#else
-  return T(first).bits | static_cast<std::uint32_t>(T(second).bits) << 16;
 #endif
 }
 

@@ -25,14 +25,33 @@ template <class X, class Y>
 struct Convert {
   MatrixView<const X> x;
   MatrixView<Y> y;
-  __device__ void operator()(Index i, Index j) const { assign(x, i, y, i, j); }
+  template <int width>
+  __device__ void neighbours(Index i, Index j) const {
+    if constexpr (std::is_same_v<X, Y>) {  // bit for bit
+      using Whole = std::conditional_t<width == 1, X, typename Neighbours<width, X>::Whole>;
+      store(reinterpret_cast<Whole*>(y.row(i) + j), load(reinterpret_cast<const Whole*>(x.row(i) + j)));
+    } else {
+      const auto found = read_neighbours<width>(x, i, j);
+      Neighbours<width, Y> result;
+#pragma unroll
+      for (int k = 0; k < width; ++k) result.at[k] = static_cast<Accumulator<Y>>(found.at[k]);
+      result.store_to(y.row(i) + j);
+    }
+  }
 };
 
 template <class X, class Y>
 struct Add {
   MatrixView<const X> x;
   MatrixView<Y> y;
-  __device__ void operator()(Index i, Index j) const { write(y, i, j, read(y, i, j) + read(x, i, j)); }
+  template <int width>
+  __device__ void neighbours(Index i, Index j) const {
+    const auto more = read_neighbours<width>(x, i, j);
+    auto sum = read_neighbours<width>(y, i, j);
+#pragma unroll
+    for (int k = 0; k < width; ++k) sum.at[k] = sum.at[k] + more.at[k];
+    sum.store_to(y.row(i) + j);
+  }
 };
 
 template <class T>
@@ -129,13 +148,13 @@ void fill(const CudaContext& context, MatrixView<T> y, T value) {
 template <class X, class Y>
 void convert(const CudaContext& context, MatrixView<const X> x, MatrixView<Y> y) {
   expect_shape("copy: target", y, x.rows, x.cols);
-  for_each(context, y.rows, y.cols, device::Convert<X, Y>{x, y});
+  for_each_neighbours(context, y.rows, y.cols, device::Convert<X, Y>{x, y}, x, y);
 }
 
 template <class T>
 void add(const CudaContext& context, MatrixView<const T> x, MatrixView<T> y) {
   expect_shape("add: x", x, y.rows, y.cols);
-  for_each(context, y.rows, y.cols, device::Add<T, T>{x, y});
+  for_each_neighbours(context, y.rows, y.cols, device::Add<T, T>{x, y}, x, y);
 }
 
 template <class T>

@@ -21,27 +21,6 @@ concept Doubles = std::same_as<T, double>;
 template <class... T>
 using SumOf = std::conditional_t<(Doubles<T> || ...), double, float>;
 
-/// `width` neighbours in memory, loaded at once, as what sums are kept in.
-template <int width, class T>
-struct Neighbours {
-  Accumulator<T> at[width];
-
-  __device__ static Neighbours load_from(const T* p) {
-    if constexpr (width == 1) {
-      return {{widen(load(p))}};
-    } else {
-      struct Elements {
-        T at[width];
-      };
-      const auto found = std::bit_cast<Elements>(load(reinterpret_cast<const Words<width * sizeof(T) / 4>*>(p)));
-      Neighbours wide;
-#pragma unroll
-      for (int i = 0; i < width; ++i) wide.at[i] = widen(found.at[i]);
-      return wide;
-    }
-  }
-};
-
 /// sum[t] += a thread's share of row . x[first + t, :]: of the rows' pieces of `width` elements every `threads`th, beginning with piece
 /// `own`. Of `count` tokens, where they are fewer, the last one is taken again: without branches, loads of all are on their way at once.
 template <int width, int threads, int tokens, class X, class W, class S>
@@ -140,12 +119,6 @@ struct TokenSums {
 namespace detail {
 
 inline constexpr Index few_mixed_tokens = 8;
-
-/// Whether every row of x begins at a multiple of `width` elements.
-template <int width, class T>
-bool has_aligned_rows(MatrixView<const T> x) noexcept {
-  return reinterpret_cast<std::uintptr_t>(x.data) % (width * sizeof(T)) == 0 && (x.rows <= 1 || x.stride % width == 0);
-}
 
 template <class X, class W, class Y>
 void multiply_few(const CudaContext& context, MatrixView<const X> x, MatrixView<const W> w, MatrixView<Y> y, Update update) {

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <cstdint>
 #include <type_traits>
 
 #include <qdylora/cuda/context.cuh>
@@ -46,6 +47,50 @@ __device__ inline void assign(const MatrixView<const X>& x, Index i, const Matri
   else write(y, k, j, static_cast<Accumulator<Y>>(read(x, i, j)));
 }
 
+/// `width` neighbours in memory, loaded or stored at once, aligned to their size, as what they are computed in.
+template <int width, class T>
+struct Neighbours {
+  struct Elements {
+    T at[width];
+  };
+  using Whole = Words<(sizeof(Elements) + 3) / 4>;
+
+  Accumulator<T> at[width];
+
+  __device__ static Neighbours load_from(const T* p) {
+    if constexpr (width == 1) {
+      return {{widen(load(p))}};
+    } else {
+      const auto found = std::bit_cast<Elements>(load(reinterpret_cast<const Whole*>(p)));
+      Neighbours wide;
+#pragma unroll
+      for (int i = 0; i < width; ++i) wide.at[i] = widen(found.at[i]);
+      return wide;
+    }
+  }
+  __device__ void store_to(T* p) const {
+    if constexpr (width == 1) {
+      store(p, narrow<T>(at[0]));
+    } else {
+      Elements narrowed;
+#pragma unroll
+      for (int i = 0; i < width; ++i) narrowed.at[i] = narrow<T>(at[i]);
+      store(reinterpret_cast<Whole*>(p), std::bit_cast<Whole>(narrowed));
+    }
+  }
+};
+template <int width, class T>
+__device__ inline auto read_neighbours(const MatrixView<T>& x, Index i, Index j) {
+  return Neighbours<width, std::remove_const_t<T>>::load_from(x.row(i) + j);
+}
+
+/// f.template neighbours<width>(i, j) for every multiple j of width.
+template <class F, int width>
+struct ByNeighbours {
+  F f;
+  __device__ void operator()(Index i, Index j) const { f.template neighbours<width>(i, width * j); }
+};
+
 }  // namespace device
 
 #if !defined(QDYLORA_DEVICE_ONLY)
@@ -71,6 +116,27 @@ void for_each_on(cudaStream_t stream, const CudaContext& context, Index rows, In
 template <class F>
 void for_each(const CudaContext& context, Index rows, Index cols, const F& f) {
   for_each_on(context.stream(), context, rows, cols, f);
+}
+
+/// Whether every row of x begins at a multiple of `width` elements.
+template <int width, class T>
+bool has_aligned_rows(const MatrixView<T>& x) noexcept {
+  return reinterpret_cast<std::uintptr_t>(x.data) % (width * sizeof(T)) == 0 && (x.rows <= 1 || x.stride % width == 0);
+}
+
+/// f.neighbours for every element of [rows, cols], of which the views have one each: 16 bytes at once of the widest type where all rows are
+/// aligned to them, else one by one. On a stream of choice.
+template <class F, class... T>
+void for_each_neighbours_on(cudaStream_t stream, const CudaContext& context, Index rows, Index cols, const F& f, const MatrixView<T>&... views) {
+  constexpr int width = 16 / static_cast<int>(std::max({sizeof(T)...}));
+  const bool whole = cols % width == 0 && (has_aligned_rows<width>(views) && ...);
+  if (whole) for_each_on(stream, context, rows, cols / width, device::ByNeighbours<F, width>{f});
+  else for_each_on(stream, context, rows, cols, device::ByNeighbours<F, 1>{f});
+}
+/// The same on the context's stream.
+template <class F, class... T>
+void for_each_neighbours(const CudaContext& context, Index rows, Index cols, const F& f, const MatrixView<T>&... views) {
+  for_each_neighbours_on(context.stream(), context, rows, cols, f, views...);
 }
 
 }  // namespace detail

@@ -62,7 +62,7 @@ template <class S, class C>
 void decode(cudaStream_t stream, const CudaContext& context, MatrixView<S> w, MatrixView<C> slab, Index first_row, Index first_col) {
   using X = std::remove_const_t<S>;
   const MatrixView<const X> part = w.middle_rows(first_row, slab.rows).middle_cols(first_col, slab.cols);
-  for_each_on(stream, context, slab.rows, slab.cols, device::Convert<X, C>{part, slab});
+  for_each_neighbours_on(stream, context, slab.rows, slab.cols, device::Convert<X, C>{part, slab}, part, slab);
 }
 
 /// `extent` cut into pieces of nearly one size, each `most` at most: multiples of 128 where that leaves something, else of 8.
@@ -168,7 +168,7 @@ void multiply_rows(const CudaContext& context, Scratch scratch, MatrixView<const
       const MatrixView<Y> part = y.middle_rows(begin, count);
       gemm<C>(context, scratch, {a.middle_rows(begin, count)}, b, made, Update::overwrite);
       if (update == Update::overwrite) convert(context, MatrixView<const C>(made), part);
-      else for_each(context, count, y.cols, device::Add<C, Y>{made, part});
+      else for_each_neighbours(context, count, y.cols, device::Add<C, Y>{made, part}, made, part);
     });
   }
 }

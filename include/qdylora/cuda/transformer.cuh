@@ -98,9 +98,13 @@ template <class T>
 struct Swiglu {
   MatrixView<const T> gate, up;
   MatrixView<T> y;
-  __device__ void operator()(Index i, Index j) const {
-    const Accumulator<T> g = read(gate, i, j);
-    write(y, i, j, g * sigmoid(g) * read(up, i, j));
+  template <int width>
+  __device__ void neighbours(Index i, Index j) const {
+    auto g = read_neighbours<width>(gate, i, j);
+    const auto u = read_neighbours<width>(up, i, j);
+#pragma unroll
+    for (int k = 0; k < width; ++k) g.at[k] = g.at[k] * sigmoid(g.at[k]) * u.at[k];
+    g.store_to(y.row(i) + j);
   }
 };
 
@@ -108,12 +112,19 @@ template <class T>
 struct SwigluBackward {
   MatrixView<const T> dy, gate, up;
   MatrixView<T> dgate, dup;
-  __device__ void operator()(Index i, Index j) const {
+  template <int width>
+  __device__ void neighbours(Index i, Index j) const {
     using S = Accumulator<T>;
-    const S d = read(dy, i, j), g = read(gate, i, j), u = read(up, i, j);  // all read before dgate and dup, which may be their memory
-    const S s = sigmoid(g), silu = g * s;
-    write(dgate, i, j, d * u * (s + silu * (S{1} - s)));
-    write(dup, i, j, d * silu);
+    const auto d = read_neighbours<width>(dy, i, j);
+    auto g = read_neighbours<width>(gate, i, j), u = read_neighbours<width>(up, i, j);  // all before dgate and dup, which may be their memory
+#pragma unroll
+    for (int k = 0; k < width; ++k) {
+      const S s = sigmoid(g.at[k]), silu = g.at[k] * s;
+      g.at[k] = d.at[k] * u.at[k] * (s + silu * (S{1} - s));
+      u.at[k] = d.at[k] * silu;
+    }
+    g.store_to(dgate.row(i) + j);
+    u.store_to(dup.row(i) + j);
   }
 };
 
@@ -121,9 +132,12 @@ template <class T>
 struct Gelu {
   MatrixView<const T> x;
   MatrixView<T> y;
-  __device__ void operator()(Index i, Index j) const {
-    const Accumulator<T> v = read(x, i, j);
-    write(y, i, j, v * normal_cdf(v));
+  template <int width>
+  __device__ void neighbours(Index i, Index j) const {
+    auto v = read_neighbours<width>(x, i, j);
+#pragma unroll
+    for (int k = 0; k < width; ++k) v.at[k] = v.at[k] * normal_cdf(v.at[k]);
+    v.store_to(y.row(i) + j);
   }
 };
 
@@ -131,11 +145,17 @@ template <class T>
 struct GeluBackward {
   MatrixView<const T> dy, x;
   MatrixView<T> dx;
-  __device__ void operator()(Index i, Index j) const {
+  template <int width>
+  __device__ void neighbours(Index i, Index j) const {
     using S = Accumulator<T>;
-    const S v = read(x, i, j);
-    const S density = static_cast<S>(0.39894228040143267794) * std::exp(S{-0.5} * v * v);
-    write(dx, i, j, read(dy, i, j) * (normal_cdf(v) + v * density));
+    const auto d = read_neighbours<width>(dy, i, j);
+    auto v = read_neighbours<width>(x, i, j);
+#pragma unroll
+    for (int k = 0; k < width; ++k) {
+      const S density = static_cast<S>(0.39894228040143267794) * std::exp(S{-0.5} * v.at[k] * v.at[k]);
+      v.at[k] = d.at[k] * (normal_cdf(v.at[k]) + v.at[k] * density);
+    }
+    v.store_to(dx.row(i) + j);
   }
 };
 
@@ -210,7 +230,7 @@ template <class T>
 void swiglu(const CudaContext& context, MatrixView<const T> gate, MatrixView<const T> up, MatrixView<T> y) {
   expect_shape("swiglu: up", up, gate.rows, gate.cols);
   expect_shape("swiglu: y", y, gate.rows, gate.cols);
-  for_each(context, y.rows, y.cols, device::Swiglu<T>{gate, up, y});
+  for_each_neighbours(context, y.rows, y.cols, device::Swiglu<T>{gate, up, y}, gate, up, y);
 }
 
 template <class T>
@@ -220,20 +240,20 @@ void swiglu_backward(const CudaContext& context, MatrixView<const T> dy, MatrixV
   expect_shape("swiglu_backward: up", up, dy.rows, dy.cols);
   expect_shape("swiglu_backward: dgate", dgate, dy.rows, dy.cols);
   expect_shape("swiglu_backward: dup", dup, dy.rows, dy.cols);
-  for_each(context, dy.rows, dy.cols, device::SwigluBackward<T>{dy, gate, up, dgate, dup});
+  for_each_neighbours(context, dy.rows, dy.cols, device::SwigluBackward<T>{dy, gate, up, dgate, dup}, dy, gate, up, dgate, dup);
 }
 
 template <class T>
 void gelu(const CudaContext& context, MatrixView<const T> x, MatrixView<T> y) {
   expect_shape("gelu: y", y, x.rows, x.cols);
-  for_each(context, x.rows, x.cols, device::Gelu<T>{x, y});
+  for_each_neighbours(context, x.rows, x.cols, device::Gelu<T>{x, y}, x, y);
 }
 
 template <class T>
 void gelu_backward(const CudaContext& context, MatrixView<const T> dy, MatrixView<const T> x, MatrixView<T> dx) {
   expect_shape("gelu_backward: x", x, dy.rows, dy.cols);
   expect_shape("gelu_backward: dx", dx, dy.rows, dy.cols);
-  for_each(context, x.rows, x.cols, device::GeluBackward<T>{dy, x, dx});
+  for_each_neighbours(context, x.rows, x.cols, device::GeluBackward<T>{dy, x, dx}, dy, x, dx);
 }
 
 /// Rows of a dense table, or of a quantized one.

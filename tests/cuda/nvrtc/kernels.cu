@@ -24,7 +24,7 @@ QDYLORA_KERNEL(ForEach<device::AdamWRows<float>>);
 QDYLORA_KERNEL(ForEach<device::ColumnSums<float, float, qd::bfloat16>>);
 QDYLORA_KERNEL(ForEach<device::DequantizeElement<qd::FP8E4M3, qd::Float32Scales, float>>);
 QDYLORA_KERNEL(ForEach<device::Dropout<qd::bfloat16>>);
-QDYLORA_KERNEL(ForEach<device::Gelu<float>>);
+QDYLORA_KERNEL(ForEach<device::ByNeighbours<device::Gelu<qd::bfloat16>, 8>>);
 QDYLORA_KERNEL(ForEach<device::MagnitudeFactors<float>>);
 QDYLORA_KERNEL(ForEach<device::Rope<qd::bfloat16>>);
 QDYLORA_KERNEL(LayerNorm<qd::bfloat16>);
