@@ -1,7 +1,8 @@
 // Products, layers and ceilings of one GPU (cells.cuh), a line of JSON a cell on stdout.
 //
-//   gpu_bench [--bitsandbytes LIBRARY] [--quick] [--rounds N]
+//   gpu_bench [--bitsandbytes LIBRARY] [--quick] [--rounds N] [--only ceilings|products|kernels|adapters|layers]
 #include <algorithm>
+#include <array>
 #include <cstdio>
 #include <string>
 #include <utility>
@@ -15,8 +16,18 @@ namespace qd = qdylora;
 using bench::Options;
 using qd::Index;
 
-Options parse(int argc, char** argv) {
+constexpr std::array<const char*, 5> parts = {"ceilings", "products", "kernels", "adapters", "layers"};
+
+struct Arguments {
   Options options;
+  std::string only;  // empty: all
+
+  bool has(const char* part) const { return only.empty() || only == part; }
+};
+
+Arguments parse(int argc, char** argv) {
+  Arguments arguments;
+  Options& options = arguments.options;
   for (int i = 1; i < argc; ++i) {
     const std::string argument = argv[i];
     const auto value = [&] {
@@ -26,21 +37,28 @@ Options parse(int argc, char** argv) {
     if (argument == "--bitsandbytes") options.bitsandbytes = value();
     else if (argument == "--rounds") options.rounds = std::max(1, std::stoi(value()));
     else if (argument == "--quick") options.quick = true;
+    else if (argument == "--only") arguments.only = value();
     else throw qd::Error(qd::Errc::bad_argument, "unknown option " + argument);
   }
-  return options;
+  if (!arguments.only.empty() && std::find(parts.begin(), parts.end(), arguments.only) == parts.end())
+    throw qd::Error(qd::Errc::bad_argument, "--only " + arguments.only + ": expected ceilings, products, kernels, adapters or layers");
+  return arguments;
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
   try {
-    const Options options = parse(argc, argv);
+    const Arguments arguments = parse(argc, argv);
+    const Options& options = arguments.options;
     if (!bench::device_there()) return 77;
     const qd::CudaContext context;
     const bench::Cells cells(context, options);
+    const qd::CudaContext apart({.overlap_slabs = false});
+    Options alone = options;
+    alone.bitsandbytes.clear();
     cells.machine();
-    cells.ceilings();
+    if (arguments.has("ceilings")) cells.ceilings();
     // Linear layers of LLaMA 7B, 13B and 65B, alone and fused, and of Falcon-40b.
     std::vector<std::pair<Index, Index>> shapes = {{4096, 4096},  {11008, 4096}, {4096, 11008}, {12288, 4096}, {22016, 4096},
                                                    {5120, 5120},  {13824, 5120}, {5120, 13824}, {8192, 8192},  {22016, 8192},
@@ -51,10 +69,14 @@ int main(int argc, char** argv) {
       tokens = {1, 16, 128};
     }
     for (const auto& [out, in] : shapes) {  // cut off, there are some cells of every kind
-      cells.adapters(out, in, {1, 16, 128});
-      cells.layers(out, in, options.quick ? 256 : 2048);
-      cells.products(out, in, tokens);
-      if (out == in) cells.kernels(out, in, options.quick ? tokens : std::vector<Index>{16, 32, 64, 128, 256, 512, 1024});
+      if (arguments.has("adapters")) cells.adapters(out, in, {1, 16, 128});
+      if (arguments.has("layers")) cells.layers(out, in, options.quick ? 256 : 2048);
+      if (arguments.has("products")) cells.products(out, in, tokens);
+      if (arguments.has("kernels") && out == in) {
+        const std::vector<Index> some = {16, 32, 64, 128, 256, 512, 1024, 4096};
+        cells.kernels(out, in, options.quick ? tokens : some);
+        bench::Cells(apart, alone).kernels(out, in, options.quick ? tokens : some);
+      }
     }
     return cells.has_peer() || options.bitsandbytes.empty() ? 0 : 3;
   } catch (const qd::Error& error) {

@@ -201,7 +201,8 @@ class Cells {
       }
   }
 
-  /// The kernels that can make a forward product, each by itself: what the limits of product_plan.hpp should be.
+  /// The kernels that can make a forward product, each by itself: what the limits of product_plan.hpp should be. Slabs alone where the
+  /// context decodes and multiplies them in turns, instead of side by side.
   void kernels(Index out, Index in, const std::vector<Index>& tokens_list) const {
     const int copies = copies_of(out, in);
     std::vector<Weight> coded;
@@ -218,12 +219,14 @@ class Cells {
                                  for (const Weight& w : coded) multiply(context_, tokens_view, w.view(), y.view(), qd::Update::overwrite);
                                }});
       };
-      if (context_.compute_capability() >= 80 && in % 64 == 0) {
+      const bool side_by_side = context_.decoding_stream() != nullptr;
+      if (side_by_side && context_.compute_capability() >= 80 && in % 64 == 0) {
         if (tokens <= 32) add("small_batch", [](auto&&... operands) { qd::detail::multiply_small_batch(operands...); });
         add("tiles", [](auto&&... operands) { qd::detail::multiply_tiles(operands...); });
       }
-      if (context_.sm90a() && in % 256 == 0) add("warpgroup_tiles", [](auto&&... operands) { qd::detail::multiply_warpgroup_tiles(operands...); });
-      add("slabs", [](auto&&... operands) { qd::detail::multiply_by_slabs(operands...); });
+      if (side_by_side && context_.sm90a() && in % 256 == 0)
+        add("warpgroup_tiles", [](auto&&... operands) { qd::detail::multiply_warpgroup_tiles(operands...); });
+      add(side_by_side ? "slabs" : "slabs in turns", [](auto&&... operands) { qd::detail::multiply_by_slabs(operands...); });
       compare_products("kernel", competitors, copies, x, decoded, true, y);
     }
   }

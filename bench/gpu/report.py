@@ -202,7 +202,8 @@ def write(lines, args):
                  "| out × in | M | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)]
         for (o, i, t), us in kernels.items():
             found = [f"{us[name]:.1f}" if name in us else "–" for name in names]
-            text.append(f"| {o}×{i} | {t} | " + " | ".join(f"**{f}**" if us.get(name) == min(us.values()) else f for name, f in zip(names, found)) + " |")
+            fastest = min(us.values())
+            text.append(f"| {o}×{i} | {t} | " + " | ".join(f"**{f}**" if us.get(name) == fastest else f for name, f in zip(names, found)) + " |")
         text.append("")
     adapters = by_key(lines, "adapter", "rank")
     if adapters:

@@ -9,9 +9,10 @@
 #   --fetch       only gather, in build/gpu-peers, what a machine with nvcc and CMake but without a network lacks: bitsandbytes' library, from
 #                 PyPI, with its Python package, and the headers of Eigen, nlohmann/json and Catch2 from their Debian packages here
 #   --no-build, --no-tests, --no-sanitizer, --no-bench, --no-report   leave that step out
-# Environment: BUILD_DIR (build/gpu), CELLS, the file that measurements go to as they are made (cells.jsonl in BUILD_DIR), JOBS, ARCHITECTURES (of the GPU at hand, else 90a), BITSANDBYTES, a libbitsandbytes_cuda*.so (else one in build/gpu-peers;
-#   without any, ours is beside cuBLAS alone), PEER_PYTHON, an interpreter with torch, bitsandbytes, peft and transformers (else python3:
-#   where it lacks them, PEFT + bitsandbytes are left out).
+# Environment: BUILD_DIR (build/gpu), CELLS, the file that measurements go to as they are made (cells.jsonl in BUILD_DIR), JOBS,
+#   ARCHITECTURES (of the GPU at hand, else 90a), BITSANDBYTES, a libbitsandbytes_cuda*.so (else one in build/gpu-peers; without any, ours is
+#   beside cuBLAS alone), PEER_PYTHON, an interpreter with torch, bitsandbytes, peft and transformers (else python3: where it lacks them,
+#   PEFT + bitsandbytes are left out).
 # Then a training step of Falcon-40b's shape under a cap of 32 GiB: batch 4, and batch 8 with moments in 8 bits; and of 4 of its blocks
 # beside PEFT + bitsandbytes.
 set -euo pipefail
@@ -63,7 +64,7 @@ PYTHON
 done
 
 # What compute-sanitizer looks at: a case or two of every family of kernels, of those that leave cuBLASLt's alone, of which it would look at all.
-small_shapes='an adapter rides*,few tokens with*,tiles of tokens*,attention on*,attention of one*,heads of every*,zeros*,codes at an odd*'
+small_shapes='an adapter rides*,few tokens with 4-bit*,tiles of tokens*,attention on*,attention of one*,heads of every*,zeros*,codes at an odd*'
 small_shapes+=',a product of a warpgroup*,tiles of warpgroups*,moments in the host*,the squares of*'
 
 say() { printf '\n== %s  (%d s)\n' "$*" "$SECONDS"; }
@@ -76,6 +77,16 @@ if [[ -z $library ]]; then  # the newest that the toolkit's runtime can load
 fi
 [[ -n $library ]] || echo "no bitsandbytes here (bash bench/gpu/run.sh --fetch, or BITSANDBYTES): ours is beside cuBLAS alone"
 
+failed=()
+# try MOST_SECONDS NAME COMMAND...   a step that may fail, and may hang
+try() {
+  local most=$1 name=$2 status=0
+  shift 2
+  timeout --kill-after=5 "$most" "$@" || status=$?
+  ((status == 0)) || failed+=("$name (exit $status)")
+  return "$status"
+}
+
 if [[ $build_it == yes ]]; then
   say "building in $build"
   generator=()
@@ -87,32 +98,32 @@ if [[ $build_it == yes ]]; then
   fi
   cmake -S "$root" -B "$build" "${generator[@]}" -D CMAKE_BUILD_TYPE=Release -D QDYLORA_CUDA=ON -D QDYLORA_BUILD_EXAMPLES=OFF \
     -D CMAKE_CUDA_COMPILER="$(command -v nvcc)" -D CMAKE_CUDA_ARCHITECTURES="$architecture-real" -D CMAKE_PREFIX_PATH="$peers/usr"
-  cmake --build "$build" --parallel "$jobs" --target gpu_bench falcon_step test_device
+  cmake --build "$build" --parallel "$jobs" --target gpu_bench falcon_step
+  # The tests take as long again; where they do not compile there are still measurements.
+  try 1800 "building the tests" cmake --build "$build" --parallel "$jobs" --target test_device || tests=no sanitizer=no
 fi
-
-failed=()
-# try MOST_SECONDS NAME COMMAND...   a step that may fail, and may hang
-try() {
-  local most=$1 name=$2 status=0
-  shift 2
-  timeout --kill-after=5 "$most" "$@" || status=$?
-  ((status == 0)) || failed+=("$name (exit $status)")
-  return "$status"
-}
 
 if [[ $tests == yes ]]; then
   say "tests on the device"
-  try 240 tests ctest --test-dir "$build" -R '^device: ' --parallel 6 --timeout 60 --output-on-failure || true
+  try 240 tests ctest --test-dir "$build" -R '^device: ' --parallel 6 --output-on-failure || true
 fi
 
 if [[ $bench == yes ]]; then
   say "ceilings, products, layers"
-  status=0
-  try 420 gpu_bench "$build/bench/gpu_bench" $quick ${library:+--bitsandbytes "$library"} >"$cells" || status=$?
-  if ((status == 77)); then
-    echo "there is no GPU here: nothing was timed"
-    exit 0
-  fi
+  # A process each: what brings the device down takes no other cells along.
+  mkdir -p "$(dirname "$cells")"
+  : >"$cells"
+  for part in ceilings products adapters layers kernels; do
+    status=0
+    try 240 "gpu_bench, $part" "$build/bench/gpu_bench" $quick --only "$part" ${library:+--bitsandbytes "$library"} >>"$cells" || status=$?
+    if ((status == 77)); then
+      echo "there is no GPU here: nothing was timed"
+      exit 0
+    fi
+    if ((status != 0 && status != 3)) && [[ $part == products && -n $library ]]; then
+      try 240 "gpu_bench, products beside cuBLAS alone" "$build/bench/gpu_bench" $quick --only "$part" >>"$cells" || true
+    fi
+  done
   say "a step of Falcon-40b's shape"
   for case in "--batch 4 --moments 32" "--batch 8 --moments 8"; do
     try 120 "falcon_step $case" "$build/bench/falcon_step" ${quick:+--layers 2} $case >>"$cells" ||

@@ -3,6 +3,7 @@
 #   PROGRAM   the test program          ROOM     prefix of the entries
 #   OUTPUT    the script to write       MAJOR    Catch2's major version
 #   LABEL     of the entries            SKIP     regular expression for the output of one that was skipped
+#   SECONDS   that one may take
 if(MAJOR EQUAL 2)
   set(list_names --list-test-names-only)
   set(run_options "-w NoTests")  # a name that matches no test case is a failure; version 3 needs no telling
@@ -30,6 +31,6 @@ foreach(name IN LISTS names)
   string(STRIP "${name}" name)
   string(REGEX REPLACE "([][\\,*\"])" "\\\\\\1" pattern "${name}")  # the characters that mean something in a filter
   string(APPEND script "add_test([==[${ROOM}: ${name}]==] [==[${PROGRAM}]==] [==[${pattern}]==] ${run_options})\n"
-         "set_tests_properties([==[${ROOM}: ${name}]==] PROPERTIES TIMEOUT 600 LABELS ${LABEL} SKIP_REGULAR_EXPRESSION [==[${SKIP}]==])\n")
+         "set_tests_properties([==[${ROOM}: ${name}]==] PROPERTIES TIMEOUT ${SECONDS} LABELS ${LABEL} SKIP_REGULAR_EXPRESSION [==[${SKIP}]==])\n")
 endforeach()
 file(WRITE ${OUTPUT} "${script}")
