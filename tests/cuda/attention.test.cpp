@@ -14,10 +14,11 @@ namespace {
 
 class Gpu {
  public:
+  explicit Gpu(std::size_t workspace_bytes = std::size_t{4} << 20) : context_({.workspace_bytes = workspace_bytes}) {}
   operator Cuda() const { return Cuda(context_); }
 
  private:
-  qd::CudaContext context_{{.workspace_bytes = std::size_t{4} << 20}};
+  qd::CudaContext context_;
 };
 
 }  // namespace
@@ -50,6 +51,30 @@ TEMPLATE_TEST_CASE("heads of every width, copied 16 bytes at a time", "[cuda]", 
   for (const auto& [shape, offsets] : std::vector<test::AttentionCase>{
            {{1, 1, 64}, {0, 130}}, {{2, 1, 128}, {0, 1, 66}}, {{3, 1, 96}, {0, 40}}, {{1, 1, 256}, {0, 70}}, {{2, 2, 160}, {0, 17, 20}}})
     test::attention_case<Cuda, TestType>(gpu, shape, offsets, 8, 8);
+}
+
+TEMPLATE_TEST_CASE("gradients of keys that many heads share are made in parts where blocks are few", "[cuda]", float, double, qd::bfloat16) {
+  // 7 heads in as many parts; 20 in parts of 3 and one of 2, unless the device is larger; two parts by what there is room for, and one.
+  test::attention_case<Cuda, TestType>(Gpu(), {7, 1, 16}, {0, 40}, 3, 1);
+  test::attention_case<Cuda, TestType>(Gpu(), {20, 1, 16}, {0, 5}, 8, 8);
+  const std::size_t terms = 2 * 7 * 40 * sizeof(qd::Accumulator<TestType>), part = terms / 7 * 16;
+  test::attention_case<Cuda, TestType>(Gpu(terms + 2 * part + 4096), {7, 1, 16}, {0, 40}, 3, 1);
+  test::attention_case<Cuda, TestType>(Gpu(terms + 4096), {7, 1, 16}, {0, 40}, 3, 1);
+#ifdef QDYLORA_CUDA_EMULATOR
+  const auto launches = [](std::size_t workspace) {
+    const Gpu gpu(workspace);
+    const Cuda cuda = gpu;
+    const test::Remote<Cuda, TestType> q(cuda, test::normal_matrix<TestType>(40, 112, 1).view());
+    const test::Remote<Cuda, TestType> k(cuda, test::normal_matrix<TestType>(40, 16, 2).view());
+    const test::Remote<Cuda, qd::Accumulator<TestType>> lse(cuda, test::normal_matrix<qd::Accumulator<TestType>>(40, 7, 3).view());
+    test::Remote<Cuda, TestType> dq(cuda, q.host().view()), dk(cuda, k.host().view()), dv(cuda, k.host().view());
+    const long before = test::emulator::machine().launches;
+    const std::vector<Index> offsets = {0, 40};
+    cuda.attention_backward(q.in(), q.in(), k.in(), k.in(), q.in(), lse.in(), offsets, HeadShape{7, 1, 16}, dq.view(), dk.view(), dv.view());
+    return test::emulator::machine().launches - before;
+  };
+  CHECK(launches(std::size_t{4} << 20) == launches(terms + 4096) + 2);  // which add the parts
+#endif
 }
 
 TEMPLATE_TEST_CASE("wide heads without tensor cores", "[cuda]", float, double) {

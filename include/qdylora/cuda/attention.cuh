@@ -13,6 +13,7 @@
 #include <span>
 #include <string>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include <qdylora/backend.hpp>
@@ -92,6 +93,7 @@ void attention_backward(const CudaContext& context, MatrixView<const T> dy, Matr
   expect_attention_backward(dy, q, k, v, y, lse, offsets, shape, dq, dk, dv);
   const auto head_dim = static_cast<int>(shape.head_dim), group = static_cast<int>(shape.heads / shape.kv_heads);
   const Index tokens = q.rows;
+  if (tokens == 0) return;
   Scratch scratch(context);
   const MatrixView<S> delta(scratch.take<S>(shape.heads * tokens), shape.heads, tokens);
   const MatrixView<S> shift(scratch.take<S>(shape.heads * tokens), shape.heads, tokens);
@@ -116,8 +118,22 @@ void attention_backward(const CudaContext& context, MatrixView<const T> dy, Matr
         const auto kv_tiles = sequence_tiles(offsets, Tiles::own, [](const auto& t) { return t.length - t.first; });
         const dim3 q_blocks = blocks(q_tiles, shape.heads);
         device::launch({context.stream(), q_blocks, ForQ::shared_bytes}, ForQ{in, dq});
-        const dim3 kv_blocks = blocks(kv_tiles, shape.kv_heads);
-        device::launch({context.stream(), kv_blocks, ForKV::shared_bytes}, ForKV{in, dk, dv});
+        dim3 kv_blocks = blocks(kv_tiles, shape.kv_heads);
+        // Where few key-value heads make few blocks, each shares its query heads with others.
+        const Index part_size = tokens * k.cols, room = (scratch.room() - 512) / static_cast<Index>(2 * sizeof(S)) / part_size;
+        const Index wanted = 2 * context.properties().multiProcessorCount / (static_cast<Index>(kv_tiles.size()) * shape.kv_heads);
+        const Index heads_at_once = div_up(group, std::clamp<Index>(std::min(wanted, room), 1, group)), parts = div_up(group, heads_at_once);
+        MatrixView<S> key_parts, value_parts;
+        if (parts > 1) {
+          key_parts = {scratch.take<S>(parts * part_size), parts * tokens, k.cols};
+          value_parts = {scratch.take<S>(parts * part_size), parts * tokens, k.cols};
+        }
+        kv_blocks.z = static_cast<unsigned>(parts);
+        device::launch({context.stream(), kv_blocks, ForKV::shared_bytes},
+                       ForKV{in, dk, dv, static_cast<int>(heads_at_once), key_parts, value_parts});
+        if (parts == 1) return;
+        for (const auto& [made, sums] : {std::pair{key_parts, dk}, std::pair{value_parts, dv}})
+          for_each(context, tokens, k.cols, device::SumParts<S, T>{made.data, static_cast<int>(parts), sums, Update::overwrite});
       });
 }
 

@@ -256,8 +256,8 @@ struct AttentionBackwardQ {
   }
 };
 
-/// dv = p^T dy,  dk = ds^T q scale, over the query heads that share a key-value head, in order. Block (tile of keys, key-value head): here
-/// the own rows are keys, and scores are transposed.
+/// dv = p^T dy,  dk = ds^T q scale, over the query heads that share a key-value head, in order. Block (tile of keys, key-value head, part of
+/// its query heads): here the own rows are keys, and scores are transposed.
 template <class Tiles>
 struct AttentionBackwardKV {
   using T = typename Tiles::Element;
@@ -267,12 +267,16 @@ struct AttentionBackwardKV {
 
   AttentionBackward<Tiles> in;
   MatrixView<T> dk, dv;
+  int heads_at_once;  // of a group, in a block
+  MatrixView<S> key_parts, value_parts;  // [parts * tokens, kv_heads * head_dim] where there are several, to be added; else dk, dv are written
 
   __device__ void operator()(SharedMemory memory) const {
     if constexpr (Tiles::available) {
       const Tiles tiles(memory, in.head_dim, in.aligned);
       const SequenceTile at = load(in.sequence_tiles + block().x);
       const int kv_head = static_cast<int>(block().y), d = in.head_dim;
+      const int part = static_cast<int>(block().z), own_heads = part * heads_at_once;
+      const int heads = in.group - own_heads < heads_at_once ? in.group - own_heads : heads_at_once;
       auto keys = tiles.take_own(memory), values = tiles.take_own(memory);
       auto queries = tiles.take_other(memory), gradients = tiles.take_other(memory);
       auto next_queries = tiles.take_other(memory), next_gradients = tiles.take_other(memory);
@@ -281,9 +285,9 @@ struct AttentionBackwardKV {
       tiles.begin_own(values, head_of(in.v, at.begin, at.length, kv_head, d), at.first);
       typename Tiles::Sums key_sums{}, value_sums{};
       // Queries from the first key on see keys of this tile. One loop over the queries of all heads, so that copies do not pause between.
-      const int first_head = kv_head * in.group;
+      const int first_head = kv_head * in.group + own_heads;
       const auto begin = [&](auto& q_tile, auto& dy_tile, int h, int query) {
-        const int length = h < in.group ? at.length : 0;  // nothing to copy behind the last head
+        const int length = h < heads ? at.length : 0;  // nothing to copy behind the last head
         tiles.begin(q_tile, head_of(in.q, at.begin, length, first_head + h, d), query);
         tiles.begin(dy_tile, head_of(in.dy, at.begin, length, first_head + h, d), query);
       };
@@ -291,7 +295,7 @@ struct AttentionBackwardKV {
         return query < at.length ? read(terms, first_head + h, at.begin + query) : S{};
       };
       begin(queries, gradients, 0, at.first);
-      for (int h = 0, query = at.first; h < in.group;) {
+      for (int h = 0, query = at.first; h < heads;) {
         const bool last = query + Tiles::step >= at.length;
         const int next_h = last ? h + 1 : h, next_query = last ? at.first : query + Tiles::step;
         begin(next_queries, next_gradients, next_h, next_query);
@@ -322,8 +326,14 @@ struct AttentionBackwardKV {
 #pragma unroll
       for (int r = 0; r < Tiles::rows; ++r)
         if (const int i = at.first + Tiles::row(r); i < at.length) {
-          tiles.write(dk.row(at.begin + i) + kv_head * d, r, key_sums, in.scale);
-          tiles.write(dv.row(at.begin + i) + kv_head * d, r, value_sums, S{1});
+          const Index row = at.begin + i, part_row = part * in.k.rows + row;
+          if (key_parts.data == nullptr) {
+            tiles.write(dk.row(row) + kv_head * d, r, key_sums, in.scale);
+            tiles.write(dv.row(row) + kv_head * d, r, value_sums, S{1});
+          } else {
+            tiles.write(key_parts.row(part_row) + kv_head * d, r, key_sums, in.scale);
+            tiles.write(value_parts.row(part_row) + kv_head * d, r, value_sums, S{1});
+          }
         }
     }
   }

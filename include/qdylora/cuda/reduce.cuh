@@ -134,6 +134,21 @@ struct AddIfFinite {
   }
 };
 
+/// y[i, j] (+)= the sum of its parts, [rows, cols] each, in order.
+template <class S, class Y>
+struct SumParts {
+  const S* parts;
+  int count;
+  MatrixView<Y> y;
+  Update update;
+
+  __device__ void operator()(Index i, Index j) const {
+    S sum = update == Update::accumulate ? read(y, i, j) : S{};
+    for (int part = 0; part < count; ++part) sum += load(parts + (part * y.rows + i) * y.cols + j);
+    write(y, i, j, sum);
+  }
+};
+
 }  // namespace device
 
 #if !defined(QDYLORA_DEVICE_ONLY)

@@ -173,21 +173,6 @@ struct CodedTiles {
   }
 };
 
-/// y[i, j] (+)= the sum of its parts, in order.
-template <class Y>
-struct SumParts {
-  const float* parts;
-  int count;
-  MatrixView<Y> y;
-  Update update;
-
-  __device__ void operator()(Index i, Index j) const {
-    float sum = update == Update::accumulate ? read(y, i, j) : 0.0f;
-    for (int part = 0; part < count; ++part) sum += load(parts + (part * y.rows + i) * y.cols + j);
-    write(y, i, j, sum);
-  }
-};
-
 }  // namespace device
 
 #if !defined(QDYLORA_DEVICE_ONLY)
@@ -215,7 +200,7 @@ void multiply_in_tiles(const CudaContext& context, MatrixView<const T> x, const 
   // Tiles of the same rows run side by side: their codes leave memory once.
   const dim3 blocks(static_cast<unsigned>(down), static_cast<unsigned>(across), static_cast<unsigned>(parts));
   device::launch({context.stream(), blocks, Kernel::shared_bytes}, Kernel{w, x, y, memory, update, block_shift});
-  if (parts > 1) for_each(context, y.rows, y.cols, device::SumParts<Y>{memory, static_cast<int>(parts), y, update});
+  if (parts > 1) for_each(context, y.rows, y.cols, device::SumParts<float, Y>{memory, static_cast<int>(parts), y, update});
 }
 
 /// y (+)= x . w^T of a w that has_whole_chunks.
