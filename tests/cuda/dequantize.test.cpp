@@ -74,6 +74,15 @@ TEMPLATE_TEST_CASE("decoded weights are the reference's to the bit", "", float, 
   check_all<TestType, INT4, Float32Scales>(cuda);
   check_all<TestType, FP8E4M3, DoubleQuant<>>(cuda);
   check_all<TestType, FP8E5M2, Float32Scales>(cuda);
+  check_all<TestType, INT8, Float32Scales>(cuda);
+}
+
+TEST_CASE("more rows than a grid takes at once are decoded too") {
+  using namespace qdylora;
+  const CudaContext context;
+  const Cuda cuda(context);
+  const auto host = reference::quantize<NF4, DoubleQuant<>>(test::normal_matrix<float>(33300, 8, 1).view(), 64);
+  check<bfloat16>(cuda, host, cuda.upload(host).view(), {0, 33300, 0, 8}, 0, 0);
 }
 
 TEST_CASE("layers that bitsandbytes stored are decoded to its weights, to the bit") {

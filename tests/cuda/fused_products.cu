@@ -1,4 +1,5 @@
-// The kernels whose main loops sass.cmake counts.
+// The kernels whose main loops sass.cmake counts, and whose stores it looks at.
+#include <qdylora/cuda/dequantize.cuh>
 #include <qdylora/cuda/warpgroup_tiles.cuh>
 
 namespace qd = qdylora;
@@ -19,3 +20,6 @@ template <int token_tiles>
 using Warpgroups = device::WarpgroupTiles<qd::NF4, qd::DoubleQuant<>, qd::bfloat16, qd::bfloat16, token_tiles>;
 template void device::launch(const device::Launch&, const Warpgroups<8>&);
 template void device::launch(const device::Launch&, const Warpgroups<16>&);
+
+template void device::launch(const device::Launch&, const device::DequantizeWords<qd::NF4, qd::DoubleQuant<>, qd::bfloat16>&);
+template void device::launch(const device::Launch&, const device::DequantizeWords<qd::INT8, qd::Float32Scales, qd::half>&);

@@ -1,5 +1,5 @@
 # Counts the instructions in the main loops of fused_products.cu's kernels, as the GPU executes them: whether a fused product keeps up with
-# memory is decided there. Fails above the limits below, or where a loop touches local memory.
+# memory is decided there. Fails above the limits below, or where a loop touches local memory, or a decoded slab is not stored in whole words.
 #   NVCC, CUOBJDUMP, SOURCE, OUTPUT, INCLUDE
 cmake_minimum_required(VERSION 3.22)
 if(NOT EXISTS "${NVCC}" OR NOT EXISTS "${CUOBJDUMP}")
@@ -73,6 +73,11 @@ foreach(limit IN LISTS limits)
   endif()
   if(loop MATCHES " (LDL|STL)")
     list(APPEND failures "${kernel}: its loop touches local memory")
+  endif()
+endforeach()
+foreach(function IN LISTS functions)  # what a lane has decoded leaves it at once
+  if(function MATCHES "^[^\n]*DequantizeWords" AND (NOT function MATCHES " STG\\.E\\.128" OR function MATCHES " STG\\.E[^.\n]*desc"))
+    list(APPEND failures "DequantizeWords: stores of less than 16 bytes")
   endif()
 endforeach()
 if(failures)

@@ -30,60 +30,69 @@ struct DequantizeElement {
   }
 };
 
-/// The same of 4-bit codes that lie in whole, aligned words of 8, into rows of aligned 16-byte pieces. A warp reads a line of 128 bytes
-/// and writes 8 values a lane, side by side. Values are looked up in pairs, a byte at once. A block has a strip of words, and takes
-/// of several rows at once.
+/// The same of codes that lie in whole, aligned pieces of 8, into rows of aligned 16-byte pieces: a lane reads 8 codes and writes 8 values, side
+/// by side with the others'. A byte is looked up at once, of 4-bit codes a pair. A block has a strip of pieces, and takes of several rows at
+/// once.
 template <CodeFormat Format, class Scales, Scalar T>
 struct DequantizeWords {
   static constexpr int threads = 128;
   static constexpr int rows_per_thread = 4;  // loads on their way at once
-  static constexpr int shared_bytes = 256 * 8;
+  static constexpr bool halves = Format::bits == 4;
+  static_assert(halves || Format::bits == 8);
 
+  using Codes = Words<Format::bits / 4>;
+  static constexpr std::size_t codes_bytes = sizeof(Codes);
   struct alignas(8) Pair {
     float first, second;
   };
+  using Entry = std::conditional_t<halves, Pair, float>;
+  static constexpr int shared_bytes = 256 * static_cast<int>(sizeof(Entry));
 
   QuantizedView<Format, Scales> w;
   MatrixView<T> y;
   Index first_row, first_col;
-  int block_shift, strip_shift;  // log2(words in a strip), at most threads
+  int block_shift, strip_shift;  // log2(pieces in a strip), at most threads
 
   __device__ void operator()(SharedMemory memory) const {
-    const auto pairs = memory.take<Pair>(256);
+    const auto table = memory.take<Entry>(256);
     for (int byte = thread(); byte < 256; byte += threads)
-      pairs.store(byte, {values<Format>.at[byte >> 4], values<Format>.at[byte & 15]});
+      if constexpr (halves) table.store(byte, {values<Format>.at[byte >> 4], values<Format>.at[byte & 15]});
+      else table.store(byte, values<Format>.at[byte]);
     sync_block();
 
-    const auto* const codes = reinterpret_cast<const std::uint32_t*>(w.codes);
-    const Index words = y.cols / 8;
+    const auto* const codes = reinterpret_cast<const Codes*>(w.codes);
+    const Index pieces = y.cols / 8;
     const Index step = threads >> strip_shift;  // rows from a thread's to its next one
     const Index at = (static_cast<Index>(block().x) << strip_shift) + (thread() & ((1 << strip_shift) - 1));
-    if (at >= words) return;
+    if (at >= pieces) return;
     for (Index row = static_cast<Index>(block().y) * rows_per_thread * step + (thread() >> strip_shift); row < y.rows;
          row += static_cast<Index>(grid().y) * rows_per_thread * step) {
       const Index first = (((first_row + row) * w.cols + first_col) >> 3) + at, pitch = step * (w.cols >> 3);
-      std::uint32_t word[rows_per_thread];
+      Codes own[rows_per_thread];
       float scale[rows_per_thread];
       const auto exists = [&](int i) { return i == 0 || row + i * step < y.rows; };  // else the first is decoded again
 #pragma unroll
-      for (int i = 0; i < rows_per_thread; ++i) word[i] = load_once(codes + first + (exists(i) ? i * pitch : 0));
+      for (int i = 0; i < rows_per_thread; ++i) own[i] = load_once(codes + first + (exists(i) ? i * pitch : 0));
 #pragma unroll
       for (int i = 0; i < rows_per_thread; ++i)
         scale[i] = absmax<Scales>(w.scales, (first + (exists(i) ? i * pitch : 0)) >> (block_shift - 3));
 #pragma unroll
       for (int i = 0; i < rows_per_thread; ++i)
-        if (exists(i)) decode(pairs, word[i], scale[i], y.row(row + i * step) + 8 * at);
+        if (exists(i)) decode(table, own[i], scale[i], y.row(row + i * step) + 8 * at);
     }
   }
 
  private:
-  // Byte b of a word holds elements 2b and 2b + 1, the first in its high half.
-  __device__ static void decode(const Shared<Pair>& pairs, std::uint32_t word, float scale, T* out) {
+  // Of 4 bits, byte b holds elements 2b and 2b + 1, the first in its high half.
+  __device__ static void decode(const Shared<Entry>& table, const Codes& codes, float scale, T* out) {
+    const auto entry = [&](int byte) { return table.load(static_cast<int>(codes.word[byte / 4] >> (8 * (byte % 4)) & 255u)); };
     constexpr int outputs = sizeof(T) * 8 / 16;
     Words<4> result[outputs];
 #pragma unroll
     for (int b = 0; b < 4; ++b) {
-      const Pair pair = pairs.load(static_cast<int>(word >> (8 * b) & 255u));
+      Pair pair;
+      if constexpr (halves) pair = entry(b);
+      else pair = {entry(2 * b), entry(2 * b + 1)};
       const float first = multiply(pair.first, scale), second = multiply(pair.second, scale);
       if constexpr (sizeof(T) == 2) {
         result[0].word[b] = pack<T>(first, second);
@@ -108,11 +117,11 @@ void dequantize_on(cudaStream_t stream, const CudaContext& context, const Quanti
                    Index first_row, Index first_col) {
   expect_inside(w, y, first_row, first_col);
   const int block_shift = std::countr_zero(static_cast<std::size_t>(w.block_size));
-  if constexpr (Format::bits == 4 && sizeof(T) <= 4) {
+  if constexpr (sizeof(T) <= 4) {
+    using Kernel = device::DequantizeWords<Format, Scales, T>;
     const auto aligned = [](const void* p, std::size_t bytes) { return reinterpret_cast<std::uintptr_t>(p) % bytes == 0; };
-    if (w.cols % 8 == 0 && first_col % 8 == 0 && y.cols % 8 == 0 && aligned(w.codes, 4) && aligned(y.data, 16) &&
+    if (w.cols % 8 == 0 && first_col % 8 == 0 && y.cols % 8 == 0 && aligned(w.codes, Kernel::codes_bytes) && aligned(y.data, 16) &&
         y.stride * static_cast<Index>(sizeof(T)) % 16 == 0) {
-      using Kernel = device::DequantizeWords<Format, Scales, T>;
       const int strip_shift = std::countr_zero(std::bit_ceil(static_cast<unsigned>(std::clamp<Index>(y.cols / 8, 1, Kernel::threads))));
       const Index rows_at_once = Kernel::rows_per_thread * (Kernel::threads >> strip_shift);
       const dim3 blocks = row_grid(context, div_up(y.cols / 8, Index{1} << strip_shift), div_up(y.rows, rows_at_once));
