@@ -68,7 +68,7 @@ int main(int argc, char** argv) {
       shapes = {{4096, 4096}, {11008, 4096}};
       tokens = {1, 16, 128};
     }
-    for (const auto& [out, in] : shapes) {  // cut off, there are some cells of every kind
+    for (const auto& [out, in] : shapes) {  // what is cut off has whole shapes
       if (arguments.has("adapters")) cells.adapters(out, in, {1, 16, 128});
       if (arguments.has("layers")) cells.layers(out, in, options.quick ? 256 : 2048);
       if (arguments.has("products")) cells.products(out, in, tokens);

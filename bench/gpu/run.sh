@@ -113,15 +113,16 @@ if [[ $bench == yes ]]; then
   # A process each: what brings the device down takes no other cells along.
   mkdir -p "$(dirname "$cells")"
   : >"$cells"
+  declare -A most=([ceilings]=30 [products]=240 [adapters]=60 [layers]=60 [kernels]=60)  # seconds
   for part in ceilings products adapters layers kernels; do
     status=0
-    try 240 "gpu_bench, $part" "$build/bench/gpu_bench" $quick --only "$part" ${library:+--bitsandbytes "$library"} >>"$cells" || status=$?
+    try "${most[$part]}" "gpu_bench, $part" "$build/bench/gpu_bench" $quick --only "$part" ${library:+--bitsandbytes "$library"} >>"$cells" || status=$?
     if ((status == 77)); then
       echo "there is no GPU here: nothing was timed"
       exit 0
     fi
     if ((status != 0 && status != 3)) && [[ $part == products && -n $library ]]; then
-      try 240 "gpu_bench, products beside cuBLAS alone" "$build/bench/gpu_bench" $quick --only "$part" >>"$cells" || true
+      try 120 "gpu_bench, products beside cuBLAS alone" "$build/bench/gpu_bench" $quick --only "$part" >>"$cells" || true
     fi
   done
   say "a step of Falcon-40b's shape"

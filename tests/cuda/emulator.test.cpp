@@ -1,5 +1,6 @@
 // The emulator itself: what it computes, and the mistakes it must not let pass.
 #include <qdylora/cuda/launch.cuh>
+#include <qdylora/cuda/warpgroup.cuh>
 
 #include <cmath>
 #include <numeric>
@@ -406,7 +407,7 @@ TEMPLATE_TEST_CASE("ldmatrix and mma make a matrix product", "", qd::bfloat16, q
 TEST_CASE("products of warpgroups are published to, begun and waited for, and nobody touches what they use") {
   using T = qd::bfloat16;
   using device::Words;
-  enum class Mistake { none, unpublished, unbegun, unwaited, overwritten, changed, read, unordered, unfinished };
+  enum class Mistake { none, unpublished, unbegun, unbegun_again, unwaited, overwritten, changed, read, unordered, unfinished };
   const auto product = [](Mistake mistake, float* out) {
     return [=](SharedMemory memory) {
       const auto tile = memory.take<device::SwizzledRows>(4);
@@ -425,6 +426,7 @@ TEST_CASE("products of warpgroups are published to, begun and waited for, and no
       if (mistake == Mistake::overwritten) device::multiply_async<T, false>(sums, left[0], rows, 2);
       device::multiply_async<T, true>(sums, left[0], rows, 2);
       device::commit_products();
+      if (mistake == Mistake::unbegun_again) device::multiply_async<T, true>(sums, left[0], rows, 3);
       if (mistake == Mistake::changed) left[0].word[3] = 0;
       if (mistake == Mistake::unwaited) write();
       if (mistake == Mistake::read) device::store(out + device::thread(), sums[15]);
@@ -441,6 +443,7 @@ TEST_CASE("products of warpgroups are published to, begun and waited for, and no
   CHECK(contains(end(Mistake::unpublished), "has written and not published"));
   CHECK(contains(end(Mistake::unordered), "with no barrier between"));
   CHECK(contains(end(Mistake::unbegun), "no begin_products"));
+  CHECK(contains(end(Mistake::unbegun_again), "no begin_products"));
   CHECK(contains(end(Mistake::overwritten), "have not been waited for"));
   CHECK(contains(end(Mistake::changed), "left operand of a product was changed"));
   CHECK(contains(end(Mistake::unwaited), "which a product is reading"));

@@ -120,7 +120,8 @@ void attention_backward(const CudaContext& context, MatrixView<const T> dy, Matr
         device::launch({context.stream(), q_blocks, ForQ::shared_bytes}, ForQ{in, dq});
         dim3 kv_blocks = blocks(kv_tiles, shape.kv_heads);
         // Where few key-value heads make few blocks, each shares its query heads with others.
-        const Index part_size = tokens * k.cols, room = (scratch.room() - 512) / static_cast<Index>(2 * sizeof(S)) / part_size;
+        constexpr Index rounding = 2 * 255;  // that two takes may lose
+        const Index part_size = tokens * k.cols, room = (scratch.room() - rounding) / static_cast<Index>(2 * sizeof(S)) / part_size;
         const Index wanted = 2 * context.properties().multiProcessorCount / (static_cast<Index>(kv_tiles.size()) * shape.kv_heads);
         const Index heads_at_once = div_up(group, std::clamp<Index>(std::min(wanted, room), 1, group)), parts = div_up(group, heads_at_once);
         MatrixView<S> key_parts, value_parts;

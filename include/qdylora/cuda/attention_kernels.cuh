@@ -1,6 +1,6 @@
 // The kernels of attention: FlashAttention-2 (Dao 2023). Scores are made tile by tile, in registers, and never stored; the backward pass
-// makes them again from their log-sum-exp. Every sum has an order that the shapes alone decide, and nothing is added atomically: equal
-// inputs give equal bits. Tiles are those of attention_tiles.cuh.
+// makes them again from their log-sum-exp. Nothing is added atomically: every sum has an order, decided by the shapes, and that
+// over the heads of a group by the number of processors and by the workspace as well. Tiles are those of attention_tiles.cuh.
 #pragma once
 
 #include <cmath>

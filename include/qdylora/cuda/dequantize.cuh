@@ -70,7 +70,7 @@ struct DequantizeWords {
       const Index first = (((first_row + row) * w.cols + first_col) >> 3) + at, pitch = step * (w.cols >> 3);
       Codes own[rows_per_thread];
       float scale[rows_per_thread];
-      const auto exists = [&](int i) { return i == 0 || row + i * step < y.rows; };  // else the first is decoded again
+      const auto exists = [&](int i) { return i == 0 || row + i * step < y.rows; };  // else the first is read again, for nothing
 #pragma unroll
       for (int i = 0; i < rows_per_thread; ++i) own[i] = load_once(codes + first + (exists(i) ? i * pitch : 0));
 #pragma unroll

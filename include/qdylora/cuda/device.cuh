@@ -23,6 +23,12 @@ inline constexpr bool is_sm80 = __CUDA_ARCH__ >= 800, is_sm90 = __CUDA_ARCH__ >=
 #else
 inline constexpr bool is_sm80 = true, is_sm90 = true;
 #endif
+/// The same of sm_90a, which has more than others of its number. A kernel that needs it says so (needs_sm90a).
+#if defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
+inline constexpr bool is_sm90a = false;
+#else
+inline constexpr bool is_sm90a = true;
+#endif
 
 /// N 32-bit words that are loaded and stored at once.
 template <int N>

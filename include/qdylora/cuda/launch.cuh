@@ -3,7 +3,6 @@
 
 #include <qdylora/cuda/error.cuh>
 #include <qdylora/cuda/kernel.cuh>
-#include <qdylora/cuda/warpgroup.cuh>
 
 namespace qdylora::device {
 

@@ -18,8 +18,8 @@
 // From 17 tokens on, x is more than four times the codes of 16 rows: tiles are ahead of small_batch as soon as there are blocks of 128 rows
 // for half of the processors.
 //
-// On 9.0 warpgroup_tiles should be ahead of tiles from 33 tokens on and of slabs up to 1024: three quarters of what tensor cores do, by the
-// count of instructions, where tiles do 57 %. It takes products only where ProductLimits asks for it, until it has been run on a device.
+// On 9.0 warpgroup_tiles should be ahead of tiles from 33 tokens on and of slabs up to 1024: at best 94 % of what tensor cores do, by what
+// shared memory moves, where tiles do 57 %. It takes products only where ProductLimits asks for it, until it has been run on a device.
 //
 // The numbers come from instruction counts and data sheets, not from measurements. ProductLimits overrides them.
 //
@@ -56,7 +56,8 @@ struct ProductDevice {
   bool sm90a = false;  // kernels for sm_90a, and a device of compute capability 9.0
 };
 
-/// The most tokens that a kernel is given, for small_batch 32 at most; -1: what the table has.
+/// The most tokens that a kernel is given, for small_batch 32 at most; -1: what the table has. warpgroup_tiles is there where
+/// CudaContext::sm90a(): of kernels compiled for 90a (CMAKE_CUDA_ARCHITECTURES=90a-real), which CMake's `native` is not.
 struct ProductLimits {
   Index small_batch = -1;
   Index tiles = -1;
@@ -85,7 +86,7 @@ constexpr ProductKernel choose_product(const ProductProblem& problem, const Prod
   return fits_tiles ? ProductKernel::tiles : ProductKernel::slabs;
 }
 
-/// Ranges of columns, `most` at most, in which to make so many tiles of outputs at once: more of them fill a round of blocks, but each is
+/// Ranges of columns, `most` at most, in which to make so many tiles of outputs: more of them fill a round of blocks, but each is
 /// written in float32 and read again. By an H100's numbers that takes as long as 512 columns of a tile do where all blocks are busy, and the
 /// launch that adds the parts as 300. Fewer where more are not ahead by a sixteenth.
 constexpr Index parts_of_tiles(Index tiles, Index blocks_at_once, Index columns, Index most) noexcept {

@@ -1,4 +1,5 @@
-// Sums on the device, in an order that the shape alone decides: equal inputs give equal bits on every GPU.
+// Sums on the device, in an order that the shape alone decides: equal inputs give equal bits on every GPU. (Of SumParts the caller decides how
+// many parts there are.)
 #pragma once
 
 #include <algorithm>

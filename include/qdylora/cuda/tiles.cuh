@@ -193,9 +193,11 @@ void multiply_in_tiles(const CudaContext& context, MatrixView<const T> x, const 
   const auto& device = context.properties();
   const Index resident = std::clamp<Index>(static_cast<Index>(device.sharedMemPerMultiprocessor / (Kernel::shared_bytes + reserved)), 1,
                                            Kernel::most_blocks);
-  const Index parts = parts_of_tiles(across * down, resident * device.multiProcessorCount, w.cols,
-                                     std::min({most_parts, w.cols / least_columns,
-                                               static_cast<Index>(scratch.rest(most_parts * part_bytes).size()) / part_bytes}));
+  // Blocks of one processor share what limits it: they are worth filling with parts only where there are fewer tiles than processors.
+  const Index tiles = across * down, processors = device.multiProcessorCount;
+  const Index room = std::max<Index>(scratch.room() - 255, 0) / part_bytes;  // of which take() may lose 255 bytes
+  const Index parts = parts_of_tiles(tiles, tiles < processors ? resident * processors : processors, w.cols,
+                                     std::min({most_parts, w.cols / least_columns, room}));
   float* const memory = parts > 1 ? scratch.take<float>(parts * y.rows * y.cols) : nullptr;
   // Tiles of the same rows run side by side: their codes leave memory once.
   const dim3 blocks(static_cast<unsigned>(down), static_cast<unsigned>(across), static_cast<unsigned>(parts));

@@ -9,13 +9,6 @@
 
 namespace qdylora::device {
 
-/// Whether code is compiled for sm_90a. A kernel that needs it says so (needs_sm90a), and its body need not exist elsewhere.
-#if defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
-inline constexpr bool is_sm90a = false;
-#else
-inline constexpr bool is_sm90a = true;
-#endif
-
 /// Eight rows of 128 bytes in shared memory as the products read them: piece p of row i, 16 bytes, lies at p ^ i (PTX: 128-byte swizzle).
 struct alignas(1024) SwizzledRows {
   Words<4> piece[64];

@@ -5,8 +5,8 @@
 // There a chunk's elements are in their order, so that lane t of four needs byte t of every word of codes; it loads 16 neighbours of a row,
 // and lanes exchange bytes. As in CodedTiles, codes are multiplied as they are and a chunk's sums are scaled in float32.
 //   The tile's tokens are two halves. While the products of one are on their way, the sums of the other are scaled, and the next chunk is
-// decoded: tensor cores wait for neither.
-//   Of 128 tokens, tensor cores take 512 cycles for a chunk. Shared memory, which limits it, takes 544: 256 for what they read, 128 for
+// decoded: tensor cores wait for neither, but for the last sums of four chunks.
+//   At best, of 128 tokens, tensor cores take 512 cycles for a chunk. Shared memory, which limits it, takes 544: 256 for what they read, 128 for
 // look-ups, 128 for x as it comes and 32 for bytes between lanes. Each scheduler issues 380 instructions.
 #pragma once
 

@@ -27,12 +27,9 @@
 
 #include "support/cuda_emulator/fault.hpp"
 #include "support/cuda_emulator/global_memory.hpp"
+#include "support/cuda_emulator/shadow.hpp"
 
 namespace test::emulator {
-
-inline constexpr int warp_size = 32;
-
-enum class Access { read, write, atomic };
 
 class Block {
  public:
@@ -192,6 +189,7 @@ class Block {
   void commit_products(int line) {
     int own = 0;
     collective("commit_products", ~0u, line, own, [&](const auto&) { own_warp().groups.push_back(std::exchange(own_warp().open, {})); });
+    threads_[static_cast<std::size_t>(current_)].products_begun = false;
   }
   void wait_products(std::size_t pending, int line) {
     int own = 0;
@@ -227,7 +225,6 @@ class Block {
 
  private:
   enum class State { ready, at_barrier, in_collective, ended };
-  using Clock = std::array<std::uint32_t, warp_size>;  // of each lane of the warp, the last moment this one has seen
 
   struct Copy {
     std::ptrdiff_t offset;
@@ -251,21 +248,6 @@ class Block {
     std::vector<std::function<void()>> open;
     std::deque<std::vector<std::function<void()>>> groups;
   };
-  // Of one byte: the last write, and the reads since. Reads of several warps need no times: no thread may write after them.
-  struct Shadow {
-    std::uint64_t block = 0;    // that last touched it: for another one it is new
-    std::uint32_t written = 0;  // epochs; the first is 1
-    std::uint32_t write_time = 0;
-    int writer = -1;
-    bool atomic = false;
-    int copier = -1;
-    std::uint32_t publications = 0;  // of its writer, when it wrote
-    int products = 0;                // that are reading it
-    std::uint32_t read = 0;
-    std::uint32_t reading_warps = 0;
-    Clock read_times{};
-  };
-
   static constexpr std::size_t stack_bytes = 64 * 1024;
   static inline Block* running_block = nullptr;
   static inline std::uint64_t block_number = 0;

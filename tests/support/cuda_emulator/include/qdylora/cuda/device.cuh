@@ -24,7 +24,7 @@ using test::emulator::Access;
 
 inline constexpr int warp_size = 32;
 inline constexpr unsigned all_lanes = 0xFFFFFFFFu;
-inline constexpr bool is_sm80 = true, is_sm90 = true;
+inline constexpr bool is_sm80 = true, is_sm90 = true, is_sm90a = true;
 
 template <int N>
 struct alignas(4 * N) Words {

@@ -11,7 +11,6 @@
 
 #include <qdylora/cuda/error.cuh>
 #include <qdylora/cuda/kernel.cuh>
-#include <qdylora/cuda/warpgroup.cuh>
 
 #include "support/cuda_emulator/streams.hpp"
 

@@ -16,8 +16,6 @@
 
 namespace qdylora::device {
 
-inline constexpr bool is_sm90a = true;
-
 struct alignas(1024) SwizzledRows {
   Words<4> piece[64];
 };
@@ -106,7 +104,7 @@ void multiply_async(float (&d)[sums], const Words<4>& a, const ProductRows& rows
   static_assert(sums == 16 || sums == 32);
   using Product = emulated::WarpProduct<T, sums>;
   Running& block = Running::running();
-  if (!block.has_begun_products()) block.fail("multiply_async with no begin_products since the last wait_products");
+  if (!block.has_begun_products()) block.fail("multiply_async with no begin_products since the last commit_products or wait_products");
   if (rows.offset() % 1024 != 0) block.fail("multiply_async of rows that are not aligned to 1024 bytes");
   struct Own {
     float* d;
