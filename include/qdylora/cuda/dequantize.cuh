@@ -36,7 +36,7 @@ struct DequantizeElement {
 template <CodeFormat Format, class Scales, Scalar T>
 struct DequantizeWords {
   static constexpr int threads = 128;
-  static constexpr int rows_per_thread = 4;  // loads on their way at once
+  static constexpr int rows_per_thread = Format::bits == 4 ? 4 : 2;  // 16 bytes of codes on their way at once
   static constexpr bool halves = Format::bits == 4;
   static_assert(halves || Format::bits == 8);
 
