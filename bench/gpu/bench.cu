@@ -54,9 +54,6 @@ int main(int argc, char** argv) {
     if (!bench::device_there()) return 77;
     const qd::CudaContext context;
     const bench::Cells cells(context, options);
-    const qd::CudaContext apart({.overlap_slabs = false});
-    Options alone = options;
-    alone.bitsandbytes.clear();
     cells.machine();
     if (arguments.has("ceilings")) cells.ceilings();
     // Linear layers of LLaMA 7B, 13B and 65B, alone and fused, and of Falcon-40b.
@@ -72,11 +69,16 @@ int main(int argc, char** argv) {
       if (arguments.has("adapters")) cells.adapters(out, in, {1, 16, 128});
       if (arguments.has("layers")) cells.layers(out, in, options.quick ? 256 : 2048);
       if (arguments.has("products")) cells.products(out, in, tokens);
-      if (arguments.has("kernels") && out == in) {
-        const std::vector<Index> some = {16, 32, 64, 128, 256, 512, 1024, 4096};
-        cells.kernels(out, in, options.quick ? tokens : some);
-        bench::Cells(apart, alone).kernels(out, in, options.quick ? tokens : some);
-      }
+    }
+    if (arguments.has("kernels")) {
+      const qd::CudaContext in_turns({.overlap_slabs = false});
+      Options alone = options;
+      alone.bitsandbytes.clear();
+      const bench::Cells slabs_in_turns(in_turns, alone);
+      if (!options.quick) tokens = {16, 32, 64, 128, 256, 512, 1024, 4096};
+      for (const auto& [out, in] : shapes)
+        if (out == in)
+          for (const auto* each : {&cells, &slabs_in_turns}) each->kernels(out, in, tokens);
     }
     return cells.has_peer() || options.bitsandbytes.empty() ? 0 : 3;
   } catch (const qd::Error& error) {

@@ -113,10 +113,10 @@ if [[ $bench == yes ]]; then
   # A process each: what brings the device down takes no other cells along.
   mkdir -p "$(dirname "$cells")"
   : >"$cells"
-  declare -A most=([ceilings]=30 [products]=240 [adapters]=60 [layers]=60 [kernels]=60)  # seconds
+  declare -A seconds_of=([ceilings]=30 [products]=240 [adapters]=60 [layers]=60 [kernels]=60)
   for part in ceilings products adapters layers kernels; do
     status=0
-    try "${most[$part]}" "gpu_bench, $part" "$build/bench/gpu_bench" $quick --only "$part" ${library:+--bitsandbytes "$library"} >>"$cells" || status=$?
+    try "${seconds_of[$part]}" "gpu_bench, $part" "$build/bench/gpu_bench" $quick --only "$part" ${library:+--bitsandbytes "$library"} >>"$cells" || status=$?
     if ((status == 77)); then
       echo "there is no GPU here: nothing was timed"
       exit 0

@@ -5,16 +5,9 @@
 #include <concepts>
 #include <cstdint>
 
-#include <qdylora/cuda/device.cuh>
+#include <qdylora/cuda/swizzle.cuh>
 
 namespace qdylora::device {
-
-/// Eight rows of 128 bytes in shared memory as the products read them: piece p of row i, 16 bytes, lies at p ^ i (PTX: 128-byte swizzle).
-struct alignas(1024) SwizzledRows {
-  Words<4> piece[64];
-};
-/// Where piece p of row i is in a tile of SwizzledRows, in pieces.
-constexpr int swizzled_piece(int i, int p) { return 8 * i + (p ^ i % 8); }
 
 /// Rows of the right operand, the first of SwizzledRows, as products are told of them: PTX's matrix descriptor but for its upper half.
 class ProductRows {
@@ -55,6 +48,19 @@ __device__ __forceinline__ void begin_products(Words<4> (&a)[count]) {
 
 #define QDYLORA_FOUR_SUMS(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define QDYLORA_EIGHT_SUMS(i) QDYLORA_FOUR_SUMS(i), QDYLORA_FOUR_SUMS(i + 4)
+#define QDYLORA_OPERANDS "r"(a.word[0]), "r"(a.word[1]), "r"(a.word[2]), "r"(a.word[3]), "l"(b), "n"(accumulate)
+// Of 64 and of 32 rows on the right; the last operand says whether sums are added to.
+#define QDYLORA_MULTIPLY_64(types)                                                                                                          \
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, %37, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32." types                                   \
+               " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25,"  \
+               " %26, %27, %28, %29, %30, %31}, {%32, %33, %34, %35}, %36, p, 1, 1, 0; }"                                                   \
+               : QDYLORA_EIGHT_SUMS(0), QDYLORA_EIGHT_SUMS(8), QDYLORA_EIGHT_SUMS(16), QDYLORA_EIGHT_SUMS(24)                               \
+               : QDYLORA_OPERANDS)
+#define QDYLORA_MULTIPLY_32(types)                                                                                                          \
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, %21, 0; wgmma.mma_async.sync.aligned.m64n32k16.f32." types                                   \
+               " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, {%16, %17, %18, %19}, %20, p, 1, 1, 0; }"          \
+               : QDYLORA_EIGHT_SUMS(0), QDYLORA_EIGHT_SUMS(8)                                                                               \
+               : QDYLORA_OPERANDS)
 
 /// d [64, n] = a [64, 16] . b [n, 16]^T, or += it, T = bfloat16 or half, wgmma.m64nNk16. Warp w of the group has rows 16w ... 16w + 15 of a
 /// and d, which lie in its lanes as those of multiply_add do: tile i of eight columns is d[4i] ... d[4i + 3]. b: columns 16 step and on of n
@@ -65,36 +71,11 @@ __device__ __forceinline__ void multiply_async(float (&d)[sums], const Words<4>&
   static_assert(sums == 16 || sums == 32);
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   const std::uint64_t b = rows.descriptor(step);
-  if constexpr (sums == 32 && std::same_as<T, bfloat16>)
-    asm volatile(
-        "{ .reg .pred p; setp.ne.b32 p, %37, 0;"
-        " wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16"
-        " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27,"
-        " %28, %29, %30, %31}, {%32, %33, %34, %35}, %36, p, 1, 1, 0; }"
-        : QDYLORA_EIGHT_SUMS(0), QDYLORA_EIGHT_SUMS(8), QDYLORA_EIGHT_SUMS(16), QDYLORA_EIGHT_SUMS(24)
-        : "r"(a.word[0]), "r"(a.word[1]), "r"(a.word[2]), "r"(a.word[3]), "l"(b), "n"(accumulate));
-  else if constexpr (sums == 32)
-    asm volatile(
-        "{ .reg .pred p; setp.ne.b32 p, %37, 0;"
-        " wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16"
-        " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27,"
-        " %28, %29, %30, %31}, {%32, %33, %34, %35}, %36, p, 1, 1, 0; }"
-        : QDYLORA_EIGHT_SUMS(0), QDYLORA_EIGHT_SUMS(8), QDYLORA_EIGHT_SUMS(16), QDYLORA_EIGHT_SUMS(24)
-        : "r"(a.word[0]), "r"(a.word[1]), "r"(a.word[2]), "r"(a.word[3]), "l"(b), "n"(accumulate));
-  else if constexpr (std::same_as<T, bfloat16>)
-    asm volatile(
-        "{ .reg .pred p; setp.ne.b32 p, %21, 0;"
-        " wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16"
-        " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, {%16, %17, %18, %19}, %20, p, 1, 1, 0; }"
-        : QDYLORA_EIGHT_SUMS(0), QDYLORA_EIGHT_SUMS(8)
-        : "r"(a.word[0]), "r"(a.word[1]), "r"(a.word[2]), "r"(a.word[3]), "l"(b), "n"(accumulate));
-  else
-    asm volatile(
-        "{ .reg .pred p; setp.ne.b32 p, %21, 0;"
-        " wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16"
-        " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, {%16, %17, %18, %19}, %20, p, 1, 1, 0; }"
-        : QDYLORA_EIGHT_SUMS(0), QDYLORA_EIGHT_SUMS(8)
-        : "r"(a.word[0]), "r"(a.word[1]), "r"(a.word[2]), "r"(a.word[3]), "l"(b), "n"(accumulate));
+  constexpr bool in_bfloat16 = std::same_as<T, bfloat16>;
+  if constexpr (sums == 32 && in_bfloat16) QDYLORA_MULTIPLY_64("bf16.bf16");
+  else if constexpr (sums == 32) QDYLORA_MULTIPLY_64("f16.f16");
+  else if constexpr (in_bfloat16) QDYLORA_MULTIPLY_32("bf16.bf16");
+  else QDYLORA_MULTIPLY_32("f16.f16");
 #endif
 }
 
@@ -115,7 +96,10 @@ __device__ __forceinline__ void wait_products(float (&d)[sums]) {
 #endif
 }
 
-#undef QDYLORA_FOUR_SUMS
+#undef QDYLORA_MULTIPLY_32
+#undef QDYLORA_MULTIPLY_64
+#undef QDYLORA_OPERANDS
 #undef QDYLORA_EIGHT_SUMS
+#undef QDYLORA_FOUR_SUMS
 
 }  // namespace qdylora::device

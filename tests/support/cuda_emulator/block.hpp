@@ -248,6 +248,7 @@ class Block {
     std::vector<std::function<void()>> open;
     std::deque<std::vector<std::function<void()>>> groups;
   };
+
   static constexpr std::size_t stack_bytes = 64 * 1024;
   static inline Block* running_block = nullptr;
   static inline std::uint64_t block_number = 0;

@@ -12,14 +12,9 @@
 #include <memory>
 #include <vector>
 
-#include <qdylora/cuda/device.cuh>
+#include <qdylora/cuda/swizzle.cuh>
 
 namespace qdylora::device {
-
-struct alignas(1024) SwizzledRows {
-  Words<4> piece[64];
-};
-constexpr int swizzled_piece(int i, int p) { return 8 * i + (p ^ i % 8); }
 
 class ProductRows {
  public:
@@ -59,10 +54,14 @@ struct WarpProduct {
   std::ptrdiff_t rows;
   int step;
 
+  /// A row is 128 bytes; of an address in 128-byte swizzle, bits 4 to 6 are exclusive-ored with bits 7 to 9.
   template <class F>
   void for_each_piece(F f) const {
     for (int i = 0; i < tokens; ++i)
-      for (int p = 2 * step; p < 2 * step + 2; ++p) f(i, p, rows + 16 * swizzled_piece(i, p));
+      for (int p = 2 * step; p < 2 * step + 2; ++p) {
+        const std::ptrdiff_t at = rows + 128 * i + 16 * p;
+        f(i, p, at ^ (at >> 3 & 0x70));
+      }
   }
 
   void land() const {
