@@ -24,11 +24,7 @@ namespace qdylora::detail {
 /// Whether 16 bytes at a time may be read from, or written to, the heads of all these matrices.
 template <class... Views>
 bool heads_aligned(Index head_dim, const Views&... views) {
-  const auto aligned = [](const auto& x) {
-    constexpr Index elements = 16 / static_cast<Index>(sizeof(*x.data));
-    return reinterpret_cast<std::uintptr_t>(x.data) % 16 == 0 && (x.stride % elements == 0 || x.rows <= 1);
-  };
-  return head_dim % 8 == 0 && (aligned(views) && ...);
+  return head_dim % 8 == 0 && (has_aligned_rows<16 / static_cast<int>(sizeof(*views.data))>(views) && ...);
 }
 
 /// The tiles of all sequences, `own` rows each; `work` is what one of them costs, and those that cost most come first.
@@ -120,8 +116,7 @@ void attention_backward(const CudaContext& context, MatrixView<const T> dy, Matr
         device::launch({context.stream(), q_blocks, ForQ::shared_bytes}, ForQ{in, dq});
         dim3 kv_blocks = blocks(kv_tiles, shape.kv_heads);
         // Where few key-value heads make few blocks, each shares its query heads with others.
-        constexpr Index rounding = 2 * 255;  // that two takes may lose
-        const Index part_size = tokens * k.cols, room = (scratch.room() - rounding) / static_cast<Index>(2 * sizeof(S)) / part_size;
+        const Index part_size = tokens * k.cols, room = scratch.room_for(2) / static_cast<Index>(2 * sizeof(S)) / part_size;
         const Index wanted = 2 * context.properties().multiProcessorCount / (static_cast<Index>(kv_tiles.size()) * shape.kv_heads);
         const Index heads_at_once = div_up(group, std::clamp<Index>(std::min(wanted, room), 1, group)), parts = div_up(group, heads_at_once);
         MatrixView<S> key_parts, value_parts;

@@ -261,7 +261,6 @@ class Scratch {
   /// `count` elements, uninitialized, for a kernel to write.
   template <class T>
   T* take(Index count) {
-    constexpr Index alignment = 256;
     const Index begin = used_;
     used_ += detail::rounded_up(count * static_cast<Index>(sizeof(T)), alignment);
     QDYLORA_EXPECTS(used_ <= workspace_.size(), memory,
@@ -273,10 +272,14 @@ class Scratch {
   std::span<std::byte> rest(Index most) const {
     return {const_cast<std::byte*>(workspace_.data()) + used_, static_cast<std::size_t>(std::min(most, workspace_.size() - used_))};
   }
+  /// Bytes that so many takes may have between them, each of which begins at an alignment.
+  Index room_for(Index takes) const noexcept { return std::max<Index>(room() - takes * (alignment - 1), 0); }
   /// Bytes that are left.
   Index room() const noexcept { return workspace_.size() - used_; }
 
  private:
+  static constexpr Index alignment = 256;
+
   const Buffer<std::byte, DeviceMemory>& workspace_;
   Index used_ = 0;
 };

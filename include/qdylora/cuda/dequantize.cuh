@@ -36,8 +36,8 @@ struct DequantizeElement {
 template <CodeFormat Format, class Scales, Scalar T>
 struct DequantizeWords {
   static constexpr int threads = 128;
-  static constexpr int rows_per_thread = Format::bits == 4 ? 4 : 2;  // 16 bytes of codes on their way at once
   static constexpr bool halves = Format::bits == 4;
+  static constexpr int rows_per_thread = halves ? 4 : 2;  // 16 bytes of codes on their way at once
   static_assert(halves || Format::bits == 8);
 
   using Codes = Words<Format::bits / 4>;
@@ -119,9 +119,8 @@ void dequantize_on(cudaStream_t stream, const CudaContext& context, const Quanti
   const int block_shift = std::countr_zero(static_cast<std::size_t>(w.block_size));
   if constexpr (sizeof(T) <= 4) {
     using Kernel = device::DequantizeWords<Format, Scales, T>;
-    const auto aligned = [](const void* p, std::size_t bytes) { return reinterpret_cast<std::uintptr_t>(p) % bytes == 0; };
-    if (w.cols % 8 == 0 && first_col % 8 == 0 && y.cols % 8 == 0 && aligned(w.codes, Kernel::codes_bytes) && aligned(y.data, 16) &&
-        y.stride * static_cast<Index>(sizeof(T)) % 16 == 0) {
+    const bool whole_codes = w.cols % 8 == 0 && first_col % 8 == 0 && reinterpret_cast<std::uintptr_t>(w.codes) % Kernel::codes_bytes == 0;
+    if (whole_codes && y.cols % 8 == 0 && has_aligned_rows<16 / static_cast<int>(sizeof(T))>(y)) {
       const int strip_shift = std::countr_zero(std::bit_ceil(static_cast<unsigned>(std::clamp<Index>(y.cols / 8, 1, Kernel::threads))));
       const Index rows_at_once = Kernel::rows_per_thread * (Kernel::threads >> strip_shift);
       const dim3 blocks = row_grid(context, div_up(y.cols / 8, Index{1} << strip_shift), div_up(y.rows, rows_at_once));

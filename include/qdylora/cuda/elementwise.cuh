@@ -27,16 +27,7 @@ struct Convert {
   MatrixView<Y> y;
   template <int width>
   __device__ void neighbours(Index i, Index j) const {
-    if constexpr (std::is_same_v<X, Y>) {  // bit for bit
-      using Whole = std::conditional_t<width == 1, X, typename Neighbours<width, X>::Whole>;
-      store(reinterpret_cast<Whole*>(y.row(i) + j), load(reinterpret_cast<const Whole*>(x.row(i) + j)));
-    } else {
-      const auto found = read_neighbours<width>(x, i, j);
-      Neighbours<width, Y> result;
-#pragma unroll
-      for (int k = 0; k < width; ++k) result.at[k] = static_cast<Accumulator<Y>>(found.at[k]);
-      result.store_to(y.row(i) + j);
-    }
+    assign<width>(x, i, y, i, j);
   }
 };
 

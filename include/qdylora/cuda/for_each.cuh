@@ -40,13 +40,6 @@ template <class T>
 __device__ inline void write(const MatrixView<T>& y, Index i, Index j, Accumulator<T> value) {
   store(y.row(i) + j, narrow<T>(value));
 }
-/// y[k, j] = x[i, j]: bit for bit, or rounded where the types differ.
-template <class X, class Y>
-__device__ inline void assign(const MatrixView<const X>& x, Index i, const MatrixView<Y>& y, Index k, Index j) {
-  if constexpr (std::is_same_v<X, Y>) store(y.row(k) + j, load(x.row(i) + j));
-  else write(y, k, j, static_cast<Accumulator<Y>>(read(x, i, j)));
-}
-
 /// `width` neighbours in memory, loaded or stored at once, aligned to their size, as what they are computed in.
 template <int width, class T>
 struct Neighbours {
@@ -82,6 +75,21 @@ struct Neighbours {
 template <int width, class T>
 __device__ inline auto read_neighbours(const MatrixView<T>& x, Index i, Index j) {
   return Neighbours<width, std::remove_const_t<T>>::load_from(x.row(i) + j);
+}
+
+/// y[k, j] and the neighbours behind it = those of x[i, j]: bit for bit, or rounded where the types differ.
+template <int width = 1, class X, class Y>
+__device__ inline void assign(const MatrixView<const X>& x, Index i, const MatrixView<Y>& y, Index k, Index j) {
+  if constexpr (std::is_same_v<X, Y>) {
+    using Whole = std::conditional_t<width == 1, X, typename Neighbours<width, X>::Whole>;
+    store(reinterpret_cast<Whole*>(y.row(k) + j), load(reinterpret_cast<const Whole*>(x.row(i) + j)));
+  } else {
+    const auto found = read_neighbours<width>(x, i, j);
+    Neighbours<width, Y> result;
+#pragma unroll
+    for (int n = 0; n < width; ++n) result.at[n] = static_cast<Accumulator<Y>>(found.at[n]);
+    result.store_to(y.row(k) + j);
+  }
 }
 
 /// f.template neighbours<width>(i, j) for every multiple j of width.

@@ -106,7 +106,7 @@ QuantizedTensor<Format, Scales, DeviceMemory> quantize(const CudaContext& contex
   expect_block_size(options.block_size);
   using Kernel = device::QuantizeBlocks<Format, T>;
   constexpr Index blocks_at_once = Kernel::threads / device::warp_size;
-  const Index blocks = (x.size() + options.block_size - 1) / options.block_size;
+  const Index blocks = div_up(x.size(), options.block_size);
   Buffer<std::uint8_t, DeviceMemory> codes(code_bytes<Format>(x.size()), context.memory());
   Buffer<float, DeviceMemory> absmax(blocks, context.memory());
   device::launch({context.stream(), static_cast<unsigned>(div_up(blocks, blocks_at_once))},

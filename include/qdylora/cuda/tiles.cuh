@@ -20,28 +20,48 @@
 namespace qdylora {
 namespace device {
 
-/// Writes or adds neighbours in memory, of which `count` exist.
-template <class Y, int width>
-__device__ inline void put(Y* at, Index count, Update update, const float (&sums)[width]) {
-  struct Elements {
-    Y at[width];
-  };
-  using Whole = Words<sizeof(Elements) / 4>;
-  if (count >= width && reinterpret_cast<std::uintptr_t>(at) % sizeof(Elements) == 0) {
-    const auto before = update == Update::accumulate ? std::bit_cast<Elements>(load(reinterpret_cast<const Whole*>(at))) : Elements{};
-    Elements now;
-#pragma unroll
-    for (int r = 0; r < width; ++r) now.at[r] = narrow<Y>(update == Update::accumulate ? widen(before.at[r]) + sums[r] : sums[r]);
-    store(reinterpret_cast<Whole*>(at), std::bit_cast<Whole>(now));
-  } else {
-#pragma unroll
-    for (int r = 0; r < width; ++r)
-      if (r < count) store(at + r, narrow<Y>(update == Update::accumulate ? widen(load(at + r)) + sums[r] : sums[r]));
-  }
-}
+/// What a kernel makes tile by tile: y [tokens, out] (+)= x [tokens, in] . w [out, in]^T, or, in grid().z parts [tokens, out] of float, its
+/// sums over ranges of `in`.
+template <CodeFormat Format, class Scales, class T, class Y>
+struct TiledProduct {
+  QuantizedView<Format, Scales> w;
+  MatrixView<const T> x;
+  MatrixView<Y> y;
+  float* parts;  // null: y
+  Update update;
+  int block_shift;  // log2(chunks in a block)
 
-/// y [tokens, out] (+)= x [tokens, in] . w [out, in]^T, or, in grid().z parts [tokens, out] of float, its sums over ranges of `in`. Rows of
-/// w and blocks are whole chunks, codes are aligned to 8 bytes, rows of x to 16. sm_80
+  /// The first of `count` units of `in` that belongs to the block's part, or to the one `next` behind it.
+  __device__ int begin_of_part(Index count, int next = 0) const {
+    return static_cast<int>(count * (static_cast<Index>(block().z) + next) / static_cast<Index>(grid().z));
+  }
+  /// Neighbouring outputs of a token.
+  template <int width>
+  __device__ void put(Index token, Index row, const float (&sums)[width]) const {
+    if (token >= y.rows || row >= y.cols) return;
+    if (parts != nullptr) put(parts + (block().z * y.rows + token) * y.cols + row, y.cols - row, Update::overwrite, sums);
+    else put(y.row(token) + row, y.cols - row, update, sums);
+  }
+
+ private:
+  /// Of neighbours in memory `count` exist.
+  template <class Z, int width>
+  __device__ static void put(Z* at, Index count, Update update, const float (&sums)[width]) {
+    const bool adds = update == Update::accumulate;
+    if (count >= width && reinterpret_cast<std::uintptr_t>(at) % (width * sizeof(Z)) == 0) {
+      auto now = adds ? Neighbours<width, Z>::load_from(at) : Neighbours<width, Z>{};
+#pragma unroll
+      for (int r = 0; r < width; ++r) now.at[r] = adds ? now.at[r] + sums[r] : sums[r];
+      now.store_to(at);
+    } else {
+#pragma unroll
+      for (int r = 0; r < width; ++r)
+        if (r < count) store(at + r, narrow<Z>(adds ? widen(load(at + r)) + sums[r] : sums[r]));
+    }
+  }
+};
+
+/// A TiledProduct. Rows of w and blocks are whole chunks, codes are aligned to 8 bytes, rows of x to 16. sm_80
 template <CodeFormat Format, class Scales, class T, class Y, int token_tiles>
 struct CodedTiles {
   static constexpr int threads = 128;
@@ -54,12 +74,7 @@ struct CodedTiles {
   static constexpr int least_blocks = token_tiles <= 4 && !is_sm90 ? most_blocks : 0;  // from sm_90 on ptxas keeps to it unasked
   static_assert(copies * threads == stage_words && stages == 4);
 
-  QuantizedView<Format, Scales> w;
-  MatrixView<const T> x;
-  MatrixView<Y> y;
-  float* parts;  // null: y
-  Update update;
-  int block_shift;  // log2(chunks in a block)
+  TiledProduct<Format, Scales, T, Y> in;
 
   __device__ void operator()(SharedMemory memory) const {
     if constexpr (is_sm80) multiply(memory);
@@ -74,15 +89,13 @@ struct CodedTiles {
     const int g = lane() / 4, t = lane() % 4;
     const Index first_row = static_cast<Index>(block().y) * rows + warp() * warp_rows;
     const Index first_token = static_cast<Index>(block().x) * tokens;
-    const int chunks = static_cast<int>(w.cols / chunk_elements);
-    const int parts_count = static_cast<int>(grid().z), part = static_cast<int>(block().z);
-    const int begin = static_cast<int>(static_cast<Index>(chunks) * part / parts_count);
-    const int end = static_cast<int>(static_cast<Index>(chunks) * (part + 1) / parts_count);
+    const int chunks = static_cast<int>(in.w.cols / chunk_elements);
+    const int begin = in.begin_of_part(chunks), end = in.begin_of_part(chunks, 1);
 
     // A lane's rows are neighbours, which it writes at once. Beyond the last row lanes repeat it.
     constexpr int own_rows = 2 * row_tiles;
-    const auto row_of = [&](int r) { return first_row + own_rows * g + r < w.rows ? first_row + own_rows * g + r : w.rows - 1; };
-    const Words<2>* const codes = reinterpret_cast<const Words<2>*>(w.codes + row_of(0) * (w.cols / 2)) + t;
+    const auto row_of = [&](int r) { return first_row + own_rows * g + r < in.w.rows ? first_row + own_rows * g + r : in.w.rows - 1; };
+    const Words<2>* const codes = reinterpret_cast<const Words<2>*>(in.w.codes + row_of(0) * (in.w.cols / 2)) + t;
     int row_words[own_rows];  // from the first row on
     std::uint32_t row_chunk[own_rows];
 #pragma unroll
@@ -91,7 +104,7 @@ struct CodedTiles {
       row_chunk[r] = static_cast<std::uint32_t>(row_of(r) * chunks);
     }
     const auto fetch_scale = [&](int r, int c) {
-      return PendingScale<Scales>::fetch(w.scales, (row_chunk[r] + static_cast<std::uint32_t>(c)) >> block_shift);
+      return PendingScale<Scales>::fetch(in.w.scales, (row_chunk[r] + static_cast<std::uint32_t>(c)) >> in.block_shift);
     };
 
     // Chunk c of x into a slot, zeros for tokens that do not exist; a thread has a piece of 16 bytes of every 16th token. Piece p of token i
@@ -99,15 +112,15 @@ struct CodedTiles {
     constexpr int tokens_at_once = threads / chunk_x_words;
     static_assert(tokens_at_once % 2 == 0);
     const int own_token = thread() / chunk_x_words, piece = thread() % chunk_x_words;
-    const Words<4>* const source = reinterpret_cast<const Words<4>*>(x.row(first_token + own_token)) + piece;
+    const Words<4>* const source = reinterpret_cast<const Words<4>*>(in.x.row(first_token + own_token)) + piece;
     const auto target = ring.from(own_token * chunk_x_words + (piece ^ (own_token & 1)));
-    const int own_tokens = static_cast<int>(x.rows - first_token) - own_token;
+    const int own_tokens = static_cast<int>(in.x.rows - first_token) - own_token;
     const auto copy_x = [&](int c, int slot) {
       if (c < end) {
 #pragma unroll
         for (int i = 0; i < copies; ++i) {
           const int bytes = i * tokens_at_once < own_tokens ? 16 : 0;  // of none, the address is not read
-          copy_async<16>(target.from(slot * stage_words + i * threads), source + chunk_x_words * c + i * tokens_at_once * (x.stride / 8), bytes);
+          copy_async<16>(target.from(slot * stage_words + i * threads), source + chunk_x_words * c + i * tokens_at_once * (in.x.stride / 8), bytes);
         }
       }
       commit_copies();
@@ -137,7 +150,7 @@ struct CodedTiles {
         const int after = c + stages + t;
 #pragma unroll
         for (int r = 0; r < own_rows; ++r) {
-          scale[r] = pending[r].value(w.scales, second_level);
+          scale[r] = pending[r].value(in.w.scales, second_level);
           pending[r] = fetch_scale(r, after < end ? after : begin);
         }
       }
@@ -163,12 +176,10 @@ struct CodedTiles {
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         const Index token = first_token + 8 * i + 2 * t + c;
-        if (token >= y.rows || row >= y.cols) continue;
         float own[own_rows];
 #pragma unroll
         for (int r = 0; r < own_rows; ++r) own[r] = sums[r / 2][i][r % 2 * 2 + c];
-        if (parts != nullptr) put(parts + (part * y.rows + token) * y.cols + row, y.cols - row, Update::overwrite, own);
-        else put(y.row(token) + row, y.cols - row, update, own);
+        in.put(token, row, own);
       }
   }
 };
@@ -195,13 +206,12 @@ void multiply_in_tiles(const CudaContext& context, MatrixView<const T> x, const 
                                            Kernel::most_blocks);
   // Blocks of one processor share what limits it: they are worth filling with parts only where there are fewer tiles than processors.
   const Index tiles = across * down, processors = device.multiProcessorCount;
-  const Index room = std::max<Index>(scratch.room() - 255, 0) / part_bytes;  // of which take() may lose 255 bytes
   const Index parts = parts_of_tiles(tiles, tiles < processors ? resident * processors : processors, w.cols,
-                                     std::min({most_parts, w.cols / least_columns, room}));
+                                     std::min({most_parts, w.cols / least_columns, scratch.room_for(1) / part_bytes}));
   float* const memory = parts > 1 ? scratch.take<float>(parts * y.rows * y.cols) : nullptr;
   // Tiles of the same rows run side by side: their codes leave memory once.
   const dim3 blocks(static_cast<unsigned>(down), static_cast<unsigned>(across), static_cast<unsigned>(parts));
-  device::launch({context.stream(), blocks, Kernel::shared_bytes}, Kernel{w, x, y, memory, update, block_shift});
+  device::launch({context.stream(), blocks, Kernel::shared_bytes}, Kernel{{w, x, y, memory, update, block_shift}});
   if (parts > 1) for_each(context, y.rows, y.cols, device::SumParts<float, Y>{memory, static_cast<int>(parts), y, update});
 }
 

@@ -39,8 +39,7 @@ __device__ inline Words<4> exchange_bytes(const Words<4>& own) {
   return bytes;
 }
 
-/// y [tokens, out] (+)= x [tokens, in] . w [out, in]^T, or, in grid().z parts [tokens, out] of float, its sums over ranges of `in`. Rows of
-/// w are whole rounds of 256 elements, blocks whole chunks, codes and rows of x are aligned to 16 bytes. sm_90a
+/// A TiledProduct. Rows of w are whole rounds of 256 elements, blocks whole chunks, codes and rows of x are aligned to 16 bytes. sm_90a
 template <CodeFormat Format, class Scales, class T, class Y, int token_tiles>
 struct WarpgroupTiles {
   static constexpr bool needs_sm90a = true;
@@ -58,12 +57,7 @@ struct WarpgroupTiles {
   static constexpr int sums_of_half = 4 * token_tiles / 2;
   static_assert(copies * threads == stage_words && chunk_words % 64 == 0);
 
-  QuantizedView<Format, Scales> w;
-  MatrixView<const T> x;
-  MatrixView<Y> y;
-  float* parts;  // null: y
-  Update update;
-  int block_shift;  // log2(chunks in a block)
+  TiledProduct<Format, Scales, T, Y> in;
 
   __device__ void operator()(SharedMemory memory) const {
     if constexpr (is_sm90a) multiply(memory);
@@ -79,36 +73,35 @@ struct WarpgroupTiles {
     const int g = lane() / 4, t = lane() % 4;
     const Index first_token = static_cast<Index>(block().x) * tokens;
     const Index first_row = static_cast<Index>(block().y) * rows + warp() * 16 + 2 * g;  // of the lane's two
-    const int pairs = static_cast<int>(w.cols / pair_elements);
-    const int parts_count = static_cast<int>(grid().z), part = static_cast<int>(block().z);
-    const int begin = 2 * static_cast<int>(w.cols / round_elements * part / parts_count);
-    const int end = 2 * static_cast<int>(w.cols / round_elements * (part + 1) / parts_count);
+    const int pairs = static_cast<int>(in.w.cols / pair_elements);
+    const Index rounds = in.w.cols / round_elements;
+    const int begin = 2 * in.begin_of_part(rounds), end = 2 * in.begin_of_part(rounds, 1);
 
     // Beyond the last row lanes repeat it.
-    const auto row_of = [&](int r) { return first_row + r < w.rows ? first_row + r : w.rows - 1; };
-    const Words<4>* const codes = reinterpret_cast<const Words<4>*>(w.codes + row_of(0) * (w.cols / 2)) + t;
+    const auto row_of = [&](int r) { return first_row + r < in.w.rows ? first_row + r : in.w.rows - 1; };
+    const Words<4>* const codes = reinterpret_cast<const Words<4>*>(in.w.codes + row_of(0) * (in.w.cols / 2)) + t;
     const int next_row = row_of(1) > row_of(0) ? pair_code_words * pairs : 0;
     const auto fetch_codes = [&](int r, int q) { return load_once(codes + r * next_row + pair_code_words * (q < end ? q : begin)); };
     // A lane has the scale of one of its quad's two rows and one of a pair's chunks.
     const std::uint32_t own_chunk = static_cast<std::uint32_t>(row_of(t / 2) * (2 * pairs) + t % 2);
     const auto fetch_scale = [&](int q) {
-      return PendingScale<Scales>::fetch(w.scales, (own_chunk + 2 * static_cast<std::uint32_t>(q < end ? q : begin)) >> block_shift);
+      return PendingScale<Scales>::fetch(in.w.scales, (own_chunk + 2 * static_cast<std::uint32_t>(q < end ? q : begin)) >> in.block_shift);
     };
 
     // A pair of chunks of x into a slot, zeros for tokens that do not exist; a thread has a piece of 16 bytes of every 16th token.
     constexpr int tokens_at_once = threads / (2 * chunk_x_words);
     static_assert(tokens_at_once % 8 == 0);
     const int own_token = thread() / (2 * chunk_x_words), piece = thread() % (2 * chunk_x_words);
-    const Words<4>* const source = reinterpret_cast<const Words<4>*>(x.row(first_token + own_token)) + piece;
+    const Words<4>* const source = reinterpret_cast<const Words<4>*>(in.x.row(first_token + own_token)) + piece;
     const auto target = ring.from(piece / chunk_x_words * chunk_words + swizzled_piece(own_token, piece % chunk_x_words));
-    const int own_tokens = static_cast<int>(x.rows - first_token) - own_token;
+    const int own_tokens = static_cast<int>(in.x.rows - first_token) - own_token;
     const auto copy_x = [&](int q, int slot) {
       if (q < end) {
 #pragma unroll
         for (int i = 0; i < copies; ++i) {
           const int bytes = i * tokens_at_once < own_tokens ? 16 : 0;  // of none, the address is not read
           copy_async<16>(target.from(slot * stage_words + i * tokens_at_once * chunk_x_words),
-                         source + 2 * chunk_x_words * q + i * tokens_at_once * (x.stride / 8), bytes);
+                         source + 2 * chunk_x_words * q + i * tokens_at_once * (in.x.stride / 8), bytes);
         }
       }
       commit_copies();
@@ -169,7 +162,7 @@ struct WarpgroupTiles {
         add_half(1, scale[1]);
       }
       begin_half(1, 0, x_tile);
-      const float own_scale = pending.value(w.scales, second_level);
+      const float own_scale = pending.value(in.w.scales, second_level);
       pending = fetch_scale(q + 1);
 #pragma unroll
       for (int r = 0; r < 2; ++r)
@@ -216,10 +209,8 @@ struct WarpgroupTiles {
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
           const Index token = first_token + half * (tokens / 2) + 8 * i + 2 * t + c;
-          if (token >= y.rows || first_row >= y.cols) continue;
           const float own[2] = {sums[half][4 * i + c], sums[half][4 * i + 2 + c]};
-          if (parts != nullptr) put(parts + (part * y.rows + token) * y.cols + first_row, y.cols - first_row, Update::overwrite, own);
-          else put(y.row(token) + first_row, y.cols - first_row, update, own);
+          in.put(token, first_row, own);
         }
   }
 };
