@@ -181,6 +181,7 @@ class Cells {
     const int copies = copies_of(out, in);
     std::vector<Layer> layers;
     for (int i = 0; i < copies; ++i) layers.push_back(random_layer(out, in, 200 + 2 * static_cast<std::uint64_t>(i)));
+    for (Layer& layer : layers) layer.set_training(false);  // as where a text is generated
     for (const Index tokens : tokens_list) {
       const auto x = activations(tokens, in, 13);
       Matrix<bfloat16> y(tokens, out);

@@ -42,12 +42,12 @@ enum class RopeLayout { interleaved, half_split };
 
 /// What an adapter adds to a product x . w^T: scale * u . b, u [tokens, rank], b [rank, out], rank-major as LoRAAdapter has it. Empty:
 /// nothing. Where there is an a [rank, in], u is memory that x . a^T is written to on the way, apart from x and y; else it is read.
-template <class S>
+template <Scalar T>
 struct AdapterTerm {
-  MatrixView<S> u = {};
-  MatrixView<const S> b = {};
-  S scale = 1;
-  MatrixView<const S> a = {};
+  MatrixView<Accumulator<T>> u = {};
+  MatrixView<const T> b = {};
+  Accumulator<T> scale = 1;
+  MatrixView<const T> a = {};
 };
 
 /// Heads of an attention layer. Query head h reads key-value head h / (heads / kv_heads).
@@ -249,7 +249,7 @@ concept HasGemm = requires(const B b, MatrixView<const T> x, MatrixView<T> y, Ma
 /// weight. Optional.
 template <class B, class T, class W>
 concept HasAdapterTerm = requires(const B b, MatrixView<const T> x, const W w, MatrixView<T> y, Update update,
-                                  AdapterTerm<Accumulator<T>> adapter) {
+                                  AdapterTerm<T> adapter) {
   { b.takes_adapter(x, w) } -> std::same_as<bool>;  // whether there is what follows for such an x
   b.matmul(x, w, y, update, adapter);               // y [tokens, out] (+)= x [tokens, in] . w^T + adapter, whose u it may write, in one pass
 };

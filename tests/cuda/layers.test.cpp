@@ -208,9 +208,11 @@ TEMPLATE_TEST_CASE("a layer's few tokens have their adapter's term in the same l
         layer.set_bias(upload(bias).view());
         cuda.upload(b.view(), layer.adapter().b().value.view());
         layer.set_ranks(plan);
+        layer.set_training(false);
         typename qd::DynamicLoRALinear<T, Cuda>::Context context;
         const auto device_x = upload(x);
         qd::Matrix<T, qd::DeviceMemory> y(count, out);
+        layer.forward(device_x.view(), y.view(), context);  // which keeps A and B rounded
         const long before = launches();
         layer.forward(device_x.view(), y.view(), context);
         if (&cuda.context() == &fusing && plan.is_uniform() && count <= 8 && before >= 0)
@@ -328,6 +330,101 @@ TEST_CASE("an adapter with gates is refused on the device", "[cuda]") {
   const qd::CudaContext context({.workspace_bytes = std::size_t{4} << 20});
   qd::LoRAOptions options{.max_rank = 4, .name = "up", .gated_ranks = {1, 4}};
   CHECK(test::code_of([&] { qd::LoRAAdapter<float, qd::DeviceMemory>(8, 8, options); }) == qd::Errc::unsupported);
+}
+
+// What a product of few tokens reads of A and B is rounded, and kept while a layer does not train.
+TEMPLATE_TEST_CASE("factors that a layer keeps are those of its adapter", "[cuda]", qd::bfloat16, qd::half) {
+  using T = TestType;
+  const qd::CudaContext context({.workspace_bytes = std::size_t{4} << 20});
+  if (context.compute_capability() < 80) SKIP("products with adapters need a device of compute capability 8.0, and code for one");
+  const Cuda cuda(context);
+  constexpr Index few = 3, max_rank = 8;
+  const auto weight = qd::quantize(test::normal_matrix<float>(out, in, 1, 0.3).view());
+  const auto base = std::make_shared<const qd::WeightFor<qd::NF4, Cuda::Memory>>(cuda.upload(weight));
+  qd::DynamicLoRALinear<T, Cuda> layer(base, {.max_rank = max_rank, .alpha = 4, .seed = 3}, cuda);
+  const auto host_x = test::normal_matrix<T>(few, in, 2), host_dy = test::normal_matrix<T>(few, out, 4);
+  const test::Remote<Cuda, T> x(cuda, host_x.view(), 0), dy(cuda, host_dy.view(), 0);
+  qd::Matrix<T, Cuda::Memory> y(few, out), dx(few, in);
+  typename qd::DynamicLoRALinear<T, Cuda>::Context pass;
+  Matrix<float> a(max_rank, in), b(max_rank, out);
+  std::uint64_t seed = 10;
+  const auto change = [&](auto& adapter) {
+    a = qd::clone(test::normal_matrix<float>(max_rank, in, ++seed, 0.2).view());
+    b = qd::clone(test::normal_matrix<float>(max_rank, out, ++seed, 0.2).view());
+    cuda.upload(a.view(), adapter.a().value.view());
+    cuda.upload(b.view(), adapter.b().value.view());
+    cuda.synchronize();
+  };
+  const auto rounded = [](const Matrix<float>& factor, Index rows) {
+    Matrix<T> result(rows, factor.cols());
+    for (Index i = 0; i < result.size(); ++i) result.data()[i] = static_cast<T>(factor.data()[i]);
+    return result;
+  };
+  // Whether y is what the adapter makes of x at a rank; the emulator sees a read of memory that was given back.
+  const auto is_right = [&](Index rank) {
+    const auto ra = rounded(a, rank), rb = rounded(b, rank);
+    Matrix<double> u(few, rank), expected(few, out);
+    test::reference::matmul(host_x.view(), weight.view(), expected.view(), qd::Update::overwrite);
+    test::reference::matmul(host_x.view(), ra.view(), u.view(), qd::Update::overwrite);
+    for (double& value : u.span()) value *= 0.5;
+    test::reference::matmul_transposed(std::as_const(u).view(), rb.view(), expected.view(), qd::Update::accumulate);
+    const auto found = on_host<T>(cuda, std::as_const(y).view());
+    return std::sqrt(test::normalised_squared_error(found.view(), std::as_const(expected).view())) < (std::is_same_v<T, qd::half> ? 1e-3 : 8e-3);
+  };
+  const auto forward = [&](Index rank) {
+    layer.set_rank(rank);
+    layer.forward(x.in(), y.view(), pass);
+    return is_right(rank);
+  };
+  auto& behind = std::as_const(layer).adapter();
+  auto& parameters = const_cast<std::remove_cvref_t<decltype(behind)>&>(behind);
+
+  for (const bool training : {true, false}) {
+    CAPTURE(training);
+    layer.set_training(training);
+    change(layer.adapter());
+    CHECK(forward(max_rank));
+    CHECK(forward(3));
+    change(layer.adapter());  // which says so
+    CHECK(forward(5));
+    change(parameters);
+    CHECK(forward(5) == training);  // kept, by one who was not told
+    layer.set_training(training);
+    CHECK(forward(5));
+    layer.backward(dy.in(), dx.view(), pass);
+    change(parameters);  // what an optimizer does after it
+    CHECK(forward(5));
+    layer.backward(dy.in(), dx.view(), pass, qd::GradientMode::ignore);
+    change(parameters);
+    CHECK(forward(2) == training);
+    layer.adapter();
+    CHECK(forward(2));
+#ifdef QDYLORA_CUDA_EMULATOR
+    // One launch a pass where factors are kept; two more round them in training.
+    const long before = launches();
+    CHECK(forward(2));
+    CHECK(launches() - before == (training ? 3 : 1));
+#endif
+    // A recorded training step rounds them each time; a recorded forward pass reads those that are kept, wherever the layer went since.
+    const auto step = [&] {
+      layer.forward(x.in(), y.view(), pass);
+      layer.backward(dy.in(), dx.view(), pass);
+    };
+    step();
+    const qd::CudaGraph recorded_step(context, step);
+    change(parameters);
+    recorded_step.launch();
+    CHECK(is_right(2));
+    layer.forward(x.in(), y.view(), pass);
+    const qd::CudaGraph recorded(context, [&] { layer.forward(x.in(), y.view(), pass); });
+    cuda.fill(y.view(), T{});
+    recorded.launch();
+    CHECK(is_right(2));
+    layer.set_training(true);
+    cuda.fill(y.view(), T{});
+    recorded.launch();
+    CHECK(is_right(2));
+  }
 }
 
 }  // namespace layers_test

@@ -130,15 +130,15 @@ TEMPLATE_TEST_CASE("an adapter rides on the product of its layer", "[cuda]", qd:
   for (const Index tokens : {1, 3, 11, 20})
     for (const Index rank : {1, 13, 70}) {
       const auto x = test::normal_matrix<T>(tokens, in, 1);
-      const auto u = test::normal_matrix<float>(tokens, rank, 2), b = test::normal_matrix<float>(rank + 3, 50, 3),
-                 a = test::normal_matrix<float>(rank, in, 5, 0.2);
+      const auto u = test::normal_matrix<float>(tokens, rank, 2);
+      const auto b = test::normal_matrix<T>(rank + 3, 50, 3), a = test::normal_matrix<T>(rank, in, 5, 0.2);
       const test::Remote<Cuda, T> remote_x(cuda, x.view(), 0);
       test::Remote<Cuda, float> remote_u(cuda, u.view());
-      const test::Remote<Cuda, float> remote_b(cuda, b.view()), aligned_a(cuda, a.view(), 4), remote_a(cuda, a.view(), 3);
+      const test::Remote<Cuda, T> remote_b(cuda, b.view()), aligned_a(cuda, a.view(), 8), remote_a(cuda, a.view(), 3);
       REQUIRE(cuda.takes_adapter(remote_x.in(), w.view()));
-      const auto check = [&](MatrixView<const float> from, const Matrix<float>& expected_u, qd::Update update) {
+      const auto check = [&](MatrixView<const T> from, const Matrix<float>& expected_u, qd::Update update) {
         test::Output<Cuda, T> y(cuda, tokens, 50, update);
-        const qd::AdapterTerm<float> adapter{remote_u.view(), remote_b.in().top_rows(rank), -0.5f, from};
+        const qd::AdapterTerm<T> adapter{remote_u.view(), remote_b.in().top_rows(rank), -0.5f, from};
         cuda.matmul(remote_x.in(), w.view(), y.view(), update, adapter);
         test::reference::matmul(x.view(), host.view(), y.expected(), update);
         Matrix<float> scaled(tokens, rank);
@@ -159,10 +159,10 @@ TEMPLATE_TEST_CASE("an adapter rides on the product of its layer", "[cuda]", qd:
           test::check_result(remote_u, std::as_const(made).view(), test::bound<float>());
         }
       test::Output<Cuda, T> alone(cuda, tokens, 50, qd::Update::overwrite);
-      cuda.matmul(remote_x.in(), w.view(), alone.view(), qd::Update::overwrite, qd::AdapterTerm<float>{});  // empty: nothing
+      cuda.matmul(remote_x.in(), w.view(), alone.view(), qd::Update::overwrite, qd::AdapterTerm<T>{});  // empty: nothing
       test::reference::matmul(x.view(), host.view(), alone.expected(), qd::Update::overwrite);
       alone.check(test::bound<T>());
-      const auto code_of = [&](const qd::AdapterTerm<float>& adapter) {
+      const auto code_of = [&](const qd::AdapterTerm<T>& adapter) {
         return test::code_of([&] { cuda.matmul(remote_x.in(), w.view(), alone.view(), qd::Update::overwrite, adapter); });
       };
       CHECK(code_of({remote_u.view(), remote_b.in().left_cols(49).top_rows(rank)}) == qd::Errc::shape_mismatch);
@@ -174,7 +174,7 @@ TEMPLATE_TEST_CASE("an adapter rides on the product of its layer", "[cuda]", qd:
   test::Output<Cuda, T> y(cuda, 40, 50, qd::Update::overwrite);
   CHECK_FALSE(cuda.takes_adapter(x.in(), w.view()));
   test::Remote<Cuda, float> u(cuda, test::normal_matrix<float>(40, 2, 2).view());
-  const test::Remote<Cuda, float> b(cuda, test::normal_matrix<float>(2, 50, 3).view());
+  const test::Remote<Cuda, T> b(cuda, test::normal_matrix<T>(2, 50, 3).view());
   CHECK(test::code_of([&] { cuda.matmul(x.in(), w.view(), y.view(), qd::Update::overwrite, {u.view(), b.in()}); }) == qd::Errc::unsupported);
 }
 

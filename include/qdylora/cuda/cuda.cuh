@@ -94,7 +94,7 @@ class Cuda {
   /// aligned to 16 bytes. Errc::unsupported unless takes_adapter.
   template <class X, class W, class Y>
     requires detail::FusedTypes<W, std::remove_const_t<X>, Y>
-  void matmul(MatrixView<X> x, const W& w, MatrixView<Y> y, Update update, const AdapterTerm<float>& adapter) const {
+  void matmul(MatrixView<X> x, const W& w, MatrixView<Y> y, Update update, const AdapterTerm<std::remove_const_t<X>>& adapter) const {
     detail::matmul(*context_, MatrixView<const std::remove_const_t<X>>(x), w, y, update, adapter);
   }
   template <class X, class W, class Y>

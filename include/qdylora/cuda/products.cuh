@@ -55,7 +55,7 @@ void matmul(const CudaContext& context, MatrixView<const X> x, const W& w, Matri
 template <class X, class W, class Y>
   requires FusedTypes<W, X, Y>
 void matmul(const CudaContext& context, MatrixView<const X> x, const W& w, MatrixView<Y> y, Update update,
-            const AdapterTerm<float>& adapter) {
+            const std::type_identity_t<AdapterTerm<X>>& adapter) {
   expect_matmul(x, w, y);
   const bool makes_u = !adapter.a.empty();
   if (const Index rank = std::max(adapter.u.cols, adapter.a.rows); rank > 0) {

@@ -40,7 +40,7 @@ struct SmallBatch {
   QuantizedView<Format, Scales> w;
   MatrixView<const T> x;
   MatrixView<Y> y;
-  AdapterTerm<float> adapter;
+  AdapterTerm<T> adapter;
   Update update;
   int block_shift;         // log2(chunks in a block)
   int projections;         // blocks that make u, the first ones
@@ -140,7 +140,7 @@ struct SmallBatch {
     const Index first = static_cast<Index>(block().x) % token_groups * tokens;
     const int count = x.rows - first < tokens ? static_cast<int>(x.rows - first) : tokens;
     float sum[tokens] = {};
-    if (own_rank < adapter.a.rows) add_share_of_row<4, sharing>(x, first, count, adapter.a.row(own_rank), thread() % sharing, sum);
+    if (own_rank < adapter.a.rows) add_share_of_row<8, sharing>(x, first, count, adapter.a.row(own_rank), thread() % sharing, sum);
 #pragma unroll
     for (int t = 0; t < tokens; ++t) {
       sum[t] = sum_warp(sum[t]);
@@ -162,7 +162,7 @@ struct SmallBatch {
   __device__ void add_adapter(Index first_row, Sums& sums) const {
     constexpr int at_once = 8 / token_tiles;
     const int g = lane() / 4, t = lane() % 4, ranks = static_cast<int>(adapter.u.cols);
-    const float* const own_b = adapter.b.data + first_row + g;
+    const T* const own_b = adapter.b.data + first_row + g;
     const int own_rows = static_cast<int>(w.rows - first_row) - g;
     float b[at_once][2], u[at_once][token_tiles][2];
     const auto fetch_b = [&](int first) {
@@ -170,7 +170,7 @@ struct SmallBatch {
       for (int i = 0; i < at_once; ++i)
 #pragma unroll
         for (int r = 0; r < 2; ++r)
-          b[i][r] = first + i * warps < ranks && 8 * r < own_rows ? load(own_b + (first + i * warps) * adapter.b.stride + 8 * r) : 0.0f;
+          b[i][r] = first + i * warps < ranks && 8 * r < own_rows ? widen(load(own_b + (first + i * warps) * adapter.b.stride + 8 * r)) : 0.0f;
     };
     fetch_b(warp());
     if (projections > 0) {
@@ -253,12 +253,12 @@ MatrixView<const T> aligned_rows(const CudaContext& context, Scratch& scratch, M
 template <CodeFormat Format, class Scales, class T, class Y>
   requires FusedTypes<QuantizedView<Format, Scales>, T, Y>
 void multiply_small_batch(const CudaContext& context, MatrixView<const T> x, const QuantizedView<Format, Scales>& w, MatrixView<Y> y,
-                          Update update, const AdapterTerm<float>& adapter = {}) {
+                          Update update, const std::type_identity_t<AdapterTerm<T>>& adapter = {}) {
   QDYLORA_EXPECTS(x.rows <= 32, bad_argument, "small batch: " + std::to_string(x.rows) + " tokens are more than 32");
   Scratch scratch(context);
   x = aligned_rows(context, scratch, x);
   const int block_shift = std::countr_zero(static_cast<std::size_t>(w.block_size)) - 6;
-  const bool apart = !has_aligned_rows<4>(adapter.a);  // then u is made before
+  const bool apart = !has_aligned_rows<8>(adapter.a);  // then u is made before
   if (apart) multiply_few(context, x, adapter.a, adapter.u, Update::overwrite);
   const auto go = [&]<int token_tiles>(std::integral_constant<int, token_tiles>) {
     using Kernel = device::SmallBatch<Format, Scales, T, Y, token_tiles>;

@@ -22,6 +22,7 @@
 #include <qdylora/nn/column_sums.hpp>
 #include <qdylora/nn/magnitude.hpp>
 #include <qdylora/nn/own_pass.hpp>
+#include <qdylora/nn/rounded_factors.hpp>
 #include <qdylora/nn/weight.hpp>
 
 namespace qdylora {
@@ -30,6 +31,7 @@ namespace qdylora {
 template <Scalar T, MemoryResource Memory>
 struct DynamicLoRAContext : AdapterContext<T, Memory> {
   MagnitudeContext<T, Memory> magnitude;
+  std::shared_ptr<const RoundedFactors<T, Memory>> factors;  // that the layer keeps: a recorded pass reads them
 };
 
 template <Scalar T, class Backend = Cpu, class Format = NF4>
@@ -51,7 +53,7 @@ class DynamicLoRALinear : public AdapterLayer<T, Backend>,
   /// Quantizes `weight` [out, in] into the layer's format.
   template <class S>
   DynamicLoRALinear(MatrixView<S> weight, LoRAOptions options, QuantizeOptions quantize = {}, Backend backend = {})
-      : DynamicLoRALinear(make_weight(weight, quantize, backend), std::move(options), backend) {}
+      : DynamicLoRALinear(std::make_shared<const WeightType>(make_weight<Format>(weight, quantize, backend)), std::move(options), backend) {}
   template <class S, class M>
   DynamicLoRALinear(const Matrix<S, M>& weight, LoRAOptions options, QuantizeOptions quantize = {}, Backend backend = {})
       : DynamicLoRALinear(weight.view(), std::move(options), quantize, backend) {}
@@ -83,9 +85,9 @@ class DynamicLoRALinear : public AdapterLayer<T, Backend>,
     if constexpr (HasMagnitude<Backend, T>)
       if (norms_) norms_ = std::make_unique<RowNorms<Acc, Memory>>(*base_, backend_);
   }
-  /// For writing, after which norms of rows are made anew; see set_training.
+  /// For writing, after which what passes keep of it is made anew; see set_training.
   Adapter& adapter() noexcept {
-    forget_norms();
+    forget_kept();
     return adapter_;
   }
   const Adapter& adapter() const noexcept { return adapter_; }
@@ -103,10 +105,12 @@ class DynamicLoRALinear : public AdapterLayer<T, Backend>,
   /// The frozen one, empty where there is none.
   MatrixView<const Acc> bias() const noexcept { return bias_.view(); }
 
-  /// As AdapterLayer has it. With a magnitude, norms of rows are made in every pass while training. Else they are kept until this is called
-  /// again, adapter() is, or a backward pass adds gradients: whoever changes A or B by other ways says so by calling this.
+  /// As AdapterLayer has it. What is made of A and B for a pass (a magnitude's norms of rows, factors in T for HasAdapterTerm) is made in every
+  /// pass while training. Else it is kept until this is called again, adapter() is, or a backward pass adds gradients: whoever changes A or B
+  /// by other ways says so by calling this.
   void set_training(bool training, std::uint32_t step = 0, Index first_row = 0) noexcept {
-    forget_norms();
+    forget_kept();
+    if (training) kept_factors_->release();
     Base::set_training(training, step, first_row);
   }
 
@@ -140,10 +144,7 @@ class DynamicLoRALinear : public AdapterLayer<T, Backend>,
     bool have_dx = !want_dx;
     if constexpr (HasMagnitude<Backend, T>)
       if (adapter_.dora() && rank > 0) {
-        if (mode == GradientMode::accumulate) {
-          magnitude_gradient(dy, context.plan, context.magnitude, adapter_, backend_);
-          forget_norms();
-        }
+        if (mode == GradientMode::accumulate) magnitude_gradient(dy, context.plan, context.magnitude, adapter_, backend_);
         if (want_dx && dropped) {  // dy W + mask(((m / n - 1) * dy) W)
           backward_base(dy, dx);
           have_dx = true;
@@ -228,11 +229,13 @@ class DynamicLoRALinear : public AdapterLayer<T, Backend>,
     const auto x = context.x;
     if constexpr (HasAdapterTerm<Backend, T, W>)
       if (rank > 0 && backend_.takes_adapter(x, w)) {
-        AdapterTerm<Acc> term{.b = rows_of(adapter_.b(), rank)};
+        context.factors = training_ ? nullptr : kept_factors_->find(adapter_, backend_);
+        const auto factors = training_ ? std::make_shared<const RoundedFactors<T, Memory>>(adapter_, rank, backend_) : context.factors;
+        AdapterTerm<T> term{.b = factors->b.view().top_rows(rank)};
         Matrix<Acc, Memory> u;
         const bool one_scale = plan_.is_uniform() && !adapter_.gated();
         begin_projection(context);
-        if (one_scale && context.dropped.size() == 0) term.a = rows_of(adapter_.a(), rank);
+        if (one_scale && context.dropped.size() == 0) term.a = factors->a.view().top_rows(rank);
         else project(context);
         if (one_scale) term.scale = adapter_.scale(rank);
         else u = scaled_z(context, rank);
@@ -259,6 +262,7 @@ class DynamicLoRALinear : public AdapterLayer<T, Backend>,
     auto t = temporary<Acc>(backend_, dy.rows, rank), work = temporary<Acc>(backend_, dy.rows, rank);
     detail::through_ranks(backend_, dy, rows_of(adapter_.b(), rank), context.plan, t.view());
     if (mode == GradientMode::accumulate) {
+      forget_kept();
       scale_rows(context.z.view(), context.plan, work.view(), true);
       detail::add_rank_gradient(backend_, as_const(work), dy, context.plan, adapter_.b().gradient.view());
       scale_rows(t.view(), context.plan, work.view(), true);
@@ -346,20 +350,6 @@ class DynamicLoRALinear : public AdapterLayer<T, Backend>,
     return Adapter(base->cols(), base->rows(), std::move(options));
   }
 
-  template <class S>
-  static std::shared_ptr<const WeightType> make_weight(MatrixView<S> weight, QuantizeOptions options, const Backend& backend) {
-    if constexpr (CodeFormat<Format>) {
-      return std::make_shared<const WeightType>(backend.template quantize<Format, DoubleQuant<>>(weight, options));
-    } else {
-      static_assert(!std::is_same_v<Format, AnyFormat>, "a layer of AnyFormat is made from a weight that exists");
-      static_cast<void>(options);
-      using Storage = std::remove_cvref_t<decltype(std::get<0>(std::declval<const WeightType&>().storage()))>;
-      Storage dense(weight.rows, weight.cols);
-      backend.copy(weight, dense.view());
-      return std::make_shared<const WeightType>(std::move(dense));
-    }
-  }
-
   void gate_gradients(const Context& context, MatrixView<const Acc> t) {
     const Index width = t.cols;
     context.plan.for_each_run(t.rows, [&](Index first, Index count, Index rank) {
@@ -373,8 +363,9 @@ class DynamicLoRALinear : public AdapterLayer<T, Backend>,
     });
   }
 
-  void forget_norms() noexcept {
+  void forget_kept() noexcept {
     if (norms_) norms_->forget();
+    kept_factors_->forget();
   }
 
   // The optimizer skips a step that is not finite; the moments must not keep it either.
@@ -395,6 +386,7 @@ class DynamicLoRALinear : public AdapterLayer<T, Backend>,
   Matrix<Acc, Memory> bias_, merged_;
   Index merged_rank_ = 0;
   std::unique_ptr<RowNorms<Acc, Memory>> norms_;  // with a magnitude
+  std::unique_ptr<KeptFactors<T, Memory>> kept_factors_ = std::make_unique<KeptFactors<T, Memory>>();
 };
 
 }  // namespace qdylora

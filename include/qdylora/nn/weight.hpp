@@ -6,6 +6,7 @@
 #include <utility>
 #include <variant>
 
+#include <qdylora/quant/quantize.hpp>
 #include <qdylora/quant/quantized_tensor.hpp>
 
 namespace qdylora {
@@ -99,6 +100,22 @@ struct WeightFor<AnyFormat, Memory> {
 
 template <class Format, MemoryResource Memory = HostMemory>
 using WeightFor = typename detail::WeightFor<Format, Memory>::type;
+
+/// A weight of `values` in `Format`: coded with double-quantized scales, or copied where the format is dense.
+template <class Format, class S, class Backend>
+auto make_weight(MatrixView<S> values, const QuantizeOptions& options, const Backend& backend) {
+  static_assert(!std::is_same_v<Format, AnyFormat>, "a layer of AnyFormat is made from a weight that exists");
+  using Made = WeightFor<Format, typename Backend::Memory>;
+  if constexpr (CodeFormat<Format>) {
+    return Made(backend.template quantize<Format, DoubleQuant<>>(values, options));
+  } else {
+    static_cast<void>(options);
+    using Storage = std::remove_cvref_t<decltype(std::get<0>(std::declval<const Made&>().storage()))>;
+    Storage dense(values.rows, values.cols);
+    backend.copy(values, dense.view());
+    return Made(std::move(dense));
+  }
+}
 
 /// An embedding or a head [vocab, width]: dense, or in the 8 bits of GGUF's Q8_0, a quarter of the bytes that every token of a generated
 /// text reads.
