@@ -45,6 +45,10 @@ void save_run_state(const std::filesystem::path& path, const std::string& settin
   state.add_numbers("sampler.carry", s.sampler.carry);
   state.add_numbers("nested", {s.nested.share, s.nested.strength});
   state.add_numbers("nested.weights", s.nested.weights);
+  if constexpr (std::is_same_v<T, half>) {
+    state.add_number("loss_scale", s.loss_scale.value);
+    state.add_integer("loss_scale.steps", s.loss_scale.steps);
+  }
   state.add_numbers("step_losses", history.step_losses);
   state.add_integer("tokens", history.tokens);
   state.add_number("seconds", history.seconds);
@@ -111,6 +115,7 @@ void load_run_state(const std::filesystem::path& path, const std::string& settin
   s.nested.share = nested[0];
   s.nested.strength = nested[1];
   s.nested.weights = state.numbers("nested.weights");
+  if constexpr (std::is_same_v<T, half>) s.loss_scale = {state.number("loss_scale"), state.integer("loss_scale.steps")};
   trainer.restore(s);
   history.step_losses = state.numbers("step_losses");
   history.tokens = state.integer("tokens");

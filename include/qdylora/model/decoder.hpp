@@ -2,8 +2,8 @@
 // linear layers, or bottlenecks in the blocks; or the layers are AlphaLinear, whose scales train. By AdapterMethod::full all weights train,
 // which are copies of the base's then: linear layers are DenseLinear, in bfloat16 where the base is, and norms, embedding and head are in
 // Accumulator<T>; nothing is kept of the base, so that whoever lets it go has its memory back.
-// Gradients between layers are of T, and losses are not scaled up for its range: train in bfloat16 or float, as half, whose least number is
-// 6e-8, loses what is less.
+// Gradients between layers are of T. Where T is half, whose least number is 6e-8, the loss is scaled up for them (optim/loss_scale.hpp), as
+// Trainer does.
 #pragma once
 
 #include <algorithm>
@@ -180,7 +180,7 @@ class Decoder {
   }
 
   /// Sum over the scored positions, and gradients of `scale` times it added to the parameters': scale = 1 / scored gives the mean, and
-  /// micro-batches with one scale for all add up to one big batch.
+  /// micro-batches with one scale for all add up to one big batch. A loss scale is part of it, and given to the optimizer's step too.
   double loss_and_gradient(const Batch& batch, double scale) {
     queue_loss_and_gradient(batch, scale);
     double sum = 0.0;

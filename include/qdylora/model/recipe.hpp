@@ -64,7 +64,23 @@ struct Recipe {
 
   /// Whether rows are re-ordered by singular values at any time.
   bool reorders() const noexcept { return order_at_end || (order_at > 0.0 && order_at < 1.0); }
+  /// What the first `rows` rows multiply the learning rate with in the second phase; strength falls to 0 as it goes on.
+  std::vector<float> row_rates(Index rows, double strength) const {
+    std::vector<float> rates;
+    for (Index i = 0; i < rows; ++i) {
+      const double head = std::max(1.0, head_boost * std::pow(static_cast<double>(i + 1), -head_power));
+      rates.push_back(static_cast<float>(1.0 + strength * (boost * head - 1.0)));
+    }
+    return rates;
+  }
 };
+
+/// The adapter options a recipe wants for a model.
+inline LoRAOptions adapter_options(const Recipe& recipe, const RankSet& ranks, float alpha, std::uint64_t seed) {
+  LoRAOptions options{.max_rank = ranks.max(), .alpha = alpha, .scale = recipe.scale, .gradient_rows = recipe.gradient_rows, .seed = seed};
+  if (recipe.gates) options.gated_ranks.assign(ranks.begin(), ranks.end());
+  return options;
+}
 
 /// DyLoRA's p.
 inline constexpr double dylora_geometric = 0.15;

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <concepts>
 #include <cstdint>
 #include <limits>
 #include <span>
@@ -13,7 +14,9 @@
 
 #include <qdylora/model/decoder.hpp>
 #include <qdylora/model/recipe.hpp>
+#include <qdylora/model/reorder_adapters.hpp>
 #include <qdylora/optim/adamw.hpp>
+#include <qdylora/optim/loss_scale.hpp>
 #include <qdylora/optim/schedule.hpp>
 #include <qdylora/optim/workers.hpp>
 
@@ -31,14 +34,8 @@ struct TrainerOptions {
   double gate_lr = 5.0;     // of gates, relative to lr
   double b_lr_ratio = 1.0;  // of B, relative to A: LoRA+ (Hayou et al. 2024), which finds about 16 good for fine-tuning
   std::uint64_t seed = 0;
+  LossScaleOptions loss_scale = {};  // for T = half
 };
-
-/// The adapter options a recipe wants for a model.
-inline LoRAOptions adapter_options(const Recipe& recipe, const RankSet& ranks, float alpha, std::uint64_t seed) {
-  LoRAOptions options{.max_rank = ranks.max(), .alpha = alpha, .scale = recipe.scale, .gradient_rows = recipe.gradient_rows, .seed = seed};
-  if (recipe.gates) options.gated_ranks.assign(ranks.begin(), ranks.end());
-  return options;
-}
 
 /// Optimizer is AdamW, AdamW8bit or Lion, of what the model trains; gates are few and have AdamW.
 template <Scalar T, class Backend = Cpu, class Optimizer = AdamW<T, Backend>>
@@ -55,6 +52,7 @@ class Trainer {
         gate_optimizer_(gate_parameters(model), gate_adamw_options(options_), model.backend()),
         sampler_(options_.ranks, Rng(options_.seed), sampler_options()),
         schedule_{Schedule::Shape::cosine, options_.steps, options_.warmup_steps, options_.lr_floor},
+        loss_scale_(std::same_as<T, half> ? LossScale(options_.loss_scale) : LossScale()),
         order_step_(static_cast<std::int64_t>(std::llround(options_.recipe.order_at * static_cast<double>(options_.steps)))) {
     QDYLORA_EXPECTS(options_.steps >= 1, bad_argument, "Trainer: steps must be positive");
     QDYLORA_EXPECTS(options_.recipe.order_at >= 0.0 && options_.recipe.order_at <= 1.0, bad_argument,
@@ -74,6 +72,7 @@ class Trainer {
     Index rank = 0;  // the largest of the step
     Index tokens = 0;
     bool skipped = false;  // the gradient was not finite
+    int repeats = 0;       // of the pass, as a gradient left the range of half: at half the loss scale, each time
   };
 
   /// Sequences that measure what each rank loses, for recipes that measure; they should not be trained on. Without any, such a recipe
@@ -117,20 +116,21 @@ class Trainer {
     report.rank = plan.max_rank();
     report.lr = set_learning_rates();
 
-    optimizer_.zero_grad();
-    gate_optimizer_.zero_grad();
-    double sum = 0.0;
-    for (const auto& batch : batches) {
-      model_.set_ranks(part(plan, first.sequences, batch.sequences()));
-      model_.set_training(true, static_cast<std::uint32_t>(step_), first.tokens);
-      sum += model_.loss_and_gradient(batch, 1.0 / static_cast<double>(all.scored));
-      first += batch.counts();
+    const double scale = loss_scale_.value();
+    const auto moments = scale > 1.0 ? copies_of(collected_moments(model_)) : Copies{};
+    double sum = gradients(batches, plan, first, all);
+    auto result = optimizer_.step(scale);
+    for (; result.skipped && std::isfinite(sum) && loss_scale_.lower(); ++report.repeats) {
+      optimizer_.restore_counts(optimizer_.step_count(), optimizer_.skipped_steps() - 1);  // it is the same step still
+      put(moments, collected_moments(model_));
+      scale_moments(loss_scale_.value() / scale);
+      sum = gradients(batches, plan, first, all);
+      result = optimizer_.step(loss_scale_.value());
     }
-    model_.set_training(false);
-    const Index rows = has_ranks(model_.options().method) ? plan.max_rank() : std::numeric_limits<Index>::max();
-    workers_.sum_gradients(parameters(optimizer_, gate_optimizer_), rows, {&sum, 1}, model_.backend());
-    const auto result = optimizer_.step();
-    if (!result.skipped && nesting_) gate_optimizer_.step();
+    const double last_scale = loss_scale_.value();
+    if (!result.skipped && nesting_) gate_optimizer_.step(last_scale);
+    loss_scale_.end_step(result.skipped);
+    scale_moments(loss_scale_.value() / last_scale);
     report.loss = sum / static_cast<double>(all.scored);
     report.gradient_norm = result.gradient_norm;
     report.skipped = result.skipped;
@@ -167,6 +167,7 @@ class Trainer {
   const NestedShare& nested() const noexcept { return nested_share_; }
   bool reordered_at_end() const noexcept { return reordered_at_end_; }
   std::int64_t skipped_steps() const noexcept { return optimizer_.skipped_steps(); }
+  double loss_scale() const noexcept { return loss_scale_.value(); }
 
   Optimizer& optimizer() noexcept { return optimizer_; }
   AdamW<T, Backend>& gate_optimizer() noexcept { return gate_optimizer_; }
@@ -178,14 +179,16 @@ class Trainer {
     RankSampler::State sampler;
     NestedShare nested;
     bool reordered_at_end = false;
+    LossScale::State loss_scale;
   };
-  State state() const { return {step_, nesting_, sampler_.state(), nested_share_, reordered_at_end_}; }
+  State state() const { return {step_, nesting_, sampler_.state(), nested_share_, reordered_at_end_, loss_scale_.state()}; }
   /// Throws Errc::bad_argument if the state cannot be of a run with these options, shape_mismatch if it is of other ranks.
   void restore(const State& state) {
     const bool chose_not_to = !state.nested.weights.empty() && state.nested.share == 0.0;
     QDYLORA_EXPECTS(state.step >= 0 && state.step <= options_.steps &&
                         state.nesting == (order_step_ < options_.steps && state.step > order_step_ && !chose_not_to),
                     bad_argument, "Trainer::restore: the state at step " + std::to_string(state.step) + " is of another run");
+    loss_scale_.restore(state.loss_scale);
     step_ = state.step;
     nesting_ = state.nesting;
     nested_share_ = state.nested;
@@ -253,28 +256,35 @@ class Trainer {
     return {before, all};
   }
 
-  // What re-ordering looks at, of all workers.
-  void sum_collected() {
-    std::vector<MatrixView<Acc>> moments;
-    model_.for_each_trained([&](auto& linear) {
-      for (auto* moment : {&linear.adapter().moment_a, &linear.adapter().moment_b}) moments.push_back(moment->view());
-    });
-    workers_.sum(moments, {}, model_.backend());
+  // The loss, and gradients of loss_scale_ times it, of the batches and all workers.
+  double gradients(std::span<const Batch> batches, const RankPlan& plan, BatchCounts first, const BatchCounts& all) {
+    optimizer_.zero_grad();
+    gate_optimizer_.zero_grad();
+    double sum = 0.0;
+    for (const auto& batch : batches) {
+      model_.set_ranks(plan.middle_rows(first.sequences, batch.sequences()));
+      model_.set_training(true, static_cast<std::uint32_t>(step_), first.tokens);
+      sum += model_.loss_and_gradient(batch, loss_scale_.value() / static_cast<double>(all.scored));
+      first += batch.counts();
+    }
+    model_.set_training(false);
+    const Index rows = has_ranks(model_.options().method) ? plan.max_rank() : std::numeric_limits<Index>::max();
+    workers_.sum_gradients(parameters(optimizer_, gate_optimizer_), rows, {&sum, 1}, model_.backend());
+    return sum;
+  }
+
+  // Moments of gradients, every other one, are of the scale that gradients have.
+  void scale_moments(double factor) {
+    if (factor == 1.0) return;
+    const auto moments = collected_moments(model_);
+    for (std::size_t i = 1; i < moments.size(); i += 2) {
+      const std::vector<Acc> squares(static_cast<std::size_t>(moments[i].cols), static_cast<Acc>(factor * factor));
+      model_.backend().scale_columns(MatrixView<const Acc>(moments[i]), std::span<const Acc>(squares), moments[i]);
+    }
   }
 
   RankPlan next_plan(Index sequences) {
     return nesting_ || options_.recipe.draw_ranks ? sampler_.next(sequences) : RankPlan::uniform(options_.ranks.max());
-  }
-
-  // Rows [first, first + count) of a plan.
-  static RankPlan part(const RankPlan& plan, Index first, Index count) {
-    if (plan.is_uniform()) return plan;
-    std::vector<RankPlan::Run> runs;
-    plan.for_each_run(plan.rows(), [&](Index begin, Index rows, Index rank) {
-      const Index from = std::max(begin, first), to = std::min(begin + rows, first + count);
-      if (from < to) runs.push_back({to - from, rank});
-    });
-    return RankPlan::of_runs(std::move(runs));
   }
 
   void collect() {
@@ -288,31 +298,20 @@ class Trainer {
     });
   }
 
-  void reorder_all(Reordering kind) {
-    std::vector<LoRAAdapter<Acc, typename Backend::Memory>*> adapters;
-    model_.for_each_trained([&](auto& linear) { adapters.push_back(&linear.adapter()); });
-    const auto& backend = model_.backend();
-    const auto count = static_cast<Index>(adapters.size());
-    if constexpr (Backend::Memory::host) {
-      backend.parallel_for(count, [&](Index i) { reorder(*adapters[static_cast<std::size_t>(i)], kind); });
-    } else {  // the device is one thread's
-      std::vector<LoRAAdapter<Acc>> on_host;
-      for (const auto* adapter : adapters) on_host.push_back(to_host(*adapter, backend));
-      backend.parallel_for(count, [&](Index i) { reorder(on_host[static_cast<std::size_t>(i)], kind); });
-      for (std::size_t i = 0; i < adapters.size(); ++i) assign(*adapters[i], on_host[i], backend);
-    }
-  }
-
-  std::vector<Matrix<Acc, typename Backend::Memory>> values() const {
-    std::vector<Matrix<Acc, typename Backend::Memory>> all;
-    for (const auto& p : optimizer_.parameters()) {
-      all.emplace_back(p->value.rows(), p->value.cols());
-      model_.backend().copy(std::as_const(p->value).view(), all.back().view());
-    }
+  using Views = std::vector<MatrixView<Acc>>;
+  using Copies = std::vector<Matrix<Acc, typename Backend::Memory>>;
+  Views values() const {
+    Views all;
+    for (const auto& p : optimizer_.parameters()) all.push_back(p->value.view());
     return all;
   }
-  void set_values(const std::vector<Matrix<Acc, typename Backend::Memory>>& all) {
-    for (std::size_t i = 0; i < all.size(); ++i) model_.backend().copy(all[i].view(), optimizer_.parameters()[i]->value.view());
+  Copies copies_of(const Views& views) const {
+    Copies copies;
+    for (const auto& view : views) model_.backend().copy(view, copies.emplace_back(view.rows, view.cols).view());
+    return copies;
+  }
+  void put(const Copies& copies, const Views& views) const {
+    for (std::size_t i = 0; i < copies.size(); ++i) model_.backend().copy(copies[i].view(), views[i]);
   }
 
   // The adapters are re-ordered and ranks are dealt out from here on, unless measuring says that they need not be.
@@ -323,9 +322,9 @@ class Trainer {
     }
     const auto& r = options_.recipe;
     const bool measure = r.measure && !held_back_.empty();
-    const auto before = measure ? values() : std::vector<Matrix<Acc, typename Backend::Memory>>{};
-    sum_collected();
-    reorder_all(r.ordering == Reordering::gram && r.collect_steps > 0 ? Reordering::gram : Reordering::svd);
+    const auto before = measure ? copies_of(values()) : Copies{};
+    workers_.sum(collected_moments(model_), {}, model_.backend());
+    reorder_adapters(model_, r.ordering == Reordering::gram && r.collect_steps > 0 ? Reordering::gram : Reordering::svd);
     model_.for_each_trained([](auto& linear) { linear.adapter().stop_collecting(); });
     if (measure) {
       auto losses = losses_by_rank(held_back_);
@@ -334,7 +333,7 @@ class Trainer {
       losses.pop_back();
       nested_share_ = nested_share(losses, base);
       if (nested_share_.share == 0.0) {  // nothing has happened: the optimizer's moments still fit the rows
-        set_values(before);
+        put(before, values());
         return;
       }
     }
@@ -353,11 +352,7 @@ class Trainer {
     std::vector<float> multipliers;
     if (nesting_) {
       const double progress = static_cast<double>(step_ - order_step_) / static_cast<double>(options_.steps - order_step_);
-      const double strength = measured() ? nested_share_.strength : 1.0;
-      for (Index i = 0; i < options_.ranks.max(); ++i) {
-        const double head = std::max(1.0, r.head_boost * std::pow(static_cast<double>(i + 1), -r.head_power));
-        multipliers.push_back(static_cast<float>(1.0 + strength * (r.boost * head - 1.0) * (1.0 - progress)));
-      }
+      multipliers = r.row_rates(options_.ranks.max(), (measured() ? nested_share_.strength : 1.0) * (1.0 - progress));
     }
     auto of_b = multipliers;
     if (options_.b_lr_ratio != 1.0) {
@@ -376,7 +371,7 @@ class Trainer {
     const auto& r = options_.recipe;
     // Where ranks were dealt out, their prefixes are better than those of any re-ordering.
     if (r.order_at_end || (measured() && !nesting_)) {
-      reorder_all(Reordering::svd);
+      reorder_adapters(model_, Reordering::svd);
       reordered_at_end_ = true;
     }
     model_.set_ranks(RankPlan::uniform(options_.ranks.max()));
@@ -389,6 +384,7 @@ class Trainer {
   NestedShare nested_share_;  // before sampler_, whose options read it
   RankSampler sampler_;
   Schedule schedule_;
+  LossScale loss_scale_;
   std::int64_t order_step_;
   std::int64_t step_ = 0;
   bool nesting_ = false;

@@ -99,6 +99,17 @@ class RankPlan {
     return plan;
   }
 
+  /// The plan of `count` of its rows.
+  RankPlan middle_rows(Index first, Index count) const {
+    if (is_uniform()) return *this;
+    std::vector<Run> part;
+    for_each_run(rows(), [&](Index begin, Index rows_of_run, Index rank) {
+      const Index from = std::max(begin, first), to = std::min(begin + rows_of_run, first + count);
+      if (from < to) part.push_back({to - from, rank});
+    });
+    return of_runs(std::move(part));
+  }
+
   bool is_uniform() const noexcept { return runs_.empty(); }
   Index max_rank() const noexcept { return max_; }
   std::span<const Run> runs() const noexcept { return runs_; }

@@ -49,23 +49,26 @@ class RowOptimizer {
   }
 
   struct Report {
-    double gradient_norm = 0.0;  // before clipping
+    double gradient_norm = 0.0;  // before clipping, without the loss scale
     bool skipped = false;        // the gradient, or its square, was not finite: nothing changed
   };
 
   /// One update. A gradient with NaN or infinity changes nothing, is counted in skipped_steps() and reported; so is one whose norm, clipped, has
-  /// an infinite square (from 1.8e19 on in float), which would stay in second moments for good.
-  Report step() {
+  /// an infinite square (from 1.8e19 on in float), which would stay in second moments for good. Gradients are those of `loss_scale` times the
+  /// loss (optim/loss_scale.hpp), and divided by it.
+  Report step(double loss_scale = 1.0) {
+    QDYLORA_EXPECTS(loss_scale > 0.0 && std::isfinite(loss_scale), bad_argument, std::string(Options::name) + ": loss_scale must be positive");
     for (const auto& p : parameters_)
       QDYLORA_EXPECTS(p->row_lr.empty() || p->row_lr.size() == p->touched.size(), shape_mismatch,
                       p->name + ": row_lr has " + std::to_string(p->row_lr.size()) + " entries for " +
                           std::to_string(p->touched.size()) + " rows");
     const double squares = gradient_squares();
-    Report report{std::sqrt(squares), false};
+    Report report{std::sqrt(squares) / loss_scale, false};
     auto update = options_.update();
-    if (options_.max_gradient_norm > 0.0)
-      update.gradient_scale = std::min(1.0, options_.max_gradient_norm / (report.gradient_norm + 1e-6));
-    const double clipped = report.gradient_norm * update.gradient_scale;
+    double clip = 1.0;
+    if (options_.max_gradient_norm > 0.0) clip = std::min(1.0, options_.max_gradient_norm / (report.gradient_norm + 1e-6));
+    update.gradient_scale = clip / loss_scale;
+    const double clipped = report.gradient_norm * clip;
     if (!std::isfinite(squares) || clipped * clipped > static_cast<double>(std::numeric_limits<Acc>::max())) {
       ++skipped_;
       report.skipped = true;
