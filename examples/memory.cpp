@@ -90,9 +90,7 @@ void declare(CLI::App& app, Options& o) {
   add_number(app, "--batch", o.batch, "sequences in a step", 1, most_batch);
   add_number(app, "--seq-len", o.seq_len, "tokens of a sequence", 2, most_tokens);
   add_number(app, "--threads", o.threads, "0: one for each processor", 0, most_threads);
-  app.add_option("--dtype", o.dtype, "of activations: float32, or bfloat16 in half the memory")
-      ->check(CLI::IsMember({"float32", "bfloat16"}))
-      ->capture_default_str();
+  add_dtype(app, o.dtype);
   model->excludes(coded)->excludes(paged);
 }
 
@@ -265,5 +263,5 @@ int main(int argc, char** argv) {
   CLI::App app{"Where the memory of fine-tuning goes: planned for published shapes, measured for a model at hand.", "memory"};
   Options options;
   declare(app, options);
-  return run_program(app, argc, argv, [&] { return options.dtype == "bfloat16" ? run<bfloat16>(options) : run<float>(options); });
+  return run_program(app, argc, argv, [&] { return with_dtype(options.dtype, [&]<class T>(std::type_identity<T>) { return run<T>(options); }); });
 }

@@ -177,6 +177,8 @@ std::optional<RunReport> train_and_measure(const FinetuneOptions& o, const OpenM
                    .base_format = o.base});
   std::printf("trained    %lld steps, %lld tokens in %.0f s (%.0f tokens/s)\n", static_cast<long long>(o.steps),
               static_cast<long long>(history.tokens), history.seconds, history.tokens_per_second());
+  if (trainer.skipped_steps() > 0)
+    std::printf("skipped    %lld steps whose gradient was not finite\n", static_cast<long long>(trainer.skipped_steps()));
   if (chosen.measure)
     std::printf(trainer.reordered_at_end() ? "auto       low ranks need no rows of their own here; re-ordered at the end\n"
                                            : "auto       %.0f %% of the later rows went to low ranks\n",

@@ -85,14 +85,26 @@ inline CLI::Option* add_keep(CLI::App& app, double& keep) {
                     0.01, 1.0);
 }
 
+/// In what type activations are.
+inline void add_dtype(CLI::App& app, std::string& dtype) {
+  app.add_option("--dtype", dtype, "of activations: float32, or bfloat16 or float16 (for a GPU without bfloat16) in half the memory")
+      ->check(CLI::IsMember({"float32", "bfloat16", "float16"}))
+      ->capture_default_str();
+}
+/// f(std::type_identity<T>) with the type of a name that --dtype takes.
+template <class F>
+int with_dtype(const std::string& dtype, F&& f) {
+  if (dtype == "bfloat16") return f(std::type_identity<bfloat16>());
+  if (dtype == "float16") return f(std::type_identity<half>());
+  return f(std::type_identity<float>());
+}
+
 /// Where the arithmetic is done, and in what type activations are.
 inline void add_device(CLI::App& app, std::string& device, std::string& dtype) {
   app.add_option("--device", device, "cpu, or cuda in a program that was built with it")
       ->check(CLI::IsMember({"cpu", "cuda"}))
       ->capture_default_str();
-  app.add_option("--dtype", dtype, "of activations: float32, or bfloat16 in half the memory")
-      ->check(CLI::IsMember({"float32", "bfloat16"}))
-      ->capture_default_str();
+  add_dtype(app, dtype);
 }
 
 /// The arithmetic of products on the CPU; int8 is for programs that do not train.

@@ -2,10 +2,6 @@
 // says so. A model's weights are read on the host and go up from there.
 #pragma once
 
-#include <type_traits>
-
-#include <qdylora/core/scalar.hpp>
-
 #include "../common/evaluate.hpp"
 #include "../common/finetune.hpp"
 
@@ -13,12 +9,5 @@ namespace qdylora::examples {
 
 int finetune_on_cuda(const FinetuneOptions& options, OpenModel& model, const FinetuneData& data);
 int evaluate_on_cuda(const EvaluateOptions& options, const OpenAdapter& adapter, OpenModel& model);
-
-/// f(std::type_identity<T>) with the type of a name that --dtype takes.
-template <class F>
-int with_dtype(const std::string& dtype, F&& f) {
-  if (dtype == "bfloat16") return f(std::type_identity<bfloat16>());
-  return f(std::type_identity<float>());
-}
 
 }  // namespace qdylora::examples

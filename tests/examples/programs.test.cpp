@@ -382,7 +382,7 @@ TEST_CASE("programs: a wrong argument or file gives one line and status 2") {
       {"finetune", "--toy --method full --base-format float32 --device cuda", "--device cuda"},
       {"finetune", "--toy --planes 2", "--planes: is not for --method lora"},
       {"finetune", "--toy --device tpu", "cpu"},
-      {"finetune", "--toy --dtype float16", "bfloat16"},
+      {"finetune", "--toy --dtype float64", "bfloat16"},
       {"finetune", "--toy --steps 1 --device cuda --out " + quoted(folder / "gpu"), "QDYLORA_CUDA=ON"},
       {"rank_map", tiny + " --adapter " + quoted(test::golden("llama_tiny_adapter")) + " --data " + good + " " + quoted(folder / "m"),
        "ranks up to 8"},
@@ -598,7 +598,7 @@ TEST_CASE("programs: a run that was stopped resumes to the same bytes, on any nu
   if (!built("finetune")) SKIP("finetune has not been built");
   for (const std::string recipe : {"--recipe auto", "--recipe qdylora --optimizer adamw8bit", "--recipe qlora --init qera",
                                    "--recipe order-then-nest --rank-pattern q_proj=4,down_proj=1 --alpha-pattern o_proj=4",
-                                   "--method houlsby", "--method alpha", "--optimizer adamw8bit --base-format bfloat16 --method full"}) {
+                                   "--method houlsby", "--method alpha", "--dtype float16", "--optimizer adamw8bit --base-format bfloat16 --method full"}) {
     const test::TemporaryFolder folder;
     const bool scales = recipe.ends_with("alpha"), whole_model = recipe.ends_with("full");
     const auto more = (scales || whole_model ? "" : "--dropout 0.1 ") + recipe;
@@ -632,6 +632,27 @@ TEST_CASE("programs: a run that was stopped resumes to the same bytes, on any nu
     for (const std::size_t i : {0u, 1u})
       CHECK(qd::read_json(folder / "whole" / "report.json").at("ranks")[i].at("example_losses") ==
             qd::read_json(folder / "parts" / "report.json").at("ranks")[i].at("example_losses"));
+  }
+}
+
+TEST_CASE("programs: with activations in 16 bits a run has the losses of one in float32, nearly") {
+  if (!built("finetune")) SKIP("finetune has not been built");
+  const test::TemporaryFolder folder;
+  const auto losses = [&](const std::string& dtype) {
+    succeeds("finetune", toy(folder / dtype, "--dtype " + dtype));
+    const auto report = qd::read_json(folder / dtype / "report.json");
+    std::vector<double> all;
+    for (const auto& rank : report.at("ranks")) all.push_back(rank.at("loss").get<double>());
+    return all;
+  };
+  const auto expected = losses("float32");
+  REQUIRE(expected.size() == 4);
+  for (const std::string dtype : {"bfloat16", "float16"}) {
+    const auto found = losses(dtype);
+    CAPTURE(dtype);
+    REQUIRE(found.size() == expected.size());
+    for (std::size_t i = 0; i < found.size(); ++i) CHECK(found[i] == Approx(expected[i]).epsilon(dtype == "float16" ? 2e-3 : 2e-2));
+    CHECK(found != expected);
   }
 }
 
@@ -2443,7 +2464,7 @@ TEST_CASE("programs: memory measures what it plans, and plans what QLoRA and QDy
   const test::TemporaryFolder folder;
   for (const std::string more :
        {"", " --gradient-checkpointing --optimizer adamw8bit --no-double-quant", " --dtype bfloat16", " --dtype bfloat16 --base-format fp8",
-        " --base-format bfloat16", " --dtype bfloat16 --base-format bfloat16"}) {
+        " --dtype float16", " --base-format bfloat16", " --dtype bfloat16 --base-format bfloat16"}) {
     const auto table = succeeds("memory", llama2c_model(folder) + " --tokenizer " + quoted(folder / "tokenizer.bin") +
                                               " --rank 64 --batch 4 --seq-len 120 --threads 2" + more);
     CAPTURE(more, table);
