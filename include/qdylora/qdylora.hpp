@@ -33,8 +33,9 @@
 #include <qdylora/nn/reorder.hpp>
 #include <qdylora/nn/weighted_sum.hpp>
 
-// optim: AdamW with moments in full or in 8 bits, Lion, learning-rate schedules, gradients summed over workers
+// optim: AdamW with moments in full or in 8 bits, Lion, learning-rate schedules, a loss scale for half, gradients summed over workers
 #include <qdylora/optim/adamw.hpp>
 #include <qdylora/optim/lion.hpp>
+#include <qdylora/optim/loss_scale.hpp>
 #include <qdylora/optim/schedule.hpp>
 #include <qdylora/optim/workers.hpp>

@@ -113,6 +113,40 @@ TEST_CASE("finetune and evaluate on the device do what they do on the CPU", "[cu
     for (Index j = 0; j < here.cols(); ++j) CHECK(std::fabs(there(i, j) - here(i, j)) <= 1e-3f);
 }
 
+TEST_CASE("half trains on the device as on the CPU, by a loss scale that leaves its range at times", "[cuda]") {
+  auto recipe = qd::recipe("order-then-nest");
+  recipe.collect_steps = 2;
+  const qd::RankSet ranks{1, 2, 8};
+  const qd::TrainerOptions options{.recipe = recipe,
+                                   .ranks = ranks,
+                                   .steps = 4,
+                                   .lr = 1e-2,
+                                   .warmup_steps = 2,
+                                   .seed = 5,
+                                   .loss_scale = {.initial = 0x1p18, .growth_interval = 1}};
+  const auto weights = test::tiny_weights<float>(config(), false, {.format = qd::BaseFormat::nf4});
+  const qd::DecoderOptions with{.lora = qd::adapter_options(recipe, ranks, 16.0f, 3)};
+  const qd::CudaContext context;
+  const qd::Cuda cuda(context);
+  qd::Decoder<qd::half> here(weights, with, qd::Cpu(1));
+  qd::Decoder<qd::half, qd::Cuda> there(qd::upload(*weights, cuda), with, cuda);
+  qd::Trainer<qd::half> expected(here, options);
+  qd::Trainer<qd::half, qd::Cuda> found(there, options);
+  int repeats = 0;
+  while (!expected.done()) {
+    const auto batch = test::counting_batch(config().vocab, 2, 6, 70 + static_cast<std::uint64_t>(expected.step_count()));
+    const auto a = expected.step(batch);
+    const auto b = found.step(batch);
+    CAPTURE(expected.step_count());
+    CHECK(b.loss == Approx(a.loss).epsilon(1e-2));
+    CHECK(b.gradient_norm == Approx(a.gradient_norm).epsilon(5e-2));
+    CHECK_FALSE(b.skipped);
+    repeats += b.repeats;
+  }
+  CHECK(repeats > 2);  // to find the scale, and to try twice of it
+  CHECK(found.skipped_steps() == 0);
+}
+
 TEST_CASE("finetune on a device with too little memory says so, with the plan, before it reads the model", "[cuda]") {
   const test::TemporaryFolder folder;
   examples::FinetuneData data;

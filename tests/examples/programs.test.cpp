@@ -598,7 +598,8 @@ TEST_CASE("programs: a run that was stopped resumes to the same bytes, on any nu
   if (!built("finetune")) SKIP("finetune has not been built");
   for (const std::string recipe : {"--recipe auto", "--recipe qdylora --optimizer adamw8bit", "--recipe qlora --init qera",
                                    "--recipe order-then-nest --rank-pattern q_proj=4,down_proj=1 --alpha-pattern o_proj=4",
-                                   "--method houlsby", "--method alpha", "--dtype float16", "--optimizer adamw8bit --base-format bfloat16 --method full"}) {
+                                   "--method houlsby", "--method alpha", "--dtype float16",
+                                   "--optimizer adamw8bit --base-format bfloat16 --method full"}) {
     const test::TemporaryFolder folder;
     const bool scales = recipe.ends_with("alpha"), whole_model = recipe.ends_with("full");
     const auto more = (scales || whole_model ? "" : "--dropout 0.1 ") + recipe;
