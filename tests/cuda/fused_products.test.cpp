@@ -107,9 +107,11 @@ void check(const qd::CudaContext& context, const Case& c, Index offset = 0, Inde
   const qd::QuantizedTensor<Format, Scales, qd::DeviceMemory> w(c.out, c.in, c.block, qd::detail::on_device(context, host.codes()),
                                                                 qd::detail::on_device<Scales>(context, host.scales()));
   const auto x = test::normal_matrix<T>(c.tokens, c.in, 2);
-  const auto u = test::normal_matrix<float>(c.tokens, c.rank, 3, 0.5), b = test::normal_matrix<float>(c.rank, c.out, 4);
+  const auto u = test::normal_matrix<float>(c.tokens, c.rank, 3, 0.5);
+  const auto b = test::normal_matrix<T>(c.rank, c.out, 4);
   const OnDevice<T> device_x(context, x.view(), offset, padding);
-  const OnDevice<float> device_u(context, u.view(), 0, 1), device_b(context, b.view(), 0, 3);
+  const OnDevice<float> device_u(context, u.view(), 0, 1);
+  const OnDevice<T> device_b(context, b.view(), 0, 3);
   for (const Update update : {Update::overwrite, Update::accumulate}) {
     Matrix<T> initial = test::normal_matrix<T>(c.tokens, c.out, 5);
     Matrix<Y> start(c.tokens, c.out);
