@@ -179,7 +179,7 @@ class Trainer {
     RankSampler::State sampler;
     NestedShare nested;
     bool reordered_at_end = false;
-    LossScale::State loss_scale;
+    LossScale::State loss_scale = {};
   };
   State state() const { return {step_, nesting_, sampler_.state(), nested_share_, reordered_at_end_, loss_scale_.state()}; }
   /// Throws Errc::bad_argument if the state cannot be of a run with these options, shape_mismatch if it is of other ranks.
