@@ -1,4 +1,5 @@
 // evaluate on a GPU.
+#include "../common/program.hpp"
 #include "cuda_device.cuh"
 #include "programs.hpp"
 

@@ -1,4 +1,5 @@
 // finetune on a GPU.
+#include "../common/program.hpp"
 #include "cuda_device.cuh"
 #include "programs.hpp"
 

@@ -251,6 +251,7 @@ template <class B, class T, class W>
 concept HasAdapterTerm = requires(const B b, MatrixView<const T> x, const W w, MatrixView<T> y, Update update,
                                   AdapterTerm<T> adapter) {
   { b.takes_adapter(x, w) } -> std::same_as<bool>;  // whether there is what follows for such an x
+  { b.recording() } -> std::same_as<bool>;          // whether operations are taken down, to be done later and more than once
   b.matmul(x, w, y, update, adapter);               // y [tokens, out] (+)= x [tokens, in] . w^T + adapter, whose u it may write, in one pass
 };
 

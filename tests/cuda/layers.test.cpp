@@ -405,7 +405,7 @@ TEMPLATE_TEST_CASE("factors that a layer keeps are those of its adapter", "[cuda
     CHECK(forward(2));
     CHECK(launches() - before == (training ? 3 : 1));
 #endif
-    // A recorded training step rounds them each time; a recorded forward pass reads those that are kept, wherever the layer went since.
+    // A recorded training step rounds them each time; a recorded forward pass reads those that are kept.
     const auto step = [&] {
       layer.forward(x.in(), y.view(), pass);
       layer.backward(dy.in(), dx.view(), pass);
@@ -420,9 +420,31 @@ TEMPLATE_TEST_CASE("factors that a layer keeps are those of its adapter", "[cuda
     cuda.fill(y.view(), T{});
     recorded.launch();
     CHECK(is_right(2));
+    // The memory of those that are kept is the layer's, whatever it does since.
     layer.set_training(true);
+    layer.forward(x.in(), y.view(), pass);
+    layer.set_training(false);
+    layer.forward(x.in(), y.view(), pass);
     cuda.fill(y.view(), T{});
     recorded.launch();
+    CHECK(is_right(2));
+    // What is recorded is not done: a pass that is taken down after a change rounds by itself, and others do not take it for done.
+    layer.set_training(training);
+    layer.forward(x.in(), y.view(), pass);
+    change(layer.adapter());
+    const qd::CudaGraph later(context, [&] { layer.forward(x.in(), y.view(), pass); });
+    layer.forward(x.in(), y.view(), pass);
+    CHECK(is_right(2));
+    layer.set_training(false);
+    qd::DynamicLoRALinear<T, Cuda> fresh(base, {.max_rank = max_rank, .alpha = 4, .seed = 3}, cuda);
+    fresh.set_training(false);
+    fresh.set_rank(2);
+    typename qd::DynamicLoRALinear<T, Cuda>::Context first;
+    CHECK(test::code_of([&] { qd::CudaGraph(context, [&] { fresh.forward(x.in(), y.view(), first); }); }) == qd::Errc::state_order);
+    cuda.upload(a.view(), fresh.adapter().a().value.view());
+    cuda.upload(b.view(), fresh.adapter().b().value.view());
+    cuda.synchronize();
+    fresh.forward(x.in(), y.view(), first);
     CHECK(is_right(2));
   }
 }

@@ -31,6 +31,8 @@ class Cuda {
   explicit Cuda(const CudaContext& context) noexcept : context_(&context) {}
 
   const CudaContext& context() const noexcept { return *context_; }
+  /// Whether what is queued now is recorded as a graph (CudaGraph) instead of done.
+  bool recording() const { return context_->recording(); }
 
   // memory
   /// In the order of the context's stream.

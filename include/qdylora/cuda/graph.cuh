@@ -16,7 +16,7 @@ namespace qdylora {
 /// for (...) { cuda.upload(next, x); pass.launch(); optimizer.step(); }
 ///
 /// A graph repeats what it was recorded with: addresses, shapes, ranks (a graph for each plan), lists of the host (token ids, targets), a
-/// learning rate, what a layer makes of A and B and keeps while it does not train. What operations note on the host, such as
+/// learning rate, what a layer keeps of A and B while it does not train (a step is recorded after set_training(true)). What operations note on the host, such as
 /// Parameter::touched, they note while recording, not when it is launched. Nothing within may wait (download, sum_squares, quantize,
 /// synchronize: Errc::device), take memory that outlives it (Errc::state_order), or draw masks of dropout (Errc::unsupported). All else of
 /// Cuda's may be recorded. The context outlives its graphs.

@@ -323,10 +323,13 @@ MemoryPlan memory_plan(const ModelShape& s, const MemoryOptions& o) {
   passing = std::max({passing, decoded * acc, static_cast<Index>(o.backend_passing)});
   plan.workspace += bytes(passing);
   plan.logits = bytes(std::min(scored, head_chunk(o.device)) * (logits_stride(s.vocab) + 1) * acc + scored * (2 * s.width * t + s.statistics * acc));
-  if (o.second_moments && o.training) plan.reordering += bytes(squares * acc);
+  if (o.second_moments && o.training)  // in half beside them what they were before a step, which may be taken again
+    plan.reordering += bytes(squares * acc * (std::is_same_v<T, half> ? 2 : 1));
   if (o.snapshot && o.training) plan.reordering += plan.adapters;
 
   plan.caches = bytes(o.sequences * (o.cache_rows * s.layers * 2 * s.kv_width * t + s.vocab * acc * (o.device ? 1 : 2)));
+  const bool in_four_bits = o.base.format == BaseFormat::nf4 || o.base.format == BaseFormat::fp4 || o.base.format == BaseFormat::int4;
+  if (o.device && o.sequences > 0 && t < acc && in_four_bits && !dora) plan.caches += bytes(numbers * t);  // A and B rounded (KeptFactors)
   plan.backend = o.backend_bytes;
   plan.process = o.process_bytes;
   if (o.device && s.whole) plan.staging = plan.read;

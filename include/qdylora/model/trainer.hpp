@@ -120,7 +120,7 @@ class Trainer {
     const auto moments = scale > 1.0 ? copies_of(collected_moments(model_)) : Copies{};
     double sum = gradients(batches, plan, first, all);
     auto result = optimizer_.step(scale);
-    for (; result.skipped && std::isfinite(sum) && loss_scale_.lower(); ++report.repeats) {
+    for (; result.skipped && !std::isfinite(result.gradient_norm) && std::isfinite(sum) && loss_scale_.lower(); ++report.repeats) {
       optimizer_.restore_counts(optimizer_.step_count(), optimizer_.skipped_steps() - 1);  // it is the same step still
       put(moments, collected_moments(model_));
       scale_moments(loss_scale_.value() / scale);
@@ -307,7 +307,8 @@ class Trainer {
   }
   Copies copies_of(const Views& views) const {
     Copies copies;
-    for (const auto& view : views) model_.backend().copy(view, copies.emplace_back(view.rows, view.cols).view());
+    const auto& backend = model_.backend();
+    for (const auto& view : views) backend.copy(view, copies.emplace_back(temporary<Acc>(backend, view.rows, view.cols)).view());
     return copies;
   }
   void put(const Copies& copies, const Views& views) const {

@@ -31,7 +31,6 @@ namespace qdylora {
 template <Scalar T, MemoryResource Memory>
 struct DynamicLoRAContext : AdapterContext<T, Memory> {
   MagnitudeContext<T, Memory> magnitude;
-  std::shared_ptr<const RoundedFactors<T, Memory>> factors;  // that the layer keeps: a recorded pass reads them
 };
 
 template <Scalar T, class Backend = Cpu, class Format = NF4>
@@ -110,7 +109,6 @@ class DynamicLoRALinear : public AdapterLayer<T, Backend>,
   /// by other ways says so by calling this.
   void set_training(bool training, std::uint32_t step = 0, Index first_row = 0) noexcept {
     forget_kept();
-    if (training) kept_factors_->release();
     Base::set_training(training, step, first_row);
   }
 
@@ -229,8 +227,9 @@ class DynamicLoRALinear : public AdapterLayer<T, Backend>,
     const auto x = context.x;
     if constexpr (HasAdapterTerm<Backend, T, W>)
       if (rank > 0 && backend_.takes_adapter(x, w)) {
-        context.factors = training_ ? nullptr : kept_factors_->find(adapter_, backend_);
-        const auto factors = training_ ? std::make_shared<const RoundedFactors<T, Memory>>(adapter_, rank, backend_) : context.factors;
+        using Factors = RoundedFactors<T, Memory>;
+        const auto factors =
+            training_ ? std::make_shared<const Factors>(adapter_, rank, backend_) : kept_factors_->find(adapter_, backend_);
         AdapterTerm<T> term{.b = factors->b.view().top_rows(rank)};
         Matrix<Acc, Memory> u;
         const bool one_scale = plan_.is_uniform() && !adapter_.gated();

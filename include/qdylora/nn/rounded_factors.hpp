@@ -27,24 +27,29 @@ struct RoundedFactors {
   }
 };
 
-/// Those of one adapter and all its rows, kept while it stays as it is.
+/// Those of one adapter and all its rows, kept while it stays as it is, in memory that is theirs for as long as this lives: a recorded pass
+/// may read them.
 template <Scalar T, MemoryResource Memory>
 class KeptFactors {
  public:
   using Factors = RoundedFactors<T, Memory>;
 
-  /// Rounded anew, in the same memory, since forget(): a recorded pass finds them where they were. Several threads may ask at a time.
+  /// Rounded anew since forget(). Of a pass that is recorded they are its own then, as nothing is done before it is launched. Several threads
+  /// may ask at a time.
   template <class S, class Backend>
   std::shared_ptr<const Factors> find(const LoRAAdapter<S, Memory>& adapter, const Backend& backend) {
     const std::scoped_lock lock(mutex_);
+    if (current_) return kept_;
+    if (backend.recording()) return std::make_shared<const Factors>(adapter, adapter.max_rank(), backend);
     if (!kept_) kept_ = std::make_shared<Factors>(adapter, adapter.max_rank(), backend);
-    else if (!current_) kept_->assign(adapter, backend);
+    else kept_->assign(adapter, backend);
     current_ = true;
     return kept_;
   }
-  void forget() noexcept { current_ = false; }
-  /// Gives their memory back.
-  void release() noexcept { kept_.reset(); }
+  void forget() noexcept {
+    const std::scoped_lock lock(mutex_);
+    current_ = false;
+  }
 
  private:
   std::mutex mutex_;
