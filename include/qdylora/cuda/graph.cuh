@@ -16,10 +16,10 @@ namespace qdylora {
 /// for (...) { cuda.upload(next, x); pass.launch(); optimizer.step(); }
 ///
 /// A graph repeats what it was recorded with: addresses, shapes, ranks (a graph for each plan), lists of the host (token ids, targets), a
-/// learning rate, what a layer keeps of A and B while it does not train (a step is recorded after set_training(true)). What operations note on the host, such as
-/// Parameter::touched, they note while recording, not when it is launched. Nothing within may wait (download, sum_squares, quantize,
-/// synchronize: Errc::device), take memory that outlives it (Errc::state_order), or draw masks of dropout (Errc::unsupported). All else of
-/// Cuda's may be recorded. The context outlives its graphs.
+/// learning rate, what a layer keeps of A and B while it does not train (a step is recorded after set_training(true)). What operations note
+/// on the host, such as Parameter::touched, they note while recording, not when it is launched. Nothing within may wait (download,
+/// sum_squares, quantize, synchronize: Errc::device), take memory that outlives it (Errc::state_order), or draw masks of dropout
+/// (Errc::unsupported). All else of Cuda's may be recorded. The context outlives its graphs.
 class CudaGraph {
  public:
   /// Takes down what f() queues on the context's stream; none of it is done. Throws what f throws, after which the stream is as before.
