@@ -118,14 +118,17 @@ class Trainer {
 
     const double scale = loss_scale_.value();
     const auto moments = scale > 1.0 ? copies_of(collected_moments(model_)) : Copies{};
-    double sum = gradients(batches, plan, first, all);
-    auto result = optimizer_.step(scale);
-    for (; result.skipped && !std::isfinite(result.gradient_norm) && std::isfinite(sum) && loss_scale_.lower(); ++report.repeats) {
+    double sum = 0.0;
+    typename Optimizer::Report result;
+    while (true) {
+      sum = gradients(batches, plan, first, all);
+      result = optimizer_.step(loss_scale_.value());
+      const bool overflowed = result.skipped && std::isfinite(sum) && !std::isfinite(result.gradient_norm);
+      if (!overflowed || !loss_scale_.lower()) break;
       optimizer_.restore_counts(optimizer_.step_count(), optimizer_.skipped_steps() - 1);  // it is the same step still
       put(moments, collected_moments(model_));
       scale_moments(loss_scale_.value() / scale);
-      sum = gradients(batches, plan, first, all);
-      result = optimizer_.step(loss_scale_.value());
+      ++report.repeats;
     }
     const double last_scale = loss_scale_.value();
     if (!result.skipped && nesting_) gate_optimizer_.step(last_scale);
