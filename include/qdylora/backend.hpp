@@ -245,8 +245,7 @@ concept HasGemm = requires(const B b, MatrixView<const T> x, MatrixView<T> y, Ma
   b.weight_gradient(w, x, h, update);    // h [r, features] (+)= w [tokens, r]^T . x [tokens, features]
 };
 
-/// A linear layer's product that takes its adapter's along, for backends where a pass over y of its own would cost more. W is the view of a
-/// weight. Optional.
+/// A linear layer's product that takes its adapter's along, where a pass over y of its own would cost more; W: a weight's view. Optional.
 template <class B, class T, class W>
 concept HasAdapterTerm = requires(const B b, MatrixView<const T> x, const W w, MatrixView<T> y, Update update,
                                   AdapterTerm<T> adapter) {
@@ -296,6 +295,7 @@ concept HasMagnitude = HasQuantizedMatmul<B, Accumulator<T>> && HasGemm<B, Accum
   b.scale_columns(x, factors, y);  // y[i, j] = x[i, j] * factors[j], which are the host's
 }) || requires(const B b, MatrixView<const T> x, MatrixView<T> y, MatrixView<const Accumulator<T>> r, MatrixView<Accumulator<T>> h,
                const QuantizedView<NF4, DoubleQuant<>> w, Accumulator<T> number) {
+  { b.recording() } -> std::same_as<bool>;  // as HasAdapterTerm has it
   b.scale_columns(x, r, y);               // y[i, j] = x[i, j] * r[0, j]
   b.row_squares(w, h);                    // h[0, o] = sum_k w[o, k]^2, summed in double
   b.row_norms(r, r, number, h);           // (squares, sums, scale, norms): norms = sqrt(max(squares + scale * sums, 0))

@@ -126,6 +126,72 @@ TEMPLATE_TEST_CASE("a recorded pass through a layer has the bits of one that is 
   });
 }
 
+TEST_CASE("a recorded pass has norms that are its own, or stay as long as the layer", "[cuda]") {
+  const qd::CudaContext context({.workspace_bytes = std::size_t{1} << 20});
+  const Cuda cuda(context);
+  Matrix<float> weight;
+  put(cuda, test::normal_matrix<float>(out, in, 1, 0.3), weight);
+  qd::DynamicLoRALinear<float, Cuda> layer(weight.view(), {.max_rank = 8, .alpha = 4, .seed = 3, .dora = true}, {}, cuda);
+  qd::DynamicLoRALinear<float, Cuda> other(layer.base(), layer.adapter().options(), cuda);
+  Matrix<float> x, y;
+  put(cuda, test::normal_matrix<float>(tokens, in, 2), x);
+  y.resize(tokens, out);
+  std::uint64_t seed = 3;
+  const auto change = [&](auto& of) {
+    const auto b = test::normal_matrix<float>(8, out, seed, 0.1);
+    cuda.upload(b.view(), of.b().value.view());
+    cuda.synchronize();
+  };
+  const auto forward = [&](auto& with, auto& pass) {
+    with.forward(std::as_const(x).view(), y.view(), pass);
+    return bits(cuda, y);
+  };
+  for (auto* each : {&layer, &other}) {
+    each->set_training(false);
+    each->set_rank(5);
+  }
+  // As a layer makes it that keeps nothing.
+  const auto expected = [&] {
+    typename qd::DynamicLoRALinear<float, Cuda>::Context fresh;
+    change(other.adapter());
+    return forward(other, fresh);
+  };
+  typename qd::DynamicLoRALinear<float, Cuda>::Context pass, training;
+  const auto launched = [&](const CudaGraph& graph) {
+    cuda.fill(y.view(), 1.0f);
+    graph.launch();
+    return bits(cuda, y);
+  };
+  change(layer.adapter());
+  forward(layer, pass);
+  const CudaGraph reads(cuda.context(), [&] { layer.forward(std::as_const(x).view(), y.view(), pass); });
+  CHECK(launched(reads) == expected());
+  // What the layer keeps stays where it is, whatever passes come in between.
+  layer.set_training(true);
+  forward(layer, pass);
+  layer.set_training(false);
+  forward(layer, pass);
+  CHECK(launched(reads) == expected());
+  ++seed;
+  change(layer.adapter());
+  CHECK(forward(layer, pass) == expected());
+  // What is recorded is not done: others do not take it for made.
+  layer.set_training(true);
+  forward(layer, training);
+  layer.set_training(false);
+  ++seed;
+  change(layer.adapter());
+  const CudaGraph makes(cuda.context(), [&] { layer.forward(std::as_const(x).view(), y.view(), training); });
+  CHECK(forward(layer, pass) == expected());
+  CHECK(launched(makes) == expected());
+  ++seed;
+  change(layer.adapter());
+  CHECK(launched(makes) == expected());
+  // Nor are they given back while a graph writes to them.
+  forward(layer, training);
+  CHECK(launched(makes) == expected());
+}
+
 TEST_CASE("a model's recorded losses, gradients and moments have the bits of those that are not", "[cuda]") {
   using T = qd::bfloat16;
   const qd::CudaContext context({.workspace_bytes = std::size_t{4} << 20});

@@ -306,8 +306,8 @@ MemoryPlan memory_plan(const ModelShape& s, const MemoryOptions& o) {
   Index passing =
       most * s.forward_products * rank * acc;  // the largest of what is given back within a pass: u, or a bottleneck's gelu(z) and h; t,
                                                // work and dropout's dx; the scored rows' gradient
-  if (dora) {  // the norms, their base's, and what making those of the largest rank takes
-    plan.workspace += bytes(s.layers * s.outputs() * (1 + o.dora_ranks) * acc);
+  if (dora) {  // the base's norms, those kept between passes, a training pass's; what making those of the largest rank takes
+    plan.workspace += bytes(s.layers * s.outputs() * (1 + (o.training ? 2 : 1) * o.dora_ranks) * acc);
     passing = std::max(passing, (rank * widest_out + 2 * rank * rank + widest_out) * acc);
   }
   const auto beside_gradient = static_cast<Index>(o.backend_beside_gradient);
@@ -329,7 +329,7 @@ MemoryPlan memory_plan(const ModelShape& s, const MemoryOptions& o) {
 
   plan.caches = bytes(o.sequences * (o.cache_rows * s.layers * 2 * s.kv_width * t + s.vocab * acc * (o.device ? 1 : 2)));
   const bool in_four_bits = o.base.format == BaseFormat::nf4 || o.base.format == BaseFormat::fp4 || o.base.format == BaseFormat::int4;
-  if (o.device && o.sequences > 0 && t < acc && in_four_bits && !dora) plan.caches += bytes(numbers * t);  // A and B rounded (KeptFactors)
+  if (o.device && o.sequences > 0 && t < acc && in_four_bits && !dora) plan.caches += bytes(numbers * t);  // A and B rounded (RoundedFactors)
   plan.backend = o.backend_bytes;
   plan.process = o.process_bytes;
   if (o.device && s.whole) plan.staging = plan.read;

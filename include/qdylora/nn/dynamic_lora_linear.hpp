@@ -20,6 +20,7 @@
 #include <qdylora/nn/adapter_layer.hpp>
 #include <qdylora/nn/add_if_finite.hpp>
 #include <qdylora/nn/column_sums.hpp>
+#include <qdylora/nn/kept.hpp>
 #include <qdylora/nn/magnitude.hpp>
 #include <qdylora/nn/own_pass.hpp>
 #include <qdylora/nn/rounded_factors.hpp>
@@ -227,14 +228,16 @@ class DynamicLoRALinear : public AdapterLayer<T, Backend>,
     const auto x = context.x;
     if constexpr (HasAdapterTerm<Backend, T, W>)
       if (rank > 0 && backend_.takes_adapter(x, w)) {
-        using Factors = RoundedFactors<T, Memory>;
-        const auto factors =
-            training_ ? std::make_shared<const Factors>(adapter_, rank, backend_) : kept_factors_->find(adapter_, backend_);
-        AdapterTerm<T> term{.b = factors->b.view().top_rows(rank)};
+        std::shared_ptr<const Factors> kept;
+        Factors own;
+        if (!training_) kept = kept_factors_->find(backend_, [&](Factors& all) { all.assign(adapter_, adapter_.max_rank(), backend_); });
+        if (!kept) own.assign(adapter_, rank, backend_);
+        const Factors& factors = kept ? *kept : own;
+        AdapterTerm<T> term{.b = factors.b.view().top_rows(rank)};
         Matrix<Acc, Memory> u;
         const bool one_scale = plan_.is_uniform() && !adapter_.gated();
         begin_projection(context);
-        if (one_scale && context.dropped.size() == 0) term.a = factors->a.view().top_rows(rank);
+        if (one_scale && context.dropped.size() == 0) term.a = factors.a.view().top_rows(rank);
         else project(context);
         if (one_scale) term.scale = adapter_.scale(rank);
         else u = scaled_z(context, rank);
@@ -385,7 +388,8 @@ class DynamicLoRALinear : public AdapterLayer<T, Backend>,
   Matrix<Acc, Memory> bias_, merged_;
   Index merged_rank_ = 0;
   std::unique_ptr<RowNorms<Acc, Memory>> norms_;  // with a magnitude
-  std::unique_ptr<KeptFactors<T, Memory>> kept_factors_ = std::make_unique<KeptFactors<T, Memory>>();
+  using Factors = RoundedFactors<T, Memory>;
+  std::unique_ptr<Kept<Factors>> kept_factors_ = std::make_unique<Kept<Factors>>();  // of all rows
 };
 
 }  // namespace qdylora

@@ -30,6 +30,7 @@
 #include <vector>
 
 #include <qdylora/backend.hpp>
+#include <qdylora/nn/kept.hpp>
 #include <qdylora/nn/lora_adapter.hpp>
 #include <qdylora/quant/quantize.hpp>
 
@@ -87,9 +88,17 @@ void row_squares(const Backend& backend, const W& w, MatrixView<S> squares) {
 
 }  // namespace detail::magnitude
 
-/// The norms of an adapted weight's rows, [1, out], at some ranks.
+/// The norms of an adapted weight's rows, [1, out], at the ranks of a pass.
 template <class S, MemoryResource Memory>
-using RowNormsAt = std::map<Index, std::shared_ptr<Matrix<S, Memory>>>;
+struct RowNormsAt {
+  std::map<Index, std::shared_ptr<const Matrix<S, Memory>>> kept;  // the layer's, if it does not train
+  std::map<Index, Matrix<S, Memory>> own;                          // the pass's, whose memory stays: a recorded one may write to it
+
+  MatrixView<const S> at(Index rank) const {
+    const auto found = kept.find(rank);
+    return found != kept.end() ? found->second->view() : own.at(rank).view();
+  }
+};
 
 /// What a backward pass needs of its forward pass. Empty without magnitude.
 template <class T, MemoryResource Memory>
@@ -100,9 +109,9 @@ struct MagnitudeContext {
   /// Of one of the plan's ranks: m / n - less, and 1 - less where a row has no direction.
   template <class Adapter, class Backend>
   auto factors(Index rank, const Adapter& adapter, Accumulator<T> less, const Backend& backend) const {
-    const auto& n = *norms.at(rank);
-    auto result = temporary<Accumulator<T>>(backend, 1, n.cols());
-    detail::magnitude::magnitude_factors(backend, adapter.magnitude().value.view(), n.view(), less, result.view());
+    const auto n = norms.at(rank);
+    auto result = temporary<Accumulator<T>>(backend, 1, n.cols);
+    detail::magnitude::magnitude_factors(backend, adapter.magnitude().value.view(), n, less, result.view());
     return result;
   }
 };
@@ -123,35 +132,40 @@ class RowNorms {
     detail::magnitude::row_norms(backend, squares_.view(), squares_.view(), S{}, adapter.magnitude().value.view());
   }
 
-  /// Those of a plan's ranks in `norms`, where they keep the memory that is theirs alone, as that of other ranks stays: a recorded pass may
-  /// write to it. With `keep` `norms` are those made since the last forget(), and no others; several threads may ask at a time.
+  /// `norms` are those of a plan's ranks from now on. With `keep` they are made once since the last forget(), for all passes; several threads
+  /// may ask at a time.
   template <class Adapter, class Base, class Backend>
   void find(RowNormsAt<S, Memory>& norms, const RankPlan& plan, Index rows, const Adapter& adapter, const Base& base,
             const Backend& backend, bool keep) const {
-    if (keep) norms.clear();
+    norms.kept.clear();
     std::vector<Index> done;
     plan.for_each_run(rows, [&](Index, Index, Index rank) {
       if (rank == 0 || std::ranges::find(done, rank) != done.end()) return;
       done.push_back(rank);
-      auto& at_rank = norms[rank];
-      if (!keep) {
-        if (at_rank.use_count() > 1) at_rank.reset();
-        make(at_rank, rank, adapter, base, backend);
-        return;
-      }
-      const std::scoped_lock lock(mutex_);
-      auto& kept = kept_[rank];
-      if (!kept) make(kept, rank, adapter, base, backend);
-      at_rank = kept;
+      const auto into = [&](Matrix<S, Memory>& at_rank) { make(at_rank, rank, adapter, base, backend); };
+      if (keep)
+        if (auto kept = kept_at(rank).find(backend, into)) {
+          norms.kept[rank] = std::move(kept);
+          return;
+        }
+      into(norms.own[rank]);
     });
   }
-  void forget() noexcept { kept_.clear(); }
+  void forget() noexcept {
+    const std::scoped_lock lock(mutex_);
+    for (auto& [rank, kept] : kept_) kept.forget();
+  }
 
  private:
+  Kept<Matrix<S, Memory>>& kept_at(Index rank) const {
+    const std::scoped_lock lock(mutex_);
+    return kept_[rank];
+  }
+
   template <class Adapter, class Base, class Backend>
-  void make(std::shared_ptr<Matrix<S, Memory>>& norms, Index rank, const Adapter& adapter, const Base& base, const Backend& backend) const {
+  void make(Matrix<S, Memory>& norms, Index rank, const Adapter& adapter, const Base& base, const Backend& backend) const {
     const Index out = squares_.cols();
-    if (!norms) norms = std::make_shared<Matrix<S, Memory>>(temporary<S>(backend, 1, out));
+    if (norms.size() == 0) norms = temporary<S>(backend, 1, out);
     const MatrixView<const S> a = adapter.a().value.view().top_rows(rank), b = adapter.b().value.view().top_rows(rank);
     auto coefficients = adapter.coefficients(rank, rank);
     auto gram = temporary<S>(backend, rank, rank), half_gram = temporary<S>(backend, rank, rank);
@@ -171,12 +185,12 @@ class RowNorms {
       }
     backend.fill(sums.view(), S{});
     backend.column_products(b, MatrixView<const S>(through.view()), sums.view());
-    detail::magnitude::row_norms(backend, squares_.view(), sums.view(), S{2} * scale, norms->view());
+    detail::magnitude::row_norms(backend, squares_.view(), sums.view(), S{2} * scale, norms.view());
   }
 
   Matrix<S, Memory> squares_;  // |W_o|^2, [1, out]
   mutable std::mutex mutex_;
-  mutable RowNormsAt<S, Memory> kept_;
+  mutable std::map<Index, Kept<Matrix<S, Memory>>> kept_;
 };
 
 /// target [tokens, out] = source * (f - less) of each row's rank, less 0 or 1: f = m / n, and 1 at rank 0.
@@ -222,7 +236,7 @@ void magnitude_gradient(MatrixView<const T> dy, const RankPlan& plan, const Magn
     auto sums = temporary<S>(backend, 1, dy.cols);
     backend.fill(sums.view(), S{});
     backend.column_products(dy.middle_rows(first, count), context.product.view().middle_rows(first, count), sums.view());
-    detail::magnitude::add_over_norms(backend, sums.view(), context.norms.at(rank)->view(), adapter.magnitude().gradient.view());
+    detail::magnitude::add_over_norms(backend, sums.view(), context.norms.at(rank), adapter.magnitude().gradient.view());
     adapter.magnitude().touch(0, 1);
   });
 }
