@@ -207,6 +207,8 @@ MemoryPlan memory_plan(const ModelShape& s, const MemoryOptions& o) {
   const bool dora = o.dora_ranks > 0;
   std::vector<BaseOptions> bases(1 + o.more_formats.size(), o.base);
   for (std::size_t i = 0; i < o.more_formats.size(); ++i) bases[i + 1].format = o.more_formats[i];
+  const bool in_four_bits = o.base.format == BaseFormat::nf4 || o.base.format == BaseFormat::fp4 || o.base.format == BaseFormat::int4;
+  const bool rounds_factors = o.device && t < acc && in_four_bits && !dora;  // A and B to T, where few tokens are multiplied
   Index widest_out = 0, in_sum = 0;
   std::size_t largest = 0;  // moments of a parameter
   for (const auto& [name, out, in] : s.linears) {
@@ -228,6 +230,7 @@ MemoryPlan memory_plan(const ModelShape& s, const MemoryOptions& o) {
   // its context in passes without gradients; of a context that all blocks share. Bytes of a token that a backward pass gives back.
   const Index tokens = o.training ? o.tokens : 0, most = std::max(tokens, o.forward_tokens);
   Index numbers = 0, adapter_rows = 0, squares = 0, later_z = 0, first_z = 0, shared_z = 0, given_back = 0;
+  Index most_rounded = 0;  // numbers of a layer's A and B
   for (Index i = 0; i < adapters; ++i) {
     const auto& [name, out, in] = s.adapted[static_cast<std::size_t>(i)];
     const auto rank_of = [&, i](Index layer) { return o.ranks.empty() ? rank : o.ranks[static_cast<std::size_t>(layer * adapters + i)]; };
@@ -246,6 +249,7 @@ MemoryPlan memory_plan(const ModelShape& s, const MemoryOptions& o) {
     }
     first_z += std::max(tokens * rank_of(0), o.forward_tokens * largest_rank);
     shared_z += most * largest_rank;
+    most_rounded = std::max(most_rounded, largest_rank * (in + out));
     given_back = std::max(given_back, 2 * largest_rank * acc + (o.dropout ? in * t : 0));
   }
   Index scales = 0, decoded = 0;  // of AlphaLinear: a block's trained scales; the most numbers that a pass has of a layer and gives back
@@ -314,6 +318,7 @@ MemoryPlan memory_plan(const ModelShape& s, const MemoryOptions& o) {
   if (o.training) {
     plan.workspace += bytes(tokens * (s.backward_temporaries + s.width + (o.checkpoint ? s.width : 0)) * t);  // d; a spare stream
     passing = std::max({passing, tokens * (given_back + (dora ? widest_out * t : 0)) + beside_gradient, o.scored * s.width * t});
+    if (rounds_factors) passing = std::max(passing, most_rounded * t + std::min<Index>(most, 32) * rank * acc);  // and u
   }
   if (s.whole && o.training) {  // dy as numbers of masters; what makes the gradient of a norm, of the final one beside its dx
     const Index per_norm = s.width * s.statistics * acc, per_token = s.width * t + (2 * s.statistics - 1) * acc;
@@ -328,8 +333,7 @@ MemoryPlan memory_plan(const ModelShape& s, const MemoryOptions& o) {
   if (o.snapshot && o.training) plan.reordering += plan.adapters;
 
   plan.caches = bytes(o.sequences * (o.cache_rows * s.layers * 2 * s.kv_width * t + s.vocab * acc * (o.device ? 1 : 2)));
-  const bool in_four_bits = o.base.format == BaseFormat::nf4 || o.base.format == BaseFormat::fp4 || o.base.format == BaseFormat::int4;
-  if (o.device && o.sequences > 0 && t < acc && in_four_bits && !dora) plan.caches += bytes(numbers * t);  // A and B rounded (RoundedFactors)
+  if (rounds_factors && o.sequences > 0) plan.caches += bytes(numbers * t);
   plan.backend = o.backend_bytes;
   plan.process = o.process_bytes;
   if (o.device && s.whole) plan.staging = plan.read;
