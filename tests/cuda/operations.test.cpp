@@ -33,10 +33,23 @@ class Gpu {
 
 }  // namespace
 
+/// f() with rows that several elements may be read of at once, and with others.
+template <class F>
+void with_rows_of_both_kinds(const F& f) {
+  struct Restored {
+    ~Restored() { test::rows_are_aligned = false; }
+  } restored;
+  for (const bool aligned : {false, true}) {
+    test::rows_are_aligned = aligned;
+    CAPTURE(aligned);
+    f();
+  }
+}
+
 #define ON_THE_DEVICE(name, body)                                             \
   TEMPLATE_TEST_CASE(name, "[cuda]", float, double, qd::bfloat16, qd::half) { \
     const Gpu gpu;                                                            \
-    body<Cuda, TestType>(gpu);                                                \
+    with_rows_of_both_kinds([&] { body<Cuda, TestType>(gpu); });              \
   }
 
 ON_THE_DEVICE("data goes to the device and back", test::memory_traffic)
@@ -67,26 +80,30 @@ TEMPLATE_TEST_CASE("rows are gathered and scattered on the device", "[cuda]", fl
   using T = TestType;
   const Gpu gpu;
   const Cuda cuda = gpu;
-  const auto x = test::normal_matrix<T>(7, 37, 1);
-  const test::Remote<Cuda, T> remote(cuda, x.view());
-  const std::vector<qd::Index> rows = {6, 0, 3};
-  test::Output<Cuda, T> gathered(cuda, 3, 37, qd::Update::overwrite), scattered(cuda, 7, 37, qd::Update::overwrite);
-  cuda.gather_rows(remote.in(), rows, gathered.view());
-  cuda.scatter_rows(gathered.remote().in(), rows, scattered.view());
-  for (qd::Index i = 0; i < 7; ++i)
-    for (qd::Index j = 0; j < 37; ++j) scattered.expected()(i, j) = 0.0;
-  for (qd::Index i = 0; i < 3; ++i)
-    for (qd::Index j = 0; j < 37; ++j) {
-      const auto value = static_cast<double>(x(rows[static_cast<std::size_t>(i)], j));
-      gathered.expected()(i, j) = value;
-      scattered.expected()(rows[static_cast<std::size_t>(i)], j) = value;
+  with_rows_of_both_kinds([&] {
+    for (const qd::Index cols : {37, 40}) {
+      const auto x = test::normal_matrix<T>(7, cols, 1);
+      const test::Remote<Cuda, T> remote(cuda, x.view());
+      const std::vector<qd::Index> rows = {6, 0, 3};
+      test::Output<Cuda, T> gathered(cuda, 3, cols, qd::Update::overwrite), scattered(cuda, 7, cols, qd::Update::overwrite);
+      cuda.gather_rows(remote.in(), rows, gathered.view());
+      cuda.scatter_rows(gathered.remote().in(), rows, scattered.view());
+      for (qd::Index i = 0; i < 7; ++i)
+        for (qd::Index j = 0; j < cols; ++j) scattered.expected()(i, j) = 0.0;
+      for (qd::Index i = 0; i < 3; ++i)
+        for (qd::Index j = 0; j < cols; ++j) {
+          const auto value = static_cast<double>(x(rows[static_cast<std::size_t>(i)], j));
+          gathered.expected()(i, j) = value;
+          scattered.expected()(rows[static_cast<std::size_t>(i)], j) = value;
+        }
+      gathered.check(0.0);
+      scattered.check(0.0);
+      CHECK(test::code_of([&] { cuda.gather_rows(remote.in(), std::vector<qd::Index>{7, 0, 0}, gathered.view()); }) ==
+            qd::Errc::bad_argument);
+      CHECK(test::code_of([&] { cuda.scatter_rows(gathered.remote().in(), std::vector<qd::Index>{-1, 0, 0}, scattered.view()); }) ==
+            qd::Errc::bad_argument);
     }
-  gathered.check(0.0);
-  scattered.check(0.0);
-  CHECK(test::code_of([&] { cuda.gather_rows(remote.in(), std::vector<qd::Index>{7, 0, 0}, gathered.view()); }) ==
-        qd::Errc::bad_argument);
-  CHECK(test::code_of([&] { cuda.scatter_rows(gathered.remote().in(), std::vector<qd::Index>{-1, 0, 0}, scattered.view()); }) ==
-        qd::Errc::bad_argument);
+  });
 }
 
 TEST_CASE("a list longer than a kernel's arguments comes in parts", "[cuda]") {

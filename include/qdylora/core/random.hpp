@@ -33,16 +33,19 @@ enum class Purpose : std::uint32_t { general = 0, init = 1, dropout = 2, rank = 
 /// Uniform in [0, 1), 24 bits, from one random word.
 QDYLORA_HD constexpr float uniform_from(std::uint32_t word) noexcept { return static_cast<float>(word >> 8) * 0x1p-24f; }
 
-/// Random access: word `element` of the sequence (seed, purpose, stream, step). For dropout, stream = the layer and step = the
-/// optimizer step, so every mask of a run is reproducible from two integers.
+/// Random access: words 4 * block ... 4 * block + 3 of the sequence (seed, purpose, stream, step). For dropout, stream = the layer and
+/// step = the optimizer step, so every mask of a run is reproducible from two integers.
+QDYLORA_HD constexpr std::array<std::uint32_t, 4> random_words(std::uint64_t seed, Purpose purpose, std::uint32_t stream,
+                                                               std::uint32_t step, std::uint64_t block) noexcept {
+  // counter = (block, low word; stream; step; purpose and the block's high bits)
+  return philox4x32({static_cast<std::uint32_t>(block), stream, step,
+                     (static_cast<std::uint32_t>(purpose) << 24) ^ static_cast<std::uint32_t>(block >> 32)},
+                    {static_cast<std::uint32_t>(seed), static_cast<std::uint32_t>(seed >> 32)});
+}
+/// One of them.
 QDYLORA_HD constexpr std::uint32_t random_word(std::uint64_t seed, Purpose purpose, std::uint32_t stream, std::uint32_t step,
                                                std::uint64_t element) noexcept {
-  // counter = (element / 4, low word; stream; step; purpose and the element's high bits)
-  const std::uint64_t block = element >> 2;
-  const auto words = philox4x32({static_cast<std::uint32_t>(block), stream, step,
-                                 (static_cast<std::uint32_t>(purpose) << 24) ^ static_cast<std::uint32_t>(block >> 32)},
-                                {static_cast<std::uint32_t>(seed), static_cast<std::uint32_t>(seed >> 32)});
-  return words[element & 3];
+  return random_words(seed, purpose, stream, step, element >> 2)[element & 3];
 }
 
 /// A sequential generator over one such sequence. Its whole state is five integers; equal states give equal futures.

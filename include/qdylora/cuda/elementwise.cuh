@@ -49,7 +49,14 @@ template <class T>
 struct AddRow {
   MatrixView<const Accumulator<T>> row;
   MatrixView<T> y;
-  __device__ void operator()(Index i, Index j) const { write(y, i, j, read(y, i, j) + read(row, 0, j)); }
+  template <int width>
+  __device__ void neighbours(Index i, Index j) const {
+    auto sum = read_neighbours<width>(y, i, j);
+    const auto more = read_neighbours<width>(row, 0, j);
+#pragma unroll
+    for (int k = 0; k < width; ++k) sum.at[k] = sum.at[k] + more.at[k];
+    sum.store_to(y.row(i) + j);
+  }
 };
 
 template <class S>
@@ -68,11 +75,28 @@ struct Dropout {
   std::uint64_t threshold;
   Accumulator<T> keep_scale;
   Update update;
-  __device__ void operator()(Index i, Index j) const {
+  /// Four neighbours have their words of one block.
+  template <int width>
+  __device__ void neighbours(Index i, Index j) const {
+    constexpr int together = width < 4 ? width : 4;
     const auto element = static_cast<std::uint64_t>((key.first_row + i) * x.cols + j);
-    const bool keep = random_word(key.seed, Purpose::dropout, key.layer, key.step, element) >= threshold;
-    const Accumulator<T> value = keep ? read(x, i, j) * keep_scale : Accumulator<T>{};
-    write(y, i, j, update == Update::accumulate ? read(y, i, j) + value : value);
+    auto value = read_neighbours<width>(x, i, j);
+#pragma unroll
+    for (int first = 0; first < width; first += together) {
+      const auto words = random_words(key.seed, Purpose::dropout, key.layer, key.step, (element + first) >> 2);
+#pragma unroll
+      for (int k = 0; k < together; ++k) {
+        const std::uint32_t word = words[together == 4 ? static_cast<unsigned>(k) : static_cast<unsigned>(element + k) & 3];
+        auto& v = value.at[first + k];
+        v = word >= threshold ? v * keep_scale : Accumulator<T>{};
+      }
+    }
+    if (update == Update::accumulate) {
+      const auto before = read_neighbours<width>(y, i, j);
+#pragma unroll
+      for (int k = 0; k < width; ++k) value.at[k] = before.at[k] + value.at[k];
+    }
+    value.store_to(y.row(i) + j);
   }
 };
 
@@ -151,7 +175,7 @@ void add(const CudaContext& context, MatrixView<const T> x, MatrixView<T> y) {
 template <class T>
 void add_row(const CudaContext& context, MatrixView<const Accumulator<T>> row, MatrixView<T> y) {
   expect_shape("add_row: row", row, 1, y.cols);
-  for_each(context, y.rows, y.cols, device::AddRow<T>{row, y});
+  for_each_neighbours(context, y.rows, y.cols, device::AddRow<T>{row, y}, row, y);
 }
 
 template <class S>
@@ -171,7 +195,7 @@ void dropout(const CudaContext& context, MatrixView<const T> x, float probabilit
   QDYLORA_EXPECTS(probability == 0.0f || !context.recording(), unsupported,
                   "dropout: a graph would have the masks of the step it was recorded in, whenever it is launched");
   const S keep_scale = S{1} / (S{1} - static_cast<S>(probability));
-  for_each(context, y.rows, y.cols, device::Dropout<T>{x, y, key, dropout_threshold(probability), keep_scale, update});
+  for_each_neighbours(context, y.rows, y.cols, device::Dropout<T>{x, y, key, dropout_threshold(probability), keep_scale, update}, x, y);
 }
 
 /// f(begin, count, numbers) for all rows of an update, so many at once as a launch can tell apart.

@@ -99,6 +99,55 @@ struct ByNeighbours {
   __device__ void operator()(Index i, Index j) const { f.template neighbours<width>(i, width * j); }
 };
 
+/// What a thread has of a row that a block goes through: neighbours that are 16 bytes in S, fewer at the row's end. They are read and
+/// written at once if `whole`, which is for rows that are aligned to them, else one by one: sums have one order, which the shape decides.
+template <class S, bool whole>
+struct RowPiece {
+  static constexpr int width = 16 / static_cast<int>(sizeof(S));
+  template <class T>
+  using Of = Neighbours<width, std::remove_const_t<T>>;
+
+  Index begin;
+  int count;
+
+  template <class T>
+  __device__ Of<T> read(const MatrixView<T>& x, Index i) const {
+    if constexpr (whole) {
+      return read_neighbours<width>(x, i, begin);
+    } else {
+      Of<T> found = {};
+#pragma unroll
+      for (int k = 0; k < width; ++k)
+        if (k < count) found.at[k] = device::read(x, i, begin + k);
+      return found;
+    }
+  }
+  template <class T>
+  __device__ void write(const Of<T>& values, const MatrixView<T>& y, Index i) const {
+    if constexpr (whole) {
+      values.store_to(y.row(i) + begin);
+    } else {
+#pragma unroll
+      for (int k = 0; k < width; ++k)
+        if (k < count) device::write(y, i, begin + k, values.at[k]);
+    }
+  }
+  template <class F>
+  __device__ void for_each(const F& f) const {
+#pragma unroll
+    for (int k = 0; k < width; ++k)
+      if (whole || k < count) f(k);
+  }
+};
+
+/// f(piece) for every piece of a row of `cols` elements that is the thread's.
+template <int threads, class Piece, class F>
+__device__ inline void for_each_piece(Index cols, const F& f) {
+  constexpr int width = Piece::width;
+  for (Index begin = width * thread(); begin < cols; begin += width * threads)
+    f(Piece{begin, cols - begin < width ? static_cast<int>(cols - begin) : width});
+}
+
 }  // namespace device
 
 #if !defined(QDYLORA_DEVICE_ONLY)
@@ -140,6 +189,13 @@ void for_each_neighbours_on(cudaStream_t stream, const CudaContext& context, Ind
   const bool whole = cols % width == 0 && (has_aligned_rows<width>(views) && ...);
   if (whole) for_each_on(stream, context, rows, cols / width, device::ByNeighbours<F, width>{f});
   else for_each_on(stream, context, rows, cols, device::ByNeighbours<F, 1>{f});
+}
+/// f(std::bool_constant<whole>()) for kernels that go through rows of these views by RowPiece<S, whole>.
+template <class S, class F, class... T>
+void by_whole_pieces(const F& f, const MatrixView<T>&... views) {
+  constexpr int width = device::RowPiece<S, true>::width;
+  if (((views.cols % width == 0 && has_aligned_rows<width>(views)) && ...)) f(std::true_type());
+  else f(std::false_type());
 }
 /// The same on the context's stream.
 template <class F, class... T>

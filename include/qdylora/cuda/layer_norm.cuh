@@ -10,11 +10,12 @@ namespace qdylora {
 namespace device {
 
 /// One block, one token. The mean is taken first, so that a large one does not cancel in the variance.
-template <class T>
+template <class T, bool whole>
 struct LayerNorm {
   using S = Accumulator<T>;
   static constexpr int threads = 256;
   static constexpr int shared_bytes = threads / warp_size * static_cast<int>(sizeof(S));
+  using Piece = RowPiece<S, whole>;
 
   MatrixView<const T> x;
   MatrixView<const S> weight, bias;
@@ -27,14 +28,22 @@ struct LayerNorm {
     const Index i = block().x;
     const S count = static_cast<S>(x.cols);
     S sum{}, squares{};
-    for (Index j = thread(); j < x.cols; j += threads) sum += read(x, i, j);
+    for_each_piece<threads, Piece>(x.cols, [&](const Piece& piece) {
+      const auto of_x = piece.read(x, i);
+      piece.for_each([&](int k) { sum += of_x.at[k]; });
+    });
     const S mean = sum_block<threads>(sums, sum) / count;
-    for (Index j = thread(); j < x.cols; j += threads) {
-      const S centred = read(x, i, j) - mean;
-      squares += centred * centred;
-    }
+    for_each_piece<threads, Piece>(x.cols, [&](const Piece& piece) {
+      const auto of_x = piece.read(x, i);
+      piece.for_each([&](int k) { squares += (of_x.at[k] - mean) * (of_x.at[k] - mean); });
+    });
     const S r = S{1} / std::sqrt(sum_block<threads>(sums, squares) / count + epsilon);
-    for (Index j = thread(); j < x.cols; j += threads) write(y, i, j, (read(x, i, j) - mean) * r * read(weight, 0, j) + read(bias, 0, j));
+    for_each_piece<threads, Piece>(x.cols, [&](const Piece& piece) {
+      const auto of_weight = piece.read(weight, 0), of_bias = piece.read(bias, 0);
+      auto value = piece.read(x, i);
+      piece.for_each([&](int k) { value.at[k] = (value.at[k] - mean) * r * of_weight.at[k] + of_bias.at[k]; });
+      piece.write(value, y, i);
+    });
     if (thread() == 0) {
       write(moments, i, 0, mean);
       write(moments, i, 1, r);
@@ -42,11 +51,12 @@ struct LayerNorm {
   }
 };
 
-template <class T>
+template <class T, bool whole>
 struct LayerNormBackward {
   using S = Accumulator<T>;
   static constexpr int threads = 256;
   static constexpr int shared_bytes = threads / warp_size * static_cast<int>(sizeof(S));
+  using Piece = RowPiece<S, whole>;
 
   MatrixView<const T> dy, x;
   MatrixView<const S> weight, moments;
@@ -58,17 +68,25 @@ struct LayerNormBackward {
     const Index i = block().x;
     const S mean = read(moments, i, 0), r = read(moments, i, 1), count = static_cast<S>(x.cols);
     S sum{}, dot{};
-    for (Index j = thread(); j < x.cols; j += threads) {
-      const S d = read(dy, i, j) * read(weight, 0, j);
-      sum += d;
-      dot += d * (read(x, i, j) - mean);
-    }
+    for_each_piece<threads, Piece>(x.cols, [&](const Piece& piece) {
+      const auto of_dy = piece.read(dy, i), of_x = piece.read(x, i);
+      const auto of_weight = piece.read(weight, 0);
+      piece.for_each([&](int k) {
+        const S d = of_dy.at[k] * of_weight.at[k];
+        sum += d;
+        dot += d * (of_x.at[k] - mean);
+      });
+    });
     const S mean_d = sum_block<threads>(sums, sum) / count;
     const S slope = sum_block<threads>(sums, dot) / count * r * r;
-    for (Index j = thread(); j < x.cols; j += threads) {
-      const S value = r * (read(dy, i, j) * read(weight, 0, j) - mean_d - (read(x, i, j) - mean) * slope);
-      write(dx, i, j, update == Update::accumulate ? read(dx, i, j) + value : value);
-    }
+    for_each_piece<threads, Piece>(x.cols, [&](const Piece& piece) {
+      const auto of_dy = piece.read(dy, i), of_x = piece.read(x, i);
+      const auto of_weight = piece.read(weight, 0);
+      typename Piece::template Of<T> value = {};
+      if (update == Update::accumulate) value = piece.read(dx, i);
+      piece.for_each([&](int k) { value.at[k] += r * (of_dy.at[k] * of_weight.at[k] - mean_d - (of_x.at[k] - mean) * slope); });
+      piece.write(value, dx, i);
+    });
   }
 };
 
@@ -80,18 +98,22 @@ namespace detail {
 template <class T, class S>
 void layer_norm(const CudaContext& context, MatrixView<const T> x, MatrixView<const S> weight, MatrixView<const S> bias, float epsilon,
                 MatrixView<T> y, MatrixView<S> moments) {
-  using Kernel = device::LayerNorm<T>;
   expect_layer_norm(x, weight, bias, y, moments);
-  device::launch({context.stream(), static_cast<unsigned>(x.rows), Kernel::shared_bytes},
-                 Kernel{x, weight, bias, static_cast<S>(epsilon), y, moments});
+  by_whole_pieces<S>([&]<bool whole>(std::bool_constant<whole>) {
+    using Kernel = device::LayerNorm<T, whole>;
+    device::launch({context.stream(), static_cast<unsigned>(x.rows), Kernel::shared_bytes},
+                   Kernel{x, weight, bias, static_cast<S>(epsilon), y, moments});
+  }, x, weight, bias, y);
 }
 
 template <class T, class S>
 void layer_norm_backward(const CudaContext& context, MatrixView<const T> dy, MatrixView<const T> x, MatrixView<const S> weight,
                          MatrixView<const S> moments, MatrixView<T> dx, Update update) {
-  using Kernel = device::LayerNormBackward<T>;
   expect_layer_norm_backward(dy, x, weight, moments, dx);
-  device::launch({context.stream(), static_cast<unsigned>(x.rows), Kernel::shared_bytes}, Kernel{dy, x, weight, moments, dx, update});
+  by_whole_pieces<S>([&]<bool whole>(std::bool_constant<whole>) {
+    using Kernel = device::LayerNormBackward<T, whole>;
+    device::launch({context.stream(), static_cast<unsigned>(x.rows), Kernel::shared_bytes}, Kernel{dy, x, weight, moments, dx, update});
+  }, dy, x, weight, dx);
 }
 
 }  // namespace detail

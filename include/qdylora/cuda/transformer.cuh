@@ -15,11 +15,12 @@ namespace qdylora {
 namespace device {
 
 /// One block, one token.
-template <class T>
+template <class T, bool whole>
 struct RmsNorm {
   using S = Accumulator<T>;
   static constexpr int threads = 256;
   static constexpr int shared_bytes = threads / warp_size * static_cast<int>(sizeof(S));
+  using Piece = RowPiece<S, whole>;
 
   MatrixView<const T> x;
   MatrixView<const S> weight;
@@ -30,19 +31,28 @@ struct RmsNorm {
   __device__ void operator()(SharedMemory memory) const {
     const Index i = block().x;
     S squares{};
-    for (Index j = thread(); j < x.cols; j += threads) squares += read(x, i, j) * read(x, i, j);
+    for_each_piece<threads, Piece>(x.cols, [&](const Piece& piece) {
+      const auto of_x = piece.read(x, i);
+      piece.for_each([&](int k) { squares += of_x.at[k] * of_x.at[k]; });
+    });
     squares = sum_block<threads>(memory.take<S>(threads / warp_size), squares);
     const S r = S{1} / std::sqrt(squares / static_cast<S>(x.cols) + epsilon);
-    for (Index j = thread(); j < x.cols; j += threads) write(y, i, j, read(x, i, j) * r * read(weight, 0, j));
+    for_each_piece<threads, Piece>(x.cols, [&](const Piece& piece) {
+      const auto of_weight = piece.read(weight, 0);
+      auto value = piece.read(x, i);
+      piece.for_each([&](int k) { value.at[k] = value.at[k] * r * of_weight.at[k]; });
+      piece.write(value, y, i);
+    });
     if (thread() == 0) write(inverse, i, 0, r);
   }
 };
 
-template <class T>
+template <class T, bool whole>
 struct RmsNormBackward {
   using S = Accumulator<T>;
   static constexpr int threads = 256;
   static constexpr int shared_bytes = threads / warp_size * static_cast<int>(sizeof(S));
+  using Piece = RowPiece<S, whole>;
 
   MatrixView<const T> dy, x;
   MatrixView<const S> weight, inverse;
@@ -52,18 +62,26 @@ struct RmsNormBackward {
   __device__ void operator()(SharedMemory memory) const {
     const Index i = block().x;
     S dot{};
-    for (Index j = thread(); j < x.cols; j += threads) dot += read(dy, i, j) * read(weight, 0, j) * read(x, i, j);
+    for_each_piece<threads, Piece>(x.cols, [&](const Piece& piece) {
+      const auto of_dy = piece.read(dy, i), of_x = piece.read(x, i);
+      const auto of_weight = piece.read(weight, 0);
+      piece.for_each([&](int k) { dot += of_dy.at[k] * of_weight.at[k] * of_x.at[k]; });
+    });
     dot = sum_block<threads>(memory.take<S>(threads / warp_size), dot);
-    const S r = read(inverse, i, 0);
+    const S r = device::read(inverse, i, 0);
     const S mean = dot / static_cast<S>(x.cols) * r * r;
-    for (Index j = thread(); j < x.cols; j += threads) {
-      const S value = r * (read(dy, i, j) * read(weight, 0, j) - read(x, i, j) * mean);
-      write(dx, i, j, update == Update::accumulate ? read(dx, i, j) + value : value);
-    }
+    for_each_piece<threads, Piece>(x.cols, [&](const Piece& piece) {
+      const auto of_dy = piece.read(dy, i), of_x = piece.read(x, i);
+      const auto of_weight = piece.read(weight, 0);
+      typename Piece::template Of<T> value = {};
+      if (update == Update::accumulate) value = piece.read(dx, i);
+      piece.for_each([&](int k) { value.at[k] += r * (of_dy.at[k] * of_weight.at[k] - of_x.at[k] * mean); });
+      piece.write(value, dx, i);
+    });
   }
 };
 
-/// Column j of the loop is pair j of a token, over all heads.
+/// Column j of the loop is pair j of a token, over all heads. `width` neighbours are pairs of one head.
 template <class T>
 struct Rope {
   using S = Accumulator<T>;
@@ -72,16 +90,38 @@ struct Rope {
   MatrixView<const S> table;
   RopeLayout layout;
   S direction;
-  __device__ void operator()(Index t, Index j) const {
+
+  template <int width>
+  __device__ void neighbours(Index t, Index j) const {
     const auto half = static_cast<unsigned>(table.cols / 2), at = static_cast<unsigned>(j);  // 64-bit division is a call
     const Index pair = at % half, head = at / half * table.cols;
-    const Index position = load(positions + t);
     const bool interleaved = layout == RopeLayout::interleaved;
-    const Index first = head + (interleaved ? 2 * pair : pair), second = first + (interleaved ? 1 : half);
-    const S c = read(table, position, 2 * pair), s = direction * read(table, position, 2 * pair + 1);
-    const S a = read(x, t, first), b = read(x, t, second);
-    write(x, t, first, a * c - b * s);
-    write(x, t, second, a * s + b * c);
+    T* const first = x.row(t) + head + (interleaved ? 2 * pair : pair);
+    T* const second = first + (interleaved ? Index{width} : Index{half});
+    const S* const angles = table.row(load(positions + t)) + 2 * pair;
+    using Pieces = Neighbours<width, T>;
+    auto a = Pieces::load_from(first), b = Pieces::load_from(second);
+    const auto element = [&](int k) -> S& { return k < width ? a.at[k] : b.at[k - width]; };
+    if (interleaved) rotate<width, 2, 1>(angles, element);
+    else rotate<width, 1, width>(angles, element);
+    a.store_to(first);
+    b.store_to(second);
+  }
+
+ private:
+  /// Pair k is element(step * k) and the one `apart` further.
+  template <int width, int step, int apart, class F>
+  __device__ void rotate(const S* angles, const F& element) const {
+    using Angle = Neighbours<2, S>;  // cosine and sine
+#pragma unroll
+    for (int k = 0; k < width; ++k) {
+      const S* const at = angles + 2 * k;
+      const auto angle = width > 1 ? Angle::load_from(at) : Angle{load(at), load(at + 1)};
+      S &p = element(step * k), &q = element(step * k + apart);
+      const S c = angle.at[0], s = direction * angle.at[1], a = p, b = q;
+      p = a * c - b * s;
+      q = a * s + b * c;
+    }
   }
 };
 
@@ -165,7 +205,10 @@ struct GatherRows {
   MatrixView<const X> x;
   const Row* rows;
   MatrixView<Y> y;
-  __device__ void operator()(Index i, Index j) const { assign(x, load(rows + i), y, i, j); }
+  template <int width>
+  __device__ void neighbours(Index i, Index j) const {
+    assign<width>(x, load(rows + i), y, i, j);
+  }
 };
 
 /// y[i] = decoded w[rows[i]]
@@ -186,7 +229,10 @@ struct ScatterRows {
   MatrixView<const T> x;
   const Index* rows;
   MatrixView<T> y;
-  __device__ void operator()(Index i, Index j) const { assign(x, i, y, load(rows + i), j); }
+  template <int width>
+  __device__ void neighbours(Index i, Index j) const {
+    assign<width>(x, i, y, load(rows + i), j);
+  }
 };
 
 }  // namespace device
@@ -197,23 +243,27 @@ namespace detail {
 template <class T, class S>
 void rms_norm(const CudaContext& context, MatrixView<const T> x, MatrixView<const S> weight, float epsilon, MatrixView<T> y,
               MatrixView<S> inverse) {
-  using Kernel = device::RmsNorm<T>;
   expect_shape("rms_norm: weight", weight, 1, x.cols);
   expect_shape("rms_norm: y", y, x.rows, x.cols);
   expect_shape("rms_norm: inverse rms", inverse, x.rows, 1);
-  device::launch({context.stream(), static_cast<unsigned>(x.rows), Kernel::shared_bytes},
-                 Kernel{x, weight, static_cast<S>(epsilon), y, inverse});
+  by_whole_pieces<S>([&]<bool whole>(std::bool_constant<whole>) {
+    using Kernel = device::RmsNorm<T, whole>;
+    device::launch({context.stream(), static_cast<unsigned>(x.rows), Kernel::shared_bytes},
+                   Kernel{x, weight, static_cast<S>(epsilon), y, inverse});
+  }, x, weight, y);
 }
 
 template <class T, class S>
 void rms_norm_backward(const CudaContext& context, MatrixView<const T> dy, MatrixView<const T> x, MatrixView<const S> weight,
                        MatrixView<const S> inverse, MatrixView<T> dx, Update update) {
-  using Kernel = device::RmsNormBackward<T>;
   expect_shape("rms_norm_backward: x", x, dy.rows, dy.cols);
   expect_shape("rms_norm_backward: weight", weight, 1, x.cols);
   expect_shape("rms_norm_backward: inverse rms", inverse, x.rows, 1);
   expect_shape("rms_norm_backward: dx", dx, x.rows, x.cols);
-  device::launch({context.stream(), static_cast<unsigned>(x.rows), Kernel::shared_bytes}, Kernel{dy, x, weight, inverse, dx, update});
+  by_whole_pieces<S>([&]<bool whole>(std::bool_constant<whole>) {
+    using Kernel = device::RmsNormBackward<T, whole>;
+    device::launch({context.stream(), static_cast<unsigned>(x.rows), Kernel::shared_bytes}, Kernel{dy, x, weight, inverse, dx, update});
+  }, dy, x, weight, dx);
 }
 
 template <class T, class S>
@@ -222,8 +272,11 @@ void rope(const CudaContext& context, MatrixView<T> x, std::span<const std::int3
   expect_rope(x, positions, table);
   Scratch scratch(context);
   const auto* const listed_positions = listed(context, scratch, positions);
-  for_each(context, x.rows, x.cols / 2,
-           device::Rope<T>{x, listed_positions, table, layout, direction >= 0 ? S{1} : S{-1}});
+  const device::Rope<T> rotate{x, listed_positions, table, layout, direction >= 0 ? S{1} : S{-1}};
+  constexpr int width = 16 / sizeof(T);
+  if (table.cols / 2 % width == 0 && has_aligned_rows<width>(x) && has_aligned_rows<2>(table))
+    for_each(context, x.rows, x.cols / 2 / width, device::ByNeighbours<device::Rope<T>, width>{rotate});
+  else for_each(context, x.rows, x.cols / 2, device::ByNeighbours<device::Rope<T>, 1>{rotate});
 }
 
 template <class T>
@@ -263,7 +316,7 @@ void embed(const CudaContext& context, std::span<const std::int32_t> ids, const 
   Scratch scratch(context);
   const auto* const rows = listed(context, scratch, ids);
   const auto gather = [&]<class S>(const MatrixView<S>& dense) {
-    for_each(context, y.rows, y.cols, device::GatherRows<std::remove_const_t<S>, T, std::int32_t>{dense, rows, y});
+    for_each_neighbours(context, y.rows, y.cols, device::GatherRows<std::remove_const_t<S>, T, std::int32_t>{dense, rows, y}, dense, y);
   };
   const auto gather_coded = [&]<CodeFormat Format, class Scales>(const QuantizedView<Format, Scales>& coded) {
     const int block_shift = std::countr_zero(static_cast<std::size_t>(coded.block_size));
@@ -278,7 +331,7 @@ void gather_rows(const CudaContext& context, MatrixView<const T> x, std::span<co
   expect_rows("gather_rows", "gather_rows: y", y, rows, x);
   Scratch scratch(context);
   const auto* const list = listed(context, scratch, rows);
-  for_each(context, y.rows, y.cols, device::GatherRows<T, T, Index>{x, list, y});
+  for_each_neighbours(context, y.rows, y.cols, device::GatherRows<T, T, Index>{x, list, y}, x, y);
 }
 
 template <class T>
@@ -287,7 +340,7 @@ void scatter_rows(const CudaContext& context, MatrixView<const T> x, std::span<c
   Scratch scratch(context);
   const auto* const list = listed(context, scratch, rows);
   fill(context, y, T{});
-  for_each(context, x.rows, x.cols, device::ScatterRows<T>{x, list, y});
+  for_each_neighbours(context, x.rows, x.cols, device::ScatterRows<T>{x, list, y}, x, y);
 }
 
 }  // namespace detail
