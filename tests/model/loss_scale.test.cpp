@@ -3,6 +3,7 @@
 #include <limits>
 #include <memory>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include <qdylora/cpu/cpu.hpp>
@@ -12,7 +13,9 @@
 #include "support/catch.hpp"
 #include "support/distortion.hpp"
 #include "support/files.hpp"
+#include "support/team.hpp"
 #include "support/tiny_model.hpp"
+#include "support/transfer.hpp"
 
 namespace loss_scale_test {
 
@@ -27,17 +30,24 @@ const qd::RankSet ranks{1, 3, 8};
 constexpr std::int64_t steps = 10;
 
 /// A run of the recipe that re-orders by gathered moments, on a tiny model of T.
-template <class T>
+template <class T, class Optimizer = qd::AdamW<T>>
 struct Run {
-  qd::Decoder<T> model;
-  qd::Trainer<T> trainer;
+  using Report = typename qd::Trainer<T, qd::Cpu, Optimizer>::Report;
 
-  explicit Run(qd::LossScaleOptions loss_scale = {}, std::int64_t collect_steps = 4)
+  qd::Decoder<T> model;
+  qd::Trainer<T, qd::Cpu, Optimizer> trainer;
+
+  explicit Run(qd::LossScaleOptions loss_scale = {}, std::int64_t collect_steps = 4, float dropout = 0.0f)
       : model(test::tiny_weights<float>(test::tiny_config(), false, {}),
-              {.lora = qd::adapter_options(options_of(loss_scale, collect_steps).recipe, ranks, 8.0f, 2)}, qd::Cpu(1)),
+              {.lora = adapters(options_of(loss_scale, collect_steps).recipe, dropout)}, qd::Cpu(1)),
         trainer(model, options_of(loss_scale, collect_steps)) {}
   Run(const Run&) = delete;  // the trainer refers to the model
 
+  static qd::LoRAOptions adapters(const qd::Recipe& recipe, float dropout) {
+    auto options = qd::adapter_options(recipe, ranks, 8.0f, 2);
+    options.dropout = dropout;
+    return options;
+  }
   static qd::TrainerOptions options_of(qd::LossScaleOptions loss_scale, std::int64_t collect_steps) {
     auto recipe = qd::recipe("order-then-nest");
     recipe.collect_steps = collect_steps;
@@ -163,17 +173,21 @@ TEST_CASE("gradients that half has no numbers for come through a loss scale") {
   CHECK(distance(gradients(std::type_identity<qd::half>(), 1.0), expected) > 5e-2);
 }
 
-TEST_CASE("a step whose gradient leaves half's range is taken again, and nothing of it is lost") {
+TEMPLATE_TEST_CASE("a step whose gradient leaves half's range is taken again, and nothing of it is lost", "", qd::AdamW<qd::half>,
+                   qd::AdamW8bit<qd::half>, qd::Lion<qd::half>) {
   constexpr std::int64_t never = 1000;
-  Run<qd::half> high({.initial = qd::LossScale::largest, .growth_interval = never}, 6);  // moments from the first step on
+  using HalfRun = Run<qd::half, TestType>;
+  const float dropout = GENERATE(0.0f, 0.2f);
+  CAPTURE(dropout);
+  HalfRun high({.initial = qd::LossScale::largest, .growth_interval = never}, 6, dropout);  // moments from the first step on
   const auto first = high.step();
   CHECK_FALSE(first.skipped);
   REQUIRE(first.repeats > 0);
   CHECK(high.trainer.loss_scale() == std::ldexp(qd::LossScale::largest, -first.repeats));
   CHECK(high.trainer.skipped_steps() == 0);
   CHECK(high.trainer.optimizer().step_count() == 1);
-  // The same as if the scale had been right from the start: values, moments of the optimizer, and those that re-ordering looks at.
-  Run<qd::half> right({.initial = high.trainer.loss_scale(), .growth_interval = never}, 6);
+  // The same as if the scale had been right from the start: masks, values, moments of the optimizer, and those that re-ordering looks at.
+  HalfRun right({.initial = high.trainer.loss_scale(), .growth_interval = never}, 6, dropout);
   const auto same = right.step();
   CHECK(same.repeats == 0);
   CHECK(same.loss == first.loss);
@@ -182,6 +196,62 @@ TEST_CASE("a step whose gradient leaves half's range is taken again, and nothing
   REQUIRE_FALSE(high.moments().empty());
   while (!high.trainer.done()) CHECK(high.step().loss == right.step().loss);
   CHECK(test::values(high.model) == test::values(right.model));
+}
+
+TEST_CASE("a run in half that is stopped while moments are gathered at a changing scale goes on as if it were not") {
+  for (const std::int64_t stop : {1, 2, 3, 4, 7}) {  // moments are gathered in steps 1 to 4
+    CAPTURE(stop);
+    const qd::LossScaleOptions often{.initial = 256.0, .growth_interval = 1};
+    Run<qd::half> whole(often), before(often), after(often);
+    while (!whole.trainer.done()) whole.step();
+    while (before.trainer.step_count() < stop) before.step();
+    test::transfer(before, after);
+    CHECK(after.trainer.loss_scale() == std::ldexp(256.0, static_cast<int>(stop)));
+    while (!after.trainer.done()) after.step();
+    CHECK(test::values(after.model) == test::values(whole.model));
+  }
+}
+
+TEST_CASE("workers in half take a step again together, and take the steps of one") {
+  constexpr Index count = 2;
+  const qd::LossScaleOptions high{.initial = qd::LossScale::largest, .growth_interval = 1};
+  const auto part_of = [](std::int64_t step, Index worker) {
+    // The first one's batch is what overflows first, being the larger.
+    return test::counting_batch(17, worker == 0 ? 6 : 1, 16, static_cast<std::uint64_t>(10 * step + worker));
+  };
+  using HalfRun = Run<qd::half>;
+  test::Team<float> team(count);
+  std::vector<std::unique_ptr<HalfRun>> runs;
+  std::vector<std::vector<HalfRun::Report>> reports(count);
+  for (Index worker = 0; worker < count; ++worker) {
+    runs.push_back(std::make_unique<HalfRun>(high));
+    runs.back()->trainer.join(team.worker(worker));
+  }
+  {
+    std::vector<std::jthread> threads;
+    for (Index worker = 0; worker < count; ++worker)
+      threads.emplace_back([&, worker] {
+        auto& trainer = runs[static_cast<std::size_t>(worker)]->trainer;
+        while (!trainer.done()) reports[static_cast<std::size_t>(worker)].push_back(trainer.step(part_of(trainer.step_count(), worker)));
+      });
+  }
+  HalfRun alone(high);
+  int repeats = 0;
+  for (std::size_t step = 0; !alone.trainer.done(); ++step) {
+    const auto at = alone.trainer.step_count();
+    const std::vector<qd::Batch> both{part_of(at, 0), part_of(at, 1)};
+    const auto expected = alone.trainer.step(both);
+    for (const auto& worker : reports) {
+      CHECK(worker[step].loss == Approx(expected.loss).epsilon(2e-3));
+      CHECK(worker[step].gradient_norm == Approx(expected.gradient_norm).epsilon(5e-2));
+      CHECK(worker[step].repeats == reports.front()[step].repeats);
+      CHECK_FALSE(worker[step].skipped);
+    }
+    repeats += reports.front()[step].repeats;
+  }
+  CHECK(repeats > 10);
+  CHECK(test::values(runs[0]->model) == test::values(runs[1]->model));  // to the bit
+  CHECK(runs[0]->trainer.loss_scale() == runs[1]->trainer.loss_scale());
 }
 
 TEST_CASE("half trains as float does, whatever its scale does while moments are gathered") {

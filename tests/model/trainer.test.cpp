@@ -10,6 +10,7 @@
 #include "support/catch.hpp"
 #include "support/files.hpp"
 #include "support/tiny_model.hpp"
+#include "support/transfer.hpp"
 
 namespace trainer_test {
 
@@ -92,35 +93,6 @@ bool same_bytes(const std::vector<float>& a, const std::vector<float>& b) {
   return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
 }
 
-// What a checkpoint keeps, from one run to a new one.
-void transfer(Run& from, Run& to) {
-  auto source = test::all_parameters(from.model), target = test::all_parameters(to.model);
-  REQUIRE(source.size() == target.size());
-  for (std::size_t i = 0; i < source.size(); ++i) qd::copy(std::as_const(source[i]->value).view(), target[i]->value.view());
-  const auto optimizer = [](auto& a, auto& b) {
-    for (std::size_t i = 0; i < a.states().size(); ++i) {
-      qd::copy(std::as_const(a.states()[i].m).view(), b.states()[i].m.view());
-      qd::copy(std::as_const(a.states()[i].v).view(), b.states()[i].v.view());
-      b.states()[i].steps = a.states()[i].steps;
-    }
-    b.restore_counts(a.step_count(), a.skipped_steps());
-  };
-  optimizer(from.trainer.optimizer(), to.trainer.optimizer());
-  optimizer(from.trainer.gate_optimizer(), to.trainer.gate_optimizer());
-  if (from.trainer.collecting()) {
-    std::vector<const qd::LoRAAdapter<float>*> adapters;
-    from.model.for_each_linear([&](auto& linear) { adapters.push_back(&linear.adapter()); });
-    std::size_t next = 0;
-    to.model.for_each_linear([&](auto& linear) {
-      const auto& adapter = *adapters[next++];
-      linear.adapter().start_collecting();
-      qd::copy(adapter.moment_a.view(), linear.adapter().moment_a.view());
-      qd::copy(adapter.moment_b.view(), linear.adapter().moment_b.view());
-    });
-  }
-  to.trainer.restore(from.trainer.state());
-}
-
 std::vector<qd::Recipe> all_recipes() {
   std::vector<qd::Recipe> recipes;
   for (const auto name : qd::recipe_names) recipes.push_back(short_recipe(name));
@@ -140,7 +112,7 @@ void check_resumed(std::int64_t stop) {
 
       Run first(recipe, test::tiny_config(), dropout), second(recipe, test::tiny_config(), dropout);
       first.run_to(stop, resumed_losses);
-      transfer(first, second);
+      test::transfer(first, second);
       CHECK(second.trainer.step_count() == stop);
       second.run_to(steps, resumed_losses);
       CHECK(resumed_losses == losses);
@@ -178,7 +150,7 @@ TEST_CASE("a run with magnitudes trains them, and resumes to the same bytes on a
       Run first(recipe, test::tiny_config(), 0.0f, 1, true), second(recipe, test::tiny_config(), 0.0f, 2, true);
       resumed_losses.clear();
       first.run_to(stop, resumed_losses);
-      transfer(first, second);
+      test::transfer(first, second);
       second.run_to(steps, resumed_losses);
       CHECK(resumed_losses == losses);
       CHECK(same_bytes(second.numbers(), whole.numbers()));

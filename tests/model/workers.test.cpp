@@ -1,6 +1,5 @@
 // Several trainers, each with a part of every batch, take the steps of one.
 #include <algorithm>
-#include <barrier>
 #include <cmath>
 #include <functional>
 #include <memory>
@@ -18,6 +17,7 @@
 #include "support/catch.hpp"
 #include "support/counted_memory.hpp"
 #include "support/files.hpp"
+#include "support/team.hpp"
 #include "support/tiny_model.hpp"
 
 namespace workers_test {
@@ -29,32 +29,6 @@ namespace {
 
 const qd::RankSet ranks{1, 3, 8};
 constexpr std::int64_t steps = 12;
-
-/// An engine whose workers are threads: the first one sums, in the workers' order, while the others wait.
-class Team {
- public:
-  explicit Team(Index count) : barrier_(count), parts_(static_cast<std::size_t>(count)) {}
-
-  qd::Workers<double> worker(Index index) {
-    return {index, static_cast<Index>(parts_.size()), [this, index](std::span<double> numbers) {
-              parts_[static_cast<std::size_t>(index)] = numbers;
-              barrier_.arrive_and_wait();
-              if (index == 0) {
-                sum_.assign(numbers.size(), 0.0);
-                for (const auto part : parts_)
-                  for (std::size_t i = 0; i < sum_.size(); ++i) sum_[i] += part[i];
-              }
-              barrier_.arrive_and_wait();
-              std::copy(sum_.begin(), sum_.end(), numbers.begin());
-              barrier_.arrive_and_wait();  // nobody writes the next part before all have read this sum
-            }};
-  }
-
- private:
-  std::barrier<> barrier_;
-  std::vector<std::span<double>> parts_;
-  std::vector<double> sum_;
-};
 
 struct Run {
   qd::Decoder<double> model;
@@ -117,7 +91,7 @@ TEST_CASE("three workers take the steps of one trainer, by every recipe") {
   for (const auto& recipe : all_recipes())
     for (const float dropout : {0.0f, 0.2f}) {
       CAPTURE(recipe.name, recipe.gates, dropout);
-      Team team(count);
+      test::Team<double> team(count);
       std::vector<std::unique_ptr<Run>> runs;
       for (Index worker = 0; worker < count; ++worker) {
         runs.push_back(std::make_unique<Run>(recipe, dropout, worker, worker));
@@ -174,7 +148,7 @@ TEST_CASE("workers exchange the gradients of the step's rank alone") {
 
 TEST_CASE("rows that another worker has touched are touched, and the sums are everyone's") {
   constexpr Index count = 2;
-  Team team(count);
+  test::Team<double> team(count);
   std::vector<qd::Parameters<double>> all(count);
   std::vector<std::vector<double>> numbers(count);
   std::vector<std::jthread> threads;
