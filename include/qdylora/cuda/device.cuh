@@ -196,6 +196,12 @@ __device__ __forceinline__ void sync_block() { __syncthreads(); }
 /// The lanes of the mask, each of which names the same mask. So it is for all that follows.
 __device__ __forceinline__ void sync_warp(unsigned mask = all_lanes) { __syncwarp(mask); }
 
+/// The same bits, not looked at before this place: until here a load of them may be on its way.
+__device__ __forceinline__ std::uint16_t not_before(std::uint16_t bits) {
+  asm volatile("" : "+h"(bits));
+  return bits;
+}
+
 // ---- between lanes. Groups of `width` lanes, a power of two, each exchange among themselves; the lanes read from are in the mask -------
 
 template <class T>

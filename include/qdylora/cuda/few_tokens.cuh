@@ -35,10 +35,10 @@ __device__ inline void add_share_of_row(const MatrixView<const X>& x, Index firs
 #pragma unroll
     for (int u = 0; u < unrolled; ++u) {
       const Index k = begin + u * step;
-      if (k >= x.cols) break;
 #pragma unroll
       for (int t = 0; t < tokens; ++t) {
-        const auto token = Neighbours<width, X>::load_from(x.row(first + (t < count ? t : count - 1)) + k);
+        Neighbours<width, X> token = {};
+        if (k < x.cols) token = Neighbours<width, X>::load_from(x.row(first + (t < count ? t : count - 1)) + k);
 #pragma unroll
         for (int i = 0; i < width; ++i) sum[t] += static_cast<S>(token.at[i]) * static_cast<S>(weight[u].at[i]);
       }

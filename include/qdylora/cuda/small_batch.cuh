@@ -114,6 +114,8 @@ struct SmallBatch {
       }
     };
     for (; at + warps < groups; at += warps) multiply_group(std::true_type{});
+    AdapterRanks ranks = {};
+    if (adapter.u.cols > 0) ranks = fetch_ranks(first_row, warp());
     if (at < groups) multiply_group(std::false_type{});
     // Chunks beyond the last whole group, each by a warp of its own.
     if (const int c = group * groups + (warp() + warps - groups % warps) % warps; c < chunks) {
@@ -121,9 +123,11 @@ struct SmallBatch {
                                      {scale_of(fetch_scale(0, c)), scale_of(fetch_scale(1, c))}}};
       multiply_chunk<T>(pairs, row_pair, x_of(c), sums);
     }
-    add_adapter(first_row, sums);
+    add_adapter(first_row, ranks, sums);
     sync_block();  // the table is done with: its memory takes the sums
     write_sums(table.template from<float>(0), first_row, sums);
+    // The last block to have seen that u is there leaves the count as it was.
+    if (projections > 0 && thread() == 0 && count_up(signals) == grid().x - 1) set_count(signals, 0);
   }
 
   /// Two ranks of u, by half of the warps each, for some of the tokens.
@@ -158,30 +162,38 @@ struct SmallBatch {
     if (thread() == 0) signal(signals);
   }
 
-  /// The warps share the ranks. A warp's numbers of some of them are on their way at once, those of b while it waits for u.
-  __device__ void add_adapter(Index first_row, Sums& sums) const {
-    constexpr int at_once = 8 / token_tiles;
-    const int g = lane() / 4, t = lane() % 4, ranks = static_cast<int>(adapter.u.cols);
-    const T* const own_b = adapter.b.data + first_row + g;
+  static constexpr int adapter_ranks = 8 / token_tiles;  // of a warp's, on their way at once
+
+  /// What two rows' outputs have of b: raw, as they are loaded, since to widen a number is to wait for it.
+  struct AdapterRanks {
+    std::uint16_t bits[adapter_ranks][2];
+  };
+  /// Of ranks first, first + warps ... Beyond the last rank, and the last row, others are taken again, which add nothing.
+  __device__ AdapterRanks fetch_ranks(Index first_row, int first) const {
+    AdapterRanks found;
+    const int g = lane() / 4, ranks = static_cast<int>(adapter.b.rows);
     const int own_rows = static_cast<int>(w.rows - first_row) - g;
-    float b[at_once][2], u[at_once][token_tiles][2];
-    const auto fetch_b = [&](int first) {
+    const std::uint16_t* const b = reinterpret_cast<const std::uint16_t*>(adapter.b.data + first_row);
 #pragma unroll
-      for (int i = 0; i < at_once; ++i)
+    for (int i = 0; i < adapter_ranks; ++i)
 #pragma unroll
-        for (int r = 0; r < 2; ++r)
-          b[i][r] = first + i * warps < ranks && 8 * r < own_rows ? widen(load(own_b + (first + i * warps) * adapter.b.stride + 8 * r)) : 0.0f;
-    };
-    fetch_b(warp());
+      for (int r = 0; r < 2; ++r) {
+        const Index rank = first + i * warps < ranks ? first + i * warps : ranks - 1;
+        found.bits[i][r] = load(b + rank * adapter.b.stride + (8 * r < own_rows ? g + 8 * r : 0));
+      }
+    return found;
+  }
+
+  /// The warps share the ranks, of which `next` has the first ones.
+  __device__ void add_adapter(Index first_row, AdapterRanks next, Sums& sums) const {
+    const int t = lane() % 4, ranks = static_cast<int>(adapter.u.cols);
     if (projections > 0) {
       if (thread() == 0) await(signals, static_cast<std::uint32_t>(projections));
       sync_block();
-      // The last block to have seen it leaves the count as it was.
-      if (thread() == 0 && count_up(signals) == grid().x - 1) set_count(signals, 0);
     }
 #pragma unroll 1
-    for (int first = warp(); first < ranks; first += at_once * warps) {
-      if (first != warp()) fetch_b(first);
+    for (int first = warp(); first < ranks; first += adapter_ranks * warps) {
+      float b[adapter_ranks][2], u[adapter_ranks][token_tiles][2];
 #pragma unroll
       for (int j = 0; j < token_tiles; ++j)
 #pragma unroll
@@ -189,10 +201,18 @@ struct SmallBatch {
           const int token = 8 * j + 2 * t + c;
           const float* const own_u = adapter.u.row(token) + first;
 #pragma unroll
-          for (int i = 0; i < at_once; ++i) u[i][j][c] = first + i * warps < ranks && token < x.rows ? load(own_u + i * warps) : 0.0f;
+          for (int i = 0; i < adapter_ranks; ++i) u[i][j][c] = first + i * warps < ranks && token < x.rows ? load(own_u + i * warps) : 0.0f;
         }
 #pragma unroll
-      for (int i = 0; i < at_once; ++i)
+      for (int i = 0; i < adapter_ranks; ++i)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          const float number = widen(std::bit_cast<T>(not_before(next.bits[i][r])));
+          b[i][r] = first + i * warps < ranks ? number : 0.0f;
+        }
+      if (first + adapter_ranks * warps < ranks) next = fetch_ranks(first_row, first + adapter_ranks * warps);
+#pragma unroll
+      for (int i = 0; i < adapter_ranks; ++i)
 #pragma unroll
         for (int j = 0; j < token_tiles; ++j)
 #pragma unroll

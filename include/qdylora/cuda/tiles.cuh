@@ -2,8 +2,9 @@
 //
 // A block makes 128 outputs of a tile of tokens. Each of its warps has 32 rows of the weight to itself, whose codes it loads straight into
 // registers; the tile of x is shared, and comes chunk by chunk through a ring in shared memory, filled by copies that run ahead.
-// Shared memory is what limits it: of 64 tokens, a warp reads 64 lines of 128 bytes of x a chunk and 32 of the table, and writes 16 of x, for
-// 131072 multiply-adds: 1170 a cycle. With 16 rows a warp it would be 745; tensor cores do 1024 on an A100, some 1300 by mma on an H100.
+// Shared memory is what limits it, and the loads that pass by its way: of 64 tokens, a warp reads 64 lines of 128 bytes of x a chunk and 32 of
+// the table, writes 16 of x, and has 15 of codes and scales, for 131072 multiply-adds: 1030 a cycle. With 16 rows a warp it would be some
+// 680; tensor cores do 1024 on an A100, some 1300 by mma on an H100.
 // Where there are fewer blocks than the device holds at once, they share the sums: each makes a range of chunks, and their parts are added in
 // order.
 #pragma once

@@ -157,6 +157,7 @@ void atomic_min(T* p, std::type_identity_t<T> value) {
 // ---- order -----------------------------------------------------------------------------------------------------------------------
 
 inline void sync_block(int line = __builtin_LINE()) { Running::running().barrier(line); }
+inline std::uint16_t not_before(std::uint16_t bits) { return bits; }
 inline void sync_warp(unsigned mask = all_lanes, int line = __builtin_LINE()) { Running::running().sync_warp(mask, line); }
 
 // ---- between lanes ---------------------------------------------------------------------------------------------------------------
