@@ -33,9 +33,9 @@ void run(F f, int shared_bytes = 4096, dim3 blocks = {}) {
 
 /// What the Fault says that the kernel ends in; empty when there is none.
 template <int Threads, class F>
-std::string fault(F f, int shared_bytes = 4096) {
+std::string fault(F f, int shared_bytes = 4096, dim3 blocks = {}) {
   try {
-    run<Threads>(f, shared_bytes);
+    run<Threads>(f, shared_bytes, blocks);
   } catch (const Fault& fault) {
     return fault.what();
   }
@@ -200,8 +200,9 @@ TEST_CASE("a block may wait for what earlier ones make, and for no other") {
     return [signals, out, least](SharedMemory) {
       const auto own = device::block().x;
       if (own < 2) {
+        if (device::thread() != 0) return;
         device::store(out + own, static_cast<int>(10 + own));
-        if (device::thread() == 0) device::signal(signals);
+        device::signal(signals);
         return;
       }
       if (device::thread() == 0) {
@@ -209,14 +210,80 @@ TEST_CASE("a block may wait for what earlier ones make, and for no other") {
         if (device::count_up(signals) == device::grid().x - 1) device::set_count(signals, 0);
       }
       device::sync_block();
-      device::store(out + own, device::load(out) + device::load(out + 1));
+      if (device::thread() == 0) device::store(out + own, device::load(out) + device::load(out + 1));
     };
   };
-  run<32>([signals](SharedMemory) { device::store(signals, 0u); });
+  run<32>([signals](SharedMemory) {
+    if (device::thread() == 0) device::store(signals, 0u);
+  });
   run<32>(kernel(2), 0, {4});
   CHECK(made.host() == std::vector<int>{10, 11, 21, 21});
   CHECK(count.host()[0] == 0);
   CHECK_THROWS_AS((run<32>(kernel(3), 0, {4})), Fault);
+}
+
+TEST_CASE("what a block does to global memory, others touch after its signal alone") {
+  test::DeviceArray<std::uint32_t> count(1);
+  test::DeviceArray<int> made(64);
+  std::uint32_t* const signals = count.data();
+  int* const out = made.data();
+  enum Order { whole, no_signal, early_signal, no_await, early_use };
+  // The last warp of block 0 writes what the last one of block 1 uses.
+  const auto outcome = [&](Order order, auto&& write, auto&& use) {
+    run<32>([signals](SharedMemory) {
+      if (device::thread() == 0) device::store(signals, 0u);
+    });
+    return fault<64>(
+        [=](SharedMemory) {
+          if (device::block().x == 0) {
+            if (order == early_signal && device::thread() == 0) device::signal(signals);
+            if (device::warp() == 1) write(out + device::lane());
+            device::sync_block();
+            if (order != early_signal && order != no_signal && device::thread() == 0) device::signal(signals);
+          } else {
+            if (order != no_await && order != no_signal && device::thread() == 0) device::await(signals, 1);
+            if (order != early_use) device::sync_block();
+            if (device::warp() == 1) use(out + device::lane());
+          }
+        },
+        0, {2, 1, 1});
+  };
+  const auto read = [](int* p) { device::load(p); };
+  const auto write = [](int* p) { device::store(p, 1); };
+  const auto add = [](int* p) { device::atomic_add(p, 1); };
+  for (const Order order : {whole, no_signal, early_signal, no_await, early_use}) {
+    CAPTURE(order);
+    CHECK((outcome(order, write, read) == "") == (order == whole));
+    CHECK((outcome(order, read, write) == "") == (order == whole));
+    CHECK((outcome(order, write, write) == "") == (order == whole));
+    CHECK((outcome(order, write, add) == "") == (order == whole));
+    CHECK(outcome(order, add, add) == "");
+    CHECK(outcome(order, read, read) == "");
+  }
+  CHECK(contains(outcome(no_await, write, read), "that thread 32 of the grid's block 0 has written, with no signal between"));
+  CHECK(contains(outcome(no_await, read, write), "block 0 has read, with no signal between"));
+}
+
+TEST_CASE("what a thread does to global memory, others of its block touch after a barrier alone") {
+  test::DeviceArray<int> made(64);
+  int* const out = made.data();
+  const auto outcome = [&](auto&& order) {
+    return fault<64>([=](SharedMemory) {
+      device::store(out + device::thread(), device::thread());
+      order();
+      device::load(out + (device::thread() ^ 1));
+    });
+  };
+  CHECK(outcome([] { device::sync_block(); }) == "");
+  CHECK(outcome([] { device::sync_warp(); }) == "");
+  CHECK(contains(outcome([] {}), "with no barrier between"));
+  CHECK(contains(fault<64>([=](SharedMemory) {
+                   device::store(out + device::thread(), 1);
+                   device::sync_warp();
+                   device::load(out + (device::thread() ^ 32));
+                 }),
+                 "with no barrier between"));
+  CHECK(contains(fault<64>([=](SharedMemory) { device::store(out, 1); }), "has written, with no barrier between"));
 }
 
 TEST_CASE("a fault names the kernel, the block and the thread") {

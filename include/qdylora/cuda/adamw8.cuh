@@ -60,6 +60,7 @@ struct AdamW8Rows {
         store(moments.m.row(i) + j, detail::first_moment_code(first[e], first_max, values<DynamicMap8>.at));
         store(moments.v.row(i) + j, detail::second_moment_code(second[e], second_max, values<DynamicMapU8>.at));
       }
+      sync_warp();  // all have read them
       if (lane() == 0) {
         store(moments.m_absmax.row(i) + b, first_max);
         store(moments.v_absmax.row(i) + b, second_max);

@@ -3,6 +3,8 @@
 //
 //   sync_block   all threads, at one place of the source, none of them ended
 //   collectives  (shuffles, votes, sync_warp, ldmatrix, mma) every lane of the mask, each naming the same mask
+//   global memory: between a write and another access to the same byte by another thread of the block as below, by another block as
+//   grid.hpp has it
 //   shared memory: between a write and another access to the same byte by another thread there is a barrier of the block, or within a
 //   warp a sync_warp of both lanes. Order is kept as vector clocks (Mattern 1988), one a lane; a barrier of the block orders all.
 //   what a product of warpgroups reads, who wrote it has published before the barrier; until it is waited for, nobody writes there
@@ -27,16 +29,17 @@
 
 #include "support/cuda_emulator/fault.hpp"
 #include "support/cuda_emulator/global_memory.hpp"
+#include "support/cuda_emulator/grid.hpp"
 #include "support/cuda_emulator/shadow.hpp"
 
 namespace test::emulator {
 
 class Block {
  public:
-  Block(std::string kernel, std::array<unsigned, 3> grid, std::array<unsigned, 3> index, int threads, int shared_bytes)
-      : kernel_(std::move(kernel)),
-        grid_(grid),
+  Block(Grid& grid, std::array<unsigned, 3> index, int threads, int shared_bytes)
+      : grid_(grid),
         index_(index),
+        number_((index[2] * grid.size[1] + index[1]) * grid.size[0] + index[0]),
         shared_(static_cast<std::size_t>(shared_bytes) + 1024),
         shared_bytes_(shared_bytes),
         threads_(static_cast<std::size_t>(threads)),
@@ -74,7 +77,7 @@ class Block {
   int threads() const { return static_cast<int>(threads_.size()); }
   int lane() const { return current_ % warp_size; }
   const std::array<unsigned, 3>& index() const { return index_; }
-  const std::array<unsigned, 3>& grid() const { return grid_; }
+  const std::array<unsigned, 3>& grid() const { return grid_.size; }
 
   [[noreturn]] void fail(const std::string& what) const { fail(what, current_); }
 
@@ -160,7 +163,7 @@ class Block {
 
   /// Begins a copy of `valid` bytes, and zeros up to `bytes`.
   void copy_async(std::ptrdiff_t offset, const void* source, std::size_t bytes, std::size_t valid) {
-    if (valid > 0) access_global("copies from", source, valid, bytes);
+    if (valid > 0) access_global("copies from", source, valid, bytes, Access::read);
     access_shared(offset, bytes, bytes, Access::write);
     for (std::size_t i = 0; i < bytes; ++i) shadow(static_cast<std::size_t>(offset) + i).copier = current_;
     threads_[static_cast<std::size_t>(current_)].open.push_back({offset, source, bytes, valid});
@@ -218,9 +221,53 @@ class Block {
     }
   }
 
-  void access_global(const char* what, const void* p, std::size_t bytes, std::size_t aligned) const {
+  void access_global(const char* what, const void* p, std::size_t bytes, std::size_t aligned, Access access) {
     if (const auto complaint = global_memory().complaint(p, bytes, aligned))
       fail(std::string(what) + " global memory: " + std::to_string(bytes) + " bytes at an address that " + *complaint);
+    Trace* const traces = global_memory().traces(p);
+    for (std::size_t i = 0; i < bytes; ++i) {
+      Trace& byte = traces[i];
+      const auto refuse = [&](const char* did, std::uint32_t block, int thread) {
+        const bool own = block == number_;
+        fail(std::string(what) + " global memory that thread " + std::to_string(thread) +
+             (own ? "" : " of the grid's block " + std::to_string(block)) + " has " + did + ", with no " +
+             (own ? "barrier" : "signal") + " between");
+      };
+      if (byte.write_launch == grid_.launch && !(access == Access::atomic && byte.atomic) &&
+          !is_seen(byte.write_block, byte.write_epoch, byte.writer, byte.write_time))
+        refuse("written", byte.write_block, byte.writer);
+      if (access == Access::read) {
+        byte.several_read = byte.read_launch == grid_.launch && (byte.several_read || byte.read_block != number_);
+        byte.read_launch = grid_.launch;
+        byte.read_block = number_;
+        byte.read_epoch = epoch_;
+        byte.read_time = now();
+        byte.reader = static_cast<std::int16_t>(current_);
+        continue;
+      }
+      if (byte.read_launch == grid_.launch && !(access == Access::atomic && byte.atomic) &&
+          (byte.several_read || !is_seen(byte.read_block, byte.read_epoch, byte.reader, byte.read_time)))
+        refuse("read", byte.read_block, byte.reader);
+      byte.write_launch = grid_.launch;
+      byte.write_block = number_;
+      byte.write_epoch = epoch_;
+      byte.write_time = now();
+      byte.writer = static_cast<std::int16_t>(current_);
+      byte.atomic = access == Access::atomic;
+    }
+  }
+
+  /// What the thread has seen and done, all have seen who see its signal.
+  void signal(const void* count) {
+    Knowledge& given = grid_.signals[count];
+    given.join(known_);
+    if (informed_ == current_) given.join(newly_known_);
+    given.see(grid_.blocks(), number_, {epoch_, current_});
+  }
+  void see_signals(const void* count) {
+    if (informed_ != current_) newly_known_.clear();
+    informed_ = current_;
+    newly_known_.join(grid_.signals[count]);
   }
 
  private:
@@ -266,7 +313,7 @@ class Block {
   static std::string place_text(const char* what, int line) { return std::string(what) + " (line " + std::to_string(line) + ")"; }
 
   [[noreturn]] void fail(const std::string& what, int thread) const {
-    throw Fault({kernel_, {index_[0], index_[1], index_[2]}, thread}, what);
+    throw Fault({grid_.kernel, {index_[0], index_[1], index_[2]}, thread}, what);
   }
 
   static void enter() {
@@ -324,6 +371,9 @@ class Block {
         fail("waits at " + place_text("sync_block", line) + ", others at " + place_text("sync_block", t.line), waiting);
     for (Thread& t : threads_) t.state = State::ready;
     ++epoch_;
+    known_.join(newly_known_);
+    newly_known_.clear();
+    informed_ = -1;
   }
 
   [[noreturn]] void fail_exchange(int waiting) {
@@ -342,6 +392,11 @@ class Block {
     if (other == current_) return true;
     return other / warp_size == current_ / warp_size &&
            threads_[static_cast<std::size_t>(current_)].seen[static_cast<std::size_t>(other % warp_size)] >= time;
+  }
+  // Whether the current thread has seen what a thread of the grid did.
+  bool is_seen(std::uint32_t block, std::uint32_t epoch, int thread, std::uint32_t time) const {
+    if (block == number_) return epoch < epoch_ || seen(thread, time);
+    return known_.covers(block, epoch, thread) || (informed_ == current_ && newly_known_.covers(block, epoch, thread));
   }
   Warp& own_warp() { return warps_[static_cast<std::size_t>(current_ / warp_size)]; }
   std::uint32_t now() const { return threads_[static_cast<std::size_t>(current_)].seen[static_cast<std::size_t>(lane())]; }
@@ -373,8 +428,12 @@ class Block {
     byte.atomic = atomic;
   }
 
-  std::string kernel_;
-  std::array<unsigned, 3> grid_, index_;
+  Grid& grid_;
+  std::array<unsigned, 3> index_;
+  std::uint32_t number_;
+  Knowledge known_;        // of the grid's other blocks, to all threads
+  Knowledge newly_known_;  // since the last barrier, to the thread that has waited
+  int informed_ = -1;
   std::vector<std::byte> shared_;
   int shared_bytes_;
   std::vector<Thread> threads_;

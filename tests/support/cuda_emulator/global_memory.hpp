@@ -4,18 +4,22 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <map>
+#include <memory>
 #include <new>
 #include <optional>
 #include <string>
+
+#include "support/cuda_emulator/shadow.hpp"
 
 namespace test::emulator {
 
 class GlobalMemory {
  public:
   ~GlobalMemory() {
-    for (const auto& [begin, bytes] : allocations_) ::operator delete(begin, std::align_val_t{alignment});
+    for (const auto& [begin, allocation] : allocations_) ::operator delete(begin, std::align_val_t{alignment});
   }
 
   /// Nothing where less is free. Filled with the bits of NaN, so that results made of uninitialized memory are noticed.
@@ -23,7 +27,7 @@ class GlobalMemory {
     if (bytes > free()) return nullptr;
     auto* begin = static_cast<std::byte*>(::operator new(bytes, std::align_val_t{alignment}));
     std::memset(begin, 0xFF, bytes);
-    allocations_.emplace(begin, bytes);
+    allocations_[begin].bytes = bytes;
     used_ += bytes;
     most_ = std::max(most_, used_);
     return begin;
@@ -31,7 +35,7 @@ class GlobalMemory {
   bool release(void* begin) {
     const auto found = allocations_.find(static_cast<std::byte*>(begin));
     if (found == allocations_.end()) return false;
-    used_ -= found->second;
+    used_ -= found->second.bytes;
     ::operator delete(begin, std::align_val_t{alignment});
     allocations_.erase(found);
     return true;
@@ -47,12 +51,21 @@ class GlobalMemory {
     auto next = allocations_.upper_bound(const_cast<std::byte*>(at));
     const std::string outside = "is outside of every allocation";
     if (next == allocations_.begin()) return outside;
-    const auto& [begin, size] = *--next;
+    const auto& [begin, allocation] = *--next;
+    const std::size_t size = allocation.bytes;
     const auto offset = static_cast<std::size_t>(at - begin);
     if (offset > size + 65536) return outside;
     if (offset + bytes > size)
       return "ends " + std::to_string(offset + bytes - size) + " bytes behind an allocation of " + std::to_string(size);
     return std::nullopt;
+  }
+
+  /// Of each byte from `p` on, which lies within an allocation.
+  Trace* traces(const void* p) {
+    auto* at = static_cast<std::byte*>(const_cast<void*>(p));
+    auto& [begin, allocation] = *--allocations_.upper_bound(at);
+    if (!allocation.traces) allocation.traces.reset(static_cast<Trace*>(std::calloc(allocation.bytes, sizeof(Trace))));
+    return allocation.traces.get() + (at - begin);
   }
 
   std::size_t total() const noexcept { return total_; }
@@ -65,7 +78,15 @@ class GlobalMemory {
  private:
   static constexpr std::size_t alignment = 256;
 
-  std::map<std::byte*, std::size_t> allocations_;
+  struct Freed {
+    void operator()(Trace* traces) const { std::free(traces); }
+  };
+  struct Allocation {
+    std::size_t bytes = 0;
+    std::unique_ptr<Trace[], Freed> traces = {};  // zeros until a kernel comes here, of which the system makes pages when they are touched
+  };
+
+  std::map<std::byte*, Allocation> allocations_;
   std::size_t total_ = std::size_t{1} << 32;
   std::size_t used_ = 0;
   std::size_t most_ = 0;

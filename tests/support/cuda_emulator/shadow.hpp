@@ -1,4 +1,4 @@
-// What the emulator remembers of a byte of shared memory.
+// What the emulator remembers of a byte of memory.
 #pragma once
 
 #include <array>
@@ -12,7 +12,7 @@ enum class Access { read, write, atomic };
 
 using Clock = std::array<std::uint32_t, warp_size>;  // of each lane of a warp, the last moment that one of them has seen
 
-// Of one byte: the last write, and the reads since. Reads of several warps need no times: no thread may write after them.
+// Of a byte of shared memory: the last write, and the reads since. Reads of several warps need no times: no thread may write after them.
 struct Shadow {
   std::uint64_t block = 0;    // that last touched it: for another one it is new
   std::uint32_t written = 0;  // epochs; the first is 1
@@ -25,6 +25,15 @@ struct Shadow {
   std::uint32_t read = 0;
   std::uint32_t reading_warps = 0;
   Clock read_times{};
+};
+
+// Of a byte of global memory: the last write of a launch, and the last read.
+struct Trace {
+  std::uint32_t write_launch = 0, write_block = 0, write_epoch = 0, write_time = 0;
+  std::uint32_t read_launch = 0, read_block = 0, read_epoch = 0, read_time = 0;
+  std::int16_t writer = 0, reader = 0;
+  bool atomic = false;         // the write
+  bool several_read = false;  // blocks; of other than the last one nothing is known
 };
 
 }  // namespace test::emulator

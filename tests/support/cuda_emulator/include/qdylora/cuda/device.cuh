@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <string>
 #include <type_traits>
+#include <utility>
 
 #include <cuda_runtime.h>
 
@@ -119,40 +120,47 @@ class SharedMemory {
 
 template <class V>
 V load(const V* p) {
-  Running::running().access_global("reads", p, sizeof(V), alignof(V));
+  Running::running().access_global("reads", p, sizeof(V), alignof(V), Access::read);
   return *p;
 }
 template <class V>
 V load_once(const V* p) {
   static_assert(sizeof(V) == 4 || sizeof(V) == 8 || sizeof(V) == 16);
-  Running::running().access_global("reads", p, sizeof(V), sizeof(V));
+  Running::running().access_global("reads", p, sizeof(V), sizeof(V), Access::read);
   return *p;
 }
 template <class V>
 void store(V* p, std::type_identity_t<V> value) {
-  Running::running().access_global("writes", p, sizeof(V), alignof(V));
+  Running::running().access_global("writes", p, sizeof(V), alignof(V), Access::write);
   *p = value;
 }
+namespace emulated {
+template <class T>
+T exchange_atomically(T* p, T value) {
+  Running::running().access_global("writes", p, sizeof(T), alignof(T), Access::atomic);
+  return std::exchange(*p, value);
+}
+}  // namespace emulated
 template <std::integral T>
 void atomic_add(T* p, std::type_identity_t<T> value) {
-  store(p, static_cast<T>(load(p) + value));
+  emulated::exchange_atomically(p, static_cast<T>(*p + value));
 }
-inline void signal(std::uint32_t* count) { atomic_add(count, 1); }
-/// Blocks run one after another: what has not come by now will not.
-inline void await(const std::uint32_t* count, std::uint32_t least) {
-  if (const std::uint32_t found = load(count); found < least)
-    Running::running().fail("waits for " + std::to_string(least) + " signals, of which earlier blocks have given " + std::to_string(found));
-}
-inline std::uint32_t count_up(std::uint32_t* count) {
-  const std::uint32_t before = load(count);
-  store(count, before + 1);
-  return before;
-}
-inline void set_count(std::uint32_t* count, std::uint32_t value) { store(count, value); }
 template <std::integral T>
 void atomic_min(T* p, std::type_identity_t<T> value) {
-  store(p, std::min(load(p), value));
+  emulated::exchange_atomically(p, std::min(*p, value));
 }
+inline void signal(std::uint32_t* count) {
+  Running::running().signal(count);
+  atomic_add(count, 1);
+}
+/// Blocks run one after another: what has not come by now will not.
+inline void await(const std::uint32_t* count, std::uint32_t least) {
+  if (const std::uint32_t found = emulated::exchange_atomically(const_cast<std::uint32_t*>(count), *count); found < least)
+    Running::running().fail("waits for " + std::to_string(least) + " signals, of which earlier blocks have given " + std::to_string(found));
+  Running::running().see_signals(count);
+}
+inline std::uint32_t count_up(std::uint32_t* count) { return emulated::exchange_atomically(count, *count + 1); }
+inline void set_count(std::uint32_t* count, std::uint32_t value) { emulated::exchange_atomically(count, value); }
 
 // ---- order -----------------------------------------------------------------------------------------------------------------------
 

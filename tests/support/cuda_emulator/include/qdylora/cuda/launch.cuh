@@ -31,10 +31,11 @@ void launch(const Launch& how, const K& kernel) {
   ++test::emulator::machine().launches;
   QDYLORA_CUDA_TRY(test::emulator::result(test::emulator::issue(how.stream, [n, kernel, shared_bytes = how.shared_bytes] {
     const std::unique_ptr<char, void (*)(void*)> name(abi::__cxa_demangle(typeid(K).name(), nullptr, nullptr, nullptr), std::free);
+    test::emulator::Grid grid(name.get(), {n.x, n.y, n.z});
     for (unsigned z = 0; z < n.z; ++z)
       for (unsigned y = 0; y < n.y; ++y)
         for (unsigned x = 0; x < n.x; ++x)
-          Running(name.get(), {n.x, n.y, n.z}, {x, y, z}, K::threads, shared_bytes).run([&] { kernel(SharedMemory()); });
+          Running(grid, {x, y, z}, K::threads, shared_bytes).run([&] { kernel(SharedMemory()); });
   })));
 }
 
