@@ -215,7 +215,7 @@ TEST_CASE("what the runtime refuses to record") {
   REQUIRE(end() == cudaSuccess);
   CHECK(array.host()[0] != 0x01010101);  // recorded, not done
   cudaGraphExec_t executable = nullptr;
-  REQUIRE(cudaGraphInstantiateWithFlags(&executable, graph, 0) == cudaSuccess);
+  REQUIRE(cudaGraphInstantiateWithFlags(&executable, graph, cudaGraphInstantiateFlagUseNodePriority) == cudaSuccess);
   CHECK(cudaGraphLaunch(executable, context.stream()) == cudaSuccess);
   context.synchronize();
   CHECK(array.host()[0] == 0x01010101);

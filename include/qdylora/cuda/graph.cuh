@@ -39,7 +39,8 @@ class CudaGraph {
     const detail::Owned<cudaGraph_t> graph(recorded);
     expect_memory_returned(recorded);
     cudaGraphExec_t executable = nullptr;
-    QDYLORA_CUDA_TRY(cudaGraphInstantiateWithFlags(&executable, recorded, 0));
+    // Slabs are decoded ahead of products by their stream's priority, which a graph's nodes have only where it is asked for.
+    QDYLORA_CUDA_TRY(cudaGraphInstantiateWithFlags(&executable, recorded, cudaGraphInstantiateFlagUseNodePriority));
     executable_.reset(executable);
   }
 

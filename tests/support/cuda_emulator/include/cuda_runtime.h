@@ -224,7 +224,10 @@ inline cudaError_t cudaGraphNodeGetType(cudaGraphNode_t node, cudaGraphNodeType*
                                              : cudaGraphNodeTypeKernel;
   return test::emulator::result(cudaSuccess);
 }
-inline cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t* exec, cudaGraph_t graph, unsigned long long) {
+enum { cudaGraphInstantiateFlagUseNodePriority = 8 };
+/// Without the flag a GPU forgets the priorities of the streams that work was taken down from.
+inline cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t* exec, cudaGraph_t graph, unsigned long long flags) {
+  if (flags != cudaGraphInstantiateFlagUseNodePriority) return test::emulator::result(cudaErrorInvalidValue);
   *exec = new CUgraphExec_st{graph->recording};
   return test::emulator::result(cudaSuccess);
 }
