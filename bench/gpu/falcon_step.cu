@@ -1,11 +1,11 @@
 // A full training step of Falcon-40b's shape, adapters of rank 64 on all four linear layers of its blocks, under a cap on the memory of one
 // GPU: the claim of QDyLoRA (arXiv 2402.10462), which fine-tunes Falcon-40b for ranks 1 to 64 on 32 GB.
 //
-//   falcon_step [--batch N] [--tokens N] [--layers N] [--moments 8|32] [--cap GIB] [--steps N]
+//   falcon_step [--batch N] [--tokens N] [--layers N] [--moments 8|32] [--cap GIB] [--steps N] [--rank N]
 //
-// Weights are random, made and quantized on the device block by block; tokens are random. Each step draws its rank. What the cap leaves out of
-// the device's memory, of which the driver's context is a part, is taken away before the model is made. A JSON line on stdout; exit 77
-// without a GPU, 1 where memory does not suffice.
+// Weights are random, made and quantized on the device block by block; tokens are random. Each step draws its rank, or has that of --rank.
+// What the cap leaves out of the device's memory, of which the driver's context is a part, is taken away before the model is made. A JSON
+// line on stdout; exit 77 without a GPU, 1 where memory does not suffice.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -33,7 +33,7 @@ template <class T>
 using Matrix = qd::Matrix<T, qd::DeviceMemory>;
 
 struct Options {
-  Index batch = 4, tokens = 512, layers = 60, moments = 32, cap = 32, steps = 6;
+  Index batch = 4, tokens = 512, layers = 60, moments = 32, cap = 32, steps = 6, rank = 0;  // 0: drawn for every step
 };
 
 qd::DecoderConfig falcon_40b(Index layers) {
@@ -109,7 +109,10 @@ void run(const Options& o, const qd::CudaContext& context, const qd::MemoryPlan&
   double loss = 0.0;
   for (Index step = 0; step < o.steps; ++step) {
     const auto batch = random_batch(o, config.vocab, rng);
-    const auto plan_of_ranks = step == 0 ? qd::RankPlan::uniform(64) : ranks.next(batch.tokens());  // the largest is among them
+    const auto drawn_ranks = ranks.next(batch.tokens());
+    const auto plan_of_ranks = o.rank > 0    ? qd::RankPlan::uniform(o.rank)
+                               : step == 0 ? qd::RankPlan::uniform(64)  // the largest is among them
+                                           : drawn_ranks;
     model.set_ranks(plan_of_ranks);
     seconds.push_back(1e-6 * watch.measure([&] {
       optimizer.zero_grad();
@@ -136,11 +139,11 @@ Options parse(int argc, char** argv) {
     const char* name;
     Index* value;
   } known[] = {{"--batch", &o.batch},     {"--tokens", &o.tokens}, {"--layers", &o.layers},
-               {"--moments", &o.moments}, {"--cap", &o.cap},       {"--steps", &o.steps}};
+               {"--moments", &o.moments}, {"--cap", &o.cap},       {"--steps", &o.steps},   {"--rank", &o.rank}};
   for (int i = 1; i < argc; ++i) {
     const auto* option = std::find_if(std::begin(known), std::end(known), [&](const auto& k) { return std::strcmp(k.name, argv[i]) == 0; });
     if (option == std::end(known) || i + 1 >= argc || (*option->value = std::atoll(argv[++i])) < 1) {
-      std::fprintf(stderr, "falcon_step: expected one of --batch, --tokens, --layers, --moments, --cap, --steps and a number, found '%s'\n",
+      std::fprintf(stderr, "falcon_step: expected one of --batch, --tokens, --layers, --moments, --cap, --steps, --rank and a number, found '%s'\n",
                    argv[i]);
       std::exit(2);
     }

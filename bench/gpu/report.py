@@ -178,8 +178,9 @@ def write(lines, args):
             f"driver {machine['driver']}, CUDA {machine['runtime']}, cuBLASLt {machine['cublaslt']}, clock {machine['clock_khz'] / 1000:.0f} MHz"
             + (f", {args.bitsandbytes}" if args.bitsandbytes else "") + ".", "",
             "Ceilings: " + (", ".join(speeds) or "not measured") + ".", "",
-            "NF4 with double-quantized scales, bfloat16 activations; CUDA graphs over weights that exceed the L2 cache, competitors in turns, "
-            "medians. bitsandbytes is the faster of its fused kernel and decoding + cuBLAS in every cell; cuBLAS multiplies weights in bfloat16.", ""]
+            "NF4 with double-quantized scales, bfloat16 activations; CUDA graphs, of products over weights that exceed the L2 cache, competitors "
+            "in turns, medians. bitsandbytes is the faster of its fused kernel and decoding + cuBLAS in every cell; cuBLAS multiplies weights in "
+            "bfloat16.", ""]
     text += ["## Goals", "", "| goal | at least | aim | found | |", "|---|---|---|---|---|"]
     for what, least, aim, found in goals(lines, machine["gpu"]):
         text.append(f"| {what} | {least:g} | {aim:g} | {'–' if found is None else f'{found:.2f}'} | {verdict(what, least, aim, found)} |")
@@ -219,6 +220,7 @@ def write(lines, args):
             layers.setdefault(key(cell), []).append(cell)
     if layers:
         text += ["## A layer with an adapter of rank 64: forward, forward again, backward", "",
+                 "All are CUDA graphs but PEFT's, which PyTorch launches call by call, ten passes queued at once.", "",
                  "| out × in | M | ours, µs | times as fast as bfloat16 | as bitsandbytes | as PEFT + bitsandbytes |",
                  "|---|---|---|---|---|---|"]
         for (o, i, t), cells in layers.items():
@@ -234,7 +236,8 @@ def write(lines, args):
     if steps:
         text += ["## A training step of Falcon-40b's shape", "",
                  "Adapters of rank 64 on all four linear layers of each block, ranks drawn from 1 to 64, activations recomputed, random weights; "
-                 "all memory beyond the cap taken away beforehand.", "",
+                 "all memory beyond the cap taken away beforehand. The step beside PEFT has rank 64 as PEFT's; ours recomputes all blocks but the "
+                 "last one, PEFT that one too.", "",
                  "| blocks | batch | tokens each | moments | cap, GiB | planned, GB | peak, GB | reserved, GB | s a step "
                  "| PEFT + bitsandbytes, s |",
                  "|---|---|---|---|---|---|---|---|---|---|"]

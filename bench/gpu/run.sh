@@ -5,14 +5,14 @@
 #   Meant to take 8 minutes on an H100 with 16 processors. A step that fails is named in the end and in the exit status; the others go on.
 #   --quick       two shapes, few tokens
 #   --name NAME   of the results; else made of the GPU's name
-#   --out FOLDER  where they go (bench/results)
+#   --out FOLDER  where they go, measurements as they are made and logs too (bench/results; those into BUILD_DIR)
+#   --seconds N   for everything: what is left of them is a step's limit
 #   --fetch       only gather, in build/gpu-peers, what a machine with nvcc and CMake but without a network lacks: bitsandbytes' library, from
 #                 PyPI, with its Python package, and the headers of Eigen, nlohmann/json and Catch2 from their Debian packages here
 #   --no-build, --no-tests, --no-sanitizer, --no-bench, --no-report   leave that step out
-# Environment: BUILD_DIR (build/gpu), CELLS, the file that measurements go to as they are made (cells.jsonl in BUILD_DIR), JOBS,
-#   ARCHITECTURES (of the GPU at hand, else 90a), BITSANDBYTES, a libbitsandbytes_cuda*.so (else one in build/gpu-peers; without any, ours is
-#   beside cuBLAS alone), PEER_PYTHON, an interpreter with torch, bitsandbytes, peft and transformers (else python3: where it lacks them,
-#   PEFT + bitsandbytes are left out).
+# Environment: BUILD_DIR (build/gpu), JOBS, ARCHITECTURES (of the GPU at hand, else 90a), BITSANDBYTES, a libbitsandbytes_cuda*.so (else one
+#   in build/gpu-peers; without any, ours is beside cuBLAS alone), PEER_PYTHON, an interpreter with torch, bitsandbytes, peft and transformers
+#   (else python3: where it lacks them, PEFT + bitsandbytes are left out).
 # Then a training step of Falcon-40b's shape under a cap of 32 GiB: batch 4, and batch 8 with moments in 8 bits; and of 4 of its blocks
 # beside PEFT + bitsandbytes.
 set -euo pipefail
@@ -21,17 +21,17 @@ root=$(cd "$here/../.." && pwd)
 peers=$root/build/gpu-peers
 build=$(realpath -m "${BUILD_DIR:-$root/build/gpu}")
 jobs=${JOBS:-$(nproc)}
-out=$root/bench/results name='' quick=''
+out='' name='' quick='' seconds=86400
 build_it=yes tests=yes sanitizer=yes bench=yes report=yes
 wheel=bitsandbytes==0.50.2
 peer_python=${PEER_PYTHON:-python3}
-cells=${CELLS:-$build/cells.jsonl}
 
 while (($# > 0)); do
   case $1 in
     --quick) quick=--quick ;;
     --name) name=$2; shift ;;
     --out) out=$(realpath -m "$2"); shift ;;
+    --seconds) seconds=$2; shift ;;
     --fetch)
       mkdir -p "$peers"
       python3 -m pip download -q --no-deps --only-binary :all: -d "$peers" "$wheel"
@@ -63,13 +63,23 @@ PYTHON
   shift
 done
 
+logs=${out:-$build}
+cells=$logs/cells.jsonl
+out=${out:-$root/bench/results}
+
 # What compute-sanitizer looks at: a case or two of every family of kernels, of those that leave cuBLASLt's alone, of which it would look at all.
 small_shapes='an adapter rides*,few tokens with 4-bit*,tiles of tokens*,attention on*,attention of one*,heads of every*,zeros*,codes at an odd*'
 small_shapes+=',a product of a warpgroup*,tiles of warpgroups*,moments in the host*,the squares of*'
 
 say() { printf '\n== %s  (%d s)\n' "$*" "$SECONDS"; }
 PATH=$PATH:/usr/local/cuda/bin
-export LD_LIBRARY_PATH=/usr/local/cuda/lib64${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
+mkdir -p "$logs"
+# What the benchmark and bitsandbytes' library load: the toolkit's, else those that came with torch. PyTorch itself finds its own.
+libraries=/usr/local/cuda/lib64
+for folder in $("$peer_python" -c 'import glob, sysconfig; print(*glob.glob(sysconfig.get_paths()["purelib"] + "/nvidia/*/lib"))' || true); do
+  libraries+=:$folder
+done
+libraries+=${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
 [[ ! -d $peers/python ]] || export PYTHONPATH=$peers/python${PYTHONPATH:+:$PYTHONPATH}
 library=${BITSANDBYTES:-}
 if [[ -z $library ]]; then  # the newest that the toolkit's runtime can load
@@ -80,8 +90,13 @@ fi
 failed=()
 # try MOST_SECONDS NAME COMMAND...   a step that may fail, and may hang
 try() {
-  local most=$1 name=$2 status=0
+  local most=$1 name=$2 status=0 left=$((seconds - SECONDS))
   shift 2
+  if ((left < 10)); then
+    failed+=("$name (no time is left)")
+    return 124
+  fi
+  ((most < left)) || most=$((left - 5))
   timeout --kill-after=5 "$most" "$@" || status=$?
   ((status == 0)) || failed+=("$name (exit $status)")
   return "$status"
@@ -100,42 +115,49 @@ if [[ $build_it == yes ]]; then
     -D CMAKE_CUDA_COMPILER="$(command -v nvcc)" -D CMAKE_CUDA_ARCHITECTURES="$architecture-real" -D CMAKE_PREFIX_PATH="$peers/usr"
   cmake --build "$build" --parallel "$jobs" --target gpu_bench falcon_step
   # The tests take as long again; where they do not compile there are still measurements.
-  try 1800 "building the tests" cmake --build "$build" --parallel "$jobs" --target test_device || tests=no sanitizer=no
+  [[ $tests$sanitizer == nono ]] || try 1800 "building the tests" cmake --build "$build" --parallel "$jobs" --target test_device ||
+    tests=no sanitizer=no
 fi
 
 if [[ $tests == yes ]]; then
   say "tests on the device"
-  try 240 tests ctest --test-dir "$build" -R '^device: ' --parallel 6 --output-on-failure || true
+  try 240 tests env LD_LIBRARY_PATH="$libraries" ctest --test-dir "$build" -R '^device: ' --parallel 6 --output-on-failure || true
 fi
 
 if [[ $bench == yes ]]; then
   say "ceilings, products, layers"
   # A process each: what brings the device down takes no other cells along.
-  mkdir -p "$(dirname "$cells")"
   : >"$cells"
   declare -A seconds_of=([ceilings]=30 [products]=240 [adapters]=60 [layers]=60 [kernels]=60)
   for part in ceilings products adapters layers kernels; do
     status=0
-    try "${seconds_of[$part]}" "gpu_bench, $part" "$build/bench/gpu_bench" $quick --only "$part" ${library:+--bitsandbytes "$library"} >>"$cells" || status=$?
+    one=(env LD_LIBRARY_PATH="$libraries" "$build/bench/gpu_bench" $quick --only "$part")
+    try "${seconds_of[$part]}" "gpu_bench, $part" "${one[@]}" ${library:+--bitsandbytes "$library"} >"$cells.part" || status=$?
     if ((status == 77)); then
       echo "there is no GPU here: nothing was timed"
       exit 0
     fi
-    if ((status != 0 && status != 3)) && [[ $part == products && -n $library ]]; then
-      try 120 "gpu_bench, products beside cuBLAS alone" "$build/bench/gpu_bench" $quick --only "$part" >>"$cells" || true
+    # Where the peer brings it down, ours beside cuBLAS alone; not where it ran out of time.
+    if ((status != 0 && status != 3 && status != 124 && status != 137)) && [[ $part == products && -n $library ]]; then
+      try 120 "gpu_bench, products beside cuBLAS alone" "${one[@]}" >"$cells.part" || true
     fi
+    cat "$cells.part" >>"$cells"
+    rm "$cells.part"
   done
   say "a step of Falcon-40b's shape"
   for case in "--batch 4 --moments 32" "--batch 8 --moments 8"; do
-    try 120 "falcon_step $case" "$build/bench/falcon_step" ${quick:+--layers 2} $case >>"$cells" ||
+    try 120 "falcon_step $case" env LD_LIBRARY_PATH="$libraries" "$build/bench/falcon_step" ${quick:+--layers 2} $case >>"$cells" ||
       echo "{\"falcon_step_failed\": \"$case\"}" | tee -a "$cells"
   done
-  if "$peer_python" -c 'import torch, bitsandbytes, peft, transformers; assert torch.cuda.is_available()' 2>/dev/null; then
+  if "$peer_python" -c 'import torch, bitsandbytes, peft, transformers
+assert torch.cuda.is_available()
+assert bitsandbytes.cextension.lib.compiled_with_cuda' 2>"$logs/peers.log"; then
     say "PEFT + bitsandbytes"
     try 120 "PEFT's layers" "$peer_python" "$here/peers.py" layers ${quick:+--shapes 4096x4096,11008x4096 --tokens 256} >>"$cells" || true
-    try 60 "four blocks" "$build/bench/falcon_step" --layers 4 --moments 8 >>"$cells" || true
+    try 60 "four blocks" env LD_LIBRARY_PATH="$libraries" "$build/bench/falcon_step" --layers 4 --moments 8 --rank 64 >>"$cells" || true
     try 120 "PEFT's step" "$peer_python" "$here/peers.py" step >>"$cells" || true
   else
+    tail -n 1 "$logs/peers.log"
     echo "$peer_python has no torch for this GPU, bitsandbytes, peft and transformers: PEFT + bitsandbytes are left out"
   fi
 fi
@@ -149,8 +171,9 @@ if [[ $sanitizer == yes ]]; then
   if command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck; do
       say "compute-sanitizer, $tool"
-      try 180 "$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 "$build/tests/test_device" "$small_shapes" >"$build/$tool.log" || true
-      tail -n 5 "$build/$tool.log"
+      try 180 "$tool" env LD_LIBRARY_PATH="$libraries" compute-sanitizer --tool "$tool" --error-exitcode 1 "$build/tests/test_device" \
+        "$small_shapes" >"$logs/$tool.log" || true
+      tail -n 5 "$logs/$tool.log"
     done
   else
     echo "compute-sanitizer is not installed: its step is left out"
