@@ -106,18 +106,22 @@ TEMPLATE_TEST_CASE("rows are gathered and scattered on the device", "[cuda]", fl
   });
 }
 
-TEST_CASE("a list longer than a kernel's arguments comes in parts", "[cuda]") {
+TEST_CASE("a short list comes with a kernel's arguments, a longer one in parts", "[cuda]") {
   const Gpu gpu;
   const Cuda cuda = gpu;
   const auto x = test::normal_matrix<float>(5, 2, 3);
   const test::Remote<Cuda, float> remote(cuda, x.view());
-  std::vector<qd::Index> rows;
-  for (qd::Index i = 0; i < 1000; ++i) rows.push_back((i * i + 3) % 5);
-  test::Output<Cuda, float> y(cuda, 1000, 2, qd::Update::overwrite);
-  cuda.gather_rows(remote.in(), rows, y.view());
-  for (qd::Index i = 0; i < 1000; ++i)
-    for (qd::Index j = 0; j < 2; ++j) y.expected()(i, j) = static_cast<double>(x(rows[static_cast<std::size_t>(i)], j));
-  y.check(0.0);
+  constexpr qd::Index short_one = qd::device::List<qd::Index>::most;
+  for (const qd::Index count : {qd::Index{1}, short_one, short_one + 1, qd::Index{1000}}) {
+    CAPTURE(count);
+    std::vector<qd::Index> rows;
+    for (qd::Index i = 0; i < count; ++i) rows.push_back((i * i + 3) % 5);
+    test::Output<Cuda, float> y(cuda, count, 2, qd::Update::overwrite);
+    cuda.gather_rows(remote.in(), rows, y.view());
+    for (qd::Index i = 0; i < count; ++i)
+      for (qd::Index j = 0; j < 2; ++j) y.expected()(i, j) = static_cast<double>(x(rows[static_cast<std::size_t>(i)], j));
+    y.check(0.0);
+  }
 }
 
 TEST_CASE("the host's loop takes each index once and hands on what is thrown", "[cuda]") {

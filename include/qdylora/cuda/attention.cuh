@@ -76,7 +76,7 @@ void attention(const CudaContext& context, MatrixView<const T> q, MatrixView<con
         using Kernel = decltype(kernel_of(width));
         const auto tiles = sequence_tiles(offsets, device::AttentionTiles<T, width(), 4, 64>::own, [](const auto& t) { return t.first; });
         Scratch scratch(context);
-        const auto* const list = listed(context, scratch, std::span<const device::SequenceTile>(tiles));
+        const auto list = listed(context, scratch, std::span<const device::SequenceTile>(tiles));
         device::launch({context.stream(), {static_cast<unsigned>(tiles.size()), static_cast<unsigned>(shape.heads)}, Kernel::shared_bytes},
                        Kernel{q, k, v, list, head_dim, group, attention_scale<S>(head_dim), heads_aligned(head_dim, q, k, v, y), y, lse});
       });
@@ -104,7 +104,7 @@ void attention_backward(const CudaContext& context, MatrixView<const T> dy, Matr
         using Tiles = typename decltype(tiles_of(width))::type;
         using ForQ = device::AttentionBackwardQ<Tiles>;
         using ForKV = device::AttentionBackwardKV<Tiles>;
-        device::AttentionBackward<Tiles> in{dy, q, k, v, delta, shift, nullptr, head_dim, group, attention_scale<S>(head_dim),
+        device::AttentionBackward<Tiles> in{dy, q, k, v, delta, shift, {}, head_dim, group, attention_scale<S>(head_dim),
                                             heads_aligned(head_dim, dy, q, k, v, dq, dk, dv)};
         const auto blocks = [&](const auto& tiles, Index heads) {
           in.sequence_tiles = listed(context, scratch, std::span<const device::SequenceTile>(tiles));

@@ -28,7 +28,7 @@ struct AttentionDecode {
   static constexpr int shared_bytes = Tiles::shared_bytes(1, 2);
 
   MatrixView<const T> q;
-  const KeyValueCache<T>* caches;
+  List<KeyValueCache<T>> caches;
   int head_dim, group, group_tiles, parts;
   Index keys_per_block;
   S scale;
@@ -42,7 +42,7 @@ struct AttentionDecode {
       const Tiles tiles(memory, head_dim, aligned);
       const Index sequence = block().x / static_cast<unsigned>(parts), part = block().x % static_cast<unsigned>(parts);
       const int at = static_cast<int>(block().y), kv_head = at / group_tiles, first = at % group_tiles * Tiles::own;
-      const KeyValueCache<T> cache = load(caches + sequence);
+      const KeyValueCache<T> cache = caches[sequence];
       const Index begin = part * keys_per_block, left = cache.k.rows - begin;
       const int keys = static_cast<int>(left < keys_per_block ? left : keys_per_block);
       OnlineSoftmax<Tiles> softmax;
@@ -127,7 +127,7 @@ void attention_decode(const CudaContext& context, MatrixView<const T> q, std::sp
         const Index keys_per_block = std::max(least, rounded_up(div_up(longest, wanted), 64));
         const Index parts = div_up(longest, keys_per_block);
         Scratch scratch(context);
-        const auto* const list = listed(context, scratch, std::span<const device::KeyValueCache<T>>(caches));
+        const auto list = listed(context, scratch, std::span<const device::KeyValueCache<T>>(caches));
         MatrixView<S> partial, lse;
         if (parts > 1) {
           partial = {scratch.take<S>(parts * q.rows * q.cols), parts * q.rows, q.cols};

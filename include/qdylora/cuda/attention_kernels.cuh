@@ -7,6 +7,7 @@
 #include <limits>
 
 #include <qdylora/cuda/attention_tiles.cuh>
+#include <qdylora/cuda/lists.cuh>
 #include <qdylora/cuda/reduce.cuh>
 
 namespace qdylora {
@@ -125,7 +126,7 @@ struct Attention {
   static constexpr int shared_bytes = Tiles::shared_bytes(1, 2);
 
   MatrixView<const T> q, k, v;
-  const SequenceTile* sequence_tiles;
+  List<SequenceTile> sequence_tiles;
   int head_dim, group;
   S scale;
   bool aligned;
@@ -135,7 +136,7 @@ struct Attention {
   __device__ void operator()(SharedMemory memory) const {
     if constexpr (Tiles::available) {
       const Tiles tiles(memory, head_dim, aligned);
-      const SequenceTile at = load(sequence_tiles + block().x);
+      const SequenceTile at = sequence_tiles[block().x];
       const int head = static_cast<int>(block().y), keys = smaller(at.first + Tiles::own, at.length);
       OnlineSoftmax<Tiles> softmax;
       attend(memory, tiles, head_of(q, at.begin, at.length, head, head_dim), at.first, head_of(k, at.begin, keys, head / group, head_dim),
@@ -186,7 +187,7 @@ struct AttentionBackward {
 
   MatrixView<const T> dy, q, k, v;
   MatrixView<const S> delta, shift;  // [heads, tokens]
-  const SequenceTile* sequence_tiles;
+  List<SequenceTile> sequence_tiles;
   int head_dim, group;
   S scale;
   bool aligned;
@@ -209,7 +210,7 @@ struct AttentionBackwardQ {
   __device__ void operator()(SharedMemory memory) const {
     if constexpr (Tiles::available) {
       const Tiles tiles(memory, in.head_dim, in.aligned);
-      const SequenceTile at = load(in.sequence_tiles + block().x);
+      const SequenceTile at = in.sequence_tiles[block().x];
       const int head = static_cast<int>(block().y), d = in.head_dim;
       const int last = smaller(at.first + Tiles::own, at.length);
       const auto q = head_of(in.q, at.begin, at.length, head, d), dy = head_of(in.dy, at.begin, at.length, head, d);
@@ -273,7 +274,7 @@ struct AttentionBackwardKV {
   __device__ void operator()(SharedMemory memory) const {
     if constexpr (Tiles::available) {
       const Tiles tiles(memory, in.head_dim, in.aligned);
-      const SequenceTile at = load(in.sequence_tiles + block().x);
+      const SequenceTile at = in.sequence_tiles[block().x];
       const int kv_head = static_cast<int>(block().y), d = in.head_dim;
       const int part = static_cast<int>(block().z), own_heads = part * heads_at_once;
       const int heads = in.group - own_heads < heads_at_once ? in.group - own_heads : heads_at_once;

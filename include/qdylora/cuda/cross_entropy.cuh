@@ -42,14 +42,14 @@ struct CrossEntropy {
   static constexpr int shared_bytes = warps * static_cast<int>(sizeof(ExpSum<S>));
 
   MatrixView<S> logits;
-  const std::int32_t* targets;
+  List<std::int32_t> targets;
   S scale;
   MatrixView<S> losses;
 
   __device__ void operator()(SharedMemory memory) const {
     const auto sums = memory.take<ExpSum<S>>(warps);
     const Index i = block().x;
-    const Index target = load(targets + i);
+    const Index target = targets[i];
     S* const row = logits.row(i);
     if (target < 0) {
       for (Index j = thread(); j < logits.cols; j += threads) store(row + j, S{});
@@ -85,7 +85,7 @@ void cross_entropy(const CudaContext& context, MatrixView<S> logits, std::span<c
   using Kernel = device::CrossEntropy<S>;
   expect_cross_entropy(logits, targets, losses);
   Scratch scratch(context);
-  const auto* const list = listed(context, scratch, targets);
+  const auto list = listed(context, scratch, targets);
   device::launch({context.stream(), static_cast<unsigned>(logits.rows), Kernel::shared_bytes},
                  Kernel{logits, list, static_cast<S>(scale), losses});
 }

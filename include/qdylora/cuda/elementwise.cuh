@@ -62,9 +62,9 @@ struct AddRow {
 template <class S>
 struct ScaleColumns {
   MatrixView<const S> x;
-  const S* factors;
+  List<S> factors;
   MatrixView<S> y;
-  __device__ void operator()(Index i, Index j) const { write(y, i, j, read(x, i, j) * load(factors + j)); }
+  __device__ void operator()(Index i, Index j) const { write(y, i, j, read(x, i, j) * factors[j]); }
 };
 
 template <class T>
@@ -183,8 +183,7 @@ void scale_columns(const CudaContext& context, MatrixView<const S> x, std::span<
   expect_factors(factors, x.cols);
   expect_shape("scale_columns: y", y, x.rows, x.cols);
   Scratch scratch(context);
-  const S* const listed_factors = listed(context, scratch, factors);
-  for_each(context, y.rows, y.cols, device::ScaleColumns<S>{x, listed_factors, y});
+  for_each(context, y.rows, y.cols, device::ScaleColumns<S>{x, listed(context, scratch, factors), y});
 }
 
 template <class T>

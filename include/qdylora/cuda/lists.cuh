@@ -12,6 +12,17 @@
 namespace qdylora {
 namespace device {
 
+/// A list that a kernel takes: a short one with its other arguments, which costs no launch, else in memory.
+template <class E>
+struct List {
+  static constexpr int most = 1024 / static_cast<int>(sizeof(E));
+
+  const E* there = nullptr;  // null: in `values`
+  E values[most] = {};
+
+  __device__ E operator[](Index i) const { return there != nullptr ? load(there + i) : values[i]; }
+};
+
 /// target[i] = values[i], i < count
 template <class E>
 struct WriteList {
@@ -32,11 +43,16 @@ struct WriteList {
 #if !defined(QDYLORA_DEVICE_ONLY)
 namespace detail {
 
-/// The list in scratch memory.
+/// The list as a kernel takes it; a long one lies in scratch memory.
 template <class E>
-const E* listed(const CudaContext& context, Scratch& scratch, std::span<const E> list) {
+device::List<E> listed(const CudaContext& context, Scratch& scratch, std::span<const E> list) {
   static_assert(std::is_trivially_copyable_v<E>);
   using Kernel = device::WriteList<E>;
+  device::List<E> result;
+  if (list.size() <= static_cast<std::size_t>(result.most)) {
+    std::copy(list.begin(), list.end(), result.values);
+    return result;
+  }
   E* const target = scratch.take<E>(static_cast<Index>(list.size()));
   for (std::size_t begin = 0; begin < list.size(); begin += Kernel::most) {
     Kernel kernel{};
@@ -46,7 +62,8 @@ const E* listed(const CudaContext& context, Scratch& scratch, std::span<const E>
     std::copy(part.begin(), part.end(), kernel.values);
     device::launch({context.stream(), 1}, kernel);
   }
-  return target;
+  result.there = target;
+  return result;
 }
 
 }  // namespace detail

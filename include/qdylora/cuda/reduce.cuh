@@ -68,12 +68,12 @@ struct SumSquares {
   static constexpr Index columns = 4096;
   static constexpr int shared_bytes = threads / warp_size * 8;
 
-  const MatrixView<const S>* matrices;
+  List<MatrixView<const S>> matrices;
   double* partial;
 
   __device__ void operator()(SharedMemory memory) const {
     const auto sums = memory.take<double>(threads / warp_size);
-    const MatrixView<const S> x = load(matrices + block().y);
+    const MatrixView<const S> x = matrices[block().y];
     const Index across = detail::div_up(x.cols, columns), pieces = x.rows * across;
     double sum = 0.0;
     for (Index piece = block().x; piece < pieces; piece += grid().x) {
@@ -185,7 +185,7 @@ double sum_squares(const CudaContext& context, std::span<const MatrixView<const 
   if (pieces == 0) return 0.0;
   const Index across = std::min(pieces, most_blocks), count = static_cast<Index>(matrices.size());
   Scratch scratch(context);
-  const auto* const list = listed(context, scratch, matrices);
+  const auto list = listed(context, scratch, matrices);
   auto* const partial = scratch.take<double>(across * count);
   auto* const total = scratch.take<double>(1);
   device::launch({context.stream(), {static_cast<unsigned>(across), static_cast<unsigned>(count)}, Kernel::shared_bytes},

@@ -33,8 +33,8 @@ struct SmallBatch {
   static constexpr int padded_rows = rows + 4;  // sums of one token: 2t * 20 + g mod 32 are different banks for all lanes
   static constexpr int shared_bytes = 4 * (pair_table_words + 256);
   static_assert(warps * 8 * token_tiles * padded_rows <= pair_table_words);
-  // Two, where ptxas would spill a few registers to make room for a third.
-  static constexpr int least_blocks = token_tiles == 1 && (!is_sm90 || !Scales::nested) ? 2 : 0;
+  // Two, where ptxas would spill a few registers to make room for a third; of more tokens, it spills where it is asked for two.
+  static constexpr int least_blocks = token_tiles == 1 && !is_sm90 ? 2 : 0;
   static constexpr int projected_ranks = 2, projected_tokens = 8;  // of u, a block
 
   QuantizedView<Format, Scales> w;
@@ -114,8 +114,9 @@ struct SmallBatch {
       }
     };
     for (; at + warps < groups; at += warps) multiply_group(std::true_type{});
+    // Of more tokens, registers are short until the sums are there.
     AdapterRanks ranks = {};
-    if (adapter.u.cols > 0) ranks = fetch_ranks(first_row, warp());
+    if (token_tiles == 1 && adapter.u.cols > 0) ranks = fetch_ranks(first_row, warp());
     if (at < groups) multiply_group(std::false_type{});
     // Chunks beyond the last whole group, each by a warp of its own.
     if (const int c = group * groups + (warp() + warps - groups % warps) % warps; c < chunks) {
@@ -123,6 +124,7 @@ struct SmallBatch {
                                      {scale_of(fetch_scale(0, c)), scale_of(fetch_scale(1, c))}}};
       multiply_chunk<T>(pairs, row_pair, x_of(c), sums);
     }
+    if (token_tiles > 1 && adapter.u.cols > 0) ranks = fetch_ranks(first_row, warp());
     add_adapter(first_row, ranks, sums);
     sync_block();  // the table is done with: its memory takes the sums
     write_sums(table.template from<float>(0), first_row, sums);
@@ -162,7 +164,7 @@ struct SmallBatch {
     if (thread() == 0) signal(signals);
   }
 
-  static constexpr int adapter_ranks = 8 / token_tiles;  // of a warp's, on their way at once
+  static constexpr int adapter_ranks = token_tiles == 1 ? 8 : 2;  // of a warp's, on their way at once
 
   /// What two rows' outputs have of b: raw, as they are loaded, since to widen a number is to wait for it.
   struct AdapterRanks {

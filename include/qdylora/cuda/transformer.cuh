@@ -86,7 +86,7 @@ template <class T>
 struct Rope {
   using S = Accumulator<T>;
   MatrixView<T> x;
-  const std::int32_t* positions;
+  List<std::int32_t> positions;
   MatrixView<const S> table;
   RopeLayout layout;
   S direction;
@@ -98,7 +98,7 @@ struct Rope {
     const bool interleaved = layout == RopeLayout::interleaved;
     T* const first = x.row(t) + head + (interleaved ? 2 * pair : pair);
     T* const second = first + (interleaved ? Index{width} : Index{half});
-    const S* const angles = table.row(load(positions + t)) + 2 * pair;
+    const S* const angles = table.row(positions[t]) + 2 * pair;
     using Pieces = Neighbours<width, T>;
     auto a = Pieces::load_from(first), b = Pieces::load_from(second);
     const auto element = [&](int k) -> S& { return k < width ? a.at[k] : b.at[k - width]; };
@@ -203,11 +203,11 @@ struct GeluBackward {
 template <class X, class Y, class Row>
 struct GatherRows {
   MatrixView<const X> x;
-  const Row* rows;
+  List<Row> rows;
   MatrixView<Y> y;
   template <int width>
   __device__ void neighbours(Index i, Index j) const {
-    assign<width>(x, load(rows + i), y, i, j);
+    assign<width>(x, rows[i], y, i, j);
   }
 };
 
@@ -215,11 +215,11 @@ struct GatherRows {
 template <CodeFormat Format, class Scales, class Y, class Row>
 struct GatherCodedRows {
   QuantizedView<Format, Scales> w;
-  const Row* rows;
+  List<Row> rows;
   MatrixView<Y> y;
   int block_shift;
   __device__ void operator()(Index i, Index j) const {
-    write(y, i, j, decoded(w, static_cast<Index>(load(rows + i)) * w.cols + j, block_shift));
+    write(y, i, j, decoded(w, static_cast<Index>(rows[i]) * w.cols + j, block_shift));
   }
 };
 
@@ -227,11 +227,11 @@ struct GatherCodedRows {
 template <class T>
 struct ScatterRows {
   MatrixView<const T> x;
-  const Index* rows;
+  List<Index> rows;
   MatrixView<T> y;
   template <int width>
   __device__ void neighbours(Index i, Index j) const {
-    assign<width>(x, i, y, load(rows + i), j);
+    assign<width>(x, i, y, rows[i], j);
   }
 };
 
@@ -271,8 +271,7 @@ void rope(const CudaContext& context, MatrixView<T> x, std::span<const std::int3
           RopeLayout layout, int direction) {
   expect_rope(x, positions, table);
   Scratch scratch(context);
-  const auto* const listed_positions = listed(context, scratch, positions);
-  const device::Rope<T> rotate{x, listed_positions, table, layout, direction >= 0 ? S{1} : S{-1}};
+  const device::Rope<T> rotate{x, listed(context, scratch, positions), table, layout, direction >= 0 ? S{1} : S{-1}};
   constexpr int width = 16 / sizeof(T);
   if (table.cols / 2 % width == 0 && has_aligned_rows<width>(x) && has_aligned_rows<2>(table))
     for_each(context, x.rows, x.cols / 2 / width, device::ByNeighbours<device::Rope<T>, width>{rotate});
@@ -314,7 +313,7 @@ template <class T, class Table>
 void embed(const CudaContext& context, std::span<const std::int32_t> ids, const Table& table, MatrixView<T> y) {
   expect_embed(ids, table, y);
   Scratch scratch(context);
-  const auto* const rows = listed(context, scratch, ids);
+  const auto rows = listed(context, scratch, ids);
   const auto gather = [&]<class S>(const MatrixView<S>& dense) {
     for_each_neighbours(context, y.rows, y.cols, device::GatherRows<std::remove_const_t<S>, T, std::int32_t>{dense, rows, y}, dense, y);
   };
@@ -330,7 +329,7 @@ template <class T>
 void gather_rows(const CudaContext& context, MatrixView<const T> x, std::span<const Index> rows, MatrixView<T> y) {
   expect_rows("gather_rows", "gather_rows: y", y, rows, x);
   Scratch scratch(context);
-  const auto* const list = listed(context, scratch, rows);
+  const auto list = listed(context, scratch, rows);
   for_each_neighbours(context, y.rows, y.cols, device::GatherRows<T, T, Index>{x, list, y}, x, y);
 }
 
@@ -338,7 +337,7 @@ template <class T>
 void scatter_rows(const CudaContext& context, MatrixView<const T> x, std::span<const Index> rows, MatrixView<T> y) {
   expect_rows("scatter_rows", "scatter_rows: x", x, rows, y);
   Scratch scratch(context);
-  const auto* const list = listed(context, scratch, rows);
+  const auto list = listed(context, scratch, rows);
   fill(context, y, T{});
   for_each_neighbours(context, x.rows, x.cols, device::ScatterRows<T>{x, list, y}, x, y);
 }
