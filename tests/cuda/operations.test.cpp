@@ -46,25 +46,25 @@ void with_rows_of_both_kinds(const F& f) {
   }
 }
 
-#define ON_THE_DEVICE(name, body)                                             \
+#define ON_ROWS_OF_BOTH_KINDS(name, body)                                     \
   TEMPLATE_TEST_CASE(name, "[cuda]", float, double, qd::bfloat16, qd::half) { \
     const Gpu gpu;                                                            \
     with_rows_of_both_kinds([&] { body<Cuda, TestType>(gpu); });              \
   }
 
-ON_THE_DEVICE("data goes to the device and back", test::memory_traffic)
-ON_THE_DEVICE("the device's quantization is the reference's to the bit", test::quantization)
-ON_THE_DEVICE("elementwise operations on the device are the reference's", test::elementwise)
-ON_THE_DEVICE("what magnitudes take of the device is the reference's", test::magnitudes)
-ON_THE_DEVICE("dropout on the device is the reference's and its mask exact", test::dropout)
-ON_THE_DEVICE("AdamW on the device is the reference's", test::adamw)
-ON_THE_DEVICE("Lion on the device is the reference's", test::lion)
-ON_THE_DEVICE("the sum of squares on the device is taken in double", test::sum_squares)
-ON_THE_DEVICE("RMS norm on the device is the reference's", test::rms_norm)
-ON_THE_DEVICE("layer norm on the device is the reference's", test::layer_norm)
-ON_THE_DEVICE("rotary embedding on the device is the reference's", test::rope)
-ON_THE_DEVICE("activations on the device are the reference's", test::activations)
-ON_THE_DEVICE("embedding on the device is the reference's", test::embedding)
+ON_ROWS_OF_BOTH_KINDS("data goes to the device and back", test::memory_traffic)
+ON_ROWS_OF_BOTH_KINDS("the device's quantization is the reference's to the bit", test::quantization)
+ON_ROWS_OF_BOTH_KINDS("elementwise operations on the device are the reference's", test::elementwise)
+ON_ROWS_OF_BOTH_KINDS("what magnitudes take of the device is the reference's", test::magnitudes)
+ON_ROWS_OF_BOTH_KINDS("dropout on the device is the reference's and its mask exact", test::dropout)
+ON_ROWS_OF_BOTH_KINDS("AdamW on the device is the reference's", test::adamw)
+ON_ROWS_OF_BOTH_KINDS("Lion on the device is the reference's", test::lion)
+ON_ROWS_OF_BOTH_KINDS("the sum of squares on the device is taken in double", test::sum_squares)
+ON_ROWS_OF_BOTH_KINDS("RMS norm on the device is the reference's", test::rms_norm)
+ON_ROWS_OF_BOTH_KINDS("layer norm on the device is the reference's", test::layer_norm)
+ON_ROWS_OF_BOTH_KINDS("rotary embedding on the device is the reference's", test::rope)
+ON_ROWS_OF_BOTH_KINDS("activations on the device are the reference's", test::activations)
+ON_ROWS_OF_BOTH_KINDS("embedding on the device is the reference's", test::embedding)
 
 TEMPLATE_TEST_CASE("cross-entropy on the device is the reference's", "[cuda]", float, double) {
   const Gpu gpu;
