@@ -109,10 +109,8 @@ void run(const Options& o, const qd::CudaContext& context, const qd::MemoryPlan&
   double loss = 0.0;
   for (Index step = 0; step < o.steps; ++step) {
     const auto batch = random_batch(o, config.vocab, rng);
-    const auto drawn_ranks = ranks.next(batch.tokens());
-    const auto plan_of_ranks = o.rank > 0    ? qd::RankPlan::uniform(o.rank)
-                               : step == 0 ? qd::RankPlan::uniform(64)  // the largest is among them
-                                           : drawn_ranks;
+    const Index fixed = o.rank > 0 ? o.rank : step == 0 ? 64 : 0;  // the largest is among those that are drawn
+    const auto plan_of_ranks = fixed > 0 ? qd::RankPlan::uniform(fixed) : ranks.next(batch.tokens());
     model.set_ranks(plan_of_ranks);
     seconds.push_back(1e-6 * watch.measure([&] {
       optimizer.zero_grad();
@@ -143,7 +141,8 @@ Options parse(int argc, char** argv) {
   for (int i = 1; i < argc; ++i) {
     const auto* option = std::find_if(std::begin(known), std::end(known), [&](const auto& k) { return std::strcmp(k.name, argv[i]) == 0; });
     if (option == std::end(known) || i + 1 >= argc || (*option->value = std::atoll(argv[++i])) < 1) {
-      std::fprintf(stderr, "falcon_step: expected one of --batch, --tokens, --layers, --moments, --cap, --steps, --rank and a number, found '%s'\n",
+      std::fprintf(stderr,
+                   "falcon_step: expected one of --batch, --tokens, --layers, --moments, --cap, --steps, --rank and a number, found '%s'\n",
                    argv[i]);
       std::exit(2);
     }

@@ -79,7 +79,7 @@ libraries=/usr/local/cuda/lib64
 for folder in $("$peer_python" -c 'import glob, sysconfig; print(*glob.glob(sysconfig.get_paths()["purelib"] + "/nvidia/*/lib"))' || true); do
   libraries+=:$folder
 done
-libraries+=${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
+with_libraries=(env LD_LIBRARY_PATH="$libraries${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}")
 [[ ! -d $peers/python ]] || export PYTHONPATH=$peers/python${PYTHONPATH:+:$PYTHONPATH}
 library=${BITSANDBYTES:-}
 if [[ -z $library ]]; then  # the newest that the toolkit's runtime can load
@@ -121,7 +121,7 @@ fi
 
 if [[ $tests == yes ]]; then
   say "tests on the device"
-  try 240 tests env LD_LIBRARY_PATH="$libraries" ctest --test-dir "$build" -R '^device: ' --parallel 6 --output-on-failure || true
+  try 240 tests "${with_libraries[@]}" ctest --test-dir "$build" -R '^device: ' --parallel 6 --output-on-failure || true
 fi
 
 if [[ $bench == yes ]]; then
@@ -131,9 +131,10 @@ if [[ $bench == yes ]]; then
   declare -A seconds_of=([ceilings]=30 [products]=240 [adapters]=60 [layers]=60 [kernels]=60)
   for part in ceilings products adapters layers kernels; do
     status=0
-    one=(env LD_LIBRARY_PATH="$libraries" "$build/bench/gpu_bench" $quick --only "$part")
+    one=("${with_libraries[@]}" "$build/bench/gpu_bench" $quick --only "$part")
     try "${seconds_of[$part]}" "gpu_bench, $part" "${one[@]}" ${library:+--bitsandbytes "$library"} >"$cells.part" || status=$?
     if ((status == 77)); then
+      rm "$cells.part"
       echo "there is no GPU here: nothing was timed"
       exit 0
     fi
@@ -146,7 +147,7 @@ if [[ $bench == yes ]]; then
   done
   say "a step of Falcon-40b's shape"
   for case in "--batch 4 --moments 32" "--batch 8 --moments 8"; do
-    try 120 "falcon_step $case" env LD_LIBRARY_PATH="$libraries" "$build/bench/falcon_step" ${quick:+--layers 2} $case >>"$cells" ||
+    try 120 "falcon_step $case" "${with_libraries[@]}" "$build/bench/falcon_step" ${quick:+--layers 2} $case >>"$cells" ||
       echo "{\"falcon_step_failed\": \"$case\"}" | tee -a "$cells"
   done
   if "$peer_python" -c 'import torch, bitsandbytes, peft, transformers
@@ -154,7 +155,7 @@ assert torch.cuda.is_available()
 assert bitsandbytes.cextension.lib.compiled_with_cuda' 2>"$logs/peers.log"; then
     say "PEFT + bitsandbytes"
     try 120 "PEFT's layers" "$peer_python" "$here/peers.py" layers ${quick:+--shapes 4096x4096,11008x4096 --tokens 256} >>"$cells" || true
-    try 60 "four blocks" env LD_LIBRARY_PATH="$libraries" "$build/bench/falcon_step" --layers 4 --moments 8 --rank 64 >>"$cells" || true
+    try 60 "four blocks" "${with_libraries[@]}" "$build/bench/falcon_step" --layers 4 --moments 8 --rank 64 >>"$cells" || true
     try 120 "PEFT's step" "$peer_python" "$here/peers.py" step >>"$cells" || true
   else
     tail -n 1 "$logs/peers.log"
@@ -171,7 +172,7 @@ if [[ $sanitizer == yes ]]; then
   if command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck; do
       say "compute-sanitizer, $tool"
-      try 180 "$tool" env LD_LIBRARY_PATH="$libraries" compute-sanitizer --tool "$tool" --error-exitcode 1 "$build/tests/test_device" \
+      try 180 "$tool" "${with_libraries[@]}" compute-sanitizer --tool "$tool" --error-exitcode 1 "$build/tests/test_device" \
         "$small_shapes" >"$logs/$tool.log" || true
       tail -n 5 "$logs/$tool.log"
     done

@@ -181,26 +181,31 @@ bool has_aligned_rows(const MatrixView<T>& x) noexcept {
   return reinterpret_cast<std::uintptr_t>(x.data) % (width * sizeof(T)) == 0 && (x.rows <= 1 || x.stride % width == 0);
 }
 
+/// Whether rows of `cols` elements of all these views may be read and written `width` at once.
+template <int width, class... T>
+bool are_whole(Index cols, const MatrixView<T>&... views) noexcept {
+  return cols % width == 0 && (has_aligned_rows<width>(views) && ...);
+}
+
 /// f.neighbours for every element of [rows, cols], of which the views have one each: 16 bytes at once of the widest type where all rows are
 /// aligned to them, else one by one. On a stream of choice.
 template <class F, class... T>
 void for_each_neighbours_on(cudaStream_t stream, const CudaContext& context, Index rows, Index cols, const F& f, const MatrixView<T>&... views) {
   constexpr int width = 16 / static_cast<int>(std::max({sizeof(T)...}));
-  const bool whole = cols % width == 0 && (has_aligned_rows<width>(views) && ...);
-  if (whole) for_each_on(stream, context, rows, cols / width, device::ByNeighbours<F, width>{f});
+  if (are_whole<width>(cols, views...)) for_each_on(stream, context, rows, cols / width, device::ByNeighbours<F, width>{f});
   else for_each_on(stream, context, rows, cols, device::ByNeighbours<F, 1>{f});
-}
-/// f(std::bool_constant<whole>()) for kernels that go through rows of these views by RowPiece<S, whole>.
-template <class S, class F, class... T>
-void by_whole_pieces(const F& f, const MatrixView<T>&... views) {
-  constexpr int width = device::RowPiece<S, true>::width;
-  if (((views.cols % width == 0 && has_aligned_rows<width>(views)) && ...)) f(std::true_type());
-  else f(std::false_type());
 }
 /// The same on the context's stream.
 template <class F, class... T>
 void for_each_neighbours(const CudaContext& context, Index rows, Index cols, const F& f, const MatrixView<T>&... views) {
   for_each_neighbours_on(context.stream(), context, rows, cols, f, views...);
+}
+
+/// f(std::bool_constant<whole>()) for kernels that go through rows of `cols` elements of these views by RowPiece<S, whole>.
+template <class S, class F, class... T>
+void by_whole_pieces(Index cols, const F& f, const MatrixView<T>&... views) {
+  if (are_whole<device::RowPiece<S, true>::width>(cols, views...)) f(std::true_type());
+  else f(std::false_type());
 }
 
 }  // namespace detail

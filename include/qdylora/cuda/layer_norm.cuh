@@ -99,7 +99,7 @@ template <class T, class S>
 void layer_norm(const CudaContext& context, MatrixView<const T> x, MatrixView<const S> weight, MatrixView<const S> bias, float epsilon,
                 MatrixView<T> y, MatrixView<S> moments) {
   expect_layer_norm(x, weight, bias, y, moments);
-  by_whole_pieces<S>([&]<bool whole>(std::bool_constant<whole>) {
+  by_whole_pieces<S>(x.cols, [&]<bool whole>(std::bool_constant<whole>) {
     using Kernel = device::LayerNorm<T, whole>;
     device::launch({context.stream(), static_cast<unsigned>(x.rows), Kernel::shared_bytes},
                    Kernel{x, weight, bias, static_cast<S>(epsilon), y, moments});
@@ -110,7 +110,7 @@ template <class T, class S>
 void layer_norm_backward(const CudaContext& context, MatrixView<const T> dy, MatrixView<const T> x, MatrixView<const S> weight,
                          MatrixView<const S> moments, MatrixView<T> dx, Update update) {
   expect_layer_norm_backward(dy, x, weight, moments, dx);
-  by_whole_pieces<S>([&]<bool whole>(std::bool_constant<whole>) {
+  by_whole_pieces<S>(x.cols, [&]<bool whole>(std::bool_constant<whole>) {
     using Kernel = device::LayerNormBackward<T, whole>;
     device::launch({context.stream(), static_cast<unsigned>(x.rows), Kernel::shared_bytes}, Kernel{dy, x, weight, moments, dx, update});
   }, dy, x, weight, dx);

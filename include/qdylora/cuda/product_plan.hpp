@@ -19,7 +19,8 @@
 // for half of the processors.
 //
 // On 9.0 warpgroup_tiles should be ahead of tiles from 33 tokens on and of slabs up to some hundreds, perhaps 1024: at best 85 % of what tensor
-// cores do, by what shared memory moves, where tiles do 50 %. It takes products only where ProductLimits asks for it, until it has been run on a device.
+// cores do, by what shared memory moves, where tiles do 50 %. It takes products only where ProductLimits asks for it, until it has been run
+// on a device.
 //
 // The numbers come from instruction counts and data sheets, not from measurements. ProductLimits overrides them.
 //

@@ -246,7 +246,7 @@ void rms_norm(const CudaContext& context, MatrixView<const T> x, MatrixView<cons
   expect_shape("rms_norm: weight", weight, 1, x.cols);
   expect_shape("rms_norm: y", y, x.rows, x.cols);
   expect_shape("rms_norm: inverse rms", inverse, x.rows, 1);
-  by_whole_pieces<S>([&]<bool whole>(std::bool_constant<whole>) {
+  by_whole_pieces<S>(x.cols, [&]<bool whole>(std::bool_constant<whole>) {
     using Kernel = device::RmsNorm<T, whole>;
     device::launch({context.stream(), static_cast<unsigned>(x.rows), Kernel::shared_bytes},
                    Kernel{x, weight, static_cast<S>(epsilon), y, inverse});
@@ -260,7 +260,7 @@ void rms_norm_backward(const CudaContext& context, MatrixView<const T> dy, Matri
   expect_shape("rms_norm_backward: weight", weight, 1, x.cols);
   expect_shape("rms_norm_backward: inverse rms", inverse, x.rows, 1);
   expect_shape("rms_norm_backward: dx", dx, x.rows, x.cols);
-  by_whole_pieces<S>([&]<bool whole>(std::bool_constant<whole>) {
+  by_whole_pieces<S>(x.cols, [&]<bool whole>(std::bool_constant<whole>) {
     using Kernel = device::RmsNormBackward<T, whole>;
     device::launch({context.stream(), static_cast<unsigned>(x.rows), Kernel::shared_bytes}, Kernel{dy, x, weight, inverse, dx, update});
   }, dy, x, weight, dx);
@@ -273,7 +273,7 @@ void rope(const CudaContext& context, MatrixView<T> x, std::span<const std::int3
   Scratch scratch(context);
   const device::Rope<T> rotate{x, listed(context, scratch, positions), table, layout, direction >= 0 ? S{1} : S{-1}};
   constexpr int width = 16 / sizeof(T);
-  if (table.cols / 2 % width == 0 && has_aligned_rows<width>(x) && has_aligned_rows<2>(table))
+  if (are_whole<width>(table.cols / 2, x) && has_aligned_rows<2>(table))
     for_each(context, x.rows, x.cols / 2 / width, device::ByNeighbours<device::Rope<T>, width>{rotate});
   else for_each(context, x.rows, x.cols / 2, device::ByNeighbours<device::Rope<T>, 1>{rotate});
 }

@@ -224,36 +224,27 @@ class Block {
   void access_global(const char* what, const void* p, std::size_t bytes, std::size_t aligned, Access access) {
     if (const auto complaint = global_memory().complaint(p, bytes, aligned))
       fail(std::string(what) + " global memory: " + std::to_string(bytes) + " bytes at an address that " + *complaint);
+    const Deed own{grid_.launch, number_, epoch_, now(), static_cast<std::int16_t>(current_)};
+    const auto expect_seen = [&](const Deed& other, const char* did, bool others_too) {
+      if (other.launch != own.launch || (is_seen(other) && !others_too)) return;
+      const bool here = other.block == own.block;
+      fail(std::string(what) + " global memory that thread " + std::to_string(other.thread) +
+           (here ? "" : " of the grid's block " + std::to_string(other.block)) + " has " + did + ", with no " + (here ? "barrier" : "signal") +
+           " between");
+    };
     Trace* const traces = global_memory().traces(p);
     for (std::size_t i = 0; i < bytes; ++i) {
       Trace& byte = traces[i];
-      const auto refuse = [&](const char* did, std::uint32_t block, int thread) {
-        const bool own = block == number_;
-        fail(std::string(what) + " global memory that thread " + std::to_string(thread) +
-             (own ? "" : " of the grid's block " + std::to_string(block)) + " has " + did + ", with no " +
-             (own ? "barrier" : "signal") + " between");
-      };
-      if (byte.write_launch == grid_.launch && !(access == Access::atomic && byte.atomic) &&
-          !is_seen(byte.write_block, byte.write_epoch, byte.writer, byte.write_time))
-        refuse("written", byte.write_block, byte.writer);
+      const bool both_atomic = access == Access::atomic && byte.atomic;
+      if (!both_atomic) expect_seen(byte.write, "written", false);
       if (access == Access::read) {
-        byte.several_read = byte.read_launch == grid_.launch && (byte.several_read || byte.read_block != number_);
-        byte.read_launch = grid_.launch;
-        byte.read_block = number_;
-        byte.read_epoch = epoch_;
-        byte.read_time = now();
-        byte.reader = static_cast<std::int16_t>(current_);
-        continue;
+        byte.several_read = byte.read.launch == own.launch && (byte.several_read || byte.read.block != own.block);
+        byte.read = own;
+      } else {
+        if (!both_atomic) expect_seen(byte.read, "read", byte.several_read);
+        byte.write = own;
+        byte.atomic = access == Access::atomic;
       }
-      if (byte.read_launch == grid_.launch && !(access == Access::atomic && byte.atomic) &&
-          (byte.several_read || !is_seen(byte.read_block, byte.read_epoch, byte.reader, byte.read_time)))
-        refuse("read", byte.read_block, byte.reader);
-      byte.write_launch = grid_.launch;
-      byte.write_block = number_;
-      byte.write_epoch = epoch_;
-      byte.write_time = now();
-      byte.writer = static_cast<std::int16_t>(current_);
-      byte.atomic = access == Access::atomic;
     }
   }
 
@@ -394,9 +385,9 @@ class Block {
            threads_[static_cast<std::size_t>(current_)].seen[static_cast<std::size_t>(other % warp_size)] >= time;
   }
   // Whether the current thread has seen what a thread of the grid did.
-  bool is_seen(std::uint32_t block, std::uint32_t epoch, int thread, std::uint32_t time) const {
-    if (block == number_) return epoch < epoch_ || seen(thread, time);
-    return known_.covers(block, epoch, thread) || (informed_ == current_ && newly_known_.covers(block, epoch, thread));
+  bool is_seen(const Deed& deed) const {
+    if (deed.block == number_) return deed.epoch < epoch_ || seen(deed.thread, deed.time);
+    return known_.covers(deed) || (informed_ == current_ && newly_known_.covers(deed));
   }
   Warp& own_warp() { return warps_[static_cast<std::size_t>(current_ / warp_size)]; }
   std::uint32_t now() const { return threads_[static_cast<std::size_t>(current_)].seen[static_cast<std::size_t>(lane())]; }

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <map>
 #include <memory>
 #include <new>
@@ -17,6 +18,15 @@
 namespace test::emulator {
 
 class GlobalMemory {
+  struct Freed {
+    void operator()(Trace* traces) const { std::free(traces); }
+  };
+  struct Allocation {
+    std::size_t bytes = 0;
+    mutable std::unique_ptr<Trace[], Freed> traces = {};  // none until a kernel comes; zeros, whose pages the system makes as they are touched
+  };
+  using Allocations = std::map<std::byte*, Allocation>;
+
  public:
   ~GlobalMemory() {
     for (const auto& [begin, allocation] : allocations_) ::operator delete(begin, std::align_val_t{alignment});
@@ -46,26 +56,22 @@ class GlobalMemory {
 
   /// What is wrong with an access, if anything is.
   std::optional<std::string> complaint(const void* p, std::size_t bytes, std::size_t aligned) const {
-    const auto* at = static_cast<const std::byte*>(p);
     if (reinterpret_cast<std::uintptr_t>(p) % aligned != 0) return "is not aligned to " + std::to_string(aligned) + " bytes";
-    auto next = allocations_.upper_bound(const_cast<std::byte*>(at));
-    const std::string outside = "is outside of every allocation";
-    if (next == allocations_.begin()) return outside;
-    const auto& [begin, allocation] = *--next;
-    const std::size_t size = allocation.bytes;
-    const auto offset = static_cast<std::size_t>(at - begin);
-    if (offset > size + 65536) return outside;
-    if (offset + bytes > size)
-      return "ends " + std::to_string(offset + bytes - size) + " bytes behind an allocation of " + std::to_string(size);
+    const auto found = last_before(p);
+    const std::size_t offset = found == allocations_.end() ? 0 : offset_in(*found, p);
+    if (found == allocations_.end() || offset > found->second.bytes + 65536) return "is outside of every allocation";
+    if (offset + bytes > found->second.bytes)
+      return "ends " + std::to_string(offset + bytes - found->second.bytes) + " bytes behind an allocation of " +
+             std::to_string(found->second.bytes);
     return std::nullopt;
   }
 
   /// Of each byte from `p` on, which lies within an allocation.
-  Trace* traces(const void* p) {
-    auto* at = static_cast<std::byte*>(const_cast<void*>(p));
-    auto& [begin, allocation] = *--allocations_.upper_bound(at);
-    if (!allocation.traces) allocation.traces.reset(static_cast<Trace*>(std::calloc(allocation.bytes, sizeof(Trace))));
-    return allocation.traces.get() + (at - begin);
+  Trace* traces(const void* p) const {
+    const auto& found = *last_before(p);
+    const auto& [bytes, traces] = found.second;
+    if (!traces) traces.reset(static_cast<Trace*>(std::calloc(bytes, sizeof(Trace))));
+    return traces.get() + offset_in(found, p);
   }
 
   std::size_t total() const noexcept { return total_; }
@@ -78,15 +84,16 @@ class GlobalMemory {
  private:
   static constexpr std::size_t alignment = 256;
 
-  struct Freed {
-    void operator()(Trace* traces) const { std::free(traces); }
-  };
-  struct Allocation {
-    std::size_t bytes = 0;
-    std::unique_ptr<Trace[], Freed> traces = {};  // zeros until a kernel comes here, of which the system makes pages when they are touched
-  };
+  /// The last allocation that begins at p or before; end() where there is none.
+  Allocations::const_iterator last_before(const void* p) const {
+    const auto next = allocations_.upper_bound(static_cast<std::byte*>(const_cast<void*>(p)));
+    return next == allocations_.begin() ? allocations_.end() : std::prev(next);
+  }
+  static std::size_t offset_in(const Allocations::value_type& allocation, const void* p) {
+    return static_cast<std::size_t>(static_cast<const std::byte*>(p) - allocation.first);
+  }
 
-  std::map<std::byte*, Allocation> allocations_;
+  Allocations allocations_;
   std::size_t total_ = std::size_t{1} << 32;
   std::size_t used_ = 0;
   std::size_t most_ = 0;

@@ -2,13 +2,15 @@
 // memory another must not touch in the same launch, unless it has waited for a signal that was given after it.
 #pragma once
 
-#include <algorithm>
 #include <array>
 #include <cstddef>
 #include <cstdint>
 #include <map>
 #include <string>
+#include <utility>
 #include <vector>
+
+#include "support/cuda_emulator/shadow.hpp"
 
 namespace test::emulator {
 
@@ -17,9 +19,7 @@ struct Moment {
   std::uint32_t epoch = 0;
   int thread = -1;
 
-  bool covers(std::uint32_t other_epoch, int other_thread) const {
-    return other_epoch < epoch || (other_epoch == epoch && other_thread == thread);
-  }
+  bool covers(const Deed& deed) const { return deed.epoch < epoch || (deed.epoch == epoch && deed.thread == thread); }
 };
 
 /// Of every block of the launch; empty where nothing is seen of any.
@@ -33,9 +33,7 @@ class Knowledge {
     for (std::size_t b = 0; b < other.moments_.size(); ++b)
       if (other.moments_[b].epoch > 0) see(other.moments_.size(), b, other.moments_[b]);
   }
-  bool covers(std::size_t block, std::uint32_t epoch, int thread) const {
-    return block < moments_.size() && moments_[block].covers(epoch, thread);
-  }
+  bool covers(const Deed& deed) const { return deed.block < moments_.size() && moments_[deed.block].covers(deed); }
   void clear() { moments_.clear(); }
 
  private:

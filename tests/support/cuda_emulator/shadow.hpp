@@ -27,13 +27,15 @@ struct Shadow {
   Clock read_times{};
 };
 
-// Of a byte of global memory: the last write of a launch, and the last read.
+// Who touched a byte of global memory last, and when: a thread of a launch's block.
+struct Deed {
+  std::uint32_t launch = 0, block = 0, epoch = 0, time = 0;
+  std::int16_t thread = 0;
+};
 struct Trace {
-  std::uint32_t write_launch = 0, write_block = 0, write_epoch = 0, write_time = 0;
-  std::uint32_t read_launch = 0, read_block = 0, read_epoch = 0, read_time = 0;
-  std::int16_t writer = 0, reader = 0;
-  bool atomic = false;         // the write
-  bool several_read = false;  // blocks; of other than the last one nothing is known
+  Deed write, read;
+  bool atomic = false;        // the write
+  bool several_read = false;  // blocks; of others than the last one nothing is known
 };
 
 }  // namespace test::emulator

@@ -9,7 +9,6 @@
 #include <cstdint>
 #include <string>
 #include <type_traits>
-#include <utility>
 
 #include <cuda_runtime.h>
 
@@ -135,19 +134,22 @@ void store(V* p, std::type_identity_t<V> value) {
   *p = value;
 }
 namespace emulated {
+/// For a change, or a look, that races with no other of its kind.
 template <class T>
-T exchange_atomically(T* p, T value) {
+T& atomically(const T* p) {
   Running::running().access_global("writes", p, sizeof(T), alignof(T), Access::atomic);
-  return std::exchange(*p, value);
+  return *const_cast<T*>(p);
 }
 }  // namespace emulated
 template <std::integral T>
 void atomic_add(T* p, std::type_identity_t<T> value) {
-  emulated::exchange_atomically(p, static_cast<T>(*p + value));
+  T& at = emulated::atomically(p);
+  at = static_cast<T>(at + value);
 }
 template <std::integral T>
 void atomic_min(T* p, std::type_identity_t<T> value) {
-  emulated::exchange_atomically(p, std::min(*p, value));
+  T& at = emulated::atomically(p);
+  at = std::min(at, value);
 }
 inline void signal(std::uint32_t* count) {
   Running::running().signal(count);
@@ -155,18 +157,18 @@ inline void signal(std::uint32_t* count) {
 }
 /// Blocks run one after another: what has not come by now will not.
 inline void await(const std::uint32_t* count, std::uint32_t least) {
-  if (const std::uint32_t found = emulated::exchange_atomically(const_cast<std::uint32_t*>(count), *count); found < least)
+  if (const std::uint32_t found = emulated::atomically(count); found < least)
     Running::running().fail("waits for " + std::to_string(least) + " signals, of which earlier blocks have given " + std::to_string(found));
   Running::running().see_signals(count);
 }
-inline std::uint32_t count_up(std::uint32_t* count) { return emulated::exchange_atomically(count, *count + 1); }
-inline void set_count(std::uint32_t* count, std::uint32_t value) { emulated::exchange_atomically(count, value); }
+inline std::uint32_t count_up(std::uint32_t* count) { return emulated::atomically(count)++; }
+inline void set_count(std::uint32_t* count, std::uint32_t value) { emulated::atomically(count) = value; }
 
 // ---- order -----------------------------------------------------------------------------------------------------------------------
 
 inline void sync_block(int line = __builtin_LINE()) { Running::running().barrier(line); }
-inline std::uint16_t not_before(std::uint16_t bits) { return bits; }
 inline void sync_warp(unsigned mask = all_lanes, int line = __builtin_LINE()) { Running::running().sync_warp(mask, line); }
+inline std::uint16_t not_before(std::uint16_t bits) { return bits; }
 
 // ---- between lanes ---------------------------------------------------------------------------------------------------------------
 
