@@ -32,6 +32,10 @@ TEMPLATE_TEST_CASE("attention of one token on a cache is the reference's", "[cpu
   each_isa([](const qd::Cpu& cpu) { test::attention_decode<qd::Cpu, TestType>(cpu); });
 }
 
+TEMPLATE_TEST_CASE("rows are copied to where each belongs", "[cpu]", float, double, qd::bfloat16, qd::half) {
+  test::copied_rows<qd::Cpu, TestType>(qd::Cpu());
+}
+
 TEMPLATE_TEST_CASE("activations are the reference's", "[cpu]", float, double, qd::bfloat16, qd::half) {
   each_isa([](const qd::Cpu& cpu) { test::activations<qd::Cpu, TestType>(cpu); });
 }

@@ -77,6 +77,7 @@ void every_operation(const qd::Cuda& cuda, qd::MatrixView<T> x, qd::MatrixView<q
   cuda.embed(ids, cuda.quantize<qd::INT8, qd::Float32Scales>(x, {.block_size = 32}).view(), x);
   cuda.gather_rows(x, rows, x);
   cuda.scatter_rows(x, rows, x);
+  cuda.copy_rows(x, std::span<const qd::MatrixView<T>>());
   cuda.cross_entropy(a, ids, 1.0, a);
   cuda.attention(x, x, x, rows, {}, x, a);
   cuda.attention_backward(x, x, x, x, x, a, rows, {}, x, x, x);

@@ -219,6 +219,10 @@ class Cpu {
   void scatter_rows(In<T> x, std::span<const Index> rows, MatrixView<T> y) const {
     detail::scatter_rows(run_, x, rows, y);
   }
+  template <class T>
+  void copy_rows(In<T> x, std::span<const MatrixView<T>> targets) const {
+    detail::copy_rows(run_, x, targets);
+  }
   template <class S>
   void cross_entropy(MatrixView<S> logits, std::span<const std::int32_t> targets, double scale, MatrixView<S> losses) const {
     detail::cross_entropy(run_, logits, targets, scale, losses);

@@ -5,7 +5,7 @@
 #include <cmath>
 #include <type_traits>
 
-#include <qdylora/backend.hpp>
+#include <qdylora/backend_checks.hpp>
 #include <qdylora/cpu/run.hpp>
 
 namespace qdylora::detail {
@@ -171,6 +171,12 @@ void scatter_rows(const CpuRun&, MatrixView<const T> x, std::span<const Index> r
   expect_rows("scatter_rows", "scatter_rows: x", x, rows, y);
   for (Index i = 0; i < y.rows; ++i) std::fill_n(y.row(i), y.cols, T{});
   for (Index i = 0; i < x.rows; ++i) std::copy_n(x.row(i), x.cols, y.row(rows[static_cast<std::size_t>(i)]));
+}
+
+template <class T>
+void copy_rows(const CpuRun&, MatrixView<const T> x, std::span<const MatrixView<T>> targets) {
+  expect_copy_rows(x, targets);
+  for (Index i = 0; i < x.rows; ++i) std::copy_n(x.row(i), x.cols, targets[static_cast<std::size_t>(i)].data);
 }
 
 template <class S>

@@ -4,7 +4,7 @@
 #include <cmath>
 #include <vector>
 
-#include <qdylora/backend.hpp>
+#include <qdylora/backend_checks.hpp>
 #include <qdylora/cpu/run.hpp>
 
 namespace qdylora::detail {

@@ -16,7 +16,7 @@
 #include <utility>
 #include <vector>
 
-#include <qdylora/backend.hpp>
+#include <qdylora/backend_checks.hpp>
 #include <qdylora/cuda/lists.cuh>
 
 namespace qdylora::detail {

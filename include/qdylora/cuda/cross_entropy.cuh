@@ -6,7 +6,7 @@
 #include <limits>
 #include <span>
 
-#include <qdylora/backend.hpp>
+#include <qdylora/backend_checks.hpp>
 #include <qdylora/cuda/for_each.cuh>
 #include <qdylora/cuda/lists.cuh>
 

@@ -7,7 +7,7 @@
 #include <string>
 #include <type_traits>
 
-#include <qdylora/backend.hpp>
+#include <qdylora/backend_checks.hpp>
 #include <qdylora/cuda/for_each.cuh>
 #include <qdylora/cuda/lists.cuh>
 

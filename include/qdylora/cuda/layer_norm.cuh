@@ -3,7 +3,7 @@
 
 #include <cmath>
 
-#include <qdylora/backend.hpp>
+#include <qdylora/backend_checks.hpp>
 #include <qdylora/cuda/reduce.cuh>
 
 namespace qdylora {

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <span>
 #include <string>
+#include <vector>
 
 #include <qdylora/cuda/dequantize.cuh>
 #include <qdylora/cuda/elementwise.cuh>
@@ -235,6 +236,17 @@ struct ScatterRows {
   }
 };
 
+/// rows[i][j] = x[i, j]
+template <class T>
+struct CopyRows {
+  MatrixView<const T> x;
+  List<T*> rows;
+  template <int width>
+  __device__ void neighbours(Index i, Index j) const {
+    assign<width>(x, i, MatrixView<T>(rows[i], 1, x.cols), 0, j);
+  }
+};
+
 }  // namespace device
 
 #if !defined(QDYLORA_DEVICE_ONLY)
@@ -340,6 +352,22 @@ void scatter_rows(const CudaContext& context, MatrixView<const T> x, std::span<c
   const auto list = listed(context, scratch, rows);
   fill(context, y, T{});
   for_each_neighbours(context, x.rows, x.cols, device::ScatterRows<T>{x, list, y}, x, y);
+}
+
+template <class T>
+void copy_rows(const CudaContext& context, MatrixView<const T> x, std::span<const MatrixView<T>> targets) {
+  expect_copy_rows(x, targets);
+  if (targets.empty()) return;
+  constexpr int width = 16 / static_cast<int>(sizeof(T));
+  std::vector<T*> rows;
+  const auto* least_aligned = &targets.front();
+  for (const auto& target : targets) {
+    rows.push_back(target.data);
+    if (!has_aligned_rows<width>(target)) least_aligned = &target;
+  }
+  Scratch scratch(context);
+  const auto list = listed(context, scratch, std::span<T* const>(rows));
+  for_each_neighbours(context, x.rows, x.cols, device::CopyRows<T>{x, list}, x, *least_aligned);
 }
 
 }  // namespace detail

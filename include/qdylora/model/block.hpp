@@ -364,16 +364,19 @@ class BlockSteps {
 
   void attend_to_caches(const Tokens& tokens, Context& context) const {
     std::vector<MatrixView<const T>> keys, values;
+    std::vector<MatrixView<T>> new_keys, new_values;
     for (Index s = 0; s < context.q.rows(); ++s) {
       const Index at = tokens.positions[static_cast<std::size_t>(s)];
       auto& key_cache = *tokens.key_caches[static_cast<std::size_t>(s)];
       auto& value_cache = *tokens.value_caches[static_cast<std::size_t>(s)];
       QDYLORA_EXPECTS(at < key_cache.rows(), bad_argument, "decode: the cache of sequence " + std::to_string(s) + " is full");
-      backend_.copy(as_const(context.k).middle_rows(s, 1), key_cache.view().middle_rows(at, 1));
-      backend_.copy(as_const(context.v).middle_rows(s, 1), value_cache.view().middle_rows(at, 1));
+      new_keys.push_back(key_cache.view().middle_rows(at, 1));
+      new_values.push_back(value_cache.view().middle_rows(at, 1));
       keys.push_back(as_const(key_cache).top_rows(at + 1));
       values.push_back(as_const(value_cache).top_rows(at + 1));
     }
+    backend_.copy_rows(as_const(context.k), std::span<const MatrixView<T>>(new_keys));
+    backend_.copy_rows(as_const(context.v), std::span<const MatrixView<T>>(new_values));
     backend_.attention_decode(as_const(context.q), std::span<const MatrixView<const T>>(keys), std::span<const MatrixView<const T>>(values),
                               config_.heads, context.attended.view());
   }
