@@ -198,8 +198,6 @@ void expect_own_options(const FinetuneOptions& o, AdapterMethod method, const st
   if (scales) refuse(of_ranks, ", which trains scales of planes of signs and has no ranks");
   if (scales) refuse({"--base-format"}, ", whose format is planes of signs");
   else refuse({"--planes", "--group-size", "--trained-planes"}, ", whose weights are no planes of signs");
-  QDYLORA_EXPECTS(!whole || o.device == "cpu", unsupported,
-                  "--method full: the gradients of embedding and norms are the CPU's, not for --device " + o.device);
   if (!scales) return;
   QDYLORA_EXPECTS(o.trained_planes <= o.planes, bad_argument,
                   "--trained-planes: " + std::to_string(o.trained_planes) + " is above --planes " + std::to_string(o.planes));

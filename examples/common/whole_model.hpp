@@ -35,21 +35,17 @@ inline void expect_trains_whole(const FinetuneOptions& o, const OpenModel& model
 /// another has a Llama's config.json, and its tokenizer stays where it is. Errors: those of save_hugging_face_weights and of the files.
 template <class T, class Backend>
 void save_whole_model(const FinetuneOptions& o, Decoder<T, Backend>& decoder) {
-  if constexpr (FullBackend<Backend, T>) {
-    const auto out = whole_model_folder(o);
-    make_folder(out);
-    save_hugging_face_weights(out / SafetensorsFolder::one_file, decoder);
-    if (o.toy || !std::filesystem::is_directory(o.model)) {
-      replace_file(out / "config.json", hugging_face_json(decoder).dump(2) + "\n");
-      return;
-    }
-    copy_beside(o.model, out, [&](Json& config) {
-      const char* const key = config.contains("dtype") ? "dtype" : "torch_dtype";  // transformers 5's name, or the earlier one
-      config[key] = computes_in_bfloat16(decoder) ? "bfloat16" : "float32";
-    });
-  } else {
-    throw Error(Errc::unsupported, "--method full: not on this device");
+  const auto out = whole_model_folder(o);
+  make_folder(out);
+  save_hugging_face_weights(out / SafetensorsFolder::one_file, decoder);
+  if (o.toy || !std::filesystem::is_directory(o.model)) {
+    replace_file(out / "config.json", hugging_face_json(decoder).dump(2) + "\n");
+    return;
   }
+  copy_beside(o.model, out, [&](Json& config) {
+    const char* const key = config.contains("dtype") ? "dtype" : "torch_dtype";  // transformers 5's name, or the earlier one
+    config[key] = computes_in_bfloat16(decoder) ? "bfloat16" : "float32";
+  });
 }
 
 /// The bytes of its tensors in the folder.

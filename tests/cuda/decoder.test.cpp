@@ -1,5 +1,6 @@
 // A whole transformer on the emulated device, beside the same on the CPU: losses, gradients, recipes, decoding.
 #include <cmath>
+#include <tuple>
 #include <utility>
 
 #include <qdylora/cpu/cpu.hpp>
@@ -134,6 +135,22 @@ TEMPLATE_TEST_CASE("a model has the losses and gradients on the device that it h
       const auto found = numbers(cuda, there.infer(tokens, device_caches));
       CHECK(distance(found, {expected.span().begin(), expected.span().end()}) <= limit<T>);
     }
+  }
+}
+
+TEMPLATE_TEST_CASE("all weights of a model have the gradients on the device that they have on the CPU", "[cuda]", float, qd::bfloat16) {
+  using Acc = qd::Accumulator<TestType>;
+  const qd::CudaContext context({.workspace_bytes = std::size_t{4} << 20});
+  auto untied = config_of_blocks();
+  untied.tied_head = false;
+  for (const auto& [config, format, checkpoint] :
+       {std::tuple{untied, qd::BaseFormat::float32, true}, std::tuple{test::tiny_falcon_config(1), qd::BaseFormat::float32, false},
+        std::tuple{config_of_blocks(), qd::BaseFormat::bfloat16, false}}) {
+    CAPTURE(static_cast<int>(config.architecture), config.tied_head, checkpoint);
+    const std::shared_ptr<const qd::DecoderWeights<Acc>> weights = test::tiny_weights<Acc>(config, true, {.format = format});
+    Twins<TestType> twins(weights, {.checkpoint = checkpoint, .method = qd::AdapterMethod::full}, Cuda(context));
+    const auto batch = test::random_batch(config.vocab, {5, 2, 9, 3}, 5, 1);
+    twins.check_gradients(batch, qd::RankPlan::uniform(1), 1.0 / static_cast<double>(batch.scored()));
   }
 }
 

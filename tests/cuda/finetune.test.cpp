@@ -1,10 +1,12 @@
 // The program finetune on the emulated device, beside the same on the CPU: reports, adapters, resuming, memory.
 #include <cmath>
 #include <optional>
+#include <string>
 #include <utility>
 
 #include <qdylora/cpu/cpu.hpp>
 #include <qdylora/cuda.hpp>
+#include <qdylora/model/load_hugging_face.hpp>
 
 #include "common/cpu_device.hpp"
 #include "common/evaluate.hpp"
@@ -29,11 +31,11 @@ qd::DecoderConfig config() {
   return c;
 }
 
-examples::OpenModel open() {
+examples::OpenModel open(qd::BaseFormat format = qd::BaseFormat::nf4) {
   examples::OpenModel model;
   model.name = "tiny";
   model.config = config();
-  model.read = [](const qd::BaseOptions&) { return test::tiny_weights<float>(config(), false, {.format = qd::BaseFormat::nf4}); };
+  model.read = [=](const qd::BaseOptions&) { return test::tiny_weights<float>(config(), false, {.format = format}); };
   return model;
 }
 
@@ -111,6 +113,52 @@ TEST_CASE("finetune and evaluate on the device do what they do on the CPU", "[cu
   const auto there = qd::SafetensorsFile(folder / "gpu.safetensors").matrix("logits");
   for (Index i = 0; i < here.rows(); ++i)
     for (Index j = 0; j < here.cols(); ++j) CHECK(std::fabs(there(i, j) - here(i, j)) <= 1e-3f);
+}
+
+TEST_CASE("all weights train on the device as on the CPU", "[cuda]") {
+  const test::TemporaryFolder folder;
+  examples::FinetuneData data;
+  data.train = samples(6, 0);
+  data.validation_samples = samples(2, 40);
+  examples::FinetuneOptions options;
+  options.toy = true;
+  options.method = "full";
+  options.steps = 4;
+  options.batch = 2;
+  options.lr = 1e-2;
+  options.save_every = 2;
+  const auto format = GENERATE(qd::BaseFormat::float32, qd::BaseFormat::bfloat16);
+  options.base = std::string(qd::name(format));
+  CAPTURE(options.base);
+
+  auto model = open(format);
+  options.out = (folder / "cpu").string();
+  REQUIRE(examples::finetune<float>(options, model, data, examples::CpuDevice(1)) == 0);
+  const auto expected = qd::read_json(folder / "cpu" / "report.json");
+
+  options.out = (folder / "gpu").string();
+  options.device = "cuda";
+  for (const bool resumed : {false, true}) {  // the second time from what the run has saved
+    CAPTURE(resumed);
+    options.resume = resumed;
+    model = open(format);
+    REQUIRE(examples::finetune<float>(options, model, data, examples::CudaDevice()) == 0);
+    const auto found = qd::read_json(folder / "gpu" / "report.json");
+    for (std::size_t i = 0; i < 4; ++i)
+      CHECK(found.at("step_losses")[i].get<double>() == Approx(expected.at("step_losses")[i].get<double>()).epsilon(2e-3));
+    const auto planned = found.at("memory_plan").at("at most at once").get<double>(), peak = found.at("peak_memory_bytes").get<double>();
+    const auto workspace = static_cast<double>(qd::CudaOptions{}.context_bytes());
+    CHECK(peak <= planned);
+    if (!resumed) CHECK(peak - workspace >= 0.95 * (planned - workspace));  // the second run has no step left to take
+  }
+
+  // The models that were saved.
+  const auto saved = [&](const char* device) { return qd::load_hugging_face(folder / device / "model", {.format = format}); };
+  qd::Decoder<float> here(saved("cpu"), {}), there(saved("gpu"), {}), before(open(format).read({}), {});
+  const auto batch = test::random_batch(config().vocab, {9, 4}, 5);
+  const double loss = test::sum_of(here.losses(batch));
+  CHECK(test::sum_of(there.losses(batch)) == Approx(loss).epsilon(2e-3));
+  CHECK(std::fabs(test::sum_of(before.losses(batch)) - loss) > 2e-2 * loss);
 }
 
 TEST_CASE("half trains on the device as on the CPU, by a loss scale that leaves its range at times", "[cuda]") {

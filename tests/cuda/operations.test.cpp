@@ -64,6 +64,7 @@ ON_ROWS_OF_BOTH_KINDS("RMS norm on the device is the reference's", test::rms_nor
 ON_ROWS_OF_BOTH_KINDS("layer norm on the device is the reference's", test::layer_norm)
 ON_ROWS_OF_BOTH_KINDS("rotary embedding on the device is the reference's", test::rope)
 ON_ROWS_OF_BOTH_KINDS("activations on the device are the reference's", test::activations)
+ON_ROWS_OF_BOTH_KINDS("the gradient of an embedding on the device is the reference's to the bit", test::embedding_backward)
 ON_ROWS_OF_BOTH_KINDS("rows of the device are copied to where each belongs", test::copied_rows)
 ON_ROWS_OF_BOTH_KINDS("embedding on the device is the reference's", test::embedding)
 

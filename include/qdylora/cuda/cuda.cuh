@@ -17,6 +17,7 @@
 #include <qdylora/cuda/products.cuh>
 #include <qdylora/cuda/quantize.cuh>
 #include <qdylora/cuda/reduce.cuh>
+#include <qdylora/cuda/rows.cuh>
 #include <qdylora/cuda/transformer.cuh>
 
 namespace qdylora {
@@ -250,6 +251,10 @@ class Cuda {
     detail::embed(*context_, ids, table, y);
   }
   template <class T>
+  void embed_backward(std::span<const std::int32_t> ids, MatrixView<const T> dy, MatrixView<Accumulator<T>> gradient) const {
+    detail::embed_backward(*context_, ids, dy, gradient);
+  }
+  template <class T>
   void gather_rows(In<T> x, std::span<const Index> rows, MatrixView<T> y) const {
     detail::gather_rows(*context_, x, rows, y);
   }
@@ -288,7 +293,7 @@ class Cuda {
 };
 
 template <class T>
-inline constexpr bool cuda_has_what_it_says = TransformerBackend<Cuda, T> && HasLayerNorm<Cuda, T> && HasMagnitude<Cuda, T>;
+inline constexpr bool cuda_has_what_it_says = FullBackend<Cuda, T> && HasLayerNorm<Cuda, T> && HasMagnitude<Cuda, T>;
 static_assert(HasAdamW8<Cuda> && HasLion<Cuda, float>);
 static_assert(cuda_has_what_it_says<float> && cuda_has_what_it_says<double> && cuda_has_what_it_says<bfloat16> &&
               cuda_has_what_it_says<half>);

@@ -1,13 +1,11 @@
-// Normalization, rotary embedding, activations and rows of tables on the device. Values are computed in Accumulator<T> and rounded once.
+// Normalization, rotary embedding and activations on the device. Values are computed in Accumulator<T> and rounded once.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 #include <span>
 #include <string>
-#include <vector>
 
-#include <qdylora/cuda/dequantize.cuh>
 #include <qdylora/cuda/elementwise.cuh>
 #include <qdylora/cuda/lists.cuh>
 #include <qdylora/cuda/reduce.cuh>
@@ -200,53 +198,6 @@ struct GeluBackward {
   }
 };
 
-/// y[i] = x[rows[i]]
-template <class X, class Y, class Row>
-struct GatherRows {
-  MatrixView<const X> x;
-  List<Row> rows;
-  MatrixView<Y> y;
-  template <int width>
-  __device__ void neighbours(Index i, Index j) const {
-    assign<width>(x, rows[i], y, i, j);
-  }
-};
-
-/// y[i] = decoded w[rows[i]]
-template <CodeFormat Format, class Scales, class Y, class Row>
-struct GatherCodedRows {
-  QuantizedView<Format, Scales> w;
-  List<Row> rows;
-  MatrixView<Y> y;
-  int block_shift;
-  __device__ void operator()(Index i, Index j) const {
-    write(y, i, j, decoded(w, static_cast<Index>(rows[i]) * w.cols + j, block_shift));
-  }
-};
-
-/// y[rows[i]] = x[i]
-template <class T>
-struct ScatterRows {
-  MatrixView<const T> x;
-  List<Index> rows;
-  MatrixView<T> y;
-  template <int width>
-  __device__ void neighbours(Index i, Index j) const {
-    assign<width>(x, i, y, rows[i], j);
-  }
-};
-
-/// rows[i][j] = x[i, j]
-template <class T>
-struct CopyRows {
-  MatrixView<const T> x;
-  List<T*> rows;
-  template <int width>
-  __device__ void neighbours(Index i, Index j) const {
-    assign<width>(x, i, MatrixView<T>(rows[i], 1, x.cols), 0, j);
-  }
-};
-
 }  // namespace device
 
 #if !defined(QDYLORA_DEVICE_ONLY)
@@ -318,56 +269,6 @@ void gelu_backward(const CudaContext& context, MatrixView<const T> dy, MatrixVie
   expect_shape("gelu_backward: x", x, dy.rows, dy.cols);
   expect_shape("gelu_backward: dx", dx, dy.rows, dy.cols);
   for_each_neighbours(context, x.rows, x.cols, device::GeluBackward<T>{dy, x, dx}, dy, x, dx);
-}
-
-/// Rows of a dense table, or of a quantized one.
-template <class T, class Table>
-void embed(const CudaContext& context, std::span<const std::int32_t> ids, const Table& table, MatrixView<T> y) {
-  expect_embed(ids, table, y);
-  Scratch scratch(context);
-  const auto rows = listed(context, scratch, ids);
-  const auto gather = [&]<class S>(const MatrixView<S>& dense) {
-    for_each_neighbours(context, y.rows, y.cols, device::GatherRows<std::remove_const_t<S>, T, std::int32_t>{dense, rows, y}, dense, y);
-  };
-  const auto gather_coded = [&]<CodeFormat Format, class Scales>(const QuantizedView<Format, Scales>& coded) {
-    const int block_shift = std::countr_zero(static_cast<std::size_t>(coded.block_size));
-    for_each(context, y.rows, y.cols, device::GatherCodedRows<Format, Scales, T, std::int32_t>{coded, rows, y, block_shift});
-  };
-  if constexpr (requires { table.codes; }) gather_coded(table);
-  else gather(table);
-}
-
-template <class T>
-void gather_rows(const CudaContext& context, MatrixView<const T> x, std::span<const Index> rows, MatrixView<T> y) {
-  expect_rows("gather_rows", "gather_rows: y", y, rows, x);
-  Scratch scratch(context);
-  const auto list = listed(context, scratch, rows);
-  for_each_neighbours(context, y.rows, y.cols, device::GatherRows<T, T, Index>{x, list, y}, x, y);
-}
-
-template <class T>
-void scatter_rows(const CudaContext& context, MatrixView<const T> x, std::span<const Index> rows, MatrixView<T> y) {
-  expect_rows("scatter_rows", "scatter_rows: x", x, rows, y);
-  Scratch scratch(context);
-  const auto list = listed(context, scratch, rows);
-  fill(context, y, T{});
-  for_each_neighbours(context, x.rows, x.cols, device::ScatterRows<T>{x, list, y}, x, y);
-}
-
-template <class T>
-void copy_rows(const CudaContext& context, MatrixView<const T> x, std::span<const MatrixView<T>> targets) {
-  expect_copy_rows(x, targets);
-  if (targets.empty()) return;
-  constexpr int width = 16 / static_cast<int>(sizeof(T));
-  std::vector<T*> rows;
-  const auto* least_aligned = &targets.front();
-  for (const auto& target : targets) {
-    rows.push_back(target.data);
-    if (!has_aligned_rows<width>(target)) least_aligned = &target;
-  }
-  Scratch scratch(context);
-  const auto list = listed(context, scratch, std::span<T* const>(rows));
-  for_each_neighbours(context, x.rows, x.cols, device::CopyRows<T>{x, list}, x, *least_aligned);
 }
 
 }  // namespace detail

@@ -64,7 +64,7 @@ Json hugging_face_json(const Decoder<T, Backend>& model) {
 /// Writes a decoder's tensors, as they are computed with, to a safetensors file, all or nothing. Errors: bad_argument for a decoder by
 /// another method than full; non_finite, naming the tensor; those of SafetensorsWriter.
 template <class T, class Backend>
-  requires(Backend::Memory::host && std::is_same_v<Accumulator<T>, float>)
+  requires(std::is_same_v<Accumulator<T>, float>)
 void save_hugging_face_weights(const std::filesystem::path& file, Decoder<T, Backend>& model) {
   QDYLORA_EXPECTS(model.options().method == AdapterMethod::full, bad_argument,
                   "save_hugging_face_weights: the model trains by " + std::string(name(model.options().method)) + ", not its own weights");
@@ -72,18 +72,28 @@ void save_hugging_face_weights(const std::filesystem::path& file, Decoder<T, Bac
   model.for_each_dense([](auto& layer) { layer.round(); });  // an optimizer may have stepped since the last pass
   SafetensorsWriter writer;
   writer.metadata("format", "pt");  // transformers asks for it
-  std::deque<std::variant<Matrix<float>, Matrix<bfloat16>>> turned;  // what the writer borrows
-  const auto add = [&]<class S>(const std::string& tensor, MatrixView<const S> rows, bool vector, Index heads) {
+  std::deque<std::variant<Matrix<float>, Matrix<bfloat16>>> held;  // what the writer borrows of no model
+  const auto on_host = [&]<class S>(MatrixView<const S> rows) -> MatrixView<const S> {
+    if constexpr (Backend::Memory::host) {
+      return rows;
+    } else {
+      Matrix<S> copy(rows.rows, rows.cols);
+      model.backend().download(rows, copy.view());
+      return std::get<Matrix<S>>(held.emplace_back(std::move(copy))).view();
+    }
+  };
+  const auto add = [&]<class S>(const std::string& tensor, MatrixView<const S> there, bool vector, Index heads) {
+    MatrixView<const S> rows = on_host(there);
     at_tensor(file.string(), tensor, [&] {
       for (Index i = 0; i < rows.rows; ++i)
         for (Index j = 0; j < rows.cols; ++j)
           if (!std::isfinite(static_cast<float>(rows(i, j)))) detail::raise_non_finite(i, j);
     });
     if (heads > 0) {
-      Matrix<S> there(rows.rows, rows.cols);
+      Matrix<S> turned(rows.rows, rows.cols);
       for (Index o = 0; o < rows.rows; ++o)
-        std::copy_n(rows.row(o), rows.cols, there.view().row(detail::half_split_position(o, heads, rows.rows)));
-      rows = std::get<Matrix<S>>(turned.emplace_back(std::move(there))).view();
+        std::copy_n(rows.row(o), rows.cols, turned.view().row(detail::half_split_position(o, heads, rows.rows)));
+      rows = std::get<Matrix<S>>(held.emplace_back(std::move(turned))).view();
     }
     const std::span<const S> numbers(rows.data, static_cast<std::size_t>(rows.size()));
     if (vector) writer.add(tensor, dtype_of<S>(), {rows.size()}, std::as_bytes(numbers));

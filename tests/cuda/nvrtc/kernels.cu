@@ -6,6 +6,7 @@
 #include <qdylora/cuda/layer_norm.cuh>
 #include <qdylora/cuda/magnitude.cuh>
 #include <qdylora/cuda/quantize.cuh>
+#include <qdylora/cuda/rows.cuh>
 #include <qdylora/cuda/transformer.cuh>
 #include <qdylora/cuda/warpgroup_tiles.cuh>
 
@@ -21,6 +22,7 @@ QDYLORA_KERNEL(CodedTiles<qd::NF4, qd::DoubleQuant<>, qd::half, qd::half, 4>);
 QDYLORA_KERNEL(CrossEntropy<float>);
 QDYLORA_KERNEL(DequantizeWords<qd::NF4, qd::DoubleQuant<>, qd::bfloat16>);
 QDYLORA_KERNEL(ForEach<device::AdamWRows<float>>);
+QDYLORA_KERNEL(ForEach<device::ByNeighbours<device::AddRuns<qd::bfloat16>, 4>>);
 QDYLORA_KERNEL(ForEach<device::ColumnSums<float, float, qd::bfloat16>>);
 QDYLORA_KERNEL(ForEach<device::DequantizeElement<qd::FP8E4M3, qd::Float32Scales, float>>);
 QDYLORA_KERNEL(ForEach<device::ByNeighbours<device::Dropout<qd::bfloat16>, 8>>);
