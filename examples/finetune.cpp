@@ -21,6 +21,7 @@
 #include "common/finetune.hpp"
 #include "common/model.hpp"
 #include "common/program.hpp"
+#include "common/text.hpp"
 #include "common/word_problems.hpp"
 #include "cuda/programs.hpp"
 
@@ -78,7 +79,7 @@ void declare(CLI::App& app, FinetuneOptions& o) {
                  "adamw; adamw8bit: moments in 8 bits, a quarter of their memory; lion: one moment, half of it, at a tenth of the --lr")
       ->check(CLI::IsMember({"adamw", "adamw8bit", "lion"}))
       ->capture_default_str();
-  app.add_option("--paged", o.paged, "a folder on a disk that is to hold the moments, where memory is too short for them")
+  app.add_option("--paged", o.paged, "a folder on a disk that is to hold the moments, where memory is too short for them; on a GPU host, the host's memory")
       ->check(not_empty());
   add_number(app, "--alpha", o.alpha, "LoRA's alpha", 1e-6, 1e6);
   app.add_option("--rank-pattern", o.rank_pattern,
@@ -221,7 +222,8 @@ int finetune(const FinetuneOptions& o, const std::vector<std::string>& given) {
   if (o.rival && !o.resume) expect_no_unfinished_run(state_file(rival_of(o)));
   QDYLORA_EXPECTS(!o.gates || chosen.order_at < 1.0, bad_argument,
                   "--gates: the recipe " + o.recipe_name + " has no second phase to train them in; auto and order-then-nest have");
-  QDYLORA_EXPECTS(o.paged.empty() || o.device == "cpu", bad_argument, "--paged: moments on a GPU are not paged to disk");
+  QDYLORA_EXPECTS(o.paged.empty() || o.paged == "host" || o.device == "cpu", bad_argument,
+                  "--paged " + printable_utf8(o.paged) + ": moments of --device " + o.device + " are paged to the host's memory; expected host");
   QDYLORA_EXPECTS(o.offload.empty() || o.device == "cpu", bad_argument, "--offload: activations on a GPU are not paged to disk");
   const RankSet ranks = ranks_of(o);
   const CpuDevice cpu(o.threads, compute_of(o.compute, o.device));

@@ -25,8 +25,11 @@ class CpuDevice {
   std::string text() const { return std::to_string(cpu_.threads()) + " threads, " + std::string(name(cpu_.isa())); }
   Json facts() const { return {{"device", "cpu"}, {"threads", cpu_.threads()}, {"isa", std::string(name(cpu_.isa()))}}; }
 
-  /// Where an optimizer keeps its moments: in files of the folder that --paged names.
-  PagedMemory moments_memory(const std::string& folder) const { return folder.empty() ? PagedMemory() : PagedMemory(folder); }
+  /// f(memory), in which an optimizer keeps its moments: files of the folder that --paged names.
+  template <class F>
+  auto with_moments_memory(const std::string& folder, const F& f) const {
+    return f(folder.empty() ? PagedMemory() : PagedMemory(folder));
+  }
   /// Weights where the backend has its memory.
   HostWeights place(HostWeights weights) const { return weights; }
   /// What the plan cannot know: memory of this process so far, and what the threads work in.

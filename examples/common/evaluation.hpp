@@ -115,11 +115,13 @@ Index trained_parameters(const Model& model) {
   return sum;
 }
 
-/// Parameters at each rank, and the seconds that one token takes, alone in its batch: the fewest of three runs.
+/// Parameters at each rank, and the seconds that one token takes, alone in its batch: the fewest of three runs, or of those that begin
+/// within a second, after which noise weighs little.
 template <class T, class Backend>
 void measure_costs(
     Decoder<T, Backend>& model, std::vector<RankResult>& results, const std::function<bool()>& stop = [] { return false; }) {
   constexpr Index tokens = 16, rounds = 3;
+  constexpr double long_enough = 1.0;
   const std::vector<std::vector<std::int32_t>> prompts = {{0}};
   for (auto& result : results) {
     model.for_each_trained([&](const auto& linear) {
@@ -128,11 +130,13 @@ void measure_costs(
                            (rank > 0 ? (linear.adapter().dora() + linear.adapter().biased()) * linear.out() : 0);
     });
     if (result.rank > 0 && !has_ranks(model.options().method)) result.parameters += trained_parameters(model);
-    for (Index round = 0; round < rounds && !stop(); ++round) {
+    double spent = 0.0;
+    for (Index round = 0; round < rounds && spent < long_enough && !stop(); ++round) {
       const auto start = std::chrono::steady_clock::now();
       const auto written = generate(model, std::span<const std::vector<std::int32_t>>(prompts), RankPlan::uniform(result.rank),
                                     {.max_tokens = tokens});  // fewer where the context is shorter
       const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - start;
+      spent += taken.count();
       const double each = taken.count() / static_cast<double>(written.front().size());
       result.token_seconds = round == 0 ? each : std::min(result.token_seconds, each);
     }

@@ -69,9 +69,9 @@ inline double seconds_since(std::chrono::steady_clock::time_point from) {
 
 /// Trains, or goes on, saving states and the adapter, or the model, in --out, and measures every rank. Nothing where it was stopped, as it
 /// says. By --method full the weights are let go, if nobody else has them, once copies have been made of them.
-template <Scalar T, class Optimizer, class Device, class Weights>
+template <Scalar T, class Optimizer, class Device, class Weights, class MomentsMemory>
 std::optional<RunReport> train_and_measure(const FinetuneOptions& o, const OpenModel& model, const FinetuneData& data, const Device& device,
-                                           Weights weights, const StopSignal& signal) {
+                                           Weights weights, const MomentsMemory& moments_memory, const StopSignal& signal) {
   using Backend = typename Device::Backend;
   const std::filesystem::path out = o.out;
   const RankSet ranks = ranks_of(o);
@@ -83,7 +83,7 @@ std::optional<RunReport> train_and_measure(const FinetuneOptions& o, const OpenM
   Decoder<T, Backend> decoder(std::move(weights), decoder_options(o), device.backend());
   Trainer<T, Backend, Optimizer> trainer(
       decoder, {.recipe = chosen, .ranks = ranks, .steps = o.steps, .lr = o.lr, .b_lr_ratio = o.lora_plus, .seed = o.seed},
-      device.moments_memory(o.paged));
+      moments_memory);
   trainer.hold_back(to_batches(data.held_back, batch_tokens));
   const Index adapted = decoder.config().layers * static_cast<Index>(decoder.config().adapted(method).size());
   const Index trainable = trained_parameters(decoder);
@@ -229,8 +229,9 @@ std::optional<RunReport> train_and_measure(const FinetuneOptions& o, const OpenM
   return report;
 }
 
-template <Scalar T, class Optimizer, class Device>
-int finetune_with(const FinetuneOptions& o, OpenModel& model, const FinetuneData& data, const Device& device) {
+template <Scalar T, class Optimizer, class Device, class MomentsMemory>
+int finetune_with(const FinetuneOptions& o, OpenModel& model, const FinetuneData& data, const Device& device,
+                  const MomentsMemory& moments_memory) {
   const bool scales = trains_scales(o);
   const MemoryPlan plan = plan_memory<T>(o, data, model, device);
   std::printf("memory     planned, on %s\n%s", device.text().c_str(), plan.to_text().c_str());
@@ -246,7 +247,7 @@ int finetune_with(const FinetuneOptions& o, OpenModel& model, const FinetuneData
               static_cast<double>(w.config.linear_weights()) / 1e6, base_text(o).c_str(),
               bits_of(w), static_cast<double>(w.linear_bytes()) / 1e6, seconds_since(start));
   const StopSignal signal;
-  auto report = train_and_measure<T, Optimizer>(o, model, data, device, trains_whole(o) ? std::move(weights) : weights, signal);
+  auto report = train_and_measure<T, Optimizer>(o, model, data, device, trains_whole(o) ? std::move(weights) : weights, moments_memory, signal);
   if (!report) return 130;
   const RankSummary summary(report->ranks, o.keep);
   if (trains_whole(o)) show_whole(report->ranks.front(), report->ranks.back());
@@ -282,7 +283,7 @@ int finetune_with(const FinetuneOptions& o, OpenModel& model, const FinetuneData
   }
   const FinetuneOptions of_rival = rival_of(o);
   std::printf("\nrival      QLoRA on the same batches, re-ordered by singular values at the end; in %s\n", of_rival.out.c_str());
-  auto rival = train_and_measure<T, Optimizer>(of_rival, model, data, device, weights, signal);
+  auto rival = train_and_measure<T, Optimizer>(of_rival, model, data, device, weights, moments_memory, signal);
   if (!rival) return 130;
   print_rival(*report, *rival, o.keep);
   const std::size_t peak_of_both = device.peak();
@@ -297,10 +298,11 @@ int finetune_with(const FinetuneOptions& o, OpenModel& model, const FinetuneData
 template <Scalar T, class Device>
 int finetune(const FinetuneOptions& o, OpenModel& model, const FinetuneData& data, const Device& device) {
   using Backend = typename Device::Backend;
-  using Memory = decltype(device.moments_memory(o.paged));
-  if (o.optimizer == "adamw8bit") return finetune_with<T, AdamW8bit<T, Backend, Memory>>(o, model, data, device);
-  if (o.optimizer == "lion") return finetune_with<T, Lion<T, Backend, Memory>>(o, model, data, device);
-  return finetune_with<T, AdamW<T, Backend, Memory>>(o, model, data, device);
+  return device.with_moments_memory(o.paged, [&]<class Memory>(const Memory& memory) {
+    if (o.optimizer == "adamw8bit") return finetune_with<T, AdamW8bit<T, Backend, Memory>>(o, model, data, device, memory);
+    if (o.optimizer == "lion") return finetune_with<T, Lion<T, Backend, Memory>>(o, model, data, device, memory);
+    return finetune_with<T, AdamW<T, Backend, Memory>>(o, model, data, device, memory);
+  });
 }
 
 }  // namespace qdylora::examples

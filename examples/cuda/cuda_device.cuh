@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <string>
+#include <utility>
 
 #include <qdylora/cuda.hpp>
 #include <qdylora/io/json.hpp>
@@ -32,13 +33,17 @@ class CudaDevice {
   }
   Json facts() const { return {{"device", "cuda"}, {"gpu", std::string(context_.properties().name)}}; }
 
-  /// finetune takes no --paged here.
-  DeviceMemory moments_memory(const std::string&) const { return {}; }
+  /// f(memory), in which an optimizer keeps its moments: the device's, or by --paged host the host's.
+  template <class F>
+  auto with_moments_memory(const std::string& paged, const F& f) const {
+    return paged.empty() ? f(DeviceMemory()) : f(PinnedMemory());
+  }
   auto place(const HostWeights& weights) const { return upload(*weights, cuda_); }
   /// All work goes through one workspace. What the driver takes for itself, about half a gigabyte, is nobody's to plan.
   template <Scalar T>
   void complete(MemoryOptions& options, const ModelShape&) const {
     options.device = true;
+    options.paged_moments = std::exchange(options.moments_in_file, false);
     options.backend_bytes = CudaOptions{}.context_bytes();
     options.process_bytes = static_cast<std::size_t>(memory_use().bytes);
   }

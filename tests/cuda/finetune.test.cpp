@@ -161,6 +161,39 @@ TEST_CASE("all weights train on the device as on the CPU", "[cuda]") {
   CHECK(std::fabs(test::sum_of(before.losses(batch)) - loss) > 2e-2 * loss);
 }
 
+TEST_CASE("moments in the host's memory change no bit of a run, and are planned there", "[cuda]") {
+  const test::TemporaryFolder folder;
+  examples::FinetuneData data;
+  data.train = samples(4, 0);
+  data.validation_samples = samples(1, 40);
+  examples::FinetuneOptions options;
+  options.ranks = "2,8";
+  options.recipe_name = "order-then-nest";
+  options.steps = 2;
+  options.batch = 2;
+  options.lr = 1e-2;
+  options.device = "cuda";
+  options.base = "bfloat16";
+
+  const auto run = [&](const char* paged) {
+    options.paged = paged;
+    options.out = (folder / (options.paged + "run")).string();
+    auto model = open(qd::BaseFormat::bfloat16);
+    REQUIRE(examples::finetune<float>(options, model, data, examples::CudaDevice()) == 0);
+    return qd::read_json(folder / (options.paged + "run") / "report.json");
+  };
+  const auto expected = run(""), found = run("host");
+  CHECK(found.at("step_losses") == expected.at("step_losses"));
+  CHECK(test::read_file(folder / "hostrun/adapter/adapter_model.safetensors") ==
+        test::read_file(folder / "run/adapter/adapter_model.safetensors"));
+  const auto& plan = found.at("memory_plan");
+  const auto planned = plan.at("at most at once").get<double>(), peak = found.at("peak_memory_bytes").get<double>();
+  const auto workspace = static_cast<double>(qd::CudaOptions{}.context_bytes());
+  CHECK(planned == expected.at("memory_plan").at("at most at once").get<double>() - plan.at("moments").get<double>());
+  CHECK(peak <= planned);
+  CHECK(peak - workspace >= 0.95 * (planned - workspace));
+}
+
 TEST_CASE("half trains on the device as on the CPU, by a loss scale that leaves its range at times", "[cuda]") {
   auto recipe = qd::recipe("order-then-nest");
   recipe.collect_steps = 2;

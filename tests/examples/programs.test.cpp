@@ -243,7 +243,7 @@ TEST_CASE("programs: a wrong argument or file gives one line and status 2") {
       {"finetune", "--toy --alpha inf", "--alpha"},
       {"finetune", "--toy --optimizer sgd", "lion"},
       {"finetune", "--toy --paged /no/such/folder --out " + quoted(folder / "x"), "/no/such/folder"},
-      {"finetune", "--toy --paged /tmp --device cuda", "--paged"},
+      {"finetune", "--toy --paged /tmp --device cuda", "--paged /tmp: moments of --device cuda are paged to the host's memory"},
       {"finetune", "--toy --offload /tmp", "--gradient-checkpointing"},
       {"finetune", "--toy --gradient-checkpointing --offload /no/such/folder --out " + quoted(folder / "x"), "/no/such/folder"},
       {"finetune", "--toy --gradient-checkpointing --offload /tmp --device cuda", "--offload"},

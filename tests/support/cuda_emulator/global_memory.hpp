@@ -23,6 +23,7 @@ class GlobalMemory {
   };
   struct Allocation {
     std::size_t bytes = 0;
+    bool of_host = false;
     mutable std::unique_ptr<Trace[], Freed> traces = {};  // none until a kernel comes; zeros, whose pages the system makes as they are touched
   };
   using Allocations = std::map<std::byte*, Allocation>;
@@ -32,20 +33,21 @@ class GlobalMemory {
     for (const auto& [begin, allocation] : allocations_) ::operator delete(begin, std::align_val_t{alignment});
   }
 
-  /// Nothing where less is free. Filled with the bits of NaN, so that results made of uninitialized memory are noticed.
-  std::byte* allocate(std::size_t bytes) {
-    if (bytes > free()) return nullptr;
+  /// Nothing where less is free; pinned memory is the host's, and takes nothing of the device's. Filled with the bits of NaN, so that
+  /// results made of uninitialized memory are noticed.
+  std::byte* allocate(std::size_t bytes, bool of_host = false) {
+    if (!of_host && bytes > free()) return nullptr;
     auto* begin = static_cast<std::byte*>(::operator new(bytes, std::align_val_t{alignment}));
     std::memset(begin, 0xFF, bytes);
-    allocations_[begin].bytes = bytes;
-    used_ += bytes;
+    allocations_[begin] = {bytes, of_host};
+    if (!of_host) used_ += bytes;
     most_ = std::max(most_, used_);
     return begin;
   }
   bool release(void* begin) {
     const auto found = allocations_.find(static_cast<std::byte*>(begin));
     if (found == allocations_.end()) return false;
-    used_ -= found->second.bytes;
+    if (!found->second.of_host) used_ -= found->second.bytes;
     ::operator delete(begin, std::align_val_t{alignment});
     allocations_.erase(found);
     return true;
@@ -69,7 +71,7 @@ class GlobalMemory {
   /// Of each byte from `p` on, which lies within an allocation.
   Trace* traces(const void* p) const {
     const auto& found = *last_before(p);
-    const auto& [bytes, traces] = found.second;
+    const auto& [bytes, of_host, traces] = found.second;
     if (!traces) traces.reset(static_cast<Trace*>(std::calloc(bytes, sizeof(Trace))));
     return traces.get() + offset_in(found, p);
   }

@@ -270,8 +270,11 @@ inline cudaError_t cudaFreeAsync(void* pointer, cudaStream_t stream) {
 }
 // Kernels reach pinned and managed memory as well. To take it, or to give it back, waits for the device.
 inline cudaError_t cudaMallocHost(void** pointer, std::size_t bytes) {
+  *pointer = nullptr;
   if (const auto refused = test::emulator::unless_captured(); refused != cudaSuccess) return test::emulator::result(refused);
-  return cudaMallocAsync(pointer, bytes, cudaStreamLegacy);
+  if (const auto refused = test::emulator::issue(cudaStreamLegacy, [] {}); refused != cudaSuccess) return test::emulator::result(refused);
+  *pointer = test::emulator::global_memory().allocate(bytes, true);
+  return test::emulator::result(cudaSuccess);
 }
 inline cudaError_t cudaFreeHost(void* pointer) {
   if (const auto refused = test::emulator::unless_captured(); refused != cudaSuccess) return test::emulator::result(refused);
