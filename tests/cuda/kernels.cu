@@ -75,7 +75,7 @@ void every_operation(const qd::Cuda& cuda, qd::MatrixView<T> x, qd::MatrixView<q
   cuda.gelu_backward(x, x, x);
   cuda.embed(ids, a, x);
   cuda.embed(ids, cuda.quantize<qd::INT8, qd::Float32Scales>(x, {.block_size = 32}).view(), x);
-  cuda.embed_backward(ids, x, a);
+  cuda.embed_backward(ids, qd::MatrixView<const T>(x), a);
   cuda.gather_rows(x, rows, x);
   cuda.scatter_rows(x, rows, x);
   cuda.copy_rows(x, std::span<const qd::MatrixView<T>>());
