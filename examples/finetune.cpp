@@ -79,7 +79,9 @@ void declare(CLI::App& app, FinetuneOptions& o) {
                  "adamw; adamw8bit: moments in 8 bits, a quarter of their memory; lion: one moment, half of it, at a tenth of the --lr")
       ->check(CLI::IsMember({"adamw", "adamw8bit", "lion"}))
       ->capture_default_str();
-  app.add_option("--paged", o.paged, "a folder on a disk that is to hold the moments, where memory is too short for them; on a GPU host, the host's memory")
+  app.add_option("--paged", o.paged,
+                 "a folder on a disk that is to hold the moments, where memory is too short for them; with --device cuda the word host: they "
+                 "stay in the host's memory")
       ->check(not_empty());
   add_number(app, "--alpha", o.alpha, "LoRA's alpha", 1e-6, 1e6);
   app.add_option("--rank-pattern", o.rank_pattern,

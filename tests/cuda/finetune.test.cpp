@@ -1,5 +1,6 @@
 // The program finetune on the emulated device, beside the same on the CPU: reports, adapters, resuming, memory.
 #include <cmath>
+#include <filesystem>
 #include <optional>
 #include <string>
 #include <utility>
@@ -50,13 +51,38 @@ std::vector<examples::Sample> samples(Index count, std::uint64_t seed) {
   return all;
 }
 
+examples::FinetuneData data(Index train = 6, Index validation = 2) {
+  examples::FinetuneData all;
+  all.train = samples(train, 0);
+  all.validation_samples = samples(validation, 40);
+  return all;
+}
+
+/// A run's report.
+template <class Device>
+qd::Json report(const examples::FinetuneOptions& options, examples::OpenModel model, const examples::FinetuneData& data, const Device& device) {
+  REQUIRE(examples::finetune<float>(options, model, data, device) == 0);
+  return qd::read_json(std::filesystem::path(options.out) / "report.json");
+}
+
+void check_step_losses(const qd::Json& found, const qd::Json& expected) {
+  const auto &losses = found.at("step_losses"), &others = expected.at("step_losses");
+  REQUIRE(losses.size() == 4);
+  for (std::size_t i = 0; i < 4; ++i) CHECK(losses[i].get<double>() == Approx(others[i].get<double>()).epsilon(2e-3));
+}
+
+/// The plan beside what the device's pool has held; `filled` by a run that did all that was planned.
+void check_plan(const qd::Json& report, bool filled = true) {
+  const auto planned = report.at("memory_plan").at("at most at once").get<double>(), peak = report.at("peak_memory_bytes").get<double>();
+  const auto workspace = static_cast<double>(qd::CudaOptions{}.context_bytes());
+  CHECK(peak <= planned);
+  if (filled) CHECK(peak - workspace >= 0.95 * (planned - workspace));
+}
+
 }  // namespace
 
 TEST_CASE("finetune and evaluate on the device do what they do on the CPU", "[cuda]") {
   const test::TemporaryFolder folder;
-  examples::FinetuneData data;
-  data.train = samples(6, 0);
-  data.validation_samples = samples(2, 40);
   examples::FinetuneOptions options;
   options.ranks = "1,2,8";
   options.recipe_name = "order-then-nest";
@@ -69,10 +95,8 @@ TEST_CASE("finetune and evaluate on the device do what they do on the CPU", "[cu
   CAPTURE(options.dora);
 
   const examples::CpuDevice cpu(1);
-  auto model = open();
   options.out = (folder / "cpu").string();
-  REQUIRE(examples::finetune<float>(options, model, data, cpu) == 0);
-  const auto expected = qd::read_json(folder / "cpu" / "report.json");
+  const auto expected = report(options, open(), data(), cpu);
 
   options.out = (folder / "gpu").string();
   options.device = "cuda";
@@ -80,21 +104,12 @@ TEST_CASE("finetune and evaluate on the device do what they do on the CPU", "[cu
   for (const bool resumed : {false, true}) {  // the second time there is nothing left to do but to evaluate
     CAPTURE(resumed);
     options.resume = resumed;
-    model = open();
-    REQUIRE(examples::finetune<float>(options, model, data, gpu) == 0);
-    const auto found = qd::read_json(folder / "gpu" / "report.json");
+    const auto found = report(options, open(), data(), gpu);
     CHECK(found.at("device") == "cuda");
-    REQUIRE(found.at("step_losses").size() == 4);
-    for (std::size_t i = 0; i < 4; ++i)
-      CHECK(found.at("step_losses")[i].get<double>() == Approx(expected.at("step_losses")[i].get<double>()).epsilon(2e-3));
+    check_step_losses(found, expected);
     for (std::size_t i = 0; i < 4; ++i)
       CHECK(found.at("ranks")[i].at("loss").get<double>() == Approx(expected.at("ranks")[i].at("loss").get<double>()).epsilon(5e-3));
-
-    // The plan beside what the device's pool has held.
-    const auto planned = found.at("memory_plan").at("at most at once").get<double>(), peak = found.at("peak_memory_bytes").get<double>();
-    const auto workspace = static_cast<double>(qd::CudaOptions{}.context_bytes());
-    CHECK(peak <= planned);
-    CHECK(peak - workspace >= 0.95 * (planned - workspace));
+    check_plan(found);
   }
 
   // The adapter that was saved, at a lower rank.
@@ -103,7 +118,7 @@ TEST_CASE("finetune and evaluate on the device do what they do on the CPU", "[cu
   const auto adapter = examples::open_adapter(asked.adapter);
   asked.ids = "3,4,5,6";
   asked.rank = 2;
-  model = open();
+  auto model = open();
   asked.logits = (folder / "gpu.safetensors").string();
   REQUIRE(examples::evaluate<float>(asked, adapter, model, gpu) == 0);
   model = open();
@@ -117,9 +132,6 @@ TEST_CASE("finetune and evaluate on the device do what they do on the CPU", "[cu
 
 TEST_CASE("all weights train on the device as on the CPU", "[cuda]") {
   const test::TemporaryFolder folder;
-  examples::FinetuneData data;
-  data.train = samples(6, 0);
-  data.validation_samples = samples(2, 40);
   examples::FinetuneOptions options;
   options.toy = true;
   options.method = "full";
@@ -131,25 +143,17 @@ TEST_CASE("all weights train on the device as on the CPU", "[cuda]") {
   options.base = std::string(qd::name(format));
   CAPTURE(options.base);
 
-  auto model = open(format);
   options.out = (folder / "cpu").string();
-  REQUIRE(examples::finetune<float>(options, model, data, examples::CpuDevice(1)) == 0);
-  const auto expected = qd::read_json(folder / "cpu" / "report.json");
+  const auto expected = report(options, open(format), data(), examples::CpuDevice(1));
 
   options.out = (folder / "gpu").string();
   options.device = "cuda";
   for (const bool resumed : {false, true}) {  // the second time from what the run has saved
     CAPTURE(resumed);
     options.resume = resumed;
-    model = open(format);
-    REQUIRE(examples::finetune<float>(options, model, data, examples::CudaDevice()) == 0);
-    const auto found = qd::read_json(folder / "gpu" / "report.json");
-    for (std::size_t i = 0; i < 4; ++i)
-      CHECK(found.at("step_losses")[i].get<double>() == Approx(expected.at("step_losses")[i].get<double>()).epsilon(2e-3));
-    const auto planned = found.at("memory_plan").at("at most at once").get<double>(), peak = found.at("peak_memory_bytes").get<double>();
-    const auto workspace = static_cast<double>(qd::CudaOptions{}.context_bytes());
-    CHECK(peak <= planned);
-    if (!resumed) CHECK(peak - workspace >= 0.95 * (planned - workspace));  // the second run has no step left to take
+    const auto found = report(options, open(format), data(), examples::CudaDevice());
+    check_step_losses(found, expected);
+    check_plan(found, !resumed);  // the second run has no step left to take
   }
 
   // The models that were saved.
@@ -163,9 +167,6 @@ TEST_CASE("all weights train on the device as on the CPU", "[cuda]") {
 
 TEST_CASE("moments in the host's memory change no bit of a run, and are planned there", "[cuda]") {
   const test::TemporaryFolder folder;
-  examples::FinetuneData data;
-  data.train = samples(4, 0);
-  data.validation_samples = samples(1, 40);
   examples::FinetuneOptions options;
   options.ranks = "2,8";
   options.recipe_name = "order-then-nest";
@@ -178,20 +179,15 @@ TEST_CASE("moments in the host's memory change no bit of a run, and are planned 
   const auto run = [&](const char* paged) {
     options.paged = paged;
     options.out = (folder / (options.paged + "run")).string();
-    auto model = open(qd::BaseFormat::bfloat16);
-    REQUIRE(examples::finetune<float>(options, model, data, examples::CudaDevice()) == 0);
-    return qd::read_json(folder / (options.paged + "run") / "report.json");
+    return report(options, open(qd::BaseFormat::bfloat16), data(4, 1), examples::CudaDevice());
   };
   const auto expected = run(""), found = run("host");
   CHECK(found.at("step_losses") == expected.at("step_losses"));
   CHECK(test::read_file(folder / "hostrun/adapter/adapter_model.safetensors") ==
         test::read_file(folder / "run/adapter/adapter_model.safetensors"));
-  const auto& plan = found.at("memory_plan");
-  const auto planned = plan.at("at most at once").get<double>(), peak = found.at("peak_memory_bytes").get<double>();
-  const auto workspace = static_cast<double>(qd::CudaOptions{}.context_bytes());
-  CHECK(planned == expected.at("memory_plan").at("at most at once").get<double>() - plan.at("moments").get<double>());
-  CHECK(peak <= planned);
-  CHECK(peak - workspace >= 0.95 * (planned - workspace));
+  const auto bytes = [](const qd::Json& of, const char* part) { return of.at("memory_plan").at(part).get<double>(); };
+  CHECK(bytes(found, "at most at once") == bytes(expected, "at most at once") - bytes(found, "moments"));
+  check_plan(found);
 }
 
 TEST_CASE("half trains on the device as on the CPU, by a loss scale that leaves its range at times", "[cuda]") {
@@ -230,9 +226,6 @@ TEST_CASE("half trains on the device as on the CPU, by a loss scale that leaves 
 
 TEST_CASE("finetune on a device with too little memory says so, with the plan, before it reads the model", "[cuda]") {
   const test::TemporaryFolder folder;
-  examples::FinetuneData data;
-  data.train = samples(6, 0);
-  data.validation_samples = samples(2, 40);
   examples::FinetuneOptions options;
   options.ranks = "1,8";
   options.steps = 1;
@@ -250,14 +243,14 @@ TEST_CASE("finetune on a device with too little memory says so, with the plan, b
     ~Restored() { test::emulator::global_memory().set_total(total); }
   } restored;
   memory.set_total(memory.used() + (1 << 16));
-  const auto error = test::error_of([&] { examples::finetune<float>(options, model, data, gpu); });
+  const auto error = test::error_of([&] { examples::finetune<float>(options, model, data(), gpu); });
   REQUIRE(error);
   CHECK(error->code() == qd::Errc::memory);
   const std::string text = error->what();
   CHECK(text.find("1 MB are free. The plan:\n") != std::string::npos);
   CHECK(text.find("their gradients") != std::string::npos);
   memory.set_total(restored.total);
-  CHECK_THROWS_AS(examples::finetune<float>(options, model, data, gpu), std::logic_error);  // there is room
+  CHECK_THROWS_AS(examples::finetune<float>(options, model, data(), gpu), std::logic_error);  // there is room
 }
 
 }  // namespace finetune_test

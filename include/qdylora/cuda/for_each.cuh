@@ -187,15 +187,20 @@ bool are_whole(Index cols, const MatrixView<T>&... views) noexcept {
   return cols % width == 0 && (has_aligned_rows<width>(views) && ...);
 }
 
-/// f.neighbours for every element of [rows, cols], of which the views have one each: 16 bytes at once of the widest type where all rows are
-/// aligned to them, else one by one. On a stream of choice.
+/// f.neighbours for every element of [rows, cols], `width` at once where `whole` says that all rows allow it, else one by one. On a stream of
+/// choice.
+template <int width, class F>
+void for_each_width_on(cudaStream_t stream, const CudaContext& context, Index rows, Index cols, bool whole, const F& f) {
+  if (whole) for_each_on(stream, context, rows, cols / width, device::ByNeighbours<F, width>{f});
+  else for_each_on(stream, context, rows, cols, device::ByNeighbours<F, 1>{f});
+}
+/// The same of elements that the views have one each: 16 bytes at once of the widest type where all rows are aligned to them.
 template <class F, class... T>
 void for_each_neighbours_on(cudaStream_t stream, const CudaContext& context, Index rows, Index cols, const F& f, const MatrixView<T>&... views) {
   constexpr int width = 16 / static_cast<int>(std::max({sizeof(T)...}));
-  if (are_whole<width>(cols, views...)) for_each_on(stream, context, rows, cols / width, device::ByNeighbours<F, width>{f});
-  else for_each_on(stream, context, rows, cols, device::ByNeighbours<F, 1>{f});
+  for_each_width_on<width>(stream, context, rows, cols, are_whole<width>(cols, views...), f);
 }
-/// The same on the context's stream.
+/// And on the context's stream.
 template <class F, class... T>
 void for_each_neighbours(const CudaContext& context, Index rows, Index cols, const F& f, const MatrixView<T>&... views) {
   for_each_neighbours_on(context.stream(), context, rows, cols, f, views...);

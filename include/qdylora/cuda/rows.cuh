@@ -51,10 +51,12 @@ struct ScatterRows {
   }
 };
 
-/// gradient[r] += dy[order[begin]] + ... + dy[order[end - 1]], one after the other; the run's row r occurs in no other.
+/// The places in an order of tokens, from begin to before end, that hold those of one row of a table.
 struct Run {
   std::int32_t row, begin, end;
 };
+
+/// gradient[row] += dy[order[begin]] + ... + dy[order[end - 1]] for each run, one after the other; a row has one run at most.
 template <class T>
 struct AddRuns {
   MatrixView<const T> dy;
@@ -147,17 +149,16 @@ void scatter_rows(const CudaContext& context, MatrixView<const T> x, std::span<c
 template <class T>
 void copy_rows(const CudaContext& context, MatrixView<const T> x, std::span<const MatrixView<T>> targets) {
   expect_copy_rows(x, targets);
-  if (targets.empty()) return;
   constexpr int width = 16 / static_cast<int>(sizeof(T));
+  bool whole = are_whole<width>(x.cols, x);
   std::vector<T*> rows;
-  const auto* least_aligned = &targets.front();
   for (const auto& target : targets) {
     rows.push_back(target.data);
-    if (!has_aligned_rows<width>(target)) least_aligned = &target;
+    whole = whole && has_aligned_rows<width>(target);
   }
   Scratch scratch(context);
   const auto list = listed(context, scratch, std::span<T* const>(rows));
-  for_each_neighbours(context, x.rows, x.cols, device::CopyRows<T>{x, list}, x, *least_aligned);
+  for_each_width_on<width>(context.stream(), context, x.rows, x.cols, whole, device::CopyRows<T>{x, list});
 }
 
 }  // namespace detail

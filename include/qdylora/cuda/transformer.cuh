@@ -236,9 +236,8 @@ void rope(const CudaContext& context, MatrixView<T> x, std::span<const std::int3
   Scratch scratch(context);
   const device::Rope<T> rotate{x, listed(context, scratch, positions), table, layout, direction >= 0 ? S{1} : S{-1}};
   constexpr int width = 16 / sizeof(T);
-  if (are_whole<width>(table.cols / 2, x) && has_aligned_rows<2>(table))
-    for_each(context, x.rows, x.cols / 2 / width, device::ByNeighbours<device::Rope<T>, width>{rotate});
-  else for_each(context, x.rows, x.cols / 2, device::ByNeighbours<device::Rope<T>, 1>{rotate});
+  const bool whole = are_whole<width>(table.cols / 2, x) && has_aligned_rows<2>(table);
+  for_each_width_on<width>(context.stream(), context, x.rows, x.cols / 2, whole, rotate);
 }
 
 template <class T>
