@@ -11,15 +11,12 @@
 //   asynchronous copies land when their thread waits for them, the last moment a GPU may take; until then their target is untouchable.
 #pragma once
 
-#include <ucontext.h>
-
 #include <algorithm>
 #include <array>
 #include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <deque>
 #include <exception>
 #include <functional>
 #include <memory>
@@ -28,6 +25,7 @@
 #include <vector>
 
 #include "support/cuda_emulator/fault.hpp"
+#include "support/cuda_emulator/fiber.hpp"
 #include "support/cuda_emulator/global_memory.hpp"
 #include "support/cuda_emulator/grid.hpp"
 #include "support/cuda_emulator/shadow.hpp"
@@ -54,14 +52,7 @@ class Block {
     static const auto stacks = std::make_unique<std::byte[]>(stack_bytes * 1024);
     running_block = this;
     body_ = &body;
-    for (std::size_t t = 0; t < threads_.size(); ++t) {
-      ucontext_t& context = threads_[t].context;
-      ::getcontext(&context);
-      context.uc_stack.ss_sp = stacks.get() + t * stack_bytes;
-      context.uc_stack.ss_size = stack_bytes;
-      context.uc_link = &scheduler_;
-      ::makecontext(&context, &Block::enter, 0);
-    }
+    for (std::size_t t = 0; t < threads_.size(); ++t) threads_[t].fiber.begin(stacks.get() + t * stack_bytes, stack_bytes, &Block::enter);
     while (step()) {
     }
     running_block = nullptr;
@@ -100,7 +91,7 @@ class Block {
       if ((mask >> l & 1u) == 0 || first + l == current_) continue;
       if (other.state == State::ended) fail(place_text(what, line) + " waits for lane " + std::to_string(l) + ", which has ended");
       const bool there = other.state == State::in_collective;
-      const bool same = there && other.mask == mask && std::strcmp(other.doing, what) == 0;
+      const bool same = there && other.mask == mask && is_same(other.doing, what);
       if (there && !same && (other.mask >> lane() & 1u))
         fail(place_text(what, line) + " meets lane " + std::to_string(l) + " in " + place_text(other.doing, other.line) +
              ": another exchange or another mask");
@@ -174,7 +165,7 @@ class Block {
   }
   void wait_copies(std::size_t pending) {
     Thread& self = threads_[static_cast<std::size_t>(current_)];
-    for (; self.groups.size() > pending; self.groups.pop_front())
+    for (; self.groups.size() > pending; self.groups.erase(self.groups.begin()))
       for (const Copy& copy : self.groups.front()) {
         for (std::size_t i = 0; i < copy.bytes; ++i) shadow(static_cast<std::size_t>(copy.offset) + i).copier = -1;
         access_shared(copy.offset, copy.bytes, 1, Access::write);
@@ -197,7 +188,7 @@ class Block {
   void wait_products(std::size_t pending, int line) {
     int own = 0;
     collective("wait_products", ~0u, line, own, [&](const auto&) {
-      for (auto& groups = own_warp().groups; groups.size() > pending; groups.pop_front())
+      for (auto& groups = own_warp().groups; groups.size() > pending; groups.erase(groups.begin()))
         for (const auto& land : groups.front()) land();
     });
     threads_[static_cast<std::size_t>(current_)].products_begun = false;
@@ -270,7 +261,7 @@ class Block {
     std::size_t bytes, valid;
   };
   struct Thread {
-    ucontext_t context;
+    Fiber fiber;
     State state = State::ready;
     const char* doing = "";  // what it waits in
     int line = 0;
@@ -278,13 +269,13 @@ class Block {
     void* brought = nullptr;
     Clock seen{};
     std::vector<Copy> open;
-    std::deque<std::vector<Copy>> groups;
+    std::vector<std::vector<Copy>> groups;
     std::uint32_t publications = 0;
     bool products_begun = false;
   };
   struct Warp {
     std::vector<std::function<void()>> open;
-    std::deque<std::vector<std::function<void()>>> groups;
+    std::vector<std::vector<std::function<void()>>> groups;
   };
 
   static constexpr std::size_t stack_bytes = 64 * 1024;
@@ -301,6 +292,7 @@ class Block {
     return byte;
   }
 
+  static bool is_same(const char* a, const char* b) { return a == b || std::strcmp(a, b) == 0; }
   static std::string place_text(const char* what, int line) { return std::string(what) + " (line " + std::to_string(line) + ")"; }
 
   [[noreturn]] void fail(const std::string& what, int thread) const {
@@ -314,7 +306,9 @@ class Block {
     } catch (...) {
       block.failure_ = std::current_exception();
     }
-    block.threads_[static_cast<std::size_t>(block.current_)].state = State::ended;
+    Thread& self = block.threads_[static_cast<std::size_t>(block.current_)];
+    self.state = State::ended;
+    self.fiber.pause();
   }
 
   void wait(State state, const char* doing, int line) {
@@ -322,7 +316,7 @@ class Block {
     self.state = state;
     self.doing = doing;
     self.line = line;
-    ::swapcontext(&self.context, &scheduler_);
+    self.fiber.pause();
   }
 
   // Lets every thread that is ready run until it waits; false when all have ended or one has failed.
@@ -332,7 +326,7 @@ class Block {
       if (threads_[t].state == State::ready) {
         current_ = static_cast<int>(t);
         progress = true;
-        ::swapcontext(&scheduler_, &threads_[t].context);
+        threads_[t].fiber.resume();
         if (failure_) return false;
       }
     if (progress) return true;
@@ -372,7 +366,7 @@ class Block {
     std::string missing;
     for (int l = 0; l < warp_size; ++l) {
       const Thread& other = threads_[static_cast<std::size_t>(waiting / warp_size * warp_size + l)];
-      if ((t.mask >> l & 1u) && (other.state != State::in_collective || other.mask != t.mask || std::strcmp(other.doing, t.doing) != 0))
+      if ((t.mask >> l & 1u) && (other.state != State::in_collective || other.mask != t.mask || !is_same(other.doing, t.doing)))
         missing += (missing.empty() ? "" : ", ") + std::to_string(l);
     }
     fail("waits in " + place_text(t.doing, t.line) + " for lanes " + missing + ", which do not come", waiting);
@@ -429,7 +423,6 @@ class Block {
   int shared_bytes_;
   std::vector<Thread> threads_;
   std::vector<Warp> warps_;
-  ucontext_t scheduler_{};
   const std::function<void()>* body_ = nullptr;
   int current_ = 0;
   std::uint32_t epoch_ = 1;
