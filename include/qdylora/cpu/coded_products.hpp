@@ -196,18 +196,17 @@ void multiply_tiles(const CpuRun& run, const CodedWeight& w, const float* scales
     const Index next = tasks[task + 1].first;
     const Index sum_row = turned_sum_stride(tokens);
     float* sums = scratch<float, 1>(rounded_up(width, panel_width) * sum_row);
-    std::uint32_t* decoded = scratch<std::uint32_t, 0>(rounded_up(width, panel_width) * panel_cells);
+    std::uint32_t* decoded = scratch<std::uint32_t, 0>(panel_width * cells.cells_of_panel());
     const TileScope scope = cells.scope();
     for (Index k = 0; k < w.cols; k += depth) {
-      const Index part = std::min(depth, w.cols - k);
-      const bool more = k + part < w.cols;  // what is decoded next, here or in the task that follows, is fetched meanwhile
-      for (Index p = 0; p < width; p += panel_width) {
-        tiles.decode(w, scales + (first + p) * w.row_blocks(), first + p, std::min(panel_width, width - p), k, part, decoded + p * panel_cells);
+      const Index part = std::min(depth, w.cols - k), here = cells.cells_of(part);
+      const bool more = k + part < w.cols;  // what comes next, here or in the task that follows, is fetched meanwhile
+      const std::uint32_t* ahead = input.at(token, more ? k + part : 0);
+      for (Index p = 0; p < width; p += panel_width, ahead += tokens * here / 8) {
+        tiles.decode(w, scales + (first + p) * w.row_blocks(), first + p, std::min(panel_width, width - p), k, part, decoded);
         w.prefetch((more ? first : next) + p, panel_width, more ? k + part : 0, depth);
+        tiles.gemm(tokens, here, decoded, input.at(token, k), 16 * input.stride(), sums + p * sum_row, sum_row, k > 0, ahead);
       }
-      for (Index p = 0; p < width; p += panel_width)
-        tiles.gemm(tokens, cells.cells_of(part), decoded + p * panel_cells, input.at(token, k), 16 * CellPanels::stride(), sums + p * sum_row,
-                   sum_row, k > 0);
     }
     store_turned(run, sums, sum_row, y.middle_rows(token, tokens).middle_cols(first, width), update);
   });

@@ -11,7 +11,6 @@
 
 namespace qdylora::detail {
 
-inline constexpr Index panel_cells = 128;   // of a sum, decoded at a time: with 32 outputs 16 KiB
 inline constexpr Index rounded_rows = 64;   // of a panel, rounded to 16 bits at a time: in a first-level cache
 inline constexpr Index dense_outputs = 2 * panel_width;  // of a task with a dense weight
 inline constexpr Index dense_group = 128;   // tokens of a task with a dense weight, which costs little to look at twice
@@ -167,8 +166,10 @@ struct CellPanels {
   Cell* data;
   Index rows;
   Index depth;  // numbers of a row in a panel
+  Index cells;  // of these
   Cell* at(Index row, Index k) const noexcept { return data + (k / depth * rows + row) * stride(); }
-  static constexpr Index stride() noexcept { return panel_cells + 16; }  // a line more: rows spread over a first-level cache
+  Index stride() const noexcept { return stride_of(cells); }
+  static constexpr Index stride_of(Index cells) noexcept { return cells + 16; }  // a line more: rows spread over a first-level cache
 };
 
 template <class S>
@@ -182,6 +183,7 @@ struct PlainCells {
 
   /// Of a sum, in a panel.
   static constexpr Index panel_depth() noexcept { return panel_cells; }
+  static constexpr Index cells_of_panel() noexcept { return panel_cells; }
   static constexpr Index cells_of(Index depth) noexcept { return depth; }
   /// Cells of x where it is converted.
   static constexpr Index cells_for(Index rows, Index cols) noexcept { return rows * uncrowded_stride<S>(cols); }
@@ -227,22 +229,23 @@ struct Bits16Cells {
   const CellKernels& kernels;
   static constexpr Index turned_rows = 16;  // of x_rows, and of what kernels turn side by side
 
-  Index panel_depth() const noexcept { return panel_cells / kernels.cells * kernels.numbers; }
+  Index panel_depth() const noexcept { return kernels.panel / kernels.cells * kernels.numbers; }
+  Index cells_of_panel() const noexcept { return kernels.panel; }
   Index cells_of(Index depth) const noexcept { return kernels.cells_of(depth); }
   Index block() const noexcept { return kernels.block; }
   Index batch() const noexcept { return kernels.batch; }
   TileScope scope() const { return TileScope(kernels); }
   /// Cells of x.
   Index cells_for(Index rows, Index cols) const noexcept {
-    return div_up(std::max<Index>(cols, 1), panel_depth()) * rows_for(rows) * CellPanels::stride();
+    return div_up(std::max<Index>(cols, 1), panel_depth()) * rows_for(rows) * CellPanels::stride_of(kernels.panel);
   }
   /// Of rows on their way to stand side by side.
   Index cells_beside(Index rows, Index cols) const noexcept {
-    return kernels.x_rows > 1 ? div_up(cols, panel_depth()) * rows * CellPanels::stride() : 0;
+    return kernels.x_rows > 1 ? div_up(cols, panel_depth()) * rows * CellPanels::stride_of(kernels.panel) : 0;
   }
   /// Room for the cells of x.
   CellPanels panels_for(Index rows, Index cols) const {
-    return {scratch<Cell, 10>(cells_for(rows, cols)), rows_for(rows), panel_depth()};
+    return {scratch<Cell, 10>(cells_for(rows, cols)), rows_for(rows), panel_depth(), kernels.panel};
   }
   template <class T>
   CellPanels prepare(const CpuRun& run, MatrixView<const T> x) const {
@@ -274,7 +277,7 @@ struct Bits16Cells {
   void round(const CpuRun& run, Index row, Index rows, Index count, RowOf row_of, const CellPanels& cells) const {
     const Index side = kernels.x_rows;
     Cell* own = side > 1 ? scratch<Cell, 8>(cells_beside(rows, count)) : nullptr;
-    const CellPanels to = own != nullptr ? CellPanels{own, rows, cells.depth} : cells;
+    const CellPanels to = own != nullptr ? CellPanels{own, rows, cells.depth, cells.cells} : cells;
     const Index first = own != nullptr ? 0 : row;
     for (Index r = 0; r < rows; ++r) {
       const float* x = row_of(r);
@@ -282,7 +285,7 @@ struct Bits16Cells {
     }
     if (own != nullptr)
       for (Index k = 0; k < count; k += cells.depth)
-        side_by_side(run, side, to.at(0, k), CellPanels::stride(), rows, cells_of(std::min(cells.depth, count - k)), cells.at(row, k));
+        side_by_side(run, side, to.at(0, k), to.stride(), rows, cells_of(std::min(cells.depth, count - k)), cells.at(row, k));
   }
 };
 
@@ -355,8 +358,8 @@ void multiply_panels(const CpuRun& run, const Cells& cells, const Panels& panels
     else if (!direct) out = {scratch<S, 1>(tokens * own_sum_stride(width)), tokens, padded, own_sum_stride(width)};
     const Index block = cells.block(), batch = cells.batch() * panel_width;
     const bool shared = tokens <= block && batch == panel_width;  // panels that serve once have one place, in a first-level cache
-    const Index apart = shared ? 0 : panel_cells;
-    Cell* panel = scratch<Cell, 0>((shared ? panel_width : padded) * panel_cells);
+    const Index apart = shared ? 0 : cells.cells_of_panel();
+    Cell* panel = scratch<Cell, 0>((shared ? panel_width : padded) * cells.cells_of_panel());
     [[maybe_unused]] const auto scope = cells.scope();
     for (Index k = begin; k < std::max(end, begin + 1); k += panel_depth) {
       const Index part = std::clamp<Index>(end - k, 0, panel_depth);

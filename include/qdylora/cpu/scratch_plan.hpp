@@ -29,8 +29,9 @@ class ScratchPlan {
     scales(outputs * depth, weight);
     const Index width = detail::rounded_up(std::min(detail::task_outputs(run(), outputs, tokens), outputs), detail::panel_width);
     if (sizeof(X) < sizeof(float)) own(2, detail::turned_together * depth);
-    own_cells(10, detail::Bits16Cells{run().codes().bits16}.cells_for(tokens, depth));
-    own_cells(0, width * detail::panel_cells);
+    const detail::Bits16Cells cells{run().codes().bits16};
+    own_cells(10, cells.cells_for(tokens, depth));
+    own_cells(0, detail::panel_width * cells.cells_of_panel());
     own(1, width * detail::turned_sum_stride(std::min(tokens, detail::token_group)));
     own(7, detail::turned_together * width);
   }
@@ -115,9 +116,9 @@ class ScratchPlan {
     const Index width = std::min(parts > 1 ? detail::shared_outputs(outputs) : task, outputs);
     if (parts > 1) own(12, parts * tokens * detail::shared_sum_stride<float>(outputs));
     else if (!detail::sums_in_place<float, Y>(outputs, y_stride)) own(1, std::min(tokens, group) * detail::own_sum_stride(width));
-    const Index cells = detail::rounded_up(width, detail::panel_width) * detail::panel_cells;
-    if (!narrow) return own(0, cells);
-    own_cells(0, cells);
+    const Index padded = detail::rounded_up(width, detail::panel_width);
+    if (!narrow) return own(0, padded * detail::panel_cells);
+    own_cells(0, padded * detail::Bits16Cells{run().codes().bits16}.cells_of_panel());
     own(9, detail::rounded_rows * detail::panel_width);
   }
 

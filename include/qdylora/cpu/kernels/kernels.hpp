@@ -18,6 +18,7 @@ namespace qdylora::detail {
 /// Outputs that stand side by side in a panel, the form in which products take a weight: [depth][panel_width].
 inline constexpr Index panel_width = 32;
 
+inline constexpr Index panel_cells = 128;  // of a sum, decoded at a time: with 32 outputs 16 KiB
 inline constexpr Index token_block = 112;  // tokens that pass over the panels of a task together: a multiple of the tiles' rows
 inline constexpr Index token_group = 512;  // tokens of a task: a quantized weight is decoded once for so many
 inline constexpr Index panel_batch = 4;    // panels that may be filled together: those of a line of 4-bit codes
@@ -95,6 +96,7 @@ struct CellKernels {
                float* c, Index c_row, bool accumulate) = nullptr;
   Index x_rows = 1;  // that stand side by side: cell k of row i at i / x_rows * x_rows * a_row + k * x_rows + i % x_rows
   Index gradient_rows = 64;  // of a weight's gradient at least: x is rounded for few as for many
+  Index panel = panel_cells;
   Index block = token_block;
   Index batch = 1;  // panels that are filled before products of them start
   Index rows_for_wide_tasks = std::numeric_limits<Index>::max();  // of x: where reading them takes longer than products do
@@ -124,8 +126,9 @@ struct TileKernels {
   void (*decode)(const CodedWeight&, const float* row_scales, Index row, Index rows, Index col, Index depth, std::uint32_t* out) = nullptr;
   /// Up to 16 rows of x.
   void (*round)(const float* x, Index x_row, Index rows, Index depth, std::uint32_t* out) = nullptr;
+  /// Meanwhile fetches from `ahead` on an eighth of what such a product takes of x.
   void (*gemm)(Index tokens, Index depth, const std::uint32_t* decoded, const std::uint32_t* x, Index x_group, float* c, Index c_row,
-               bool accumulate) = nullptr;
+               bool accumulate, const std::uint32_t* ahead) = nullptr;
   explicit operator bool() const noexcept { return gemm != nullptr; }
 };
 
@@ -264,6 +267,7 @@ inline constexpr CodeKernels code_table = [] {
                   .round = to_bfloat16,
                   .gemm = tile_gemm,
                   .gradient_rows = 32,
+                  .panel = 2 * panel_cells,
                   .block = token_group,
                   .batch = panel_batch,
                   .rows_for_wide_tasks = 128,
