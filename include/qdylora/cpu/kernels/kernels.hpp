@@ -96,7 +96,7 @@ struct CellKernels {
                float* c, Index c_row, bool accumulate) = nullptr;
   Index x_rows = 1;  // that stand side by side: cell k of row i at i / x_rows * x_rows * a_row + k * x_rows + i % x_rows
   Index gradient_rows = 64;  // of a weight's gradient at least: x is rounded for few as for many
-  Index panel = panel_cells;
+  Index panel = panel_cells;  // cells of a sum that are decoded at a time
   Index block = token_block;
   Index batch = 1;  // panels that are filled before products of them start
   Index rows_for_wide_tasks = std::numeric_limits<Index>::max();  // of x: where reading them takes longer than products do
