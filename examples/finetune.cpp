@@ -12,6 +12,7 @@
 #include <cstdio>
 #include <limits>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include <qdylora/io.hpp>
@@ -111,7 +112,9 @@ void declare(CLI::App& app, FinetuneOptions& o) {
   add_keep(app, o.keep);
   add_number(app, "--save-every", o.save_every, "steps between saved states; 0: only when stopped", 0, most_steps);
   auto* checkpoint = app.add_flag("--gradient-checkpointing", o.checkpoint, "recompute activations: less memory, a third more work");
-  app.add_option("--offload", o.offload, "a folder on a disk that is to hold what gradient checkpointing keeps between the passes")
+  app.add_option("--offload", o.offload,
+                 "a folder on a disk that is to hold what gradient checkpointing keeps between the passes; with --device cuda the word host: it "
+                 "waits in the host's memory")
       ->check(not_empty())
       ->needs(checkpoint);
   add_chat_template(app, o.chat);
@@ -224,9 +227,10 @@ int finetune(const FinetuneOptions& o, const std::vector<std::string>& given) {
   if (o.rival && !o.resume) expect_no_unfinished_run(state_file(rival_of(o)));
   QDYLORA_EXPECTS(!o.gates || chosen.order_at < 1.0, bad_argument,
                   "--gates: the recipe " + o.recipe_name + " has no second phase to train them in; auto and order-then-nest have");
-  QDYLORA_EXPECTS(o.paged.empty() || o.paged == "host" || o.device == "cpu", bad_argument,
-                  "--paged " + printable_utf8(o.paged) + ": moments of --device " + o.device + " are paged to the host's memory; expected host");
-  QDYLORA_EXPECTS(o.offload.empty() || o.device == "cpu", bad_argument, "--offload: activations on a GPU are not paged to disk");
+  for (const auto& [option, place, what] :
+       {std::tuple("--paged ", &o.paged, ": moments of --device "), std::tuple("--offload ", &o.offload, ": checkpoints of --device ")})
+    QDYLORA_EXPECTS(place->empty() || *place == "host" || o.device == "cpu", bad_argument,
+                    option + printable_utf8(*place) + what + o.device + " go to the host's memory; expected host");
   const RankSet ranks = ranks_of(o);
   const CpuDevice cpu(o.threads, compute_of(o.compute, o.device));
   const BaseOptions base{.format = base_format(o.base), .init = adapter_init(o.init, ranks.max()), .binary = binary_code(o)};

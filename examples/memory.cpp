@@ -65,7 +65,7 @@ using namespace qdylora::examples;
 struct Options {
   std::string model, tokenizer, shapes, base = "nf4", optimizer = "adamw", dtype = "float32";
   Index block_size = 64, rank = 64, batch = 1, seq_len = 512;
-  bool plain_scales = false, coded_tables = false, checkpoint = false, paged = false;
+  bool plain_scales = false, coded_tables = false, checkpoint = false, paged = false, offload = false;
   int threads = 0;
 };
 
@@ -86,12 +86,13 @@ void declare(CLI::App& app, Options& o) {
       ->check(CLI::IsMember({"adamw", "adamw8bit"}))
       ->capture_default_str();
   auto* paged = app.add_flag("--paged", o.paged, "moments in the host's memory, beside the device's");
-  app.add_flag("--gradient-checkpointing", o.checkpoint, "keep each block's input alone, and run blocks again");
+  auto* checkpoint = app.add_flag("--gradient-checkpointing", o.checkpoint, "keep each block's input alone, and run blocks again");
+  auto* offload = app.add_flag("--offload", o.offload, "these inputs in the host's memory, but three")->needs(checkpoint);
   add_number(app, "--batch", o.batch, "sequences in a step", 1, most_batch);
   add_number(app, "--seq-len", o.seq_len, "tokens of a sequence", 2, most_tokens);
   add_number(app, "--threads", o.threads, "0: one for each processor", 0, most_threads);
   add_dtype(app, o.dtype);
-  model->excludes(coded)->excludes(paged);
+  model->excludes(coded)->excludes(paged)->excludes(offload);
 }
 
 MemoryOptions memory_options(const Options& o) {
@@ -101,6 +102,7 @@ MemoryOptions memory_options(const Options& o) {
                   .coded_tables = o.coded_tables,
                   .max_rank = o.rank,
                   .checkpoint = o.checkpoint,
+                  .offload_checkpoints = o.offload,
                   .moments_in_8_bits = o.optimizer == "adamw8bit",
                   .paged_moments = o.paged};
   m.tokens = m.scored = o.batch * o.seq_len;
@@ -171,6 +173,7 @@ int plan_shapes(const Options& o) {
   totals(o.paged ? "without paging" : "with paged moments", plans(other));
   other = options;
   other.checkpoint = !o.checkpoint;
+  other.offload_checkpoints = false;
   totals(o.checkpoint ? "without checkpointing" : "with checkpointing", plans(other));
   std::vector<double> lora, full;
   for (std::size_t i = 0; i < shapes.size(); ++i) {

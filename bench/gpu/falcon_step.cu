@@ -1,7 +1,7 @@
 // A full training step of Falcon-40b's shape, adapters of rank 64 on all four linear layers of its blocks, under a cap on the memory of one
 // GPU: the claim of QDyLoRA (arXiv 2402.10462), which fine-tunes Falcon-40b for ranks 1 to 64 on 32 GB.
 //
-//   falcon_step [--batch N] [--tokens N] [--layers N] [--moments 8|32] [--cap GIB] [--steps N] [--rank N]
+//   falcon_step [--batch N] [--tokens N] [--layers N] [--moments 8|32] [--cap GIB] [--steps N] [--rank N] [--offload 1]
 //
 // Weights are random, made and quantized on the device block by block; tokens are random. Each step draws its rank, or has that of --rank.
 // What the cap leaves out of the device's memory, of which the driver's context is a part, is taken away before the model is made. A JSON
@@ -33,7 +33,7 @@ template <class T>
 using Matrix = qd::Matrix<T, qd::DeviceMemory>;
 
 struct Options {
-  Index batch = 4, tokens = 512, layers = 60, moments = 32, cap = 32, steps = 6, rank = 0;  // 0: drawn for every step
+  Index batch = 4, tokens = 512, layers = 60, moments = 32, cap = 32, steps = 6, rank = 0, offload = 0;  // rank 0: drawn for every step
 };
 
 qd::DecoderConfig falcon_40b(Index layers) {
@@ -99,7 +99,7 @@ void run(const Options& o, const qd::CudaContext& context, const qd::MemoryPlan&
   std::uint64_t peak = 0, reserved = 0;
   QDYLORA_CUDA_TRY(cudaDeviceGetDefaultMemPool(&pool, context.device()));
   QDYLORA_CUDA_TRY(cudaMemPoolSetAttribute(pool, cudaMemPoolAttrUsedMemHigh, &peak));  // from here on: what making weights took is no step's
-  qd::Decoder<bfloat16, Cuda> model(weights, {.lora = {.max_rank = 64, .alpha = 16}, .checkpoint = true}, cuda);
+  qd::Decoder<bfloat16, Cuda> model(weights, {.lora = {.max_rank = 64, .alpha = 16}, .checkpoint = true, .offload_checkpoints = o.offload > 0}, cuda);
   Optimizer optimizer(model.parameters(), {.lr = 1e-4, .max_gradient_norm = 0.3}, cuda);
   qd::Rng rng(1);
   qd::RankSampler ranks(qd::RankSet{1, 2, 4, 8, 16, 32, 64}, rng);
@@ -123,10 +123,10 @@ void run(const Options& o, const qd::CudaContext& context, const qd::MemoryPlan&
   QDYLORA_CUDA_TRY(cudaMemPoolGetAttribute(pool, cudaMemPoolAttrUsedMemHigh, &peak));
   QDYLORA_CUDA_TRY(cudaMemPoolGetAttribute(pool, cudaMemPoolAttrReservedMemHigh, &reserved));
   std::printf(
-      "{\"falcon_step\": {\"gpu\": \"%s\", \"layers\": %lld, \"batch\": %lld, \"tokens\": %lld, \"moments\": %lld, \"cap_gib\": %lld, "
-      "\"ranks\": [%s], \"loss\": %s, \"median_s\": %.4f, \"planned_gb\": %.3f, \"peak_gb\": %.3f, \"reserved_gb\": %.3f}}\n",
+      "{\"falcon_step\": {\"gpu\": \"%s\", \"layers\": %lld, \"batch\": %lld, \"tokens\": %lld, \"moments\": %lld, \"offload\": %lld, "
+      "\"cap_gib\": %lld, \"ranks\": [%s], \"loss\": %s, \"median_s\": %.4f, \"planned_gb\": %.3f, \"peak_gb\": %.3f, \"reserved_gb\": %.3f}}\n",
       context.properties().name, static_cast<long long>(o.layers), static_cast<long long>(o.batch), static_cast<long long>(o.tokens),
-      static_cast<long long>(o.moments), static_cast<long long>(o.cap), drawn.c_str(),
+      static_cast<long long>(o.moments), static_cast<long long>(o.offload), static_cast<long long>(o.cap), drawn.c_str(),
       std::isfinite(loss) ? std::to_string(loss).c_str() : "null", seconds[seconds.size() / 2],
       1e-9 * static_cast<double>(plan.total()), 1e-9 * static_cast<double>(peak), 1e-9 * static_cast<double>(reserved));
 }
@@ -137,12 +137,14 @@ Options parse(int argc, char** argv) {
     const char* name;
     Index* value;
   } known[] = {{"--batch", &o.batch},     {"--tokens", &o.tokens}, {"--layers", &o.layers},
-               {"--moments", &o.moments}, {"--cap", &o.cap},       {"--steps", &o.steps},   {"--rank", &o.rank}};
+               {"--moments", &o.moments}, {"--cap", &o.cap},       {"--steps", &o.steps},   {"--rank", &o.rank},
+               {"--offload", &o.offload}};
   for (int i = 1; i < argc; ++i) {
     const auto* option = std::find_if(std::begin(known), std::end(known), [&](const auto& k) { return std::strcmp(k.name, argv[i]) == 0; });
     if (option == std::end(known) || i + 1 >= argc || (*option->value = std::atoll(argv[++i])) < 1) {
       std::fprintf(stderr,
-                   "falcon_step: expected one of --batch, --tokens, --layers, --moments, --cap, --steps, --rank and a number, found '%s'\n",
+                   "falcon_step: expected one of --batch, --tokens, --layers, --moments, --cap, --steps, --rank, --offload and a number, "
+                   "found '%s'\n",
                    argv[i]);
       std::exit(2);
     }
@@ -165,6 +167,7 @@ int main(int argc, char** argv) {
     const auto plan = qd::memory_plan<bfloat16>(falcon_40b(o.layers), {.coded_tables = true,
                                                                        .max_rank = 64,
                                                                        .checkpoint = true,
+                                                                       .offload_checkpoints = o.offload > 0,
                                                                        .moments_in_8_bits = o.moments == 8,
                                                                        .tokens = o.batch * o.tokens,
                                                                        .scored = o.batch * o.tokens,

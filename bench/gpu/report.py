@@ -238,14 +238,15 @@ def write(lines, args):
                  "Adapters of rank 64 on all four linear layers of each block, ranks drawn from 1 to 64, activations recomputed, random weights; "
                  "all memory beyond the cap taken away beforehand. The step beside PEFT has rank 64 as PEFT's; ours recomputes all blocks but the "
                  "last one, PEFT that one too.", "",
-                 "| blocks | batch | tokens each | moments | cap, GiB | planned, GB | peak, GB | reserved, GB | s a step "
+                 "| blocks | batch | tokens each | moments | checkpoints on the | cap, GiB | planned, GB | peak, GB | reserved, GB | s a step "
                  "| PEFT + bitsandbytes, s |",
-                 "|---|---|---|---|---|---|---|---|---|---|"]
+                 "|---|---|---|---|---|---|---|---|---|---|---|"]
         peers = [line["peer_step"] for line in lines if "peer_step" in line]
         for s in steps:
             peer = next((p for p in peers if all(p[k] == s[k] for k in ("layers", "batch", "tokens", "moments"))), None)
-            text.append(f"| {s['layers']} | {s['batch']} | {s['tokens']} | {s['moments']} bits | {s['cap_gib']} | {s['planned_gb']:.2f} | "
-                        f"{s['peak_gb']:.2f} | {s['reserved_gb']:.2f} | {s['median_s']:.2f} | "
+            text.append(f"| {s['layers']} | {s['batch']} | {s['tokens']} | {s['moments']} bits | "
+                        f"{'host' if s['offload'] else 'device'} | {s['cap_gib']} | {s['planned_gb']:.2f} | {s['peak_gb']:.2f} | "
+                        f"{s['reserved_gb']:.2f} | {s['median_s']:.2f} | "
                         + (f"{peer['median_s']:.2f}" if peer else "–") + " |")
         text.append("")
     for s in beside_plan(lines):

@@ -146,7 +146,7 @@ if [[ $bench == yes ]]; then
     rm "$cells.part"
   done
   say "a step of Falcon-40b's shape"
-  for case in "--batch 4 --moments 32" "--batch 8 --moments 8"; do
+  for case in "--batch 4 --moments 32" "--batch 8 --moments 8" "--batch 16 --moments 8 --offload 1"; do
     try 120 "falcon_step $case" "${with_libraries[@]}" "$build/bench/falcon_step" ${quick:+--layers 2} $case >>"$cells" ||
       echo "{\"falcon_step_failed\": \"$case\"}" | tee -a "$cells"
   done

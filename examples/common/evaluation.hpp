@@ -115,12 +115,15 @@ Index trained_parameters(const Model& model) {
   return sum;
 }
 
+/// That measure_costs writes in a run, with a cache for them and for the one they begin with.
+inline constexpr Index timed_tokens = 16;
+
 /// Parameters at each rank, and the seconds that one token takes, alone in its batch: the fewest of three runs, or of those that begin
 /// within a second, after which noise weighs little.
 template <class T, class Backend>
 void measure_costs(
     Decoder<T, Backend>& model, std::vector<RankResult>& results, const std::function<bool()>& stop = [] { return false; }) {
-  constexpr Index tokens = 16, rounds = 3;
+  constexpr Index rounds = 3;
   constexpr double long_enough = 1.0;
   const std::vector<std::vector<std::int32_t>> prompts = {{0}};
   for (auto& result : results) {
@@ -134,7 +137,7 @@ void measure_costs(
     for (Index round = 0; round < rounds && spent < long_enough && !stop(); ++round) {
       const auto start = std::chrono::steady_clock::now();
       const auto written = generate(model, std::span<const std::vector<std::int32_t>>(prompts), RankPlan::uniform(result.rank),
-                                    {.max_tokens = tokens});  // fewer where the context is shorter
+                                    {.max_tokens = timed_tokens});  // fewer where the context is shorter
       const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - start;
       spent += taken.count();
       const double each = taken.count() / static_cast<double>(written.front().size());

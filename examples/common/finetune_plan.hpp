@@ -104,7 +104,8 @@ inline DecoderOptions decoder_options(const FinetuneOptions& o) {
                          .method = adapter_method(o.method),
                          .alpha = {.trained_planes = o.trained_planes}};
   options.patterns = {parse_patterns("--rank-pattern", o.rank_pattern), parse_patterns("--alpha-pattern", o.alpha_pattern)};
-  if (!o.offload.empty()) options.checkpoint_memory = PagedMemory(o.offload);
+  if (o.device != "cpu") options.offload_checkpoints = !o.offload.empty();
+  else if (!o.offload.empty()) options.checkpoint_memory = PagedMemory(o.offload);
   options.lora.dropout = o.dropout;
   options.lora.dora = o.dora;
   options.lora.train_bias = o.train_bias;
@@ -136,6 +137,8 @@ inline void plan_batches(MemoryOptions& options, const FinetuneOptions& o, const
     options.longest = std::max(options.longest, longest);
   }
   for (const auto* samples : {&data.held_back, &data.validation_samples}) look(*samples, options.forward_tokens, options.forward_scored);
+  options.sequences = 1;  // of measure_costs
+  options.cache_rows = std::min(timed_tokens + 1, model.config.context);
   const Index together = has_ranks(adapter_method(o.method)) ? ranks.size() + 1 : 1;  // ranks in one batch
   const std::size_t at_once = answered_at_once(o.new_tokens, static_cast<std::size_t>(together));
   for (std::size_t begin = 0; begin < data.questions.size(); begin += at_once) {

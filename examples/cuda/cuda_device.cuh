@@ -44,6 +44,7 @@ class CudaDevice {
   void complete(MemoryOptions& options, const ModelShape&) const {
     options.device = true;
     options.paged_moments = std::exchange(options.moments_in_file, false);  // --paged is to the host's memory, not to a file
+    options.offload_checkpoints = std::exchange(options.checkpoints_in_file, false);  // so is --offload
     options.backend_bytes = CudaOptions{}.context_bytes();
     options.process_bytes = static_cast<std::size_t>(memory_use().bytes);
   }

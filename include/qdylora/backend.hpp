@@ -242,6 +242,21 @@ concept HasCrossEntropy = requires(const B b, MatrixView<Accumulator<T>> logits,
   b.cross_entropy(logits, targets, 1.0, losses);  // losses [rows, 1]; logits become scale * d(loss) / d(logits)
 };
 
+/// Copies between the backend's memory and the host's that run beside the operations, in order; Queue: what copy_queue returns. Optional: of
+/// a device.
+template <class Queue, class T>
+concept IsCopyQueue = MemoryResource<typename Queue::Memory> && requires(Queue queue, MatrixView<const T> x, MatrixView<T> y,
+                                                                         std::size_t ticket) {
+  queue.to_host(x, y, ticket);    // y = x, behind all operations so far; y in Queue::Memory
+  queue.to_device(x, y, ticket);  // x in Queue::Memory
+  queue.wait(ticket);             // operations given from now on come behind the last copy of that ticket
+  queue.wait_for_all();           // or behind all copies
+};
+template <class B>
+concept HasCopyQueue = requires(const B b, std::size_t tickets) {
+  { b.copy_queue(tickets) } -> IsCopyQueue<float>;
+};
+
 /// Work of the host beside the operations, such as decoding a file's rows.
 template <class B>
 concept HasHostLoop = requires(const B b, void (*f)(Index)) {

@@ -10,6 +10,8 @@
 
 #include "backend/harness.inc"
 #include "support/catch.hpp"
+#include "support/random_data.hpp"
+#include "support/stream_orders.hpp"
 #include "support/tiny_model.hpp"
 
 namespace decoder_test {
@@ -152,6 +154,95 @@ TEMPLATE_TEST_CASE("all weights of a model have the gradients on the device that
     const auto batch = test::random_batch(config.vocab, {5, 2, 9, 3}, 5, 1);
     twins.check_gradients(batch, qd::RankPlan::uniform(1), 1.0 / static_cast<double>(batch.scored()));
   }
+}
+
+TEST_CASE("what enters blocks may wait on the host: losses and gradients are the same to the bit", "[cuda]") {
+  using T = qd::bfloat16;
+  const qd::CudaContext context({.workspace_bytes = std::size_t{1} << 20});
+  const Cuda cuda(context);
+  const auto layers = GENERATE(Index{2}, Index{3}, Index{6});
+  auto config = layers == 3 ? test::tiny_falcon_config() : test::tiny_config();
+  config.layers = layers;
+  CAPTURE(layers, static_cast<int>(config.architecture));
+  const auto weights = qd::upload(*test::tiny_weights<float>(config, false, {.format = qd::BaseFormat::float32}), cuda);
+  const auto make = [&](bool offload) {
+    return std::make_unique<qd::Decoder<T, Cuda>>(
+        weights, qd::DecoderOptions{.lora = {.max_rank = 8, .alpha = 4, .seed = 2}, .checkpoint = true, .offload_checkpoints = offload}, cuda);
+  };
+  test::in_every_order([&] {
+    const auto kept = make(false), offloaded = make(true);
+    std::uint64_t seed = 1;
+    for (const auto& p : kept->parameters()) {
+      const auto values = test::normal_matrix<float>(p->value.rows(), p->value.cols(), seed++, 0.2);
+      cuda.upload(values.view(), p->value.view());
+      for (const auto& q : offloaded->parameters())
+        if (q->name == p->name) cuda.upload(values.view(), q->value.view());
+      cuda.synchronize();
+    }
+    for (const Index longest : {3, 2, 5}) {  // grows once, and keeps what it has in between
+      const auto batch = test::random_batch(config.vocab, {longest, 3}, 5, 1);
+      std::vector<std::vector<double>> found;
+      std::vector<std::size_t> bytes;
+      for (auto* model : {kept.get(), offloaded.get()}) {
+        for (const auto& p : model->parameters()) cuda.fill(p->gradient.view(), 0.0f);
+        for (int pass = 0; pass < 2; ++pass) {  // the second begins while the first may still be under way
+          model->queue_loss_and_gradient(batch, 0.5);
+          if (pass > 0) found.push_back(model->scored_losses());
+        }
+        for (const auto& p : model->parameters()) found.push_back(numbers(cuda, p->gradient));
+        bytes.push_back(model->activation_bytes());
+        found.push_back(model->losses(batch));
+      }
+      const auto half = static_cast<std::ptrdiff_t>(found.size() / 2);
+      CHECK(std::equal(found.begin(), found.begin() + half, found.begin() + half, found.end()));
+      const auto stream = static_cast<std::size_t>(batch.tokens() * config.width) * sizeof(T);
+      CHECK(bytes[0] >= bytes[1] + static_cast<std::size_t>(layers - 2) * stream);
+      if (layers == 2) CHECK(bytes[0] == bytes[1]);
+    }
+    CHECK(test::code_of([&] { offloaded->stream(layers); }) == qd::Errc::unsupported);
+  });
+  CHECK(test::code_of([&] { qd::Decoder<T, Cuda>(weights, {.offload_checkpoints = true}, cuda); }) == qd::Errc::bad_argument);
+}
+
+TEST_CASE("a pass that fails leaves what is offloaded to the next in order", "[cuda]") {
+  const qd::CudaContext context({.workspace_bytes = std::size_t{1} << 20});
+  const Cuda cuda(context);
+  auto config = test::tiny_config();
+  config.layers = 6;
+  const auto weights = qd::upload(*test::tiny_weights<float>(config, false, {.format = qd::BaseFormat::float32}), cuda);
+  const qd::DecoderOptions options{.lora = {.max_rank = 8, .alpha = 4, .seed = 2}, .checkpoint = true, .offload_checkpoints = true};
+  qd::ResidualStreams<float, Cuda> streams(options, cuda);
+  const Index rows = 5, cols = 12;
+  const std::size_t count = 8;
+  test::in_every_order([&] {
+    const auto up = [&](float first, std::size_t last) {
+      streams.begin(count, rows, cols);
+      for (std::size_t i = 0; i <= last; ++i) {
+        cuda.fill(streams[i], first + static_cast<float>(i));
+        streams.leave(i);
+      }
+    };
+    const auto down = [&](float first, std::size_t last) {
+      for (std::size_t i = count; i-- > last;) {
+        qd::Matrix<float> found(rows, cols);
+        cuda.download(qd::MatrixView<const float>(streams[i]), found.view());
+        for (const float x : found.span()) CHECK(x == first + static_cast<float>(i));
+        cuda.fill(streams[i], -1.0f);
+        streams.release(i);
+      }
+    };
+    for (const std::size_t given_up : {std::size_t{0}, std::size_t{4}, count - 1}) {  // on the way up
+      up(100.0f, given_up);
+      up(200.0f, count - 1);
+      down(200.0f, 0);
+    }
+    for (const std::size_t given_up : {std::size_t{6}, std::size_t{2}}) {  // and down
+      up(300.0f, count - 1);
+      down(300.0f, given_up);
+      up(400.0f, count - 1);
+      down(400.0f, 0);
+    }
+  });
 }
 
 TEST_CASE("a model in half has the CPU's gradients of a step that scores many tokens", "[cuda]") {

@@ -190,6 +190,39 @@ TEST_CASE("moments in the host's memory change no bit of a run, and are planned 
   check_plan(found);
 }
 
+TEST_CASE("checkpoints in the host's memory change no bit of a run, and are planned there", "[cuda]") {
+  const test::TemporaryFolder folder;
+  examples::FinetuneOptions options;
+  options.ranks = "2,8";
+  options.recipe_name = "qdylora";
+  options.steps = 2;
+  options.batch = 2;
+  options.lr = 1e-2;
+  options.device = "cuda";
+  options.checkpoint = true;
+
+  auto deep = config();
+  deep.layers = 5;
+  const auto run = [&](const char* offload) {
+    auto model = open();
+    model.config = deep;
+    model.read = [=](const qd::BaseOptions&) { return test::tiny_weights<float>(deep, false, {.format = qd::BaseFormat::bfloat16}); };
+    options.base = "bfloat16";
+    options.offload = offload;
+    options.out = (folder / (options.offload + "run")).string();
+    return report(options, std::move(model), data(4, 1), examples::CudaDevice());
+  };
+  const auto expected = run(""), found = run("host");
+  CHECK(found.at("step_losses") == expected.at("step_losses"));
+  CHECK(test::read_file(folder / "hostrun/adapter/adapter_model.safetensors") ==
+        test::read_file(folder / "run/adapter/adapter_model.safetensors"));
+  const auto bytes = [](const qd::Json& of, const char* part) { return of.at("memory_plan").at(part).get<double>(); };
+  CHECK(bytes(found, "checkpoints") == bytes(expected, "checkpoints") / 2);  // three of six streams
+  CHECK(bytes(found, "offloaded") == bytes(found, "checkpoints"));
+  check_plan(expected);
+  check_plan(found);
+}
+
 TEST_CASE("half trains on the device as on the CPU, by a loss scale that leaves its range at times", "[cuda]") {
   auto recipe = qd::recipe("order-then-nest");
   recipe.collect_steps = 2;

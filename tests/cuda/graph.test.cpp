@@ -196,10 +196,12 @@ TEST_CASE("a model's recorded losses, gradients and moments have the bits of tho
   using T = qd::bfloat16;
   const qd::CudaContext context({.workspace_bytes = std::size_t{4} << 20});
   const Cuda cuda(context);
-  for (const bool checkpoint : {false, true}) {
-    const auto config = test::tiny_config();
+  for (const auto& [checkpoint, offload] : {std::pair(false, false), std::pair(true, false), std::pair(true, true)}) {
+    auto config = test::tiny_config();
+    if (offload) config.layers = 5;  // three streams stay on the device
     const auto weights = test::tiny_weights<float>(config, true, {.format = qd::BaseFormat::float32});
-    const qd::DecoderOptions options{.lora = {.max_rank = 8, .alpha = 4, .seed = 2}, .checkpoint = checkpoint};
+    const qd::DecoderOptions options{
+        .lora = {.max_rank = 8, .alpha = 4, .seed = 2}, .checkpoint = checkpoint, .offload_checkpoints = offload};
     qd::Decoder<T, Cuda> model(qd::upload(*weights, cuda), options, cuda);
     model.for_each_trained([&](auto& layer) { layer.adapter().start_collecting(cuda); });
     const auto batch = test::random_batch(config.vocab, {5, 2, 9}, 5, 1);

@@ -243,10 +243,11 @@ TEST_CASE("programs: a wrong argument or file gives one line and status 2") {
       {"finetune", "--toy --alpha inf", "--alpha"},
       {"finetune", "--toy --optimizer sgd", "lion"},
       {"finetune", "--toy --paged /no/such/folder --out " + quoted(folder / "x"), "/no/such/folder"},
-      {"finetune", "--toy --paged /tmp --device cuda", "--paged /tmp: moments of --device cuda are paged to the host's memory"},
+      {"finetune", "--toy --paged /tmp --device cuda", "--paged /tmp: moments of --device cuda go to the host's memory; expected host"},
       {"finetune", "--toy --offload /tmp", "--gradient-checkpointing"},
       {"finetune", "--toy --gradient-checkpointing --offload /no/such/folder --out " + quoted(folder / "x"), "/no/such/folder"},
-      {"finetune", "--toy --gradient-checkpointing --offload /tmp --device cuda", "--offload"},
+      {"finetune", "--toy --gradient-checkpointing --offload /tmp --device cuda",
+       "--offload /tmp: checkpoints of --device cuda go to the host's memory; expected host"},
       {"finetune", "--toy --train-bias", "--train-bias: no linear layer of"},
       {"finetune", "--toy --train-bias --method houlsby", "--train-bias"},
       {"finetune", "--toy --init eva", "loftq:ITERATIONS"},
@@ -2495,6 +2496,9 @@ TEST_CASE("programs: memory measures what it plans, and plans what QLoRA and QDy
   CHECK(gigabytes(table_row(plan, "without double quantization").at(1)) - gigabytes(total.at(1)) == Approx(3.02).margin(0.02));
   CHECK(gigabytes(table_row(plan, "without paging").at(1)) - gigabytes(total.at(1)) ==
         Approx(gigabytes(table_row(plan, "moments, on the host").at(1))).margin(0.011));
+  const auto offloaded = succeeds("memory", "--shapes llama-65b,falcon-40b --dtype bfloat16 --gradient-checkpointing --paged --offload");
+  CHECK(gigabytes(total.at(2)) - gigabytes(table_row(offloaded, "**the device's in all**").at(2)) ==
+        Approx(gigabytes(table_row(offloaded, "offloaded, on the host").at(2))).margin(0.011));
 }
 
 }  // namespace programs_test

@@ -302,6 +302,17 @@ TEST_CASE("A memory plan with biases that train, and one with checkpoints in fil
   CHECK(paged.checkpoints == 2 * stream);
   CHECK(paged.total() == plan.total() - 5 * stream);
   CHECK(paged.to_text().find("checkpoint files") != std::string::npos);
+  options.checkpoints_in_file = false;
+  options.offload_checkpoints = options.device = true;
+  const auto offloaded = memory_plan<float>(shape, options);
+  options.offload_checkpoints = false;
+  const auto on_device = memory_plan<float>(shape, options);
+  options.device = false;
+  CHECK(offloaded.checkpoints == 3 * stream);
+  CHECK(offloaded.offloaded == 4 * stream);
+  CHECK(offloaded.total() == on_device.total() - 4 * stream);
+  CHECK(on_device.offloaded == 0);
+  CHECK(offloaded.to_text().find("offloaded") != std::string::npos);
   // A device has no files.
   const test::TemporaryFolder folder;
   const CountedDevice device;

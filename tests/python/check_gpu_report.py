@@ -24,8 +24,8 @@ def cells(ours_us=10.0, ours_error=1e-3, peak=30.0, gpu="NVIDIA H100 80GB HBM3")
         lines.append({"op": "adapter", "out": 4096, "in": 4096, "tokens": 1, "rank": rank, "us": us})
     for who, us in (("ours", 100.0), ("cublas", 90.0), ("PEFT + bitsandbytes", 140.0)):
         lines.append({"op": "layer", "out": 4096, "in": 4096, "tokens": 2048, "who": who, "us": us})
-    step = {"layers": 60, "batch": 4, "tokens": 512, "moments": 32, "cap_gib": 32, "planned_gb": 30.0, "peak_gb": peak, "reserved_gb": 30.5,
-            "median_s": 5.0}
+    step = {"layers": 60, "batch": 4, "tokens": 512, "moments": 32, "offload": 0, "cap_gib": 32, "planned_gb": 30.0,
+            "peak_gb": peak, "reserved_gb": 30.5, "median_s": 5.0}
     return lines + [{"falcon_step": step}, {"peer_step": {"layers": 60, "batch": 4, "tokens": 512, "moments": 32, "median_s": 7.5}}]
 
 

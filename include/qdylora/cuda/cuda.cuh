@@ -6,6 +6,7 @@
 
 #include <qdylora/backend.hpp>
 #include <qdylora/cuda/attention_decode.cuh>
+#include <qdylora/cuda/copy_queue.cuh>
 #include <qdylora/cuda/cross_entropy.cuh>
 #include <qdylora/cuda/dequantize.cuh>
 #include <qdylora/cuda/elementwise.cuh>
@@ -62,6 +63,7 @@ class Cuda {
     synchronize();
   }
   void synchronize() const { context_->synchronize(); }
+  CopyQueue copy_queue(std::size_t tickets) const { return {*context_, tickets}; }
 
   // frozen weights
   template <CodeFormat Format = NF4, class Scales = DoubleQuant<>, class T>
@@ -294,7 +296,7 @@ class Cuda {
 
 template <class T>
 inline constexpr bool cuda_has_what_it_says = FullBackend<Cuda, T> && HasLayerNorm<Cuda, T> && HasMagnitude<Cuda, T>;
-static_assert(HasAdamW8<Cuda> && HasLion<Cuda, float>);
+static_assert(HasAdamW8<Cuda> && HasLion<Cuda, float> && HasCopyQueue<Cuda>);
 static_assert(cuda_has_what_it_says<float> && cuda_has_what_it_says<double> && cuda_has_what_it_says<bfloat16> &&
               cuda_has_what_it_says<half>);
 

@@ -23,6 +23,7 @@
 #include <qdylora/model/falcon_block.hpp>
 #include <qdylora/model/kv_cache.hpp>
 #include <qdylora/model/llama_block.hpp>
+#include <qdylora/model/residual_streams.hpp>
 #include <qdylora/nn/rope.hpp>
 
 namespace qdylora {
@@ -57,7 +58,8 @@ class Decoder {
       : weights_(std::move(weights)),
         options_(std::move(options)),
         backend_(backend),
-        ends_(*weights_, options_.method == AdapterMethod::full, backend) {
+        ends_(*weights_, options_.method == AdapterMethod::full, backend),
+        streams_(options_, backend) {
     const auto& c = config();
     c.validate();
     expect_shape("embedding", weights_->embedding, c.vocab, c.width);
@@ -65,10 +67,6 @@ class Decoder {
     if (!c.tied_head) expect_shape("head", weights_->head, c.vocab, c.width);
     QDYLORA_EXPECTS(static_cast<Index>(weights_->blocks.size()) == c.layers, bad_config,
                     "expected " + std::to_string(c.layers) + " blocks, found " + std::to_string(weights_->blocks.size()));
-    if (options_.checkpoint_memory.has_folder()) {
-      QDYLORA_EXPECTS(options_.checkpoint, bad_argument, "inputs of blocks go to files only where nothing else is kept: set checkpoint");
-      QDYLORA_EXPECTS(pages_streams, unsupported, "inputs of blocks go to files from the host's memory alone");
-    }
     if (!has_ranks(options_.method)) options_.lora.max_rank = 1;
     expect_fits(options_, c);
     blocks_.reserve(weights_->blocks.size());
@@ -192,11 +190,11 @@ class Decoder {
     const auto x = run(batch, true);
     d_.resize(batch.tokens(), config().width);
     ends_.run(batch, x, scale, d_.view());
-    page_out(blocks_.size());
+    streams_.release(blocks_.size());
     const auto tokens = tokens_of(batch);
     for (std::size_t i = blocks_.size(); i-- > 0;) {
       auto& context = contexts_[options_.checkpoint ? 0 : i];
-      const auto input = std::as_const(streams_[i]).view();
+      const MatrixView<const T> input = streams_[i];
       std::visit(
           [&](auto& block) {
             if (options_.checkpoint && i + 1 < blocks_.size())  // the last block's context is still the right one
@@ -204,7 +202,7 @@ class Decoder {
             block.backward(input, tokens, d_.view(), context, work_, i > 0 || options_.method == AdapterMethod::full);
           },
           blocks_[i]);
-      page_out(i);
+      streams_.release(i);
     }
     ends_.embed_backward(batch.ids, d_.view());
   }
@@ -262,37 +260,17 @@ class Decoder {
   /// Throws Errc::bad_argument unless the batch is one this model can run: valid, ids within the vocabulary, sequences within the context.
   void check(const Batch& batch) const { batch.validate(config().vocab, config().context); }
 
-  /// The residual stream [tokens, width] after `layer` blocks of the last loss_and_gradient.
-  MatrixView<const T> stream(Index layer) const { return streams_.at(static_cast<std::size_t>(layer)).view(); }
+  /// The residual stream [tokens, width] after `layer` blocks of the last loss_and_gradient. Errc::unsupported where they are offloaded.
+  MatrixView<const T> stream(Index layer) const { return streams_.kept(static_cast<std::size_t>(layer)); }
 
   /// Bytes of memory kept between passes: contexts, streams, unless they are in files, and workspaces.
   std::size_t activation_bytes() const noexcept {
-    std::size_t sum = d_.capacity_bytes() + spare_.capacity_bytes() + ends_.bytes() + work_.bytes();
-    if (!options_.checkpoint_memory.has_folder())
-      for (const auto& s : streams_) sum += s.capacity_bytes();
+    std::size_t sum = d_.capacity_bytes() + spare_.capacity_bytes() + ends_.bytes() + work_.bytes() + streams_.bytes();
     for (const auto& c : contexts_) sum += c.bytes();
     return sum;
   }
 
  private:
-  static constexpr bool pages_streams = std::is_same_v<Memory, HostMemory>;
-  using Stream = Matrix<T, std::conditional_t<pages_streams, PagedMemory, Memory>>;
-
-  // As many streams of as many tokens.
-  void resize_streams(std::size_t count, Index tokens) {
-    if (streams_.size() > count) streams_.erase(streams_.begin() + static_cast<std::ptrdiff_t>(count), streams_.end());
-    while (streams_.size() < count) {
-      if constexpr (pages_streams) streams_.emplace_back(0, 0, options_.checkpoint_memory);
-      else streams_.emplace_back();
-    }
-    for (auto& s : streams_) s.resize(tokens, config().width);
-  }
-  // A stream that is not touched for a while.
-  void page_out(std::size_t i) {
-    if constexpr (pages_streams) options_.checkpoint_memory.page_out(streams_[i].data(), streams_[i].capacity_bytes());
-    else static_cast<void>(i);
-  }
-
   template <class Kind>
   void add_block(const std::shared_ptr<const BlockWeights<Acc, Memory>>& weights, Index index) {
     blocks_.emplace_back(std::in_place_type<Kind>, config(), weights, index, options_, backend_);
@@ -335,16 +313,16 @@ class Decoder {
   MatrixView<const T> run(const Batch& batch, bool keep, std::span<Cache> caches = {}) {
     prepare(batch, {});
     const Index layers = config().layers;
-    resize_streams(static_cast<std::size_t>(keep ? layers + 1 : 2), batch.tokens());
+    streams_.begin(static_cast<std::size_t>(keep ? layers + 1 : 2), batch.tokens(), config().width);
     contexts_.resize(keep && !options_.checkpoint ? static_cast<std::size_t>(layers) : 1);
     if (keep && options_.checkpoint) spare_.resize(batch.tokens(), config().width);
-    ends_.embed(batch.ids, streams_[0].view());
+    ends_.embed(batch.ids, streams_[0]);
     const auto tokens = tokens_of(batch);
     std::size_t at = 0;
     for (std::size_t i = 0; i < blocks_.size(); ++i) {
       const std::size_t next = keep ? at + 1 : 1 - at;
       auto& context = contexts_[keep && !options_.checkpoint ? i : 0];
-      run_block(i, std::as_const(streams_[at]).view(), tokens, streams_[next].view(), context);
+      run_block(i, streams_[at], tokens, streams_[next], context);
       for (std::size_t s = 0; s < caches.size(); ++s) {
         const Index first = batch.offsets[s], count = batch.offsets[s + 1] - first;
         auto& cache = caches[s];
@@ -353,19 +331,19 @@ class Decoder {
         backend_.copy(std::as_const(context.k).view().middle_rows(first, count), cache.keys[i].view().top_rows(count));
         backend_.copy(std::as_const(context.v).view().middle_rows(first, count), cache.values[i].view().top_rows(count));
       }
-      if (keep) page_out(at);
+      if (keep) streams_.leave(at);
       at = next;
     }
-    return std::as_const(streams_[at]).view();
+    return streams_[at];
   }
 
   MatrixView<const T> run_decode(const Batch& batch, std::span<Cache> caches) {
     std::vector<Index> starts;
     for (const auto& cache : caches) starts.push_back(cache.length);
     prepare(batch, starts);
-    resize_streams(2, batch.tokens());
+    streams_.begin(2, batch.tokens(), config().width);
     contexts_.resize(1);
-    ends_.embed(batch.ids, streams_[0].view());
+    ends_.embed(batch.ids, streams_[0]);
     std::vector<Matrix<T, Memory>*> keys(caches.size()), values(caches.size());
     auto tokens = tokens_of(batch);
     tokens.key_caches = keys;
@@ -376,10 +354,10 @@ class Decoder {
         keys[s] = &caches[s].keys[i];
         values[s] = &caches[s].values[i];
       }
-      run_block(i, std::as_const(streams_[at]).view(), tokens, streams_[1 - at].view(), contexts_[0]);
+      run_block(i, streams_[at], tokens, streams_[1 - at], contexts_[0]);
       at = 1 - at;
     }
-    return std::as_const(streams_[at]).view();
+    return streams_[at];
   }
 
   std::shared_ptr<const Weights> weights_;
@@ -391,7 +369,7 @@ class Decoder {
   bool changed_ = false;  // parameters may have, since layers rounded them
   Matrix<Acc, Memory> rope_;
   std::vector<std::int32_t> positions_;
-  std::vector<Stream> streams_;
+  ResidualStreams<T, Backend> streams_;
   std::vector<BlockContext<T, Backend>> contexts_;
   BlockWorkspace<T, Backend> work_;
   Matrix<T, Memory> d_, spare_;

@@ -41,6 +41,7 @@ struct DecoderOptions {
   LoRAOptions lora = {};    // of every adapter; names and layer numbers are filled in
   bool checkpoint = false;  // keep only each block's input and run blocks again in the backward pass: a third more work, far less memory
   PagedMemory checkpoint_memory = {};  // of these inputs, on a backend in the host's memory: files of its folder, if it has one
+  bool offload_checkpoints = false;    // these inputs wait in the host's memory while a device computes; three of them are on the device
   AdapterMethod method = AdapterMethod::lora;  // by alpha and full, max_rank is 1, whatever lora says
   AlphaOptions alpha = {};                     // of every layer by that method; names are filled in
   LayerPatterns patterns = {};                 // by AdapterMethod::lora, and without gates

@@ -32,6 +32,7 @@ struct MemoryOptions {
   bool training = true;     // false: forward passes alone, and no optimizer
   bool checkpoint = false;  // DecoderOptions::checkpoint
   bool checkpoints_in_file = false;  // DecoderOptions::checkpoint_memory has a folder: memory has a block's streams at a time
+  bool offload_checkpoints = false;  // DecoderOptions has it: to the host's memory, while the arithmetic is a device's
   bool moments_in_8_bits = false;
   bool one_moment = false;       // Lion's, in full
   bool paged_moments = false;    // in the host's memory while the arithmetic is a device's
@@ -73,6 +74,7 @@ struct MemoryPlan {
   std::size_t gradients = 0;
   std::size_t moments = 0;      // of the optimizer, as far as they are in memory
   std::size_t checkpoints = 0;  // the residual stream before each block, and after the last
+  std::size_t offloaded = 0;    // those that are in the host's memory beside a device
   std::size_t activations = 0;  // what blocks keep for their backward passes; with checkpointing of one block at a time
   std::size_t reordering = 0;   // second moments and the snapshot
   std::size_t sums = 0;         // gradients, or second moments, on their way between workers
@@ -106,6 +108,7 @@ struct MemoryPlan {
             {"their gradients", gradients, device},
             {"moments", moments, device && !paged_moments},
             {"checkpoints", checkpoints, device},
+            {"offloaded", offloaded, false},
             {"activations", activations, device},
             {"re-ordering", reordering, device},
             {"workers' sums", sums, device},
@@ -131,7 +134,7 @@ struct MemoryPlan {
   }
   /// The same on the host beside a device.
   std::size_t host_total() const noexcept {
-    return device ? process + std::max(staging, (paged_moments ? moments : std::size_t{0}) + state) : total();
+    return device ? process + std::max(staging, (paged_moments ? moments : std::size_t{0}) + std::max(state, offloaded)) : total();
   }
 
   /// A table in MB (1e6 bytes), a part a line; parts that are zero are left out.
@@ -302,6 +305,10 @@ MemoryPlan memory_plan(const ModelShape& s, const MemoryOptions& o) {
                         (dora ? s.outputs() * t : 0);
   plan.checkpoints = bytes(o.training ? ((s.layers - 1) * tokens + 2 * most) * streams : 2 * most * streams);
   if (o.training && o.checkpoints_in_file) plan.checkpoint_file = std::exchange(plan.checkpoints, bytes(2 * most * streams));
+  if (const auto held = static_cast<Index>(offloaded_streams); o.training && o.offload_checkpoints && s.layers + 1 > held) {
+    plan.checkpoints = bytes((2 * most + (held - 2) * tokens) * streams);
+    plan.offloaded = bytes((s.layers + 1 - held) * tokens * streams);
+  }
   plan.prompts = bytes(2 * most * streams + most * context + shared_z * acc);
   plan.activations = o.training && !o.checkpoint ? bytes(((s.layers - 1) * tokens + most) * context + (later_z + first_z) * acc)
                                                  : bytes(most * context + shared_z * acc);
