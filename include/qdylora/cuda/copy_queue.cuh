@@ -15,6 +15,11 @@ class CopyQueue {
   using Memory = PinnedMemory;  // of the host's side; with any other the host would wait for the copies
 
   CopyQueue(const CudaContext& context, std::size_t tickets) : context_(&context), copies_(detail::make_side_stream()), tickets_(tickets) {}
+  CopyQueue(CopyQueue&&) noexcept = default;
+  /// The host waits: what copies read and write may be given back then.
+  ~CopyQueue() {
+    if (copies_) static_cast<void>(cudaStreamSynchronize(copies_.get()));
+  }
 
   /// target = source, behind what the context's stream has been given so far. Both are contiguous, and stay as they are until waited for.
   template <class T>
