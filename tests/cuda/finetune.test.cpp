@@ -79,6 +79,31 @@ void check_plan(const qd::Json& report, bool filled = true) {
   if (filled) CHECK(peak - workspace >= 0.95 * (planned - workspace));
 }
 
+double planned(const qd::Json& report, const char* part) { return report.at("memory_plan").at(part).get<double>(); }
+
+/// The reports of two runs on the device, the second with what `place` is of in the host's memory: they have the same losses and adapter.
+template <class Open>
+std::pair<qd::Json, qd::Json> without_and_on_host(examples::FinetuneOptions options, std::string examples::FinetuneOptions::*place,
+                                                  const Open& open_model) {
+  const test::TemporaryFolder folder;
+  options.ranks = "2,8";
+  options.steps = 2;
+  options.batch = 2;
+  options.lr = 1e-2;
+  options.device = "cuda";
+  options.base = "bfloat16";
+  const auto run = [&](const std::string& where) {
+    options.*place = where;
+    options.out = (folder / (where + "run")).string();
+    return report(options, open_model(), data(4, 1), examples::CudaDevice());
+  };
+  auto expected = run(""), found = run("host");
+  CHECK(found.at("step_losses") == expected.at("step_losses"));
+  CHECK(test::read_file(folder / "hostrun/adapter/adapter_model.safetensors") ==
+        test::read_file(folder / "run/adapter/adapter_model.safetensors"));
+  return {std::move(expected), std::move(found)};
+}
+
 }  // namespace
 
 TEST_CASE("finetune and evaluate on the device do what they do on the CPU", "[cuda]") {
@@ -166,59 +191,27 @@ TEST_CASE("all weights train on the device as on the CPU", "[cuda]") {
 }
 
 TEST_CASE("moments in the host's memory change no bit of a run, and are planned there", "[cuda]") {
-  const test::TemporaryFolder folder;
   examples::FinetuneOptions options;
-  options.ranks = "2,8";
   options.recipe_name = "order-then-nest";
-  options.steps = 2;
-  options.batch = 2;
-  options.lr = 1e-2;
-  options.device = "cuda";
-  options.base = "bfloat16";
-
-  const auto run = [&](const char* paged) {
-    options.paged = paged;
-    options.out = (folder / (options.paged + "run")).string();
-    return report(options, open(qd::BaseFormat::bfloat16), data(4, 1), examples::CudaDevice());
-  };
-  const auto expected = run(""), found = run("host");
-  CHECK(found.at("step_losses") == expected.at("step_losses"));
-  CHECK(test::read_file(folder / "hostrun/adapter/adapter_model.safetensors") ==
-        test::read_file(folder / "run/adapter/adapter_model.safetensors"));
-  const auto bytes = [](const qd::Json& of, const char* part) { return of.at("memory_plan").at(part).get<double>(); };
-  CHECK(bytes(found, "at most at once") == bytes(expected, "at most at once") - bytes(found, "moments"));
+  const auto [expected, found] = without_and_on_host(options, &examples::FinetuneOptions::paged, [] { return open(qd::BaseFormat::bfloat16); });
+  CHECK(planned(found, "at most at once") == planned(expected, "at most at once") - planned(found, "moments"));
   check_plan(found);
 }
 
 TEST_CASE("checkpoints in the host's memory change no bit of a run, and are planned there", "[cuda]") {
-  const test::TemporaryFolder folder;
   examples::FinetuneOptions options;
-  options.ranks = "2,8";
   options.recipe_name = "qdylora";
-  options.steps = 2;
-  options.batch = 2;
-  options.lr = 1e-2;
-  options.device = "cuda";
   options.checkpoint = true;
-
-  auto deep = config();
-  deep.layers = 5;
-  const auto run = [&](const char* offload) {
+  const auto [expected, found] = without_and_on_host(options, &examples::FinetuneOptions::offload, [] {
+    auto deep = config();
+    deep.layers = 5;
     auto model = open();
     model.config = deep;
     model.read = [=](const qd::BaseOptions&) { return test::tiny_weights<float>(deep, false, {.format = qd::BaseFormat::bfloat16}); };
-    options.base = "bfloat16";
-    options.offload = offload;
-    options.out = (folder / (options.offload + "run")).string();
-    return report(options, std::move(model), data(4, 1), examples::CudaDevice());
-  };
-  const auto expected = run(""), found = run("host");
-  CHECK(found.at("step_losses") == expected.at("step_losses"));
-  CHECK(test::read_file(folder / "hostrun/adapter/adapter_model.safetensors") ==
-        test::read_file(folder / "run/adapter/adapter_model.safetensors"));
-  const auto bytes = [](const qd::Json& of, const char* part) { return of.at("memory_plan").at(part).get<double>(); };
-  CHECK(bytes(found, "checkpoints") == bytes(expected, "checkpoints") / 2);  // three of six streams
-  CHECK(bytes(found, "offloaded") == bytes(found, "checkpoints"));
+    return model;
+  });
+  CHECK(planned(found, "checkpoints") == planned(expected, "checkpoints") / 2);  // three of six streams
+  CHECK(planned(found, "offloaded") == planned(found, "checkpoints"));
   check_plan(expected);
   check_plan(found);
 }
