@@ -75,8 +75,8 @@ int evaluate(const EvaluateOptions& o, bool base_given) {
   for (const auto& in : {o.model, o.tokenizer, o.adapter}) expect_no_overwrite(in, o.logits);
   const CpuDevice cpu(o.threads, compute_of(o.compute, o.device));
   const OpenAdapter adapter = o.adapter.empty() ? OpenAdapter{} : open_adapter(o.adapter);
-  QDYLORA_EXPECTS(!adapter.alpha || (!base_given && o.device == "cpu"), unsupported,
-                  "--adapter: scales of planes of signs have a base of their own, on the CPU; leave out --base-format and --device");
+  QDYLORA_EXPECTS(!adapter.alpha || !base_given, unsupported,
+                  "--adapter: scales of planes of signs have a base of their own; leave out --base-format");
   BaseOptions base{.format = base_format(o.base)};
   if (adapter.peft) base = base_of(*adapter.peft, o.adapter, o.base);
   if (adapter.alpha) base.binary = adapter.alpha->code;

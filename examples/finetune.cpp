@@ -209,7 +209,6 @@ void expect_own_options(const FinetuneOptions& o, AdapterMethod method, const st
                   "--trained-planes: " + std::to_string(o.trained_planes) + " is above --planes " + std::to_string(o.planes));
   QDYLORA_EXPECTS(o.group_size % 8 == 0, bad_argument,
                   "--group-size: expected a multiple of 8, or 0 for whole rows, found " + std::to_string(o.group_size));
-  QDYLORA_EXPECTS(o.device == "cpu", unsupported, "--method alpha: planes of signs are the CPU's, not for --device " + o.device);
 }
 
 int finetune(const FinetuneOptions& o, const std::vector<std::string>& given) {

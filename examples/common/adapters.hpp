@@ -63,15 +63,24 @@ inline OpenAdapter open_adapter(const std::filesystem::path& folder) {
   return {.peft = load_peft_adapter(folder, {.changed_base = true, .saved_modules = true}), .alpha = {}};
 }
 
-/// f(layers) with the layers of a model whose scales train, as save_alpha_adapter and load_alphas take them. Errc::unsupported on a device.
+/// f(layers) with the layers of a model whose scales train, as save_alpha_adapter and load_alphas take them: of a device copies on the host,
+/// whose scales go back. Errc::unsupported on a backend without planes of signs.
 template <class T, class Backend, class F>
 void with_alpha_layers(Decoder<T, Backend>& model, F&& f) {
   if constexpr (AlphaBackend<Backend, T>) {
-    std::vector<AlphaLinear<T, Backend>*> layers;
-    model.for_each_alpha([&](auto& layer) { layers.push_back(&layer); });
+    std::vector<AlphaLinear<T>> copies;
+    if constexpr (!Backend::Memory::host) model.for_each_alpha([&](const auto& layer) { copies.push_back(to_host(layer)); });
+    std::vector<AlphaLinear<T>*> layers;
+    for (auto& layer : copies) layers.push_back(&layer);
+    if constexpr (Backend::Memory::host) model.for_each_alpha([&](auto& layer) { layers.push_back(&layer); });
     f(layers);
+    if constexpr (!Backend::Memory::host) {
+      std::size_t i = 0;
+      model.for_each_alpha([&](auto& layer) { model.backend().upload(std::as_const(copies[i++].alpha().value).view(), layer.alpha().value.view()); });
+      model.backend().synchronize();
+    }
   } else {
-    throw Error(Errc::unsupported, "the method alpha computes in the host's memory");
+    throw Error(Errc::unsupported, "the method alpha needs a backend that computes with planes of signs");
   }
 }
 

@@ -16,6 +16,7 @@
 #include <qdylora/core/matrix.hpp>
 #include <qdylora/core/random.hpp>
 #include <qdylora/optimizer_update.hpp>
+#include <qdylora/quant/binary_code.hpp>
 #include <qdylora/quant/quantize.hpp>
 
 namespace qdylora {
@@ -168,6 +169,16 @@ concept HasMagnitude = HasQuantizedMatmul<B, Accumulator<T>> && HasGemm<B, Accum
   b.magnitude_factors(r, r, number, h);   // (m, norms, less, f): f = m / norms - less, 1 - less where norms is 0
   b.add_over_norms(r, r, h);              // (sums, norms, g): g += sums / norms where norms is not 0
 });
+
+/// What AlphaLinear takes of planes of signs. Optional. w [out, in].
+template <class B, class T>
+concept HasBinaryCodes = requires(const B b, MatrixView<const T> x, MatrixView<T> y, const BinaryCodedView<Accumulator<T>> w,
+                                  MatrixView<const Accumulator<T>> d, MatrixView<Accumulator<T>> g, Update update, Index first) {
+  b.matmul(x, w, y, update);             // y (+)= x . w^T
+  b.matmul_transposed(x, w, y, update);  // y (+)= x . w
+  b.dequantize(w, g);                    // g = w
+  b.add_sums_of_signs(d, w, first, g);   // g[k * out + first + i, h] += sum over columns j of group h of sign_k[first + i, j] * d[i, j]
+};
 
 /// RMS normalization (Zhang & Sennrich 2019): y[i, j] = x[i, j] * r_i * w[0, j],  r_i = 1 / sqrt(mean_j x[i, j]^2 + epsilon).
 template <class B, class T>

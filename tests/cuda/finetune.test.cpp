@@ -190,6 +190,54 @@ TEST_CASE("all weights train on the device as on the CPU", "[cuda]") {
   CHECK(std::fabs(test::sum_of(before.losses(batch)) - loss) > 2e-2 * loss);
 }
 
+TEST_CASE("scales of planes of signs train on the device as on the CPU, and go from one to the other", "[cuda]") {
+  const test::TemporaryFolder folder;
+  examples::FinetuneOptions options;
+  options.toy = true;
+  options.method = "alpha";
+  options.planes = 3;
+  options.group_size = 16;
+  options.trained_planes = 2;
+  options.steps = 4;
+  options.batch = 2;
+  options.lr = 1e-2;
+  options.save_every = 2;
+  const auto coded = [](const qd::BinaryCodeOptions& code) {
+    auto model = open();
+    model.read = [=](const qd::BaseOptions&) { return test::tiny_weights<float>(config(), true, {.binary = code}); };
+    return model;
+  };
+  const qd::BinaryCodeOptions code{.planes = 3, .group_size = 16};
+
+  options.out = (folder / "cpu").string();
+  const auto expected = report(options, coded(code), data(), examples::CpuDevice(1));
+  options.out = (folder / "gpu").string();
+  options.device = "cuda";
+  for (const bool resumed : {false, true}) {
+    CAPTURE(resumed);
+    options.resume = resumed;
+    const auto found = report(options, coded(code), data(), examples::CudaDevice());
+    check_step_losses(found, expected);
+    check_plan(found, !resumed);
+  }
+
+  // The device's scales are the CPU's, and give the same logits on either.
+  examples::EvaluateOptions asked;
+  asked.adapter = (folder / "gpu" / "adapter").string();
+  const auto adapter = examples::open_adapter(asked.adapter);
+  REQUIRE(adapter.alpha);
+  asked.ids = "3,4,5,6";
+  const auto logits = [&](const char* name, const auto& device) {
+    auto model = coded(code);
+    asked.logits = (folder / name).string();
+    REQUIRE(examples::evaluate<float>(asked, adapter, model, device) == 0);
+    return qd::SafetensorsFile(asked.logits).matrix("logits");
+  };
+  const auto here = logits("cpu.safetensors", examples::CpuDevice(1)), there = logits("gpu.safetensors", examples::CudaDevice());
+  for (Index i = 0; i < here.rows(); ++i)
+    for (Index j = 0; j < here.cols(); ++j) CHECK(std::fabs(there(i, j) - here(i, j)) <= 1e-3f);
+}
+
 TEST_CASE("moments in the host's memory change no bit of a run, and are planned there", "[cuda]") {
   examples::FinetuneOptions options;
   options.recipe_name = "order-then-nest";

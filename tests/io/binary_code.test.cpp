@@ -19,7 +19,7 @@
 namespace binary_code_test {
 
 namespace qd = qdylora;
-using qd::BinaryCodedTensor;
+using BinaryCodedTensor = qd::BinaryCodedTensor<>;
 using qd::DType;
 using qd::Errc;
 using qd::Index;

@@ -68,7 +68,7 @@ TEST_CASE("an alpha layer's outputs are x W^T + bias of the planes in use, in an
   const auto shape = GENERATE(Shape{7, 6, 0}, Shape{40, 9, 16}, Shape{1030, 530, 64});
   const Index tokens = GENERATE(1, 3, 20);
   const qd::BinaryCodeOptions code{.planes = 3, .group_size = shape.group_size, .iterations = 2};
-  const auto codes = std::make_shared<const qd::BinaryCodedTensor>(
+  const auto codes = std::make_shared<const qd::BinaryCodedTensor<>>(
       qd::binary_quantize(test::normal_matrix<float>(shape.out, shape.in, 1, 0.2).view(), code));
   const auto check = [&]<class T>(T, double tolerance) {
     AlphaLinear<T> layer(codes, {.trained_planes = 2});
@@ -316,7 +316,7 @@ TEST_CASE("what a caller can do wrong with an alpha layer is a typed error that 
   };
   fails(Errc::bad_argument, [&] { make(0); });
   fails(Errc::bad_argument, [&] { make(4); });
-  fails(Errc::bad_argument, [] { AlphaLinear<float>(std::shared_ptr<const qd::BinaryCodedTensor>(), {.name = "mlp.up"}); });
+  fails(Errc::bad_argument, [] { AlphaLinear<float>(std::shared_ptr<const qd::BinaryCodedTensor<>>(), {.name = "mlp.up"}); });
   auto layer = make(1);
   fails(Errc::bad_argument, [&] { layer.set_planes(0); });
   fails(Errc::bad_argument, [&] { layer.set_planes(4); });

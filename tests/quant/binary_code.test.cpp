@@ -19,7 +19,7 @@
 namespace binary_code_test {
 
 namespace qd = qdylora;
-using qd::BinaryCodedTensor;
+using BinaryCodedTensor = qd::BinaryCodedTensor<>;
 using qd::BinaryCodeOptions;
 using qd::BinaryCodeShape;
 using qd::Errc;
@@ -56,7 +56,7 @@ double error(const BinaryCodedTensor& t, qd::MatrixView<const float> w, Index i,
 std::vector<double> errors(const BinaryCodedTensor& t, qd::MatrixView<const float> w) {
   std::vector<double> result;
   for (Index i = 0; i < t.rows(); ++i)
-    t.for_each_group(0, t.cols(), [&](Index, Index first, Index count) {
+    t.shape().for_each_group(0, t.cols(), [&](Index, Index first, Index count) {
       result.push_back(error(t, w, i, first, first + count, [&](Index k) { return scale(t, k, i, first); }));
     });
   return result;
@@ -201,7 +201,7 @@ TEST_CASE("the scales are the best for their codes, and the codes the nearest fo
   const auto w = test::normal_matrix<float>(6, 96, 2);
   const auto t = qd::binary_quantize(w.view(), {.planes = planes, .group_size = 32, .iterations = 200});
   for (Index i = 0; i < 6; ++i)
-    t.for_each_group(0, 96, [&](Index, Index first, Index count) {
+    t.shape().for_each_group(0, 96, [&](Index, Index first, Index count) {
       const Index end = first + count;
       const double best = error(t, w, i, first, end, [&](Index k) { return scale(t, k, i, first); });
       for (Index moved = 0; moved < planes; ++moved)

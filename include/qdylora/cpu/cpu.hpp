@@ -5,8 +5,8 @@
 #include <utility>
 
 #include <qdylora/backend.hpp>
+#include <qdylora/cpu/binary_products.hpp>
 #include <qdylora/cpu/elementwise.hpp>
-#include <qdylora/cpu/products.hpp>
 #include <qdylora/cpu/transformer.hpp>
 
 namespace qdylora {
@@ -93,6 +93,11 @@ class Cpu {
     expect_shape("dequantize: y", y, weight.rows, weight.cols);
     detail::dequantize(run_, weight, y);
   }
+  template <class S>
+  void dequantize(const BinaryCodedView<S>& weight, MatrixView<S> y) const {
+    expect_shape("dequantize: y", y, weight.rows, weight.cols);
+    detail::dequantize(run_, weight, y);
+  }
 
   // products
   template <class T, class W, class Y>
@@ -106,6 +111,11 @@ class Cpu {
   template <class U, class T, class S>
   void weight_gradient(MatrixView<U> u, MatrixView<T> x, MatrixView<S> g, Update update = Update::overwrite) const {
     detail::weight_gradient(run_, MatrixView<const S>(u), MatrixView<const std::remove_const_t<T>>(x), g, update);
+  }
+
+  template <class S>
+  void add_sums_of_signs(In<S> d, const BinaryCodedView<S>& w, Index first, MatrixView<S> sums) const {
+    detail::add_sums_of_signs(run_, d, w, first, sums);
   }
 
   // elementwise
@@ -243,7 +253,7 @@ class Cpu {
   detail::CpuRun run_;
 };
 
-static_assert(HasAdamW8<Cpu> && HasLion<Cpu, float> && HasLayerNorm<Cpu, float> && HasLayerNorm<Cpu, bfloat16>);
+static_assert(HasAdamW8<Cpu> && HasLion<Cpu, float> && HasLayerNorm<Cpu, float> && HasLayerNorm<Cpu, bfloat16> && HasBinaryCodes<Cpu, double>);
 static_assert(FullBackend<Cpu, float> && FullBackend<Cpu, double> && FullBackend<Cpu, bfloat16> && FullBackend<Cpu, half>);
 
 }  // namespace qdylora

@@ -75,6 +75,11 @@ class Cuda {
     expect_shape("dequantize: y", y, weight.rows, weight.cols);
     detail::dequantize(*context_, weight, y);
   }
+  template <class S>
+  void dequantize(const BinaryCodedView<S>& weight, MatrixView<S> y) const {
+    expect_shape("dequantize: y", y, weight.rows, weight.cols);
+    detail::dequantize(*context_, weight, y);
+  }
   /// A weight that the host has quantized or loaded, and may let go at once. Waits.
   template <CodeFormat Format, class Scales>
   QuantizedTensor<Format, Scales, DeviceMemory> upload(const QuantizedTensor<Format, Scales>& w) const {
@@ -82,6 +87,20 @@ class Cuda {
                                                         detail::on_device<Scales>(*context_, w.scales()));
     synchronize();
     return there;
+  }
+  BinaryCodedTensor<DeviceMemory> upload(const BinaryCodedTensor<>& w) const {
+    Matrix<float, DeviceMemory> scales(w.scales().rows, w.scales().cols, context_->memory());
+    upload(w.scales(), scales.view());
+    BinaryCodedTensor<DeviceMemory> there(w.shape(), detail::on_device(*context_, w.bits()), std::move(scales));
+    synchronize();
+    return there;
+  }
+  BinaryCodedTensor<> download(const BinaryCodedTensor<DeviceMemory>& w) const {
+    Buffer<std::uint8_t> bits(w.bits().size());
+    detail::copy_to_host(*context_, w.bits().data(), bits.data(), bits.size());
+    Matrix<float> scales(w.scales().rows, w.scales().cols);
+    download(w.scales(), scales.view());
+    return {w.shape(), std::move(bits), std::move(scales)};
   }
 
   // products
@@ -109,6 +128,11 @@ class Cuda {
   template <class U, class X, class G>
   void weight_gradient(MatrixView<U> u, MatrixView<X> x, MatrixView<G> g, Update update = Update::overwrite) const {
     detail::weight_gradient(*context_, MatrixView<const std::remove_const_t<U>>(u), MatrixView<const std::remove_const_t<X>>(x), g, update);
+  }
+
+  template <class S>
+  void add_sums_of_signs(In<S> d, const BinaryCodedView<S>& w, Index first, MatrixView<S> sums) const {
+    detail::add_sums_of_signs(*context_, d, w, first, sums);
   }
 
   // elementwise
@@ -295,7 +319,7 @@ class Cuda {
 };
 
 template <class T>
-inline constexpr bool cuda_has_what_it_says = FullBackend<Cuda, T> && HasLayerNorm<Cuda, T> && HasMagnitude<Cuda, T>;
+inline constexpr bool cuda_has_what_it_says = FullBackend<Cuda, T> && HasLayerNorm<Cuda, T> && HasMagnitude<Cuda, T> && HasBinaryCodes<Cuda, T>;
 static_assert(HasAdamW8<Cuda> && HasLion<Cuda, float> && HasCopyQueue<Cuda>);
 static_assert(cuda_has_what_it_says<float> && cuda_has_what_it_says<double> && cuda_has_what_it_says<bfloat16> &&
               cuda_has_what_it_says<half>);

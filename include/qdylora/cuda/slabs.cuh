@@ -14,6 +14,7 @@
 #include <concepts>
 #include <type_traits>
 
+#include <qdylora/cuda/binary_codes.cuh>
 #include <qdylora/cuda/dequantize.cuh>
 #include <qdylora/cuda/gemm.cuh>
 

@@ -34,7 +34,7 @@ template <class Layers>
 std::string codes_checksum(const Layers& layers) {
   Xxh64 hash;
   for (const auto* layer : layers) {
-    const BinaryCodedTensor& codes = *layer->codes();
+    const BinaryCodedTensor<>& codes = *layer->codes();
     const MatrixView<const float> scales = codes.scales();
     hash.update(layer->options().name).update(" ").update(shape_text(codes.rows(), codes.cols()));
     hash.update(std::as_bytes(codes.bits().span()));

@@ -45,7 +45,7 @@ inline Matrix<float> read_scales(const SafetensorsFile& file, const std::string&
 }  // namespace detail
 
 /// `tensor` must live until writer.write(). Errors of SafetensorsWriter::add.
-inline void add_binary_code(SafetensorsWriter& writer, const std::string& name, const BinaryCodedTensor& tensor) {
+inline void add_binary_code(SafetensorsWriter& writer, const std::string& name, const BinaryCodedTensor<>& tensor) {
   const BinaryCodeShape& shape = tensor.shape();
   static_assert(sizeof(BinaryCodeShape) == 4 * sizeof(Index));
   writer.add(name + ".binary_shape", DType::I64, {4}, std::as_bytes(std::span(&shape, 1)));
@@ -54,10 +54,10 @@ inline void add_binary_code(SafetensorsWriter& writer, const std::string& name, 
   writer.add(name + ".binary_scales", DType::F32, {shape.planes, shape.rows, shape.groups()},
              std::as_bytes(std::span(scales.data, static_cast<std::size_t>(scales.size()))));
 }
-void add_binary_code(SafetensorsWriter&, const std::string&, BinaryCodedTensor&&) = delete;  // its data would be gone before write()
+void add_binary_code(SafetensorsWriter&, const std::string&, BinaryCodedTensor<>&&) = delete;  // its data would be gone before write()
 
 /// Errc::missing_tensor, dtype, shape_mismatch, bad_argument and block_size (a shape that is none), non_finite, read, truncated.
-inline BinaryCodedTensor load_binary_code(const SafetensorsFile& file, std::string_view name) {
+inline BinaryCodedTensor<> load_binary_code(const SafetensorsFile& file, std::string_view name) {
   const std::string weight(name);
   const std::string header = weight + ".binary_shape";
   detail::expect_stored(file, header, DType::I64, {4});

@@ -123,12 +123,12 @@ void for_each_chunk(Index rows, Index cols, ReadRows&& read_rows, const Backend&
 /// Planes of signs of a weight [rows, cols] from read_rows, which is called as by make_base_weight. Errors of the reader and of
 /// BinaryQuantizer pass through.
 template <class ReadRows, class Backend>
-std::shared_ptr<const BinaryCodedTensor> make_binary_weight(Index rows, Index cols, BinaryCodeOptions options, ReadRows&& read_rows,
+std::shared_ptr<const BinaryCodedTensor<>> make_binary_weight(Index rows, Index cols, BinaryCodeOptions options, ReadRows&& read_rows,
                                                             const Backend& backend) {
   BinaryQuantizer quantizer(rows, cols, options);
   detail::for_each_chunk(rows, cols, read_rows, backend,
                          [&](MatrixView<const float> chunk, const auto& parallel_for) { quantizer.append(chunk, parallel_for); });
-  return std::make_shared<const BinaryCodedTensor>(std::move(quantizer).finish());
+  return std::make_shared<const BinaryCodedTensor<>>(std::move(quantizer).finish());
 }
 
 /// A weight [rows, cols] from read_rows(first_row, MatrixView<float>), which is called in order with at most 4 MiB at a time: the weight

@@ -71,7 +71,7 @@ struct BlockWorkspace {
 
 namespace detail {
 
-struct NoAlphaLinear {};  // on a device
+struct NoAlphaLinear {};  // on a backend without planes of signs
 template <class T, class Backend>
 struct AlphaLinearOf {
   using type = NoAlphaLinear;
@@ -345,7 +345,7 @@ class BlockSteps {
       alpha_.emplace_back(weights_->codes[i], std::move(options), backend_);
       if (weights_->bias[i].size() > 0) alpha_.back().set_bias(weights_->bias[i].view());
     } else {
-      throw Error(Errc::unsupported, name + ": planes of signs need a backend that computes in the host's memory");
+      throw Error(Errc::unsupported, name + ": planes of signs need a backend that computes with them");
     }
   }
 

@@ -16,7 +16,7 @@ namespace qdylora {
 template <class Acc, MemoryResource Memory = HostMemory>
 struct BlockWeights {
   std::vector<std::shared_ptr<const WeightFor<AnyFormat, Memory>>> linear;  // [out, in]
-  std::vector<std::shared_ptr<const BinaryCodedTensor>> codes;              // [out, in] too, in their place for AdapterMethod::alpha
+  std::vector<std::shared_ptr<const BinaryCodedTensor<Memory>>> codes;      // [out, in] too, in their place for AdapterMethod::alpha
   std::vector<Matrix<Acc, Memory>> bias;                                    // [1, out], or empty
   std::vector<LowRank<Acc, Memory>> initial;                                // what adapters begin with, or empty
   NormWeights<Acc, Memory> attention_norm, mlp_norm;                        // mlp_norm is empty where the norm is shared

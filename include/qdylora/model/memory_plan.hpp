@@ -260,11 +260,11 @@ MemoryPlan memory_plan(const ModelShape& s, const MemoryOptions& o) {
     QDYLORA_EXPECTS(o.base.binary, bad_argument, "memory_plan: trained planes of no planes of signs");
     for (const auto& [name, out, in] : s.linears) {
       const Index groups = BinaryCodeShape{out, in, o.base.binary->planes, o.base.binary->group_size}.groups();
-      const Index rows = std::min(alpha_panel_size, out);
+      const Index rows = std::min(binary_panel_size, out);
       add_moments(s.layers, o.trained_planes * out, groups);
       scales += o.trained_planes * out * groups;
-      decoded = std::max(decoded, rows * in);
-      if (o.training) decoded = std::max({decoded, out * std::min(alpha_panel_size, in), rows * (in + o.tokens)});  // dx; D and its dy
+      if (!o.device) decoded = std::max({decoded, rows * in, o.training ? out * std::min(binary_panel_size, in) : 0});  // dx; in workspace there
+      if (o.training) decoded = std::max(decoded, rows * (in + o.tokens));  // D and its dy
     }
   }
   const Index table = s.vocab * s.width;

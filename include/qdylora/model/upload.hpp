@@ -28,11 +28,16 @@ template <class There, class... Storages, class Backend>
 There uploaded_weight(const Weight<Storages...>& weight, const Backend& backend) {
   return std::visit([&](const auto& storage) -> There { return uploaded(storage, backend); }, weight.storage());
 }
+template <class Backend>
+std::shared_ptr<const BinaryCodedTensor<typename Backend::Memory>> uploaded_codes(const BinaryCodedTensor<>& codes, const Backend& backend) {
+  if constexpr (requires { backend.upload(codes); })
+    return std::make_shared<const BinaryCodedTensor<typename Backend::Memory>>(backend.upload(codes));
+  else throw Error(Errc::unsupported, "upload: planes of signs need a backend that computes with them");
+}
 
 }  // namespace detail
 
-/// The weights in the memory of a device, as Decoder<T, Backend> takes them. Those of the host may be let go at once. Errc::unsupported
-/// for planes of signs.
+/// The weights in the memory of a device, as Decoder<T, Backend> takes them. Those of the host may be let go at once.
 template <class Acc, class Backend>
   requires(!Backend::Memory::host)
 std::shared_ptr<const DecoderWeights<Acc, typename Backend::Memory>> upload(const DecoderWeights<Acc>& weights, const Backend& backend) {
@@ -47,8 +52,8 @@ std::shared_ptr<const DecoderWeights<Acc, typename Backend::Memory>> upload(cons
   for (const auto& block : weights.blocks) {
     auto copy = std::make_shared<BlockWeights<Acc, Memory>>(weights.config);
     for (std::size_t i = 0; i < block->linear.size(); ++i) {
-      QDYLORA_EXPECTS(block->linear[i], unsupported, "upload: planes of signs stay in the host's memory");
-      copy->linear[i] = std::make_shared<const Base>(detail::uploaded_weight<Base>(*block->linear[i], backend));
+      if (block->linear[i]) copy->linear[i] = std::make_shared<const Base>(detail::uploaded_weight<Base>(*block->linear[i], backend));
+      if (block->codes[i]) copy->codes[i] = detail::uploaded_codes(*block->codes[i], backend);
       copy->bias[i] = detail::uploaded(block->bias[i], backend);
       copy->initial[i] = {detail::uploaded(block->initial[i].a, backend), detail::uploaded(block->initial[i].b, backend)};
     }

@@ -5,7 +5,7 @@
 //   backward   dx = dy W,              d alpha_k[i, g] += sum_{j in g} b_k[i, j] D[i, j],   D = dy^T x
 //   x [tokens, in], y [tokens, out], W and D [out, in]
 //
-// Neither W nor D exists as a whole: both are made and used 512 rows (in dx: columns) at a time. Codes lie in the host's memory.
+// Neither W nor D exists as a whole: both are made and used some rows (in dx: columns) at a time.
 // Planes have an order (quant/binary_code.hpp): set_planes(q) computes with the first q, and a backward pass then trains those alone.
 // set_tuned(false) computes with the codes' own scales: the base, of which nothing trains.
 #pragma once
@@ -27,12 +27,9 @@ struct AlphaOptions {
   std::string name = "layer";
 };
 
-/// Rows or columns of W that exist at a time; a multiple of 8, where bytes of signs begin.
-inline constexpr Index alpha_panel_size = 512;
-
-/// Binary codes are decoded in the host's memory, by its threads.
+/// What can compute with AlphaLinear.
 template <class B, class T>
-concept AlphaBackend = BackendFor<B, T> && HasHostLoop<B> && B::Memory::host;
+concept AlphaBackend = BackendFor<B, T> && HasBinaryCodes<B, T>;
 
 /// What the backward pass of one forward pass of an AlphaLinear needs. Borrows x, which must stay as it is until then.
 template <Scalar T>
@@ -52,10 +49,11 @@ class AlphaLinear : public OwnPass<AlphaLinear<T, Backend>, T, typename Backend:
   using Acc = Accumulator<T>;
   using Memory = typename Backend::Memory;
   using Param = Parameter<Acc, Memory>;
+  using Codes = BinaryCodedTensor<Memory>;
 
   using Context = AlphaContext<T>;
 
-  /// Codes `weight` [out, in].
+  /// Codes `weight` [out, in], which is in the host's memory.
   template <class S>
   AlphaLinear(MatrixView<S> weight, AlphaOptions options = {}, BinaryCodeOptions code = {}, Backend backend = {})
       : AlphaLinear(make_codes(weight, code, backend), std::move(options), backend) {}
@@ -64,7 +62,7 @@ class AlphaLinear : public OwnPass<AlphaLinear<T, Backend>, T, typename Backend:
       : AlphaLinear(weight.view(), std::move(options), code, backend) {}
   /// On codes that exist, shared with other layers. The trained scales begin as theirs.
   /// Throws Errc::bad_argument unless 1 <= trained_planes <= planes.
-  AlphaLinear(std::shared_ptr<const BinaryCodedTensor> codes, AlphaOptions options = {}, Backend backend = {})
+  AlphaLinear(std::shared_ptr<const Codes> codes, AlphaOptions options = {}, Backend backend = {})
       : backend_(backend), options_(std::move(options)), codes_(std::move(codes)) {
     QDYLORA_EXPECTS(codes_ != nullptr, bad_argument, options_.name + ": no codes");
     planes_ = codes_->planes();
@@ -72,11 +70,12 @@ class AlphaLinear : public OwnPass<AlphaLinear<T, Backend>, T, typename Backend:
     const Index rows = options_.trained_planes * out();
     alpha_ = std::make_shared<Param>(options_.name + ".alpha", rows, codes_->groups());
     backend_.copy(codes_->scales().top_rows(rows), alpha_->value.view());
+    backend_.fill(alpha_->gradient.view(), Acc{});
   }
 
   Index in() const noexcept { return codes_->cols(); }
   Index out() const noexcept { return codes_->rows(); }
-  const std::shared_ptr<const BinaryCodedTensor>& codes() const noexcept { return codes_; }
+  const std::shared_ptr<const Codes>& codes() const noexcept { return codes_; }
   const AlphaOptions& options() const noexcept { return options_; }
   const Backend& backend() const noexcept { return backend_; }
 
@@ -108,12 +107,7 @@ class AlphaLinear : public OwnPass<AlphaLinear<T, Backend>, T, typename Backend:
     expect_shape((options_.name + ": x").c_str(), x, x.rows, in());
     expect_shape((options_.name + ": y").c_str(), y, x.rows, out());
     context = {x, planes_, tuned_ ? std::min(planes_, options_.trained_planes) : 0};
-    Matrix<Acc, Memory> panel;
-    for_each_panel(out(), [&](Index first, Index count) {
-      panel.resize(count, in());
-      decode_part(first, 0, context.planes, context.trained, panel.view());
-      backend_.matmul(x, as_const(panel), y.middle_cols(first, count), Update::overwrite);
-    });
+    backend_.matmul(x, codes(context.planes, context.trained), y, Update::overwrite);
     if (bias_.size() > 0) backend_.add_row(bias_.view(), y);
     context.ready = true;
   }
@@ -125,12 +119,7 @@ class AlphaLinear : public OwnPass<AlphaLinear<T, Backend>, T, typename Backend:
     expect_shape((options_.name + ": dy").c_str(), dy, x.rows, out());
     if (dx.data != nullptr) {
       expect_shape((options_.name + ": dx").c_str(), dx, x.rows, in());
-      Matrix<Acc, Memory> panel;
-      for_each_panel(in(), [&](Index first, Index count) {
-        panel.resize(out(), count);
-        decode_part(0, first, context.planes, context.trained, panel.view());
-        backend_.matmul_transposed(dy, as_const(panel), dx.middle_cols(first, count), Update::overwrite);
-      });
+      backend_.matmul_transposed(dy, codes(context.planes, context.trained), dx, Update::overwrite);
     }
     if (mode == GradientMode::accumulate) add_gradient(dy, context);
   }
@@ -139,15 +128,22 @@ class AlphaLinear : public OwnPass<AlphaLinear<T, Backend>, T, typename Backend:
   Matrix<Acc, Memory> weight(Index planes) const {
     expect_planes("planes", planes);
     Matrix<Acc, Memory> result(out(), in());
-    decode_part(0, 0, planes, std::min(planes, options_.trained_planes), result.view());
+    backend_.dequantize(codes(planes, std::min(planes, options_.trained_planes)), result.view());
     return result;
   }
 
  private:
   template <class S>
-  static std::shared_ptr<const BinaryCodedTensor> make_codes(MatrixView<S> weight, BinaryCodeOptions options, const Backend& backend) {
-    const auto parallel_for = [&backend](Index count, const auto& f) { backend.parallel_for(count, f); };
-    return std::make_shared<const BinaryCodedTensor>(binary_quantize(weight, options, parallel_for));
+  static std::shared_ptr<const Codes> make_codes(MatrixView<S> weight, BinaryCodeOptions options, const Backend& backend) {
+    std::shared_ptr<const BinaryCodedTensor<>> codes;
+    if constexpr (HasHostLoop<Backend>) {
+      const auto parallel_for = [&backend](Index count, const auto& f) { backend.parallel_for(count, f); };
+      codes = std::make_shared<const BinaryCodedTensor<>>(binary_quantize(weight, options, parallel_for));
+    } else {
+      codes = std::make_shared<const BinaryCodedTensor<>>(binary_quantize(weight, options));
+    }
+    if constexpr (Memory::host) return codes;
+    else return std::make_shared<const Codes>(backend.upload(*codes));
   }
 
   void expect_planes(const char* what, Index planes) const {
@@ -157,55 +153,45 @@ class AlphaLinear : public OwnPass<AlphaLinear<T, Backend>, T, typename Backend:
 
   static MatrixView<const Acc> as_const(const Matrix<Acc, Memory>& matrix) { return matrix.view(); }
 
-  // f(first, count)
-  template <class F>
-  static void for_each_panel(Index size, F&& f) {
-    for (Index first = 0; first < size; first += alpha_panel_size) f(first, std::min(alpha_panel_size, size - first));
+  // The first planes, of them the first `trained` with the layer's own scales.
+  BinaryCodedView<Acc> codes(Index planes, Index trained) const {
+    return codes_->view(planes, std::as_const(alpha_->value).view().top_rows(trained * out()));
   }
-
-  // panel = the part of W at (first row, first column), its first `trained` planes with the trained scales
-  void decode_part(Index first_row, Index first_col, Index planes, Index trained, MatrixView<Acc> panel) const {
-    const Index end_col = first_col + panel.cols;
-    backend_.parallel_for(panel.rows, [&](Index i) {
-      const Index row = first_row + i;
-      std::fill_n(panel.row(i), panel.cols, Acc{});
-      codes_->add_planes(
-          row, first_col, end_col, 0, trained, [&](Index k) { return alpha_row(k, row); }, panel.row(i));
-      codes_->add_planes(
-          row, first_col, end_col, trained, planes, [&](Index k) { return codes_->scales(k, row); }, panel.row(i));
-    });
-  }
-  const Acc* alpha_row(Index plane, Index row) const { return std::as_const(alpha_->value).view().row(plane * out() + row); }
 
   void add_gradient(MatrixView<const T> dy, const Context& context) {
     const Index planes = context.trained;
     if (planes == 0) return;
+    const auto signs = codes(planes, planes);
+    const auto gradient = alpha_->gradient.view().top_rows(planes * out());
     Matrix<Acc, Memory> part, d;
-    for_each_panel(out(), [&](Index first, Index count) {
+    for (Index first = 0; first < out(); first += binary_panel_size) {
+      const Index count = std::min(binary_panel_size, out() - first);
       part.resize(dy.rows, count);
       d.resize(count, in());
       backend_.copy(dy.middle_cols(first, count), part.view());
       backend_.weight_gradient(as_const(part), context.x, d.view(), Update::overwrite);
-      backend_.parallel_for(count, [&](Index i) {
-        for (Index k = 0; k < planes; ++k) {
-          Acc* gradient = alpha_->gradient.view().row(k * out() + first + i);
-          const std::uint8_t* signs = codes_->bits(k, first + i);
-          codes_->for_each_group(0, in(), [&](Index group, Index begin, Index size) {
-            gradient[group] += detail::sum_of_signs(signs + begin / 8, size, d.view().row(i) + begin);
-          });
-        }
-      });
-    });
+      backend_.add_sums_of_signs(as_const(d), signs, first, gradient);
+    }
     alpha_->touch(0, planes * out());
   }
 
   Backend backend_;
   AlphaOptions options_;
-  std::shared_ptr<const BinaryCodedTensor> codes_;
+  std::shared_ptr<const Codes> codes_;
   std::shared_ptr<Param> alpha_;
   Matrix<Acc, Memory> bias_;
   Index planes_ = 0;
   bool tuned_ = true;
 };
+
+/// A device's layer on the host, with its codes and scales. Waits.
+template <Scalar T, class Backend>
+  requires(!Backend::Memory::host)
+AlphaLinear<T> to_host(const AlphaLinear<T, Backend>& layer) {
+  const Backend& backend = layer.backend();
+  AlphaLinear<T> copy(std::make_shared<const BinaryCodedTensor<>>(backend.download(*layer.codes())), layer.options());
+  backend.download(layer.alpha().value.view(), copy.alpha().value.view());
+  return copy;
+}
 
 }  // namespace qdylora

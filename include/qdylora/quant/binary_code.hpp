@@ -32,6 +32,17 @@ struct BinaryCodeShape {
   constexpr Index groups() const noexcept { return cols / columns_of_group() + (cols % columns_of_group() != 0); }
   constexpr Index row_bytes() const noexcept { return cols / 8 + (cols % 8 != 0); }
   bool operator==(const BinaryCodeShape&) const = default;
+
+  /// f(group, first, count) for each group that columns [begin, end) touch, with the columns of it that are among them.
+  template <class F>
+  void for_each_group(Index begin, Index end, F&& f) const {
+    const Index size = columns_of_group();
+    while (begin < end) {
+      const Index stop = std::min(end, (begin / size + 1) * size);
+      f(begin / size, begin, stop - begin);
+      begin = stop;
+    }
+  }
 };
 
 /// Throws Errc::bad_argument or block_size, saying which of the four numbers is wrong.
@@ -80,11 +91,21 @@ S sum_of_signs(const std::uint8_t* bits, Index count, const S* x) noexcept {
 
 }  // namespace detail
 
+/// What operations read of planes of signs: the first `planes` of a tensor's, where `own` has scales for a row of a plane with those.
+template <class S>
+struct BinaryCodedView : BinaryCodeShape {
+  const std::uint8_t* bits = nullptr;
+  const float* scales = nullptr;
+  MatrixView<const S> own = {};  // [as many planes, the first, * rows, groups], or empty
+};
+
+/// Memory: where bits and scales are.
+template <MemoryResource Memory = HostMemory>
 class BinaryCodedTensor {
  public:
   BinaryCodedTensor() = default;
   /// Takes existing bits and scales, e.g. those of a file. Throws Errc::shape_mismatch unless their sizes fit the shape.
-  BinaryCodedTensor(BinaryCodeShape shape, Buffer<std::uint8_t> bits, Matrix<float> scales)
+  BinaryCodedTensor(BinaryCodeShape shape, Buffer<std::uint8_t, Memory> bits, Matrix<float, Memory> scales)
       : shape_(shape), bits_(std::move(bits)), scales_(std::move(scales)) {
     expect_valid(shape);
     const Index bytes = shape.planes * shape.rows * shape.row_bytes();
@@ -99,13 +120,24 @@ class BinaryCodedTensor {
   Index planes() const noexcept { return shape_.planes; }
   Index groups() const noexcept { return shape_.groups(); }
 
-  const Buffer<std::uint8_t>& bits() const noexcept { return bits_; }
+  const Buffer<std::uint8_t, Memory>& bits() const noexcept { return bits_; }
   MatrixView<const float> scales() const noexcept { return scales_.view(); }
   /// Row i of plane k, from 0.
   const std::uint8_t* bits(Index plane, Index row) const noexcept {
     return bits_.data() + (plane * shape_.rows + row) * shape_.row_bytes();
   }
-  const float* scales(Index plane, Index row) const noexcept { return scales_.data() + (plane * shape_.rows + row) * groups(); }
+
+  /// The first `planes`, of them the first with other scales, if there are any in `own`. Errc::bad_argument, shape_mismatch.
+  template <class S>
+  BinaryCodedView<S> view(Index planes, MatrixView<const S> own) const {
+    QDYLORA_EXPECTS(planes >= 1 && planes <= shape_.planes, bad_argument,
+                    "binary code: " + std::to_string(planes) + " planes of a tensor of " + std::to_string(shape_.planes));
+    if (own.rows > 0)
+      QDYLORA_EXPECTS(own.rows <= planes * shape_.rows && own.rows % shape_.rows == 0 && own.cols == groups(), shape_mismatch,
+                      "binary code: scales " + detail::shape_text(own.rows, own.cols) + " for planes of " +
+                          detail::shape_text(shape_.rows, groups()));
+    return {{shape_.rows, shape_.cols, planes, shape_.group_size}, bits_.data(), scales_.data(), own};
+  }
 
   std::size_t bytes() const noexcept { return bits_.bytes() + static_cast<std::size_t>(scales_.size()) * sizeof(float); }
   double bits_per_weight() const noexcept {
@@ -113,50 +145,51 @@ class BinaryCodedTensor {
     return size == 0 ? 0.0 : 8.0 * static_cast<double>(bytes()) / static_cast<double>(size);
   }
 
-  /// f(group, first, count) for each group that columns [begin, end) touch, with the columns of it that are among them.
-  template <class F>
-  void for_each_group(Index begin, Index end, F&& f) const {
-    const Index size = shape_.columns_of_group();
-    while (begin < end) {
-      const Index stop = std::min(end, (begin / size + 1) * size);
-      f(begin / size, begin, stop - begin);
-      begin = stop;
-    }
-  }
-
-  /// out[j - begin] += sum_k scales(k)[group of j] * b_k[row, j] for columns [begin, end), plane after plane from first_plane to before
-  /// end_plane; begin is a multiple of 8. scales(k) points to the scales, of any type, of the row's groups in plane k.
-  template <class S, class Scales>
-  void add_planes(Index row, Index begin, Index end, Index first_plane, Index end_plane, Scales&& scales, S* out) const {
-    for (Index k = first_plane; k < end_plane; ++k) {
-      const std::uint8_t* signs = bits(k, row);
-      for_each_group(begin, end, [&](Index group, Index first, Index count) {
-        detail::add_signs(signs + first / 8, count, static_cast<S>(scales(k)[group]), out + (first - begin));
-      });
-    }
-  }
-
  private:
   BinaryCodeShape shape_;
-  Buffer<std::uint8_t> bits_;
-  Matrix<float> scales_;
+  Buffer<std::uint8_t, Memory> bits_;
+  Matrix<float, Memory> scales_;
 };
+
+/// Rows or columns of planes of signs that the host decodes, or sums are made of, at a time; a multiple of 8, where bytes begin.
+inline constexpr Index binary_panel_size = 512;
+
+namespace detail {
+
+template <class S>
+void expect_sums_of_signs(MatrixView<const S> d, const BinaryCodedView<S>& w, Index first, MatrixView<S> sums) {
+  QDYLORA_EXPECTS(first >= 0 && first + d.rows <= w.rows && d.cols == w.cols, shape_mismatch,
+                  "add_sums_of_signs: rows " + std::to_string(first) + " ... of " + shape_text(w.rows, w.cols) + " are not " +
+                      shape_text(d.rows, d.cols));
+  expect_shape("add_sums_of_signs: sums", sums, w.planes * w.rows, w.groups());
+}
+
+// out[j - begin] = w[row, j] for columns [begin, end), plane after plane; begin is a multiple of 8.
+template <class S>
+void decode_row(const BinaryCodedView<S>& w, Index row, Index begin, Index end, S* out) {
+  std::fill_n(out, end - begin, S{});
+  for (Index k = 0; k < w.planes; ++k) {
+    const Index line = k * w.rows + row;
+    const std::uint8_t* signs = w.bits + line * w.row_bytes();
+    w.for_each_group(begin, end, [&](Index group, Index first, Index count) {
+      const S scale = line < w.own.rows ? w.own(line, group) : static_cast<S>(w.scales[line * w.groups() + group]);
+      add_signs(signs + first / 8, count, scale, out + (first - begin));
+    });
+  }
+}
+
+}  // namespace detail
 
 /// out [rows, cols] = the first `planes` planes of a tensor. Errc::bad_argument outside 1 ... its planes; shape_mismatch.
 template <class S>
-void decode(const BinaryCodedTensor& tensor, MatrixView<S> out, Index planes) {
+void decode(const BinaryCodedTensor<>& tensor, MatrixView<S> out, Index planes) {
   static_assert(std::is_same_v<S, float> || std::is_same_v<S, double>, "binary codes decode to float or double");
-  QDYLORA_EXPECTS(planes >= 1 && planes <= tensor.planes(), bad_argument,
-                  "decode: " + std::to_string(planes) + " planes of a tensor of " + std::to_string(tensor.planes()));
+  const auto w = tensor.view(planes, MatrixView<const S>());
   expect_shape("decode: out", out, tensor.rows(), tensor.cols());
-  for (Index i = 0; i < out.rows; ++i) {
-    std::fill_n(out.row(i), out.cols, S{});
-    tensor.add_planes(
-        i, 0, out.cols, 0, planes, [&](Index k) { return tensor.scales(k, i); }, out.row(i));
-  }
+  for (Index i = 0; i < out.rows; ++i) detail::decode_row(w, i, 0, out.cols, out.row(i));
 }
 template <class S>
-void decode(const BinaryCodedTensor& tensor, MatrixView<S> out) {
+void decode(const BinaryCodedTensor<>& tensor, MatrixView<S> out) {
   decode(tensor, out, tensor.planes());
 }
 

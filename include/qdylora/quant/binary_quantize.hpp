@@ -203,7 +203,7 @@ class BinaryQuantizer {
   }
 
   /// Errc::state_order before all rows have come.
-  BinaryCodedTensor finish() && {
+  BinaryCodedTensor<> finish() && {
     QDYLORA_EXPECTS(done_ == shape_.rows, state_order,
                     "binary_quantize: " + std::to_string(done_) + " of " + std::to_string(shape_.rows) + " rows have come");
     return {shape_, std::move(bits_), std::move(scales_)};
@@ -232,7 +232,7 @@ class BinaryQuantizer {
 
 /// Codes `weight` [out, in]. Errors: those of BinaryQuantizer.
 template <class T, class ParallelFor = SerialFor>
-BinaryCodedTensor binary_quantize(MatrixView<T> weight, BinaryCodeOptions options = {}, ParallelFor&& parallel_for = {}) {
+BinaryCodedTensor<> binary_quantize(MatrixView<T> weight, BinaryCodeOptions options = {}, ParallelFor&& parallel_for = {}) {
   BinaryQuantizer quantizer(weight.rows, weight.cols, options);
   quantizer.append(weight, parallel_for);
   return std::move(quantizer).finish();
