@@ -35,7 +35,7 @@ void save_run_state(const std::filesystem::path& path, const std::string& settin
   TrainState state;
   state.add_text("settings", settings);
   model.for_each_trained([&](const auto& linear) { collect(state, linear.adapter().options().name, linear.adapter(), model.backend()); });
-  model.for_each_alpha([&](const auto& layer) { collect(state, layer.options().name, layer.parameters()); });
+  model.for_each_alpha([&](const auto& layer) { collect(state, layer.options().name, layer.parameters(), model.backend()); });
   if (model.options().method == AdapterMethod::full) collect(state, "full", model.parameters(), model.backend());
   collect(state, optimizer_section<Optimizer>, trainer.optimizer());
   collect(state, "gates.adamw", trainer.gate_optimizer());
@@ -98,7 +98,7 @@ void load_run_state(const std::filesystem::path& path, const std::string& settin
       throw Error(Errc::bad_config, "the run to resume had other settings: " + printable(differences, 600), {.file = path.string()});
   }
   model.for_each_trained([&](auto& linear) { restore(state, linear.adapter().options().name, linear.adapter(), model.backend()); });
-  model.for_each_alpha([&](auto& layer) { restore(state, layer.options().name, layer.parameters()); });
+  model.for_each_alpha([&](auto& layer) { restore(state, layer.options().name, layer.parameters(), model.backend()); });
   if (model.options().method == AdapterMethod::full) restore(state, "full", model.parameters(), model.backend());
   restore(state, optimizer_section<Optimizer>, trainer.optimizer());
   restore(state, "gates.adamw", trainer.gate_optimizer());
