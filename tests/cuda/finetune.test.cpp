@@ -204,7 +204,7 @@ TEST_CASE("scales of planes of signs train on the device as on the CPU, and go f
   options.save_every = 2;
   const auto coded = [](const qd::BinaryCodeOptions& code) {
     auto model = open();
-    model.read = [=](const qd::BaseOptions&) { return test::tiny_weights<float>(config(), true, {.binary = code}); };
+    model.read = [=](const qd::BaseOptions&) { return test::tiny_weights<float>(config(), false, {.binary = code}); };
     return model;
   };
   const qd::BinaryCodeOptions code{.planes = 3, .group_size = 16};
