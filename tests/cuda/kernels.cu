@@ -83,6 +83,8 @@ void every_operation(const qd::Cuda& cuda, qd::MatrixView<T> x, qd::MatrixView<q
   cuda.attention(x, x, x, rows, {}, x, a);
   cuda.attention_backward(x, x, x, x, x, a, rows, {}, x, x, x);
   cuda.attention_decode(x, std::span<const qd::MatrixView<const T>>(), std::span<const qd::MatrixView<const T>>(), {}, x);
+  cuda.dequantize(qd::BinaryCodedView<qd::Accumulator<T>>(), a);
+  cuda.add_sums_of_signs(a, qd::BinaryCodedView<qd::Accumulator<T>>(), 0, a);
   cuda.dequantize(cuda.quantize<qd::NF4, qd::DoubleQuant<>>(x).view(), x);
   cuda.dequantize(cuda.quantize<qd::FP4, qd::Float32Scales>(x).view(), x);
   cuda.dequantize(cuda.quantize<qd::INT4, qd::DoubleQuant<qd::FP8E4M3>>(x).view(), x);
@@ -101,6 +103,7 @@ void every_product(const qd::Cuda& cuda, qd::MatrixView<T> x, qd::MatrixView<qd:
   both_ways(cuda.quantize<qd::NF4, qd::Float32Scales>(x).view());
   both_ways(cuda.quantize<qd::FP4, qd::DoubleQuant<>>(x).view());
   both_ways(cuda.quantize<qd::FP8E4M3, qd::DoubleQuant<>>(x).view());
+  both_ways(qd::BinaryCodedView<qd::Accumulator<T>>());
   cuda.matmul(x, cuda.quantize<qd::NF4, qd::DoubleQuant<>>(x).view(), a);
   if constexpr (sizeof(T) == 2) cuda.matmul(x, cuda.quantize<qd::NF4, qd::DoubleQuant<>>(x).view(), x, qd::Update::accumulate, {a, x});
   both_ways(bf16);

@@ -124,7 +124,7 @@ void for_each_chunk(Index rows, Index cols, ReadRows&& read_rows, const Backend&
 /// BinaryQuantizer pass through.
 template <class ReadRows, class Backend>
 std::shared_ptr<const BinaryCodedTensor<>> make_binary_weight(Index rows, Index cols, BinaryCodeOptions options, ReadRows&& read_rows,
-                                                            const Backend& backend) {
+                                                              const Backend& backend) {
   BinaryQuantizer quantizer(rows, cols, options);
   detail::for_each_chunk(rows, cols, read_rows, backend,
                          [&](MatrixView<const float> chunk, const auto& parallel_for) { quantizer.append(chunk, parallel_for); });

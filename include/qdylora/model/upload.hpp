@@ -37,7 +37,8 @@ std::shared_ptr<const BinaryCodedTensor<typename Backend::Memory>> uploaded_code
 
 }  // namespace detail
 
-/// The weights in the memory of a device, as Decoder<T, Backend> takes them. Those of the host may be let go at once.
+/// The weights in the memory of a device, as Decoder<T, Backend> takes them. Those of the host may be let go at once. Errc::unsupported
+/// for planes of signs where the backend has no products with them.
 template <class Acc, class Backend>
   requires(!Backend::Memory::host)
 std::shared_ptr<const DecoderWeights<Acc, typename Backend::Memory>> upload(const DecoderWeights<Acc>& weights, const Backend& backend) {

@@ -1,6 +1,7 @@
 // Compiled by NVRTC: kernels of each header that has some.
 #include <qdylora/cuda/adamw8.cuh>
 #include <qdylora/cuda/attention_decode.cuh>
+#include <qdylora/cuda/binary_codes.cuh>
 #include <qdylora/cuda/cross_entropy.cuh>
 #include <qdylora/cuda/few_tokens.cuh>
 #include <qdylora/cuda/layer_norm.cuh>
@@ -15,6 +16,7 @@ namespace device = qd::device;
 
 #define QDYLORA_KERNEL(...) template __global__ void device::run(const __grid_constant__ device::__VA_ARGS__)
 QDYLORA_KERNEL(AdamW8Rows);
+QDYLORA_KERNEL(AddSumsOfSigns<float>);
 QDYLORA_KERNEL(Attention<device::AttentionTiles<qd::half, 64, 4, 64>>);
 QDYLORA_KERNEL(AttentionBackwardQ<device::AttentionTiles<qd::half, 64, 4, 32>>);
 QDYLORA_KERNEL(AttentionBackwardKV<device::AttentionTiles<qd::half, 64, 4, 32>>);
@@ -25,6 +27,7 @@ QDYLORA_KERNEL(ForEach<device::AdamWRows<float>>);
 QDYLORA_KERNEL(ForEach<device::ByNeighbours<device::AddRuns<qd::bfloat16>, 4>>);
 QDYLORA_KERNEL(ForEach<device::ColumnSums<float, float, qd::bfloat16>>);
 QDYLORA_KERNEL(ForEach<device::DequantizeElement<qd::FP8E4M3, qd::Float32Scales, float>>);
+QDYLORA_KERNEL(ForEach<device::ByNeighbours<device::DecodePlanes<float, qd::bfloat16>, 8>>);
 QDYLORA_KERNEL(ForEach<device::ByNeighbours<device::Dropout<qd::bfloat16>, 8>>);
 QDYLORA_KERNEL(ForEach<device::ByNeighbours<device::Gelu<qd::bfloat16>, 8>>);
 QDYLORA_KERNEL(ForEach<device::MagnitudeFactors<float>>);
