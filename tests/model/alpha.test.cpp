@@ -350,6 +350,12 @@ qd::Matrix<S, CountedHost> there(const qd::Matrix<S>& here) {
   return copy;
 }
 
+std::shared_ptr<const qd::BinaryCodedTensor<CountedHost>> there(const qd::BinaryCodedTensor<>& here) {
+  qd::Buffer<std::uint8_t, CountedHost> bits(here.bits().size());
+  std::ranges::copy(here.bits().span(), bits.data());
+  return std::make_shared<const qd::BinaryCodedTensor<CountedHost>>(here.shape(), std::move(bits), there(qd::clone(here.scales())));
+}
+
 std::shared_ptr<const qd::DecoderWeights<float, CountedHost>> there(const qd::DecoderWeights<float>& here) {
   const auto norm = [](const qd::NormWeights<float>& n) { return qd::NormWeights<float, CountedHost>{there(n.weight), there(n.bias)}; };
   auto weights = std::make_shared<qd::DecoderWeights<float, CountedHost>>();
@@ -358,7 +364,7 @@ std::shared_ptr<const qd::DecoderWeights<float, CountedHost>> there(const qd::De
   weights->final_norm = norm(here.final_norm);
   for (const auto& from : here.blocks) {
     auto block = std::make_shared<qd::BlockWeights<float, CountedHost>>(here.config);
-    block->codes = from->codes;
+    std::ranges::transform(from->codes, block->codes.begin(), [](const auto& codes) { return there(*codes); });
     block->attention_norm = norm(from->attention_norm);
     block->mlp_norm = norm(from->mlp_norm);
     weights->blocks.push_back(std::move(block));
