@@ -1,13 +1,15 @@
 // The runtime around the kernels: contexts, memory, traffic, and what is said where a machine lacks something.
-#include <qdylora/cuda/context.cuh>
+#include <qdylora/cuda.hpp>
 
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "support/catch.hpp"
 #include "support/cuda_emulator/device_array.hpp"
 #include "support/files.hpp"
 #include "support/random_data.hpp"
+#include "support/stream_orders.hpp"
 
 namespace runtime_test {
 
@@ -150,6 +152,45 @@ TEST_CASE("a stream that is put off shows a wait that is missing") {
       CHECK(target.host()[0] == (waits || late != test::emulator::Late::others ? 7 : 0));
       cudaStreamSynchronize(side.get());
     }
+}
+
+TEST_CASE("a stream that is destroyed leaves what is put off to what waits for it") {
+  const RestoredMachine restored;
+  const qd::CudaContext context({.workspace_bytes = 1 << 20});
+  machine().late = test::emulator::Late::others;
+  const auto begin_copy = [](int* from, int* to) {
+    cudaStream_t stream;
+    cudaStreamCreate(&stream);
+    cudaMemcpyAsync(to, from, sizeof(int), cudaMemcpyDeviceToDevice, stream);
+    cudaStreamDestroy(stream);
+  };
+  test::DeviceArray<int> target(1);
+  target.set(std::vector{0});
+  test::DeviceArray<int> source(1);
+  source.set(std::vector{7});
+  begin_copy(source.data(), target.data());
+  CHECK(target.host()[0] == 0);
+  CHECK(machine().streams == 2);
+  cudaStreamSynchronize(cudaStreamLegacy);
+  CHECK(target.host()[0] == 7);
+  {
+    test::DeviceArray<int> brief(1);
+    begin_copy(brief.data(), target.data());
+  }
+  CHECK_THROWS_AS(cudaStreamSynchronize(cudaStreamLegacy), test::emulator::Fault);
+  CHECK(target.host()[0] == 7);
+}
+
+TEST_CASE("a queue of copies goes when they are done") {
+  const qd::CudaContext context({.workspace_bytes = 1 << 20});
+  const qd::Cuda cuda(context);
+  test::in_every_order([&] {
+    qd::Matrix<float, qd::DeviceMemory> source(3, 4, context.memory());
+    qd::Matrix<float, qd::PinnedMemory> target(3, 4);
+    cuda.fill(source.view(), 7.0f);
+    qd::CopyQueue(context, 1).to_host(std::as_const(source).view(), target.view(), 0);
+    for (const float x : target.span()) CHECK(x == 7.0f);
+  });
 }
 
 TEST_CASE("memory without a stream of its own waits for all contexts, also where each thread has its own default stream") {

@@ -132,11 +132,17 @@ inline cudaError_t cudaStreamCreate(cudaStream_t* stream) {
   test::emulator::streams().push_back(*stream);
   return test::emulator::result(cudaSuccess);
 }
+/// What is put off is done when something waits for it, at the latest when no stream is left.
 inline cudaError_t cudaStreamDestroy(cudaStream_t stream) {
-  stream->line->run_all();
-  std::erase(test::emulator::streams(), stream);
-  delete stream;
-  --test::emulator::machine().streams;
+  auto& all = test::emulator::streams();
+  const bool last = --test::emulator::machine().streams == 0;
+  if (last)
+    for (CUstream_st* each : all) each->line->run_all();
+  std::erase_if(all, [&](CUstream_st* each) {
+    const bool ends = last || (each == stream && each->line->empty());
+    if (ends) delete each;
+    return ends;
+  });
   return test::emulator::result(cudaSuccess);
 }
 inline constexpr unsigned cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2;
@@ -287,7 +293,7 @@ inline cudaError_t cudaMemcpy2DAsync(void* to, std::size_t to_pitch, const void*
                                      std::size_t height, cudaMemcpyKind kind, cudaStream_t stream) {
   if (width > to_pitch || width > from_pitch) return test::emulator::result(cudaErrorInvalidValue);
   if (width == 0 || height == 0) return test::emulator::result(cudaSuccess);
-  const auto outside = [&](const void* begin, std::size_t pitch) {
+  const auto outside = [=](const void* begin, std::size_t pitch) {
     return test::emulator::global_memory().complaint(begin, (height - 1) * pitch + width, 1).has_value();
   };
   const bool from_outside = outside(from, from_pitch), to_outside = outside(to, to_pitch);
@@ -306,7 +312,11 @@ inline cudaError_t cudaMemcpy2DAsync(void* to, std::size_t to_pitch, const void*
     return test::emulator::result(
         test::emulator::issue(stream, [copy, staged = std::move(staged), from_pitch] { copy(staged.data(), from_pitch); }));
   }
-  const auto done = test::emulator::issue(stream, [=] { copy(source, from_pitch); });
+  const auto done = test::emulator::issue(stream, [=] {
+    if (outside(from, from_pitch) || outside(to, to_pitch) != to_outside)
+      throw test::emulator::Fault({"cudaMemcpyAsync"}, "memory has been given back that is yet to be copied");
+    copy(source, from_pitch);
+  });
   if (to_outside && done == cudaSuccess && !test::emulator::is_default(stream)) cudaStreamSynchronize(stream);  // the host waits
   return test::emulator::result(done);
 }
