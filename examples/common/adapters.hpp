@@ -67,20 +67,22 @@ inline OpenAdapter open_adapter(const std::filesystem::path& folder) {
 /// whose scales go back. Errc::unsupported on a backend without planes of signs.
 template <class T, class Backend, class F>
 void with_alpha_layers(Decoder<T, Backend>& model, F&& f) {
-  if constexpr (AlphaBackend<Backend, T>) {
-    std::vector<AlphaLinear<T>> copies;
-    if constexpr (!Backend::Memory::host) model.for_each_alpha([&](const auto& layer) { copies.push_back(to_host(layer)); });
-    std::vector<AlphaLinear<T>*> layers;
-    for (auto& layer : copies) layers.push_back(&layer);
-    if constexpr (Backend::Memory::host) model.for_each_alpha([&](auto& layer) { layers.push_back(&layer); });
-    f(layers);
-    if constexpr (!Backend::Memory::host) {
-      std::size_t i = 0;
-      model.for_each_alpha([&](auto& layer) { model.backend().upload(std::as_const(copies[i++].alpha().value).view(), layer.alpha().value.view()); });
-      model.backend().synchronize();
-    }
-  } else {
+  if constexpr (!AlphaBackend<Backend, T>) {
     throw Error(Errc::unsupported, "the method alpha needs a backend that computes with planes of signs");
+  } else if constexpr (Backend::Memory::host) {
+    std::vector<AlphaLinear<T, Backend>*> layers;
+    model.for_each_alpha([&](auto& layer) { layers.push_back(&layer); });
+    f(layers);
+  } else {
+    using Copy = AlphaCopy<Accumulator<T>>;
+    std::vector<Copy> copies;
+    model.for_each_alpha([&](const auto& layer) { copies.push_back(to_host(layer)); });
+    std::vector<Copy*> layers;
+    for (Copy& copy : copies) layers.push_back(&copy);
+    f(layers);
+    std::size_t i = 0;
+    model.for_each_alpha([&](auto& layer) { model.backend().upload(std::as_const(copies[i++].alpha().value).view(), layer.alpha().value.view()); });
+    model.backend().synchronize();
   }
 }
 

@@ -49,9 +49,12 @@ class CpuDevice {
   template <Scalar T>
   ScratchPlan scratch_of(const MemoryOptions& o, const ModelShape& s) const {
     using Acc = Accumulator<T>;
-    const bool by_four = o.base.format != BaseFormat::fp8, coded = o.base.format < BaseFormat::bfloat16 && !o.base.binary && !s.whole;
+    const bool by_four = o.base.format != BaseFormat::fp8, signs = o.base.binary.has_value();
+    const bool coded = (o.base.format < BaseFormat::bfloat16 || signs) && !s.whole;
     const bool floats = o.base.format < BaseFormat::int4 && !o.base.double_quant;  // scales, which are not decoded
-    const ScratchWeight base{.coded = coded, .bits = by_four ? 4 : 8, .decoded_block = by_four && coded && !floats ? o.base.block_size : 0};
+    const ScratchWeight base{.coded = coded,
+                             .bits = signs ? 1 : by_four ? 4 : 8,
+                             .decoded_block = by_four && coded && !floats && !signs ? o.base.block_size : 0};
     const ScratchWeight table{.coded = o.coded_tables && !s.whole, .bits = 8};
     ScratchPlan plan(cpu_);
     const auto passes = [&](Index tokens, Index scored, bool training) {

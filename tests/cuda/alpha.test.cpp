@@ -8,7 +8,7 @@
 #include <qdylora/cuda.hpp>
 #include <qdylora/nn/alpha_linear.hpp>
 
-#include "backend/harness.inc"
+#include "backend/binary_codes.inc"
 #include "support/catch.hpp"
 
 namespace alpha_test {
@@ -69,6 +69,16 @@ struct Pair {
 };
 
 }  // namespace
+
+TEMPLATE_TEST_CASE("products with planes of signs are the reference's on the device", "[cuda]", float, double, qd::bfloat16, qd::half) {
+  const qd::CudaContext context({.workspace_bytes = std::size_t{1} << 18});  // several slabs
+  test::binary_coded_products<Cuda, TestType>(Cuda(context));
+}
+
+TEMPLATE_TEST_CASE("sums of signs are the reference's on the device", "[cuda]", float, double) {
+  const qd::CudaContext context({.workspace_bytes = std::size_t{1} << 18});
+  test::sums_of_signs<Cuda, TestType>(Cuda(context));
+}
 
 TEST_CASE("planes of signs decode on the device to the bits that they have on the host", "[cuda]") {
   const qd::CudaContext context({.workspace_bytes = std::size_t{1} << 20});
@@ -140,7 +150,9 @@ TEMPLATE_TEST_CASE("an alpha layer has on the device the outputs and gradients t
     }
 
   const auto back = qd::to_host(pair.there);
-  CHECK(test::same_bits(back.weight(planes).view(), pair.here.weight(planes).view()));
+  CHECK(test::same_bits(back.alpha().value.view(), pair.here.alpha().value.view()));
+  CHECK(test::same_bits(back.codes()->scales(), pair.here.codes()->scales()));
+  CHECK(std::ranges::equal(back.codes()->bits().span(), pair.here.codes()->bits().span()));
   CHECK(back.codes()->shape() == pair.here.codes()->shape());
 }
 

@@ -9,8 +9,8 @@
 
 namespace qdylora {
 
-/// A weight, as far as scratch memory depends on it: dense or in codes, with how many numbers share a scale that is decoded beforehand, as
-/// those of 4-bit weights under double quantization are; 0: none.
+/// A weight, as far as scratch memory depends on it: dense or in codes (bits = 1: in planes of signs), with how many numbers share a scale that is
+/// decoded beforehand, as those of 4-bit weights under double quantization are; 0: none.
 struct ScratchWeight {
   bool coded = false;
   Index bits = 0, decoded_block = 0;
@@ -24,6 +24,7 @@ class ScratchPlan {
   /// y [tokens, outputs] of Y, of x [tokens, depth] of X and a weight of outputs x depth numbers. y_stride: where it is not `outputs`.
   template <class X, class Y>
   void forward(Index tokens, Index outputs, Index depth, ScratchWeight weight = {}, Index y_stride = 0) {
+    if (weight.coded && weight.bits == 1) own(4, detail::panel_width * detail::panel_cells);
     const bool tiles = weight.bits == 4 && bits16<X>() && run().codes().tiles;
     if (!tiles) return multiply<X, Y>(tokens, outputs, depth, weight, depth, y_stride == 0 ? outputs : y_stride);
     scales(outputs * depth, weight);

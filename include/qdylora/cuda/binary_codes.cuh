@@ -48,7 +48,7 @@ struct DecodePlanes {
 template <class S>
 struct AddSumsOfSigns {
   static constexpr int threads = 256;
-  static constexpr int warps = threads / warp_size, most_planes = 8;
+  static constexpr int warps = threads / warp_size;
 
   BinaryCodedView<S> w;
   MatrixView<const S> d;

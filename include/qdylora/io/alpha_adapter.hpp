@@ -59,10 +59,9 @@ inline bool is_alpha_adapter(const std::filesystem::path& folder) { return std::
 /// Saves the trained scales of a model's layers as a folder, which is made if it is absent, crash-safe as save_peft_adapter; another
 /// adapter there goes. `code` is what the codes were made with. Errc::bad_argument (no layers; layers of other planes, groups or trained
 /// planes than the first or `code`), duplicate, non_finite, open, and those of AtomicFile.
-template <Scalar T, class Backend>
-  requires(std::same_as<Accumulator<T>, float>)
-void save_alpha_adapter(const std::filesystem::path& folder, const std::vector<AlphaLinear<T, Backend>*>& layers,
-                        const BinaryCodeOptions& code, const std::string& base_model = "") {
+template <AlphaLayer Layer>
+void save_alpha_adapter(const std::filesystem::path& folder, const std::vector<Layer*>& layers, const BinaryCodeOptions& code,
+                        const std::string& base_model = "") {
   QDYLORA_EXPECTS(!layers.empty(), bad_argument, "save_alpha_adapter: no layers");
   const Index trained = layers.front()->options().trained_planes;
   SafetensorsWriter model;
@@ -99,7 +98,7 @@ inline AlphaAdapter read_alpha_config(const std::filesystem::path& folder, const
   if (const auto version = get_integer(json, "version", 0, most, place); version != 1)
     throw Error(Errc::version, "expected version 1, found " + std::to_string(version), place);
   AlphaAdapter adapter;
-  adapter.code.planes = get_integer(json, "planes", 1, 8, place);
+  adapter.code.planes = get_integer(json, "planes", 1, most_planes, place);
   adapter.code.group_size = get_integer(json, "group_size", 0, most, place);
   if (adapter.code.group_size % 8 != 0)
     throw Error(Errc::bad_config, "group_size: expected a multiple of 8, found " + std::to_string(adapter.code.group_size), place);
@@ -113,9 +112,8 @@ inline AlphaAdapter read_alpha_config(const std::filesystem::path& folder, const
 /// Puts the scales of a folder into the layers of a model, all that there are. Errc::bad_config (other codes than they were trained with),
 /// unexpected_tensor (more layers than the model has), and the errors of read_alpha_config, SafetensorsFile and load_alpha; after one the
 /// scales may have changed in part.
-template <Scalar T, class Backend>
-  requires(std::same_as<Accumulator<T>, float>)
-void load_alphas(const std::filesystem::path& folder, const std::vector<AlphaLinear<T, Backend>*>& layers, const Limits& limits = {}) {
+template <AlphaLayer Layer>
+void load_alphas(const std::filesystem::path& folder, const std::vector<Layer*>& layers, const Limits& limits = {}) {
   const AlphaAdapter adapter = read_alpha_config(folder, limits);
   if (const std::string found = detail::codes_checksum(layers); found != adapter.codes)
     throw Error(Errc::bad_config,

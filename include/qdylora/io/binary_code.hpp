@@ -77,20 +77,18 @@ inline BinaryCodedTensor<> load_binary_code(const SafetensorsFile& file, std::st
 }
 
 /// What a task has of its own: the trained scales of a layer, under the layer's name, which must live until writer.write().
-template <Scalar T, class Backend>
-  requires std::same_as<Accumulator<T>, float>
-void add_alpha(SafetensorsWriter& writer, const AlphaLinear<T, Backend>& layer) {
-  writer.add(layer.options().name + ".alpha", DType::F32, {layer.options().trained_planes, layer.out(), layer.codes()->groups()},
+template <AlphaLayer Layer>
+void add_alpha(SafetensorsWriter& writer, const Layer& layer) {
+  writer.add(layer.options().name + ".alpha", DType::F32, {layer.options().trained_planes, layer.codes()->rows(), layer.codes()->groups()},
              std::as_bytes(layer.alpha().value.span()));
 }
 
 /// Puts them back into a layer of the same name, shape and trained planes. Errc::missing_tensor, dtype, shape_mismatch, non_finite, read,
 /// truncated; the layer is then as it was.
-template <Scalar T, class Backend>
-  requires std::same_as<Accumulator<T>, float>
-void load_alpha(const SafetensorsFile& file, AlphaLinear<T, Backend>& layer) {
-  const Matrix<float> alpha = detail::read_scales(file, layer.options().name + ".alpha", layer.options().trained_planes, layer.out(),
-                                                  layer.codes()->groups());
+template <AlphaLayer Layer>
+void load_alpha(const SafetensorsFile& file, Layer& layer) {
+  const Matrix<float> alpha = detail::read_scales(file, layer.options().name + ".alpha", layer.options().trained_planes,
+                                                  layer.codes()->rows(), layer.codes()->groups());
   copy(alpha.view(), layer.alpha().value.view());
 }
 

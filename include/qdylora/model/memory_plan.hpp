@@ -255,16 +255,15 @@ MemoryPlan memory_plan(const ModelShape& s, const MemoryOptions& o) {
     most_rounded = std::max(most_rounded, largest_rank * (in + out));
     given_back = std::max(given_back, 2 * largest_rank * acc + (o.dropout ? in * t : 0));
   }
-  Index scales = 0, decoded = 0;  // of AlphaLinear: a block's trained scales; the most numbers that a pass has of a layer and gives back
+  Index scales = 0, weight_gradient = 0;  // of AlphaLinear: a block's trained scales; numbers of a part of a weight's gradient, and of its dy
   if (o.trained_planes > 0) {
     QDYLORA_EXPECTS(o.base.binary, bad_argument, "memory_plan: trained planes of no planes of signs");
     for (const auto& [name, out, in] : s.linears) {
       const Index groups = BinaryCodeShape{out, in, o.base.binary->planes, o.base.binary->group_size}.groups();
-      const Index rows = std::min(binary_panel_size, out);
+      const Index rows = std::min(alpha_panel_size, out);
       add_moments(s.layers, o.trained_planes * out, groups);
       scales += o.trained_planes * out * groups;
-      if (!o.device) decoded = std::max({decoded, rows * in, o.training ? out * std::min(binary_panel_size, in) : 0});  // dx; in workspace there
-      if (o.training) decoded = std::max(decoded, rows * (in + o.tokens));  // D and its dy
+      if (o.training) weight_gradient = std::max(weight_gradient, rows * (in + o.tokens));
     }
   }
   const Index table = s.vocab * s.width;
@@ -332,7 +331,7 @@ MemoryPlan memory_plan(const ModelShape& s, const MemoryOptions& o) {
     passing = std::max({passing, (t == acc ? Index{0} : tokens * widest * acc) + beside_gradient, per_norm + tokens * per_token,
                         per_norm + o.scored * (per_token + s.width * t)});
   }
-  passing = std::max({passing, decoded * acc, static_cast<Index>(o.backend_passing)});
+  passing = std::max({passing, weight_gradient * acc, static_cast<Index>(o.backend_passing)});
   plan.workspace += bytes(passing);
   plan.logits = bytes(std::min(scored, head_chunk(o.device)) * (logits_stride(s.vocab) + 1) * acc + scored * (2 * s.width * t + s.statistics * acc));
   if (o.second_moments && o.training)  // in half beside them what they were before a step, which may be taken again

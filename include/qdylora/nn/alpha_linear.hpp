@@ -11,6 +11,7 @@
 #pragma once
 
 #include <algorithm>
+#include <concepts>
 #include <memory>
 #include <string>
 #include <utility>
@@ -21,6 +22,8 @@
 #include <qdylora/quant/binary_quantize.hpp>
 
 namespace qdylora {
+
+inline constexpr Index alpha_panel_size = 512;  // rows of D at a time
 
 struct AlphaOptions {
   Index trained_planes = 1;  // 1: alpha_1, as published; as many as the codes have: all scales
@@ -164,8 +167,8 @@ class AlphaLinear : public OwnPass<AlphaLinear<T, Backend>, T, typename Backend:
     const auto signs = codes(planes, planes);
     const auto gradient = alpha_->gradient.view().top_rows(planes * out());
     Matrix<Acc, Memory> part, d;
-    for (Index first = 0; first < out(); first += binary_panel_size) {
-      const Index count = std::min(binary_panel_size, out() - first);
+    for (Index first = 0; first < out(); first += alpha_panel_size) {
+      const Index count = std::min(alpha_panel_size, out() - first);
       part.resize(dy.rows, count);
       d.resize(count, in());
       backend_.copy(dy.middle_cols(first, count), part.view());
@@ -184,12 +187,40 @@ class AlphaLinear : public OwnPass<AlphaLinear<T, Backend>, T, typename Backend:
   bool tuned_ = true;
 };
 
-/// A device's layer on the host, with its codes and scales. Waits.
+/// What files have of a layer: its codes and its trained scales in float32, on the host.
+template <class L>
+concept AlphaLayer = requires(L& layer) {
+  { layer.codes() } -> std::convertible_to<std::shared_ptr<const BinaryCodedTensor<>>>;
+  { layer.options() } -> std::convertible_to<AlphaOptions>;
+  { layer.alpha() } -> std::convertible_to<Parameter<float>&>;
+};
+
+/// A device's layer on the host, as files take it.
+template <class S>
+class AlphaCopy {
+ public:
+  AlphaCopy(std::shared_ptr<const BinaryCodedTensor<>> codes, AlphaOptions options)
+      : codes_(std::move(codes)),
+        options_(std::move(options)),
+        alpha_(options_.name + ".alpha", options_.trained_planes * codes_->rows(), codes_->groups()) {}
+
+  const std::shared_ptr<const BinaryCodedTensor<>>& codes() const noexcept { return codes_; }
+  const AlphaOptions& options() const noexcept { return options_; }
+  Parameter<S>& alpha() noexcept { return alpha_; }
+  const Parameter<S>& alpha() const noexcept { return alpha_; }
+
+ private:
+  std::shared_ptr<const BinaryCodedTensor<>> codes_;
+  AlphaOptions options_;
+  Parameter<S> alpha_;
+};
+
+/// Waits.
 template <Scalar T, class Backend>
   requires(!Backend::Memory::host)
-AlphaLinear<T> to_host(const AlphaLinear<T, Backend>& layer) {
+AlphaCopy<Accumulator<T>> to_host(const AlphaLinear<T, Backend>& layer) {
   const Backend& backend = layer.backend();
-  AlphaLinear<T> copy(std::make_shared<const BinaryCodedTensor<>>(backend.download(*layer.codes())), layer.options());
+  AlphaCopy<Accumulator<T>> copy(std::make_shared<const BinaryCodedTensor<>>(backend.download(*layer.codes())), layer.options());
   backend.download(layer.alpha().value.view(), copy.alpha().value.view());
   return copy;
 }

@@ -21,6 +21,8 @@
 
 namespace qdylora {
 
+inline constexpr Index most_planes = 8;
+
 /// What a BinaryCodedTensor is of. group_size is a multiple of 8, or 0: a scale for a whole row, as AlphaTuning has it.
 struct BinaryCodeShape {
   Index rows = 0;
@@ -51,7 +53,7 @@ inline void expect_valid(const BinaryCodeShape& shape) {
   const auto size = [](Index x) { return x >= 0 && x <= most; };
   QDYLORA_EXPECTS(size(shape.rows) && size(shape.cols) && (shape.cols == 0 || shape.rows <= most / shape.cols), bad_argument,
                   "binary code: " + detail::shape_text(shape.rows, shape.cols) + " is not a shape");
-  QDYLORA_EXPECTS(shape.planes >= 1 && shape.planes <= 8, bad_argument,
+  QDYLORA_EXPECTS(shape.planes >= 1 && shape.planes <= most_planes, bad_argument,
                   "binary code: " + std::to_string(shape.planes) + " planes; expected 1 ... 8");
   QDYLORA_EXPECTS(shape.group_size >= 0 && shape.group_size % 8 == 0, block_size,
                   "binary code: group size " + std::to_string(shape.group_size) + "; expected a multiple of 8, or 0 for whole rows");
@@ -60,7 +62,7 @@ inline void expect_valid(const BinaryCodeShape& shape) {
 namespace detail {
 
 // The signs that a byte of a plane stands for. Products with them are exact, so fused multiply-add changes no sum.
-inline constexpr auto byte_signs = [] {
+alignas(64) inline constexpr auto byte_signs = [] {
   std::array<std::array<float, 8>, 256> signs{};
   for (unsigned byte = 0; byte < 256; ++byte)
     for (unsigned bit = 0; bit < 8; ++bit) signs[byte][bit] = (byte >> bit & 1u) != 0 ? 1.0f : -1.0f;
@@ -75,18 +77,6 @@ void add_signs(const std::uint8_t* bits, Index count, S scale, S* QDYLORA_RESTRI
     for (std::size_t j = 0; j < 8; ++j) out[j] += scale * static_cast<S>(signs[j]);
   }
   for (Index j = 0; j < count; ++j) out[j] += scale * static_cast<S>(byte_signs[*bits][static_cast<std::size_t>(j)]);
-}
-
-// sum_j sign of bit j * x[j], j < count, in an order that depends on count alone
-template <class S>
-S sum_of_signs(const std::uint8_t* bits, Index count, const S* x) noexcept {
-  std::array<S, 8> sums{};
-  for (; count >= 8; count -= 8, x += 8) {
-    const auto& signs = byte_signs[*bits++];
-    for (std::size_t j = 0; j < 8; ++j) sums[j] += x[j] * static_cast<S>(signs[j]);
-  }
-  for (std::size_t j = 0; j < static_cast<std::size_t>(count); ++j) sums[j] += x[j] * static_cast<S>(byte_signs[*bits][j]);
-  return ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
 }
 
 }  // namespace detail
@@ -151,9 +141,6 @@ class BinaryCodedTensor {
   Matrix<float, Memory> scales_;
 };
 
-/// Rows or columns of planes of signs that the host decodes, or sums are made of, at a time; a multiple of 8, where bytes begin.
-inline constexpr Index binary_panel_size = 512;
-
 namespace detail {
 
 template <class S>
@@ -164,20 +151,6 @@ void expect_sums_of_signs(MatrixView<const S> d, const BinaryCodedView<S>& w, In
   expect_shape("add_sums_of_signs: sums", sums, w.planes * w.rows, w.groups());
 }
 
-// out[j - begin] = w[row, j] for columns [begin, end), plane after plane; begin is a multiple of 8.
-template <class S>
-void decode_row(const BinaryCodedView<S>& w, Index row, Index begin, Index end, S* out) {
-  std::fill_n(out, end - begin, S{});
-  for (Index k = 0; k < w.planes; ++k) {
-    const Index line = k * w.rows + row;
-    const std::uint8_t* signs = w.bits + line * w.row_bytes();
-    w.for_each_group(begin, end, [&](Index group, Index first, Index count) {
-      const S scale = line < w.own.rows ? w.own(line, group) : static_cast<S>(w.scales[line * w.groups() + group]);
-      add_signs(signs + first / 8, count, scale, out + (first - begin));
-    });
-  }
-}
-
 }  // namespace detail
 
 /// out [rows, cols] = the first `planes` planes of a tensor. Errc::bad_argument outside 1 ... its planes; shape_mismatch.
@@ -186,7 +159,15 @@ void decode(const BinaryCodedTensor<>& tensor, MatrixView<S> out, Index planes) 
   static_assert(std::is_same_v<S, float> || std::is_same_v<S, double>, "binary codes decode to float or double");
   const auto w = tensor.view(planes, MatrixView<const S>());
   expect_shape("decode: out", out, tensor.rows(), tensor.cols());
-  for (Index i = 0; i < out.rows; ++i) detail::decode_row(w, i, 0, out.cols, out.row(i));
+  for (Index i = 0; i < out.rows; ++i) {
+    std::fill_n(out.row(i), out.cols, S{});
+    for (Index k = 0; k < planes; ++k) {
+      const std::uint8_t* signs = tensor.bits(k, i);
+      w.for_each_group(0, out.cols, [&](Index group, Index first, Index count) {
+        detail::add_signs(signs + first / 8, count, static_cast<S>(w.scales[(k * w.rows + i) * w.groups() + group]), out.row(i) + first);
+      });
+    }
+  }
 }
 template <class S>
 void decode(const BinaryCodedTensor<>& tensor, MatrixView<S> out) {

@@ -12,6 +12,7 @@
 #include <qdylora/backend.hpp>
 #include <qdylora/cpu/kernels/coded_weight.hpp>
 #include <qdylora/cpu/kernels/isa.hpp>
+#include <qdylora/quant/binary_code.hpp>
 
 namespace qdylora::detail {
 
@@ -23,6 +24,14 @@ inline constexpr Index token_block = 112;  // tokens that pass over the panels o
 inline constexpr Index token_group = 512;  // tokens of a task: a quantized weight is decoded once for so many
 inline constexpr Index panel_batch = 4;    // panels that may be filled together: those of a line of 4-bit codes
 
+/// A row of planes of signs (quant/binary_code.hpp).
+template <class S>
+struct SignRow {
+  Index cols = 0, planes = 0, columns_of_group = 0;
+  const std::uint8_t* bits[most_planes] = {};
+  const S* scales[most_planes] = {};  // of its groups
+};
+
 template <class S>
 struct KernelTable {
   /// c[m, n] (+)= sum_k a[m * a_row + k * a_depth] * b[k * b_depth + n]
@@ -30,6 +39,11 @@ struct KernelTable {
                bool accumulate);
   /// out[j * out_row + i] = x[i * x_row + j], i < rows, j < cols; zero for the i that fill up the last 16 of a row of out.
   void (*transpose)(Index rows, Index cols, const S* x, Index x_row, S* out, Index out_row);
+  // with planes of signs: kernels/signs.inc
+  /// out[j - begin] = the number in column j, begin <= j < end, plane after plane; begin is a multiple of 8.
+  void (*decode_signs)(const SignRow<S>& row, Index begin, Index end, S* out);
+  /// out[m] = the sum over the same columns j of number times x[m][j], of 1 and 4 tokens.
+  void (*sign_dots[2])(const SignRow<S>& row, Index begin, Index end, const S* x, Index x_row, S* out);
   // along rows: kernels/rows.inc
   S (*dot)(Index count, const S* a, const S* b);
   double (*squares)(Index count, const S* x);
@@ -156,6 +170,7 @@ namespace generic {
 #define QDYLORA_TILE_VECTORS 2
 #include <qdylora/cpu/kernels/body.inc>
 #include <qdylora/cpu/kernels/generic.inc>
+#include <qdylora/cpu/kernels/signs.inc>
 #include <qdylora/cpu/kernels/rows.inc>
 #include <qdylora/cpu/kernels/codes.inc>
 #undef QDYLORA_VECTOR_BYTES
@@ -172,6 +187,7 @@ namespace avx2 {
 #define QDYLORA_TILE_VECTORS 2
 #include <qdylora/cpu/kernels/body.inc>
 #include <qdylora/cpu/kernels/avx2.inc>
+#include <qdylora/cpu/kernels/signs.inc>
 #include <qdylora/cpu/kernels/rows.inc>
 #include <qdylora/cpu/kernels/codes.inc>
 #include <qdylora/cpu/kernels/few.inc>
@@ -199,6 +215,7 @@ namespace avx512 {
 #define QDYLORA_TILE_VECTORS 2
 #include <qdylora/cpu/kernels/body.inc>
 #include <qdylora/cpu/kernels/avx512.inc>
+#include <qdylora/cpu/kernels/signs.inc>
 #include <qdylora/cpu/kernels/rows.inc>
 #include <qdylora/cpu/kernels/avx512_gather.inc>
 #include <qdylora/cpu/kernels/avx512_backward.inc>
