@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
 #include <qdylora/qdylora.hpp>
@@ -21,23 +22,24 @@ inline Matrix<float> normal_matrix(Index rows, Index cols, float deviation, std:
   return m;
 }
 
-/// Weights of one shape, several copies, so that a loop over them streams more bytes than the last-level cache holds.
+/// Copies of a weight, so many that a loop over them streams more bytes than the last-level cache holds. make() makes one.
+template <class Weight>
 class WeightCycle {
  public:
-  WeightCycle(Index rows, Index cols, const Cpu& cpu, std::size_t beyond_bytes = std::size_t{128} << 20)
-      : dense_(normal_matrix(rows, cols, 0.02f, 1)) {
-    do copies_.push_back(cpu.quantize<NF4>(dense_.view()));
+  template <class Make>
+  explicit WeightCycle(Make make, std::size_t beyond_bytes = std::size_t{128} << 20) {
+    do copies_.push_back(make());
     while (copies_.size() * copies_.front().bytes() < beyond_bytes && copies_.size() < 512);
   }
-  const NF4Tensor& next() { return copies_[at_++ % copies_.size()]; }
-  const NF4Tensor& front() const { return copies_.front(); }
-  const Matrix<float>& dense() const { return dense_; }
+  const Weight& next() { return copies_[at_++ % copies_.size()]; }
+  const Weight& front() const { return copies_.front(); }
 
  private:
-  Matrix<float> dense_;
-  std::vector<NF4Tensor> copies_;
+  std::vector<Weight> copies_;
   std::size_t at_ = 0;
 };
+template <class Make>
+WeightCycle(Make) -> WeightCycle<std::invoke_result_t<Make>>;
 
 /// Squared error of `found` relative to the squared size of `expected`.
 inline double normalized_error(std::span<const float> found, std::span<const double> expected) {

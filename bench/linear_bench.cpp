@@ -1,5 +1,5 @@
-// The products of a quantized linear layer, and the layer with its adapter. `error` is the normalized squared error of some output rows
-// against double arithmetic on the same decoded weights.
+// The products of a quantized linear layer, of NF4 and of planes of signs, and the layer with its adapter. `error` is the normalized squared
+// error of some output rows against double arithmetic on the same decoded weights.
 #include "common.hpp"
 
 #include <qdylora/cpu/reference.hpp>
@@ -8,25 +8,49 @@ namespace {
 
 using namespace qdylora;
 
+NF4Tensor nf4(Index out, Index in, const Cpu& cpu) { return cpu.quantize<NF4>(bench::normal_matrix(out, in, 0.02f, 1).view()); }
+
+// Three planes of signs, a scale for 64 columns.
+BinaryCodedTensor<> signs(Index out, Index in, const Cpu&) {
+  const BinaryCodeShape shape{out, in, 3, 64};
+  Buffer<std::uint8_t> bits(shape.planes * out * shape.row_bytes());
+  Rng rng(1);
+  for (std::uint8_t& byte : bits.span()) byte = static_cast<std::uint8_t>(rng.next());
+  return {shape, std::move(bits), bench::normal_matrix(shape.planes * out, shape.groups(), 0.02f, 2)};
+}
+
+auto view_of(const NF4Tensor& w) { return w.view(); }
+auto view_of(const BinaryCodedTensor<>& w) { return w.view(w.planes(), MatrixView<const float>()); }
+
 // Two tokens are compared; the oracle is slow.
-double error_of(const NF4Tensor& w, MatrixView<const float> x, MatrixView<const float> y, bool transposed) {
+template <class W>
+double error_of(const W& w, MatrixView<const float> x, MatrixView<const float> y, bool transposed) {
   const Index rows = std::min<Index>(x.rows, 2);
   Matrix<double> expected(rows, y.cols);
-  if (transposed) reference::matmul_transposed(x.top_rows(rows), w.view(), expected.view(), Update::overwrite);
-  else reference::matmul(x.top_rows(rows), w.view(), expected.view(), Update::overwrite);
+  const auto compare = [&](const auto& weight) {
+    if (transposed) reference::matmul_transposed(x.top_rows(rows), weight, expected.view(), Update::overwrite);
+    else reference::matmul(x.top_rows(rows), weight, expected.view(), Update::overwrite);
+  };
+  if constexpr (std::is_same_v<W, NF4Tensor>) {
+    compare(w.view());
+  } else {
+    Matrix<float> decoded(w.rows(), w.cols());
+    decode(w, decoded.view());
+    compare(std::as_const(decoded).view());
+  }
   return bench::normalized_error({y.data, static_cast<std::size_t>(rows * y.cols)}, expected.span());
 }
 
-template <bool Backward>
+template <bool Backward, auto make>
 void product(benchmark::State& state) {
   const Index out = state.range(0), in = state.range(1), tokens = state.range(2);
   const Cpu cpu(static_cast<int>(state.range(3)));
-  bench::WeightCycle weights(out, in, cpu);
+  bench::WeightCycle weights([&] { return make(out, in, cpu); });
   const auto x = bench::normal_matrix(tokens, Backward ? out : in, 1.0f, 2);
   Matrix<float> y(tokens, Backward ? in : out);
-  const auto run = [&](const NF4Tensor& w) {
-    if constexpr (Backward) cpu.matmul_transposed(x.view(), w.view(), y.view());
-    else cpu.matmul(x.view(), w.view(), y.view());
+  const auto run = [&](const auto& w) {
+    if constexpr (Backward) cpu.matmul_transposed(x.view(), view_of(w), y.view());
+    else cpu.matmul(x.view(), view_of(w), y.view());
   };
   for (auto _ : state) {
     run(weights.next());
@@ -68,8 +92,10 @@ void layers(benchmark::internal::Benchmark* b) {
       for (const Index threads : {1, 2}) b->Args({s[0], s[1], 256, threads, rank});
 }
 
-BENCHMARK(product<false>)->Name("forward")->Apply(products);
-BENCHMARK(product<true>)->Name("backward")->Apply(products);
+BENCHMARK(product<false, nf4>)->Name("forward")->Apply(products);
+BENCHMARK(product<true, nf4>)->Name("backward")->Apply(products);
+BENCHMARK(product<false, signs>)->Name("signs_forward")->Apply(products);
+BENCHMARK(product<true, signs>)->Name("signs_backward")->Apply(products);
 BENCHMARK(layer)->Apply(layers);
 
 }  // namespace
