@@ -63,8 +63,8 @@ inline OpenAdapter open_adapter(const std::filesystem::path& folder) {
   return {.peft = load_peft_adapter(folder, {.changed_base = true, .saved_modules = true}), .alpha = {}};
 }
 
-/// f(layers) with the layers of a model whose scales train, as save_alpha_adapter and load_alphas take them: of a device copies on the host,
-/// whose scales go back. Errc::unsupported on a backend without planes of signs.
+/// f(layers) with the layers of a model whose scales train, as save_alpha_adapter takes them: of a device copies on the host.
+/// Errc::unsupported on a backend without planes of signs.
 template <class T, class Backend, class F>
 void with_alpha_layers(Decoder<T, Backend>& model, F&& f) {
   if constexpr (!AlphaBackend<Backend, T>) {
@@ -80,10 +80,19 @@ void with_alpha_layers(Decoder<T, Backend>& model, F&& f) {
     std::vector<Copy*> layers;
     for (Copy& copy : copies) layers.push_back(&copy);
     f(layers);
-    std::size_t i = 0;
-    model.for_each_alpha([&](auto& layer) { model.backend().upload(std::as_const(copies[i++].alpha().value).view(), layer.alpha().value.view()); });
-    model.backend().synchronize();
   }
+}
+/// The same where f changes their scales.
+template <class T, class Backend, class F>
+void change_alpha_layers(Decoder<T, Backend>& model, F&& f) {
+  with_alpha_layers(model, [&](const auto& layers) {
+    f(layers);
+    if constexpr (!Backend::Memory::host) {
+      auto copy = layers.begin();
+      model.for_each_alpha([&](auto& layer) { model.backend().upload(std::as_const((*copy++)->alpha().value).view(), layer.alpha().value.view()); });
+      model.backend().synchronize();
+    }
+  });
 }
 
 /// The base that an adapter was trained on, of a model in a format: another one than the model quantized where PeftAdapter::init says so.

@@ -63,6 +63,7 @@ class CpuDevice {
         plan.forward<T, T>(tokens, out, in, base);
         if (training) plan.backward<T, T>(tokens, in, out, base);
         if (training && s.whole) plan.gradient<T>(tokens, out, in);
+        if (training && signs) plan.gradient<T>(tokens, std::min(out, alpha_panel_size), in);
       }
       for (const auto& [name, out, in] : s.adapted) {  // z = x A^T, y += u B; t = dy B^T, dx += dz A
         plan.forward<T, Acc>(tokens, o.max_rank, in);

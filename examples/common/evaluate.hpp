@@ -174,7 +174,7 @@ int evaluate(const EvaluateOptions& o, const OpenAdapter& open, OpenModel& model
   const AlphaOptions alpha{.trained_planes = open.alpha ? open.alpha->trained_planes : 1};
   Decoder<T, typename Device::Backend> decoder(weights, {.lora = lora, .method = open.method(), .alpha = alpha}, device.backend());
   if (adapter) assign_adapter(*adapter, o.adapter, decoder);
-  if (open.alpha) with_alpha_layers(decoder, [&](const auto& layers) { load_alphas(o.adapter, layers); });
+  if (open.alpha) change_alpha_layers(decoder, [&](const auto& layers) { load_alphas(o.adapter, layers); });
   decoder.set_ranks(RankPlan::uniform(ranks.front()));
   if (!ids.empty()) {
     write_logits(decoder, ids, o.logits);

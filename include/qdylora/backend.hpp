@@ -170,9 +170,12 @@ concept HasMagnitude = HasQuantizedMatmul<B, Accumulator<T>> && HasGemm<B, Accum
   b.add_over_norms(r, r, h);              // (sums, norms, g): g += sums / norms where norms is not 0
 });
 
-/// What AlphaLinear takes of planes of signs. Optional. w [out, in].
+/// What AlphaLinear takes of planes of signs. Optional. w [out, in]. A device also has codes of the host, and gives back its own.
 template <class B, class T>
-concept HasBinaryCodes = requires(const B b, MatrixView<const T> x, MatrixView<T> y, const BinaryCodedView<Accumulator<T>> w,
+concept HasBinaryCodes = (B::Memory::host || requires(const B b, const BinaryCodedTensor<> here, const BinaryCodedTensor<typename B::Memory> there) {
+  b.upload(here);
+  b.download(there);
+}) && requires(const B b, MatrixView<const T> x, MatrixView<T> y, const BinaryCodedView<Accumulator<T>> w,
                                   MatrixView<const Accumulator<T>> d, MatrixView<Accumulator<T>> g, Update update, Index first) {
   b.matmul(x, w, y, update);             // y (+)= x . w^T
   b.matmul_transposed(x, w, y, update);  // y (+)= x . w

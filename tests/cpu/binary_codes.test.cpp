@@ -18,10 +18,10 @@ TEMPLATE_TEST_CASE("sums of signs are the reference's", "[cpu]", float, double) 
 
 TEST_CASE("products with planes of signs read and write nothing else, and have the same bits on any number of threads", "[cpu]") {
   constexpr Index planes = 3;
-  const test::RandomPlanes<float> random(37, 203, planes, 40, 0);
+  const test::RandomPlanes<float> random(37, 4107, planes, 40, 0);
   const auto w = random.codes.view(planes, qd::MatrixView<const float>());
   for (const test::PageEdge edge : {test::PageEdge::start, test::PageEdge::end})
-    for (const Index tokens : {1, 7, 12}) {
+    for (const Index tokens : {1, 5, 12}) {
       const test::FencedMatrix<float> x(test::normal_matrix<float>(tokens, w.cols, 1).view(), 0, edge);
       const test::FencedMatrix<float> dy(test::normal_matrix<float>(tokens, w.rows, 2).view(), 0, edge);
       const test::FencedMatrix<float> d(test::normal_matrix<float>(w.rows, w.cols, 3).view(), 0, edge);

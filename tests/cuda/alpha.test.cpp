@@ -156,6 +156,21 @@ TEMPLATE_TEST_CASE("an alpha layer has on the device the outputs and gradients t
   CHECK(back.codes()->shape() == pair.here.codes()->shape());
 }
 
+TEST_CASE("a group may be larger than any weight", "[cuda]") {
+  const qd::CudaContext context({.workspace_bytes = std::size_t{1} << 18});
+  const Cuda cuda(context);
+  for (const Index group_size : {Index{1} << 32, (Index{1} << 32) + 8}) {
+    const auto codes = coded({6, 40, group_size});
+    const auto there = cuda.upload(*codes);
+    Matrix<float> expected(6, 40), found(6, 40);
+    qd::decode(*codes, expected.view());
+    qd::Matrix<float, qd::DeviceMemory> y(6, 40);
+    cuda.dequantize(there.view(planes, MatrixView<const float>()), y.view());
+    cuda.download(std::as_const(y).view(), found.view());
+    CHECK(test::same_bits(found.view(), expected.view()));
+  }
+}
+
 TEST_CASE("what is no part of a layer's planes is refused on the device by name", "[cuda]") {
   const qd::CudaContext context({.workspace_bytes = std::size_t{1} << 18});
   const Cuda cuda(context);

@@ -7,6 +7,7 @@
 #include <qdylora/cuda.hpp>
 #include <qdylora/model/decoder.hpp>
 #include <qdylora/model/upload.hpp>
+#include <qdylora/nn/alpha_linear.hpp>
 #include <qdylora/nn/bottleneck_adapter.hpp>
 #include <qdylora/nn/dynamic_lora_linear.hpp>
 #include <qdylora/optim/adamw.hpp>
@@ -70,6 +71,10 @@ struct Pass {
     layer.backward(std::as_const(dy).view(), dx.view(), context);
   }
   std::vector<std::byte> results() {
+    if constexpr (requires { layer.alpha(); }) return bits(cuda, y, dx, layer.alpha().gradient);
+    else return adapter_results();
+  }
+  std::vector<std::byte> adapter_results() {
     const auto& adapter = std::as_const(layer).adapter();
     if (adapter.dora()) return bits(cuda, y, dx, adapter.a().gradient, adapter.b().gradient, adapter.magnitude().gradient);
     return bits(cuda, y, dx, adapter.a().gradient, adapter.b().gradient);
@@ -81,11 +86,7 @@ struct Pass {
 };
 
 template <class T, class Layer>
-void check_layer(const Cuda& cuda, Layer& layer, Index rows, const qd::RankPlan& plan) {
-  CAPTURE(rows, plan.max_rank(), plan.is_uniform());
-  const auto b = test::normal_matrix<qd::Accumulator<T>>(8, layer.out(), 7, 0.1);
-  cuda.upload(b.view(), layer.adapter().b().value.view());
-  layer.set_ranks(plan);
+void check_recorded(const Cuda& cuda, Layer& layer, Index rows) {
   Pass<Layer, T> pass(cuda, layer);
   pass.fill(rows, 10);
   pass();
@@ -105,6 +106,15 @@ void check_layer(const Cuda& cuda, Layer& layer, Index rows, const qd::RankPlan&
   }
 }
 
+template <class T, class Layer>
+void check_layer(const Cuda& cuda, Layer& layer, Index rows, const qd::RankPlan& plan) {
+  CAPTURE(rows, plan.max_rank(), plan.is_uniform());
+  const auto b = test::normal_matrix<qd::Accumulator<T>>(8, layer.out(), 7, 0.1);
+  cuda.upload(b.view(), layer.adapter().b().value.view());
+  layer.set_ranks(plan);
+  check_recorded<T>(cuda, layer, rows);
+}
+
 }  // namespace
 
 TEMPLATE_TEST_CASE("a recorded pass through a layer has the bits of one that is not", "[cuda]", float, qd::bfloat16) {
@@ -117,12 +127,15 @@ TEMPLATE_TEST_CASE("a recorded pass through a layer has the bits of one that is 
     qd::DynamicLoRALinear<T, Cuda> linear(weight.view(), {.max_rank = 8, .alpha = 4, .seed = 3}, {}, cuda);
     qd::DynamicLoRALinear<T, Cuda> dora(linear.base(), {.max_rank = 8, .alpha = 4, .seed = 3, .dora = true}, cuda);
     qd::BottleneckAdapter<T, Cuda> bottleneck(in, {.max_rank = 8, .alpha = 4, .seed = 3}, qd::BottleneckPlacement::sequential, cuda);
-    for (const Index rows : {Index{3}, tokens})
+    qd::AlphaLinear<T, Cuda> alpha(test::normal_matrix<float>(out, in, 1, 0.3), {.trained_planes = 2}, {.planes = 3, .group_size = 16}, cuda);
+    for (const Index rows : {Index{3}, tokens}) {
+      check_recorded<T>(cuda, alpha, rows);
       for (const auto& plan : {qd::RankPlan::uniform(8), qd::RankPlan::of_runs({{1, 2}, {rows - 1, 5}})}) {
         check_layer<T>(cuda, linear, rows, plan);
         check_layer<T>(cuda, dora, rows, plan);
         check_layer<T>(cuda, bottleneck, rows, plan);
       }
+    }
   });
 }
 

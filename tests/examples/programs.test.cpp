@@ -372,7 +372,6 @@ TEST_CASE("programs: a wrong argument or file gives one line and status 2") {
       {"finetune", "--toy --method alpha --planes 9", "1 ... 8"},
       {"finetune", "--toy --method alpha --planes 2 --trained-planes 3", "above --planes 2"},
       {"finetune", "--toy --method alpha --group-size 12", "multiple of 8"},
-      {"finetune", "--toy --method alpha --device cuda", "--device cuda"},
       {"finetune", "--toy --method full", "--base-format nf4: --method full trains the weights themselves"},
       {"finetune", "--toy --method full --base-format fp8", "--base-format fp8: --method full trains the weights themselves"},
       {"finetune", "--toy --method full --base-format float32 --ranks 1,2", "--ranks: is not for --method full"},

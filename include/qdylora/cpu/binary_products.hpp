@@ -16,7 +16,7 @@ inline constexpr Index sign_strip = 4096;    // numbers of x that are multiplied
 template <class S>
 SignRow<S> sign_row(const BinaryCodedView<S>& w, Index i) {
   const Index groups = w.groups();
-  SignRow<S> row{w.cols, w.planes, w.columns_of_group()};
+  SignRow<S> row{w.planes, w.columns_of_group()};
   for (Index k = 0; k < w.planes; ++k) {
     const Index line = k * w.rows + i;
     const float* scales = w.scales + line * groups;
@@ -141,7 +141,7 @@ void add_sums_of_signs(const CpuRun& run, MatrixView<const S> d, const BinaryCod
         const std::uint8_t* signs = w.bits + line * w.row_bytes();
         w.for_each_group(0, w.cols, [&](Index group, Index begin, Index size) {
           S sum;
-          run.kernels<S>().sign_dots[0]({size, 1, size, {signs + begin / 8}, {&one}}, 0, size, d.row(i) + begin, 0, &sum);
+          run.kernels<S>().sign_dots[0]({1, size, {signs + begin / 8}, {&one}}, 0, size, d.row(i) + begin, 0, &sum);
           sums(line, group) += sum;
         });
       }

@@ -92,11 +92,12 @@ namespace detail {
 template <class S, class C>
 void decode(cudaStream_t stream, const CudaContext& context, const BinaryCodedView<S>& w, MatrixView<C> slab, Index first_row,
             Index first_col) {
+  if (slab.empty()) return;
   QDYLORA_EXPECTS(w.cols <= std::numeric_limits<std::int32_t>::max(), unsupported, "planes of signs: more than 2^31 - 1 columns");
   const bool whole = first_col % 8 == 0 && slab.cols % 8 == 0 && has_aligned_rows<16 / static_cast<int>(sizeof(C))>(slab);
   for_each_width_on<8>(stream, context, slab.rows, slab.cols, whole,
                        device::DecodePlanes<S, C>{w, slab, first_row, first_col, w.row_bytes(), w.groups(),
-                                                  static_cast<unsigned>(w.columns_of_group())});
+                                                  static_cast<unsigned>(std::min(w.columns_of_group(), w.cols))});
 }
 template <class S, class C>
 void dequantize(const CudaContext& context, const BinaryCodedView<S>& w, MatrixView<C> y) {

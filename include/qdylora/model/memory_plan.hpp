@@ -331,7 +331,8 @@ MemoryPlan memory_plan(const ModelShape& s, const MemoryOptions& o) {
     passing = std::max({passing, (t == acc ? Index{0} : tokens * widest * acc) + beside_gradient, per_norm + tokens * per_token,
                         per_norm + o.scored * (per_token + s.width * t)});
   }
-  passing = std::max({passing, weight_gradient * acc, static_cast<Index>(o.backend_passing)});
+  if (weight_gradient > 0) passing = std::max(passing, weight_gradient * acc + beside_gradient);
+  passing = std::max(passing, static_cast<Index>(o.backend_passing));
   plan.workspace += bytes(passing);
   plan.logits = bytes(std::min(scored, head_chunk(o.device)) * (logits_stride(s.vocab) + 1) * acc + scored * (2 * s.width * t + s.statistics * acc));
   if (o.second_moments && o.training)  // in half beside them what they were before a step, which may be taken again

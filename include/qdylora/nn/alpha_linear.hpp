@@ -5,7 +5,7 @@
 //   backward   dx = dy W,              d alpha_k[i, g] += sum_{j in g} b_k[i, j] D[i, j],   D = dy^T x
 //   x [tokens, in], y [tokens, out], W and D [out, in]
 //
-// Neither W nor D exists as a whole: both are made and used some rows (in dx: columns) at a time.
+// W and D are made and used a part at a time.
 // Planes have an order (quant/binary_code.hpp): set_planes(q) computes with the first q, and a backward pass then trains those alone.
 // set_tuned(false) computes with the codes' own scales: the base, of which nothing trains.
 #pragma once
@@ -166,9 +166,10 @@ class AlphaLinear : public OwnPass<AlphaLinear<T, Backend>, T, typename Backend:
     if (planes == 0) return;
     const auto signs = codes(planes, planes);
     const auto gradient = alpha_->gradient.view().top_rows(planes * out());
-    Matrix<Acc, Memory> part, d;
-    for (Index first = 0; first < out(); first += alpha_panel_size) {
-      const Index count = std::min(alpha_panel_size, out() - first);
+    const Index most = std::min(alpha_panel_size, out());
+    auto part = temporary<Acc>(backend_, dy.rows, most), d = temporary<Acc>(backend_, most, in());
+    for (Index first = 0; first < out(); first += most) {
+      const Index count = std::min(most, out() - first);
       part.resize(dy.rows, count);
       d.resize(count, in());
       backend_.copy(dy.middle_cols(first, count), part.view());

@@ -27,7 +27,7 @@ inline constexpr Index panel_batch = 4;    // panels that may be filled together
 /// A row of planes of signs (quant/binary_code.hpp).
 template <class S>
 struct SignRow {
-  Index cols = 0, planes = 0, columns_of_group = 0;
+  Index planes = 0, columns_of_group = 0;
   const std::uint8_t* bits[most_planes] = {};
   const S* scales[most_planes] = {};  // of its groups
 };
