@@ -250,7 +250,7 @@ TEST_CASE("trained scales come back from their folder beside the base they belon
   CHECK(code_of([&] { qd::load_alphas(folder / "a", layers_of(stranger)); }) == Errc::bad_config);
 
   CHECK(code_of([&] { qd::save_alpha_adapter(folder / "b", layers_of(model), {.planes = 2, .group_size = 8}); }) == Errc::bad_argument);
-  CHECK(code_of([&] { qd::save_alpha_adapter<float, qd::Cpu>(folder / "b", {}, code); }) == Errc::bad_argument);
+  CHECK(code_of([&] { qd::save_alpha_adapter<qd::AlphaLinear<float>>(folder / "b", {}, code); }) == Errc::bad_argument);
   model.parameters()[3]->value(0, 0) = std::numeric_limits<float>::infinity();
   CHECK(code_of([&] { qd::save_alpha_adapter(folder / "b", layers_of(model), code); }) == Errc::non_finite);
   CHECK_FALSE(qd::is_alpha_adapter(folder / "b"));
