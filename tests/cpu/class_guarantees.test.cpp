@@ -102,6 +102,25 @@ TEST_CASE("a row has the same bits among so many tokens that tasks become wider,
   check(normal_weight<qd::INT8, qd::Float32Scales>(out, in, 64).view());
 }
 
+TEST_CASE("a row has the same bits among so many long ones that what is next of them is fetched", "[cpu][classes]") {
+  constexpr Index depth = 7232, outputs = 80, tokens = 310;  // 4 MiB in 16 bits; the last panels are no whole ones
+  const auto x = normal_matrix<float>(tokens, depth, 23);
+  const auto check = [&](const auto& w, Direction direction) {
+    each_class(
+        [&](const qd::Cpu& cpu) {
+          const auto all = multiplied(cpu, direction, x.view(), w);
+          for (const auto& [first, count] : {std::pair<Index, Index>{0, 112}, {112, 112}, {224, 86}}) {
+            CAPTURE(static_cast<int>(direction), first);
+            const auto part = multiplied(cpu, direction, x.view().middle_rows(first, count), w);
+            CHECK(same_bits(part.view(), all.view().middle_rows(first, count)));
+          }
+        },
+        std::vector{Compute::exact, Compute::bits16});
+  };
+  check(normal_weight<qd::NF4, qd::DoubleQuant<>>(outputs, depth, 64).view(), Direction::forward);
+  check(normal_weight<qd::NF4, qd::DoubleQuant<>>(depth, 96, 32).view(), Direction::backward);
+}
+
 TEMPLATE_TEST_CASE("rows of zeros give zeros, beside any other rows", "[cpu][classes]", float, double, qd::bfloat16, qd::half) {
   const auto check = [](const auto& w) {
     for (const Direction direction : both_directions)

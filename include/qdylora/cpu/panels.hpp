@@ -8,12 +8,14 @@
 #include <cstring>
 
 #include <qdylora/cpu/elementwise.hpp>
+#include <qdylora/cpu/product_tasks.hpp>
 
 namespace qdylora::detail {
 
-inline constexpr Index rounded_rows = 64;   // of a panel, rounded to 16 bits at a time: in a first-level cache
-inline constexpr Index dense_outputs = 2 * panel_width;  // of a task with a dense weight
-inline constexpr Index dense_group = 128;   // tokens of a task with a dense weight, which costs little to look at twice
+inline constexpr Index rounded_rows = 64;  // of a panel, rounded to 16 bits at a time: in a first-level cache
+
+inline constexpr Index x_fetched_ahead = 4 << 20;  // bytes of x, of a task, from which on products would wait for them
+inline constexpr Index rows_between_fetches = token_block / 4;  // of x: whole tiles, and whole rows side by side
 
 template <class W>
 inline constexpr bool is_dense = false;
@@ -172,6 +174,15 @@ struct CellPanels {
   static constexpr Index stride_of(Index cells) noexcept { return cells + 16; }  // a line more: rows spread over a first-level cache
 };
 
+/// Asks memory for share i of n of what panels take of rows [row, row + rows) of x, from k on.
+template <class Input>
+[[gnu::always_inline]] inline void prefetch_rows(const Input& x, Index row, Index rows, Index k, Index cells, Index i, Index n) {
+  const auto* begin = x.at(row + i * rows / n, k);
+  constexpr Index line = 64 / sizeof(*begin);
+  for (Index r = (i + 1) * rows / n - i * rows / n; r > 0; --r, begin += x.stride())
+    for (Index c = 0; c < cells; c += line) __builtin_prefetch(begin + c, 0, 2);
+}
+
 template <class S>
 struct PlainCells {
   using Cell = S;
@@ -289,48 +300,6 @@ struct Bits16Cells {
   }
 };
 
-/// Outputs of a task: enough that a line of codes or a panel serves many, few enough that there are tasks for all threads.
-constexpr Index task_outputs(Index outputs) noexcept { return outputs >= 2048 ? 128 : outputs >= 1024 ? 64 : 32; }
-/// More for so many rows of x that reading them takes longer than products do, if each thread has four tasks still.
-inline Index task_outputs(const CpuRun& run, Index outputs, Index x_rows) noexcept {
-  constexpr Index wide = 256;
-  return x_rows > run.codes().bits16.rows_for_wide_tasks && outputs >= 4 * wide * run.threads() ? wide : task_outputs(outputs);
-}
-
-/// How many tasks share a sum. Where outputs are few and sums are long, as in the gradient through a head, tasks by outputs alone would each
-/// read all of x.
-constexpr Index depth_parts(Index outputs, Index depth) noexcept {
-  return depth >= 8192 && depth >= 16 * outputs ? std::min<Index>(depth / 4096, 8) : 1;
-}
-/// Outputs of a task that shares its sums: panels in its second-level cache.
-constexpr Index shared_outputs(Index outputs) noexcept { return rounded_up(outputs / ((outputs + 319) / 320), panel_width); }
-/// What a row of sums takes, of a task whose y is not in S, and of all outputs where tasks share them.
-constexpr Index own_sum_stride(Index outputs) noexcept { return rounded_up(outputs, panel_width) + 16; }  // as CellPanels
-template <class S>
-constexpr Index shared_sum_stride(Index outputs) noexcept { return uncrowded_stride<S>(rounded_up(outputs, panel_width)); }
-/// Whether sums of S are made in y itself.
-template <class S, class Y>
-constexpr bool sums_in_place(Index outputs, Index y_stride) noexcept {
-  return std::is_same_v<Y, S> && outputs % panel_width == 0 && !crowds_cache(y_stride * static_cast<Index>(sizeof(S)));
-}
-
-/// A product cut into tasks, in their order: every `width` outputs; of these, every `group` tokens; of these, the parts of a sum.
-struct ProductTasks {
-  Index outputs, width, tokens, group, parts = 1;
-
-  struct Task {
-    Index first, width, token, tokens, part;
-  };
-  Index count() const noexcept { return div_up(outputs, width) * groups() * parts; }
-  Task operator[](Index task) const noexcept {
-    const Index first = task / parts / groups() * width, token = task / parts % groups() * group;
-    return {first, std::min(width, outputs - first), token, std::min(group, tokens - token), task % parts};
-  }
-
- private:
-  Index groups() const noexcept { return div_up(tokens, group); }
-};
-
 /// y [m, outputs] (+)= x [m, depth] . panels
 template <class S, class Cells, class Panels, class X, class Y>
 void multiply_panels(const CpuRun& run, const Cells& cells, const Panels& panels, Index task_outputs, Index group_tokens, X x,
@@ -360,11 +329,13 @@ void multiply_panels(const CpuRun& run, const Cells& cells, const Panels& panels
     const bool shared = tokens <= block && batch == panel_width;  // panels that serve once have one place, in a first-level cache
     const Index apart = shared ? 0 : cells.cells_of_panel();
     Cell* panel = scratch<Cell, 0>((shared ? panel_width : padded) * cells.cells_of_panel());
+    const bool fetch_x = tokens > block && tokens * cells.cells_of(end - begin) * static_cast<Index>(sizeof(Cell)) >= x_fetched_ahead;
     [[maybe_unused]] const auto scope = cells.scope();
     for (Index k = begin; k < std::max(end, begin + 1); k += panel_depth) {
       const Index part = std::clamp<Index>(end - k, 0, panel_depth);
       const Index here = cells.cells_of(part);
-      const bool more = k + part < end;  // what is decoded next, here or in the task that follows, is fetched meanwhile
+      const bool more = k + part < end;  // what comes next, here or in the task that follows, is fetched meanwhile
+      const Index next_first = more ? first : next.first, next_token = more ? token : next.token, next_k = more ? k + part : next.part * part_depth;
       const bool add = k > begin || (direct && update == Update::accumulate);
       for (Index m = 0; m < tokens; m += block)
         for (Index p = 0; p < width; p += batch) {
@@ -373,12 +344,20 @@ void multiply_panels(const CpuRun& run, const Cells& cells, const Panels& panels
             fill_panels(panels, first + p, stop - p, k, part, panel + p * apart, panel_width * apart);
             if constexpr (requires { panels.prefetch(p, p, k, part, p, p); })
               for (Index q = p; q < stop; q += panel_width)
-                panels.prefetch(more ? first : next.first, task_outputs, more ? k + part : next.part * part_depth, panel_depth, q / panel_width,
-                                task_outputs / panel_width);
+                panels.prefetch(next_first, task_outputs, next_k, panel_depth, q / panel_width, task_outputs / panel_width);
           }
-          for (Index q = p; q < stop; q += panel_width)
-            cells.gemm(std::min(block, tokens - m), width - q > panel_width / 2 ? panel_width : panel_width / 2, here, input.at(token + m, k),
-                       input.stride(), panel + q * apart, out.row(m) + q, out.stride, add);
+          const Index last = std::min(tokens, m + block), step = fetch_x ? rows_between_fetches : block;
+          for (Index r = m; r < last; r += step) {
+            if (fetch_x) {
+              const bool below = last < tokens;
+              const Index row = below ? token + last : next_token, shares = div_up(last - m, step);
+              prefetch_rows(input, row, std::min(block, x.rows - row), below ? k : next_k, here, p / batch * shares + (r - m) / step,
+                            div_up(width, batch) * shares);
+            }
+            for (Index q = p; q < stop; q += panel_width)
+              cells.gemm(std::min(step, last - r), width - q > panel_width / 2 ? panel_width : panel_width / 2, here, input.at(token + r, k),
+                         input.stride(), panel + q * apart, out.row(r) + q, out.stride, add);
+          }
         }
     }
     if (direct || parts > 1) return;

@@ -263,7 +263,17 @@ using avx512_vnni::load, avx512_vnni::store, avx512_vnni::V;
 inline constexpr CodeKernels code_table = [] {
   CodeKernels table = avx512_vnni::code_table;
   table.few_bits16 = few_kernels<FewBfloat16>();
-  table.bits16 = {2, 1, columns, backward_pairs, number_columns, number_pairs, pair_rows, to_bfloat16, gemm<PairDot>, 1, 32};
+  table.bits16 = {.numbers = 2,
+                  .cells = 1,
+                  .forward = columns,
+                  .backward = backward_pairs,
+                  .forward_numbers = number_columns,
+                  .backward_numbers = number_pairs,
+                  .round_panel = pair_rows,
+                  .round = to_bfloat16,
+                  .gemm = gemm<PairDot>,
+                  .gradient_rows = 32,
+                  .rows_for_wide_tasks = 256};
   return table;
 }();
 }  // namespace avx512_bf16
