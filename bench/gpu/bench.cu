@@ -79,6 +79,7 @@ int main(int argc, char** argv) {
       for (const auto& [out, in] : shapes)
         if (out == in)
           for (const auto* each : {&cells, &slabs_in_turns}) each->kernels(out, in, tokens);
+      for (const auto& [out, in] : shapes) cells.terms(out, in, options.quick ? std::vector<Index>{128} : std::vector<Index>{512, 2048});
     }
     return cells.has_peer() || options.bitsandbytes.empty() ? 0 : 3;
   } catch (const qd::Error& error) {

@@ -176,6 +176,47 @@ class Cells {
     }
   }
 
+  /// Products by slabs with an adapter's term of rank 64, appended to their operands or added to y afterwards: what
+  /// ProductLimits::augmented should be.
+  void terms(Index out, Index in, const std::vector<Index>& tokens_list) const {
+    const int copies = copies_of(out, in);
+    constexpr Index rank = 64;
+    std::vector<Weight> coded;
+    for (int i = 0; i < copies; ++i) coded.push_back(random_weight(out, in, 100 + static_cast<std::uint64_t>(i)));
+    for (const Index tokens : tokens_list)
+      for (const bool forward : {true, false}) {
+        const Index depth = forward ? in : out, width = forward ? out : in;
+        const auto x = activations(tokens, depth, 7);
+        const auto b = numbers(rank, width, 8, 0.02f);
+        auto u = numbers(tokens, rank, 9, 1.0f);
+        Matrix<bfloat16> y(tokens, width), rounded(rank, width);
+        const auto every = [&](auto&& f) {
+          return [&, f] {
+            for (const Weight& w : coded) f(w.view());
+          };
+        };
+        const auto times = watch_.compare(
+            {{"appended", every([&](const auto& w) {
+                cuda_.copy(b.view(), rounded.view());
+                const qd::AdapterTerm<bfloat16> term{.u = u.view(), .b = std::as_const(rounded).view()};
+                if (forward) qd::detail::multiply_by_augmented_slabs(context_, x.view(), w, y.view(), qd::Update::overwrite, term);
+                else qd::detail::multiply_transposed_by_augmented_slabs(context_, x.view(), w, y.view(), qd::Update::overwrite, term);
+              })},
+             {"added", every([&](const auto& w) {
+                if (forward) qd::detail::multiply_by_slabs(context_, x.view(), w, y.view(), qd::Update::overwrite);
+                else qd::detail::multiply_transposed_by_slabs(context_, x.view(), w, y.view(), qd::Update::overwrite);
+                cuda_.matmul_transposed(u.view(), b.view(), y.view(), qd::Update::accumulate);
+              })}},
+            copies, options_.rounds);
+        std::fprintf(lines_,
+                     "{\"op\": \"term\", \"out\": %lld, \"in\": %lld, \"tokens\": %lld, \"forward\": %s, \"appended_us\": %.3f, "
+                     "\"added_us\": %.3f}\n",
+                     static_cast<long long>(out), static_cast<long long>(in), static_cast<long long>(tokens), forward ? "true" : "false",
+                     times[0].median, times[1].median);
+        std::fflush(lines_);
+      }
+  }
+
   /// A layer's forward pass with its adapter at some ranks; rank 0 is the base alone.
   void adapters(Index out, Index in, const std::vector<Index>& tokens_list) const {
     const int copies = copies_of(out, in);

@@ -206,6 +206,17 @@ def write(lines, args):
             fastest = min(us.values())
             text.append(f"| {o}×{i} | {t} | " + " | ".join(f"**{f}**" if us.get(name) == fastest else f for name, f in zip(names, found)) + " |")
         text.append("")
+    terms = {}
+    for cell in lines:
+        if cell.get("op") == "term":
+            terms.setdefault(key(cell), {})[cell["forward"]] = 100 * cell["appended_us"] / cell["added_us"]
+    if terms:
+        text += ["## An adapter's term of rank 64 appended to the operands of slabs", "",
+                 "In % of the time that products take to which it is added afterwards; `ProductLimits::augmented` says where it is appended.", "",
+                 "| out × in | M | forward | backward |", "|---|---|---|---|"]
+        for (o, i, t), of in sorted(terms.items(), key=lambda at: at[0][0] / at[0][1]):
+            text.append(f"| {o}×{i} | {t} | " + " | ".join(f"{of[way]:.0f} %" if way in of else "–" for way in (True, False)) + " |")
+        text.append("")
     adapters = by_key(lines, "adapter", "rank")
     if adapters:
         text += ["## What an adapter adds to a forward pass", "", "| out × in | M | rank 8 | rank 64 |", "|---|---|---|---|"]

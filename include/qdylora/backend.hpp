@@ -40,8 +40,9 @@ struct DropoutKey {
 /// them. half_split: (i, i + head_dim / 2), as Hugging Face's checkpoints have them.
 enum class RopeLayout { interleaved, half_split };
 
-/// What an adapter adds to a product x . w^T: scale * u . b, u [tokens, rank], b [rank, out], rank-major as LoRAAdapter has it. Empty:
-/// nothing. Where there is an a [rank, in], u is memory that x . a^T is written to on the way, apart from x and y; else it is read.
+/// What an adapter adds to a product y of x and a weight: scale * u . b, u [tokens, rank], b [rank, columns of y], rank-major as LoRAAdapter
+/// has it. Empty: nothing. Where there is an a [rank, columns of x], u is memory that x . a^T is written to on the way, apart from x and y;
+/// else it is read.
 template <Scalar T>
 struct AdapterTerm {
   MatrixView<Accumulator<T>> u = {};
@@ -112,13 +113,14 @@ concept HasGemm = requires(const B b, MatrixView<const T> x, MatrixView<T> y, Ma
   b.weight_gradient(w, x, h, update);    // h [r, features] (+)= w [tokens, r]^T . x [tokens, features]
 };
 
-/// A linear layer's product that takes its adapter's along, where a pass over y of its own would cost more; W: a weight's view. Optional.
+/// A linear layer's products that take its adapter's along, where a pass over y of its own would cost more; W: a weight's view. Optional.
 template <class B, class T, class W>
-concept HasAdapterTerm = requires(const B b, MatrixView<const T> x, const W w, MatrixView<T> y, Update update,
-                                  AdapterTerm<T> adapter) {
-  { b.takes_adapter(x, w) } -> std::same_as<bool>;  // whether there is what follows for such an x
-  { b.recording() } -> std::same_as<bool>;          // whether operations are taken down, to be done later and more than once
-  b.matmul(x, w, y, update, adapter);               // y [tokens, out] (+)= x [tokens, in] . w^T + adapter, whose u it may write, in one pass
+concept HasAdapterTerm = requires(const B b, MatrixView<const T> x, const W w, MatrixView<T> y, Update update, AdapterTerm<T> adapter, Index rank) {
+  { b.takes_adapter(x, w, rank) } -> std::same_as<bool>;             // whether there is, for such an x, a matmul with a term of that rank
+  { b.takes_adapter_transposed(x, w, rank) } -> std::same_as<bool>;  // and a matmul_transposed
+  { b.recording() } -> std::same_as<bool>;  // whether operations are taken down, to be done later and more than once
+  b.matmul(x, w, y, update, adapter);             // y [tokens, out] (+)= x [tokens, in] . w^T + adapter, whose u it may write, in one pass
+  b.matmul_transposed(x, w, y, update, adapter);  // y [tokens, in] (+)= x [tokens, out] . w + adapter
 };
 
 template <class B, class T>

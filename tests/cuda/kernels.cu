@@ -105,7 +105,10 @@ void every_product(const qd::Cuda& cuda, qd::MatrixView<T> x, qd::MatrixView<qd:
   both_ways(cuda.quantize<qd::FP8E4M3, qd::DoubleQuant<>>(x).view());
   both_ways(qd::BinaryCodedView<qd::Accumulator<T>>());
   cuda.matmul(x, cuda.quantize<qd::NF4, qd::DoubleQuant<>>(x).view(), a);
-  if constexpr (sizeof(T) == 2) cuda.matmul(x, cuda.quantize<qd::NF4, qd::DoubleQuant<>>(x).view(), x, qd::Update::accumulate, {a, x});
+  if constexpr (sizeof(T) == 2) {
+    cuda.matmul(x, cuda.quantize<qd::NF4, qd::DoubleQuant<>>(x).view(), x, qd::Update::accumulate, {a, x});
+    cuda.matmul_transposed(x, cuda.quantize<qd::NF4, qd::DoubleQuant<>>(x).view(), x, qd::Update::accumulate, {a, x});
+  }
   both_ways(bf16);
   both_ways(fp16);
   cuda.matmul(x, a, a);

@@ -1,4 +1,6 @@
 // Layers and optimizers on the emulated device, beside the same on the CPU.
+#include <memory>
+
 #include <qdylora/cpu/cpu.hpp>
 #include <qdylora/cuda.hpp>
 #include <qdylora/nn/dynamic_lora_linear.hpp>
@@ -32,15 +34,17 @@ class Trained {
   using Acc = qd::Accumulator<T>;
   using Memory = typename Backend::Memory;
 
-  Trained(const Backend& backend, qd::LoRAOptions options)
+  Trained(const Backend& backend, qd::LoRAOptions options, Index out = layers_test::out, Index in = layers_test::in)
       : backend_(backend),
+        in_(in),
+        out_(out),
         weight_(upload(qd::clone(test::normal_matrix<Acc>(out, in, 1, 0.3).view()))),
         layer_(biased(weight_.view(), std::move(options))),
         optimizer_(layer_.parameters(), {.lr = 1e-2, .weight_decay = 0.1, .max_gradient_norm = 1.0}, backend) {}
 
   /// Forward, backward and an update; y and dx.
   std::pair<Matrix<T>, Matrix<T>> step(const qd::RankPlan& plan, std::uint32_t number) {
-    auto host_x = test::normal_matrix<T>(tokens, in, 10 + number), host_dy = test::normal_matrix<T>(tokens, out, 20 + number);
+    auto host_x = test::normal_matrix<T>(tokens, in_, 10 + number), host_dy = test::normal_matrix<T>(tokens, out_, 20 + number);
     if (auto* const spoiled = std::exchange(spoil_x_, false) ? &host_x : std::exchange(spoil_dy_, false) ? &host_dy : nullptr)
       (*spoiled)(7, 3) = test::not_a_number<T>();
     const auto x = upload(host_x), dy = upload(host_dy);
@@ -70,7 +74,7 @@ class Trained {
  private:
   qd::DynamicLoRALinear<T, Backend> biased(qd::MatrixView<const Acc> weight, qd::LoRAOptions options) {
     qd::DynamicLoRALinear<T, Backend> layer(weight, std::move(options), {}, backend_);
-    layer.set_bias(upload(qd::clone(test::normal_matrix<Acc>(1, out, 2).view())).view());
+    layer.set_bias(upload(qd::clone(test::normal_matrix<Acc>(1, out_, 2).view())).view());
     return layer;
   }
   template <class S>
@@ -82,6 +86,7 @@ class Trained {
   }
 
   Backend backend_;
+  Index in_, out_;
   qd::Matrix<Acc, Memory> weight_;
   qd::DynamicLoRALinear<T, Backend> layer_;
   qd::AdamW<T, Backend> optimizer_;
@@ -93,6 +98,15 @@ class Trained {
 long launches() {
 #ifdef QDYLORA_CUDA_EMULATOR
   return test::emulator::machine().launches;
+#else
+  return -1;
+#endif
+}
+
+/// The same of cuBLASLt's products.
+long products() {
+#ifdef QDYLORA_CUDA_EMULATOR
+  return test::emulator::machine().products;
 #else
   return -1;
 #endif
@@ -148,6 +162,51 @@ TEMPLATE_TEST_CASE("a layer trained on the device is the one that the CPU trains
       CHECK(distance(a[i], b[i]) <= 5 * limit);
     }
     CHECK(distance(found.merged(5), expected.merged(5)) <= limit);
+  }
+}
+
+TEMPLATE_TEST_CASE("a layer of many tokens is one product with its adapter where what it makes is wider", "[cuda]", qd::bfloat16, qd::half) {
+  using T = TestType;
+  constexpr bool in_bfloat16 = std::is_same_v<T, qd::bfloat16>;
+  const double limit = in_bfloat16 ? 3e-2 : 4e-3;
+  const auto context_of = [](Index ratio) {
+    return std::make_unique<qd::CudaContext>(
+        qd::CudaOptions{.workspace_bytes = std::size_t{4} << 20, .product_limits = {.small_batch = 0, .tiles = 0, .augmented = ratio}});
+  };
+  const auto augmenting = context_of(-1), apart = context_of(0);
+  struct Case {
+    Index out, in;
+    float dropout;
+    bool dora;
+  };
+  for (const auto& [out, in, dropout, dora] : {Case{200, 64, 0.0f, false}, Case{64, 200, 0.0f, false}, Case{200, 64, 0.25f, false},
+                                               Case{64, 200, 0.25f, false}, Case{64, 200, 0.0f, true}}) {
+    const qd::LoRAOptions options{.max_rank = 16, .alpha = 8, .dropout = dropout, .seed = 3, .layer = 1, .dora = dora};
+    Trained<T, Cpu> expected(Cpu(1), options, out, in);
+    Trained<T, Cuda> found(Cuda(*augmenting), options, out, in), separate(Cuda(*apart), options, out, in);
+    std::uint32_t number = 0;
+    for (const auto& plan : {qd::RankPlan::uniform(16), qd::RankPlan::uniform(5), qd::RankPlan::uniform(0),
+                             qd::RankPlan::of_runs({{20, 16}, {20, 3}}), qd::RankPlan::of_runs({{7, 2}, {3, 0}, {30, 16}})}) {
+      CAPTURE(out, in, dropout, dora, number);
+      const auto [y, dx] = expected.step(plan, number);
+      const auto count = [&](Trained<T, Cuda>& layer) {
+        const long before = products();
+        const auto [device_y, device_dx] = layer.step(plan, number);
+        const long made = products() - before;
+        CHECK(distance(device_y, y) <= limit);
+        CHECK(distance(device_dx, dx) <= limit);
+        return made;
+      };
+      const long together = count(found), one_by_one = count(separate);
+      const bool forward = out > in && !dora, backward = in > out && in_bfloat16 && dropout == 0.0f;
+      if (products() >= 0 && plan.max_rank() > 0 && plan.is_uniform()) CHECK(one_by_one - together == (forward || backward ? 1 : 0));
+      ++number;
+    }
+    const auto a = found.numbers(), b = expected.numbers();
+    for (std::size_t i = 0; i < a.size(); ++i) {
+      CAPTURE(i);
+      CHECK(distance(a[i], b[i]) <= 5 * limit);
+    }
   }
 }
 

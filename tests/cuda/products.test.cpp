@@ -135,7 +135,7 @@ TEMPLATE_TEST_CASE("an adapter rides on the product of its layer", "[cuda]", qd:
       const test::Remote<Cuda, T> remote_x(cuda, x.view(), 0);
       test::Remote<Cuda, float> remote_u(cuda, u.view());
       const test::Remote<Cuda, T> remote_b(cuda, b.view()), aligned_a(cuda, a.view(), 8), remote_a(cuda, a.view(), 3);
-      REQUIRE(cuda.takes_adapter(remote_x.in(), w.view()));
+      REQUIRE(cuda.takes_adapter(remote_x.in(), w.view(), rank));
       const auto check = [&](MatrixView<const T> from, const Matrix<float>& expected_u, qd::Update update) {
         test::Output<Cuda, T> y(cuda, tokens, 50, update);
         const qd::AdapterTerm<T> adapter{remote_u.view(), remote_b.in().top_rows(rank), -0.5f, from};
@@ -172,10 +172,120 @@ TEMPLATE_TEST_CASE("an adapter rides on the product of its layer", "[cuda]", qd:
   // Tokens that another kernel multiplies take none along, and say so.
   const test::Remote<Cuda, T> x(cuda, test::normal_matrix<T>(40, in, 1).view());
   test::Output<Cuda, T> y(cuda, 40, 50, qd::Update::overwrite);
-  CHECK_FALSE(cuda.takes_adapter(x.in(), w.view()));
+  CHECK_FALSE(cuda.takes_adapter(x.in(), w.view(), 2));
   test::Remote<Cuda, float> u(cuda, test::normal_matrix<float>(40, 2, 2).view());
   const test::Remote<Cuda, T> b(cuda, test::normal_matrix<T>(2, 50, 3).view());
   CHECK(test::code_of([&] { cuda.matmul(x.in(), w.view(), y.view(), qd::Update::overwrite, {u.view(), b.in()}); }) == qd::Errc::unsupported);
+}
+
+namespace {
+
+/// y (+)= x . w^T + scale * u . b, or of w itself, beside the reference's, of a u that is there and of one that is made of an a. x, b and a
+/// begin where 16 bytes do, or do not.
+template <class T, class Host, class There>
+void products_with_a_term(const Cuda& cuda, const Host& host, const There& there, Index tokens, Index rank, bool transposed) {
+  constexpr float scale = -0.5f;
+  const Index depth = transposed ? host.rows : host.cols, width = transposed ? host.cols : host.rows;
+  CAPTURE(tokens, rank, depth, width, transposed);
+  const auto x = test::normal_matrix<T>(tokens, depth, 1), b = test::normal_matrix<T>(rank, width, 3);
+  const auto a = test::normal_matrix<T>(rank, depth, 5, 0.2);
+  const auto u = test::normal_matrix<float>(tokens, rank, 2);
+  for (const Index padding : {0, 3}) {
+    const test::Remote<Cuda, T> remote_x(cuda, x.view(), padding), remote_b(cuda, b.view(), padding), remote_a(cuda, a.view(), padding);
+    test::Remote<Cuda, float> remote_u(cuda, u.view(), padding);
+    const auto multiply = [&](MatrixView<T> y, qd::Update update, const qd::AdapterTerm<T>& adapter) {
+      if (transposed) cuda.matmul_transposed(remote_x.in(), there, y, update, adapter);
+      else cuda.matmul(remote_x.in(), there, y, update, adapter);
+    };
+    const auto check = [&](qd::Update update, MatrixView<const T> from, const Matrix<double>& expected_u) {
+      test::Output<Cuda, T> y(cuda, tokens, width, update);
+      multiply(y.view(), update, {remote_u.view(), remote_b.in(), scale, from});
+      if (transposed) test::reference::matmul_transposed(x.view(), host, y.expected(), update);
+      else test::reference::matmul(x.view(), host, y.expected(), update);
+      Matrix<double> scaled(tokens, rank);
+      for (Index i = 0; i < scaled.size(); ++i) scaled.data()[i] = static_cast<double>(scale) * expected_u.data()[i];
+      test::reference::matmul_transposed(MatrixView<const double>(scaled.view()), b.view(), y.expected(), qd::Update::accumulate);
+      y.check(test::bound<T>());
+    };
+    for (const auto update : test::both_updates) check(update, {}, test::in_double(u.view()));
+    Matrix<double> made(tokens, rank);
+    test::reference::matmul(x.view(), a.view(), made.view(), qd::Update::overwrite);
+    for (const auto update : test::both_updates) {
+      cuda.fill(remote_u.view(), std::numeric_limits<float>::quiet_NaN());
+      check(update, remote_a.in(), made);
+      test::check_result(remote_u, std::as_const(made).view(), test::bound<float>());
+    }
+    // Nothing, and what does not fit.
+    test::Output<Cuda, T> y(cuda, tokens, width, qd::Update::overwrite);
+    multiply(y.view(), qd::Update::overwrite, {});
+    if (transposed) test::reference::matmul_transposed(x.view(), host, y.expected(), qd::Update::overwrite);
+    else test::reference::matmul(x.view(), host, y.expected(), qd::Update::overwrite);
+    y.check(test::bound<T>());
+    const auto code_of = [&](const qd::AdapterTerm<T>& adapter) {
+      return test::code_of([&] { multiply(y.view(), qd::Update::overwrite, adapter); });
+    };
+    CHECK(code_of({remote_u.view(), remote_b.in().left_cols(width - 1)}) == qd::Errc::shape_mismatch);
+    CHECK(code_of({remote_u.view(), remote_b.in(), 1.0f, remote_a.in().left_cols(depth - 1)}) == qd::Errc::shape_mismatch);
+    CHECK(code_of({.b = remote_b.in()}) == qd::Errc::shape_mismatch);  // no u
+  }
+}
+
+}  // namespace
+
+TEMPLATE_TEST_CASE("products by slabs have an adapter's term appended where y is wider than x", "[cuda]", qd::bfloat16, qd::half) {
+  using T = TestType;
+  constexpr bool backward = std::is_same_v<T, qd::bfloat16>;
+  const qd::ProductLimits by_slabs{.small_batch = 0, .tiles = 0};
+  const auto products = [&](const Cuda& cuda) {
+    for (const auto& [narrow, wide] : {std::pair<Index, Index>{64, 128}, {65, 137}, {24, 203}})
+      for (const Index tokens : {1, 33})
+        for (const Index rank : {1, 8, 13}) {
+          const auto host = qd::quantize(test::normal_matrix<float>(wide, narrow, 4, 0.2).view());
+          const auto w = cuda.upload(host);
+          REQUIRE(cuda.takes_adapter(MatrixView<const T>(nullptr, tokens, narrow), w.view(), rank));
+          CHECK_FALSE(cuda.takes_adapter_transposed(MatrixView<const T>(nullptr, tokens, wide), w.view(), rank));
+          products_with_a_term<T>(cuda, host.view(), w.view(), tokens, rank, false);
+          const auto turned = qd::quantize<qd::FP4>(test::normal_matrix<float>(narrow, wide, 4, 0.2).view());
+          const auto v = cuda.upload(turned);
+          CHECK_FALSE(cuda.takes_adapter(MatrixView<const T>(nullptr, tokens, wide), v.view(), rank));
+          REQUIRE(cuda.takes_adapter_transposed(MatrixView<const T>(nullptr, tokens, narrow), v.view(), rank) == backward);
+          if constexpr (backward) products_with_a_term<T>(cuda, turned.view(), v.view(), tokens, rank, true);
+        }
+  };
+  test::in_every_order([&] { products(Gpu({.workspace_bytes = 60000, .slab_bytes = 6000, .product_limits = by_slabs})); });
+  products(Gpu({.workspace_bytes = 60000, .slab_bytes = 6000, .overlap_slabs = false, .product_limits = by_slabs}));
+  products(Gpu({.workspace_bytes = std::size_t{1} << 20, .product_limits = by_slabs}));
+
+  // Where x and the term do not fit beside two slabs, none is taken, and a product says so.
+  const Gpu small({.workspace_bytes = 60000, .slab_bytes = 40000, .product_limits = by_slabs});
+  const Cuda cuda = small;
+  const auto w = cuda.upload(qd::quantize(test::normal_matrix<float>(128, 64, 4, 0.2).view()));
+  const auto takes = [&](Index tokens, Index rank) {
+    return cuda.takes_adapter(MatrixView<const T>(nullptr, tokens, 64), w.view(), rank);
+  };
+  CHECK(takes(34, 8));         // 34 rows of 72 numbers are 4896 bytes, of 5000
+  CHECK_FALSE(takes(34, 9));   // of 80
+  CHECK_FALSE(takes(35, 8));
+  const test::Remote<Cuda, T> x(cuda, test::normal_matrix<T>(35, 64, 1).view()), b(cuda, test::normal_matrix<T>(8, 128, 2).view());
+  const test::Remote<Cuda, T> y(cuda, test::normal_matrix<T>(35, 128, 2).view());
+  test::Remote<Cuda, float> u(cuda, test::normal_matrix<float>(35, 8, 2).view());
+  test::Output<Cuda, T> forth(cuda, 35, 128, qd::Update::overwrite), back(cuda, 35, 64, qd::Update::overwrite);
+  CHECK(test::code_of([&] { cuda.matmul(x.in(), w.view(), forth.view(), qd::Update::overwrite, {u.view(), b.in()}); }) == qd::Errc::unsupported);
+  CHECK(test::code_of([&] { cuda.matmul_transposed(y.in(), w.view(), back.view(), qd::Update::overwrite, {u.view(), b.in().left_cols(64)}); }) ==
+        qd::Errc::unsupported);
+}
+
+TEST_CASE("a product by slabs takes an adapter along by how wide it is, and as the user says") {
+  CHECK(qd::augments(4096, 8192));
+  CHECK_FALSE(qd::augments(4096, 8191));
+  CHECK_FALSE(qd::augments(4096, 4096));
+  CHECK(qd::augments(4096, 4096, {.augmented = 1}));
+  CHECK_FALSE(qd::augments(4096, 32768, {.augmented = 0}));
+  CHECK_FALSE(qd::augments(4096, 8192, {.augmented = 3}));
+  const qd::CudaContext context({.workspace_bytes = 60000, .slab_bytes = 20000, .product_limits = {.augmented = 3}});
+  CHECK(context.augments(10, 30, 25000));
+  CHECK_FALSE(context.augments(10, 30, 25001));
+  CHECK_FALSE(context.augments(10, 29, 1));
 }
 
 TEST_CASE("a product's kernel is chosen by its shape, the device and the user") {

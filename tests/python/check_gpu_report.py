@@ -22,6 +22,8 @@ def cells(ours_us=10.0, ours_error=1e-3, peak=30.0, gpu="NVIDIA H100 80GB HBM3")
                 lines.append({**cell, "who": "bitsandbytes, decoded", "us": 50.0, "error": 2e-3})
     for rank, us in ((0, 10.0), (8, 10.5), (64, 13.0)):
         lines.append({"op": "adapter", "out": 4096, "in": 4096, "tokens": 1, "rank": rank, "us": us})
+    for out, forward, appended in ((4096, True, 11.0), (4096, False, 10.5), (8192, True, 9.3)):
+        lines.append({"op": "term", "out": out, "in": 4096, "tokens": 512, "forward": forward, "appended_us": appended, "added_us": 10.0})
     for who, us in (("ours", 100.0), ("cublas", 90.0), ("PEFT + bitsandbytes", 140.0)):
         lines.append({"op": "layer", "out": 4096, "in": 4096, "tokens": 2048, "who": who, "us": us})
     step = {"layers": 60, "batch": 4, "tokens": 512, "moments": 32, "offload": 0, "cap_gib": 32, "planned_gb": 30.0,
@@ -59,6 +61,7 @@ assert goals["< M=1, what rank 8 adds, %"]["verdict"] == "reached"
 assert goals["< error against float64, of bitsandbytes', worst cell"]["verdict"] == "aim reached"
 assert goals["Falcon-40b's step in 32 GiB, batch of 512 tokens each"]["verdict"] == "reached"
 assert "| 5.00 | 7.50 |" in text
+assert "| 4096×4096 | 512 | 110 % | 105 % |" in text and "| 8192×4096 | 512 | 93 % | – |" in text
 assert "Wrong" not in text
 
 status, goals, text = run(cells(ours_us=5.0, gpu="NVIDIA H200"))  # its goal is another one

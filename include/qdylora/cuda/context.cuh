@@ -187,6 +187,11 @@ class CudaContext {
   ProductKernel choose_product(const ProductProblem& problem) const noexcept {
     return qdylora::choose_product(problem, {compute_capability_, properties_.multiProcessorCount, sm90a_}, product_limits_);
   }
+  /// Whether products by slabs take an adapter's term along, of which x and what is appended to it have so many bytes: beside slabs and what
+  /// cuBLASLt works in, the workspace has room for those.
+  bool augments(Index x_cols, Index y_cols, Index bytes) const noexcept {
+    return qdylora::augments(x_cols, y_cols, product_limits_) && bytes <= workspace_.size() / 4 * 3 - slab_bytes_;
+  }
   /// Algorithms that cuBLASLt has chosen: it takes longer to choose one than many a product takes.
   std::map<detail::GemmProblem, cublasLtMatmulAlgo_t>& gemm_algorithms() const noexcept { return gemm_algorithms_; }
   /// A count on the device by which blocks of one launch wait for each other; zero between launches.

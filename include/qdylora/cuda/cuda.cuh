@@ -108,14 +108,21 @@ class Cuda {
   void matmul(MatrixView<X> x, const W& w, MatrixView<Y> y, Update update = Update::overwrite) const {
     detail::matmul(*context_, MatrixView<const std::remove_const_t<X>>(x), w, y, update);
   }
-  /// Whether the product of x and w may be given an adapter's term: few tokens in 16 bits with a weight in 4 bits.
+  /// Whether the product of x and w may be given an adapter's term of that rank: 16 bits by a weight in 4 bits, of few tokens, or of many
+  /// where y is wider than x (product_plan.hpp).
   template <class X, class W>
     requires detail::FusedTypes<W, std::remove_const_t<X>, std::remove_const_t<X>>
-  bool takes_adapter(MatrixView<X> x, const W& w) const noexcept {
-    return detail::fused_kernel(*context_, MatrixView<const std::remove_const_t<X>>(x), w) == ProductKernel::small_batch;
+  bool takes_adapter(MatrixView<X> x, const W& w, Index rank) const noexcept {
+    return detail::takes_adapter(*context_, MatrixView<const std::remove_const_t<X>>(x), w, rank);
   }
-  /// y (+)= x . w^T + scale * u . b, and u where there is an a: a linear layer and its adapter, in one launch if rows of x and a are
-  /// aligned to 16 bytes. Errc::unsupported unless takes_adapter.
+  template <class X, class W>
+    requires detail::FusedTypes<W, std::remove_const_t<X>, std::remove_const_t<X>>
+  bool takes_adapter_transposed(MatrixView<X> x, const W& w, Index rank) const noexcept {
+    return detail::takes_adapter_transposed(*context_, MatrixView<const std::remove_const_t<X>>(x), w, rank);
+  }
+  /// y (+)= x . w^T + scale * u . b, and u where there is an a: a linear layer and its adapter. Of few tokens in one launch, if rows of x and
+  /// a are aligned to 16 bytes, and where u is zero with the base's bits; of many in one product, whose u is rounded to X.
+  /// Errc::unsupported unless takes_adapter.
   template <class X, class W, class Y>
     requires detail::FusedTypes<W, std::remove_const_t<X>, Y>
   void matmul(MatrixView<X> x, const W& w, MatrixView<Y> y, Update update, const AdapterTerm<std::remove_const_t<X>>& adapter) const {
@@ -124,6 +131,12 @@ class Cuda {
   template <class X, class W, class Y>
   void matmul_transposed(MatrixView<X> x, const W& w, MatrixView<Y> y, Update update = Update::overwrite) const {
     detail::matmul_transposed(*context_, MatrixView<const std::remove_const_t<X>>(x), w, y, update);
+  }
+  /// y (+)= x . w + scale * u . b in one product. Errc::unsupported unless takes_adapter_transposed.
+  template <class X, class W, class Y>
+    requires detail::FusedTypes<W, std::remove_const_t<X>, Y>
+  void matmul_transposed(MatrixView<X> x, const W& w, MatrixView<Y> y, Update update, const AdapterTerm<std::remove_const_t<X>>& adapter) const {
+    detail::matmul_transposed(*context_, MatrixView<const std::remove_const_t<X>>(x), w, y, update, adapter);
   }
   template <class U, class X, class G>
   void weight_gradient(MatrixView<U> u, MatrixView<X> x, MatrixView<G> g, Update update = Update::overwrite) const {

@@ -22,6 +22,9 @@
 // cores do, by what shared memory moves, where tiles do 50 %. It takes products only where ProductLimits asks for it, until it has been run
 // on a device.
 //
+// An adapter's term comes with small_batch, and with slabs where y is at least twice as wide as x: u is appended to a copy of x and B to each
+// slab (K-augmentation). The copy takes 4 bytes for each of tokens x columns of x, adding to y afterwards 4 for each of tokens x columns of y.
+//
 // The numbers come from instruction counts and data sheets, not from measurements. ProductLimits overrides them.
 //
 // How many lines a slab has (rows of w forward, columns backward, K numbers each), for a product with x [T, K]. By what others measured of
@@ -63,7 +66,14 @@ struct ProductLimits {
   Index small_batch = -1;
   Index tiles = -1;
   Index warpgroup_tiles = -1;
+  Index augmented = -1;  // how many columns y has for each of x's, at least, where slabs take an adapter's term along; 0: nowhere; -1: 2
 };
+
+/// Whether a product by slabs takes an adapter's term along.
+constexpr bool augments(Index x_cols, Index y_cols, ProductLimits limits = {}) noexcept {
+  const Index ratio = limits.augmented < 0 ? 2 : limits.augmented;
+  return ratio > 0 && y_cols >= ratio * x_cols;
+}
 
 constexpr ProductLimits default_limits(int compute_capability) noexcept {
   if (compute_capability < 80) return {0, 0, 0};

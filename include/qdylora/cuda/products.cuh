@@ -3,7 +3,10 @@
 
 #include <algorithm>
 #include <concepts>
+#include <string>
+#include <type_traits>
 
+#include <qdylora/cuda/augmented_slabs.cuh>
 #include <qdylora/cuda/few_tokens.cuh>
 #include <qdylora/cuda/slabs.cuh>
 #include <qdylora/cuda/small_batch.cuh>
@@ -21,6 +24,13 @@ template <class X, class W, class Y>
 void expect_matmul(MatrixView<const X> x, const W& w, MatrixView<Y> y) {
   QDYLORA_EXPECTS(x.cols == w.cols, shape_mismatch, "matmul: x " + shape_text(x) + " does not fit weight " + shape_text(w.rows, w.cols));
   expect_shape("matmul: y", y, x.rows, w.rows);
+}
+
+template <class X, class W, class Y>
+void expect_matmul_transposed(MatrixView<const X> x, const W& w, MatrixView<Y> y) {
+  QDYLORA_EXPECTS(x.cols == w.rows, shape_mismatch,
+                  "matmul_transposed: x " + shape_text(x) + " does not fit weight " + shape_text(w.rows, w.cols));
+  expect_shape("matmul_transposed: y", y, x.rows, w.cols);
 }
 
 /// The kernel for x . w^T of types that are fused.
@@ -50,35 +60,60 @@ void matmul(const CudaContext& context, MatrixView<const X> x, const W& w, Matri
   }
 }
 
-/// The same and what an adapter adds, of an x whose kernel is small_batch; else Errc::unsupported. In one launch, if rows of x and a are
+/// Whether a product of x and w takes an adapter's term of that rank along: by small_batch, or by slabs where they are augmented.
+template <class X, class W>
+bool takes_adapter(const CudaContext& context, MatrixView<const X> x, const W& w, Index rank) noexcept {
+  const ProductKernel kernel = fused_kernel(context, x, w);
+  if (kernel == ProductKernel::slabs) return context.augments(w.cols, w.rows, augmented_bytes(x, rank));
+  return kernel == ProductKernel::small_batch;
+}
+/// The same of x . w. Not in half: gradients pass below its range, so that a term of floats is multiplied as floats there (ProductType).
+template <class X, class W>
+bool takes_adapter_transposed(const CudaContext& context, MatrixView<const X> x, const W& w, Index rank) noexcept {
+  return std::same_as<X, bfloat16> && context.augments(w.rows, w.cols, augmented_bytes(x, rank));
+}
+
+/// The rank of an adapter's term, which fits x and so many columns of y.
+template <class X>
+Index rank_of_term(const char* product, MatrixView<const X> x, Index y_cols, const AdapterTerm<X>& adapter) {
+  const Index rank = std::max({adapter.u.cols, adapter.a.rows, adapter.b.rows});
+  if (rank == 0) return 0;
+  const std::string name = std::string(product) + ": the adapter's ";
+  expect_shape((name + "u").c_str(), adapter.u, x.rows, rank);
+  expect_shape((name + "b").c_str(), adapter.b, rank, y_cols);
+  if (!adapter.a.empty()) expect_shape((name + "a").c_str(), adapter.a, rank, x.cols);
+  return rank;
+}
+template <class X, class W>
+void expect_taken(bool taken, const char* product, MatrixView<const X> x, const W& w, const char* query) {
+  QDYLORA_EXPECTS(taken, unsupported,
+                  std::string(product) + ": a product of " + shape_text(x) + " and " + shape_text(w.rows, w.cols) +
+                      " takes no adapter along; ask " + query + " first");
+}
+
+/// y (+)= x . w^T and what an adapter adds, which takes_adapter; else Errc::unsupported. Few tokens in one launch, if rows of x and a are
 /// aligned to 16 bytes.
 template <class X, class W, class Y>
   requires FusedTypes<W, X, Y>
 void matmul(const CudaContext& context, MatrixView<const X> x, const W& w, MatrixView<Y> y, Update update,
             const std::type_identity_t<AdapterTerm<X>>& adapter) {
   expect_matmul(x, w, y);
-  const bool makes_u = !adapter.a.empty();
-  if (const Index rank = std::max(adapter.u.cols, adapter.a.rows); rank > 0) {
-    expect_shape("matmul: the adapter's u", adapter.u, x.rows, rank);
-    expect_shape("matmul: the adapter's b", adapter.b, rank, w.rows);
-    if (makes_u) expect_shape("matmul: the adapter's a", adapter.a, rank, w.cols);
-  }
-  if (y.empty()) {
-    if (makes_u) matmul(context, x, adapter.a, adapter.u, Update::overwrite);
-    return;
-  }
-  QDYLORA_EXPECTS(
-      fused_kernel(context, x, w) == ProductKernel::small_batch, unsupported,
-      "matmul: a product of " + shape_text(x) + " and " + shape_text(w.rows, w.cols) + " takes no adapter along; ask takes_adapter first");
-  multiply_small_batch(context, x, w, y, update, adapter);
+  const Index rank = rank_of_term("matmul", x, w.rows, adapter);
+  if (rank == 0) return matmul(context, x, w, y, update);
+  const auto make_u = [&] {
+    if (!adapter.a.empty()) matmul(context, x, adapter.a, adapter.u, Update::overwrite);
+  };
+  if (y.empty()) return make_u();
+  expect_taken(takes_adapter(context, x, w, rank), "matmul", x, w, "takes_adapter");
+  if (fused_kernel(context, x, w) == ProductKernel::small_batch) return multiply_small_batch(context, x, w, y, update, adapter);
+  make_u();
+  multiply_by_augmented_slabs(context, x, w, y, update, adapter);
 }
 
 /// y [tokens, in] (+)= x [tokens, out] . w [out, in]
 template <class X, class W, class Y>
 void matmul_transposed(const CudaContext& context, MatrixView<const X> x, const W& w, MatrixView<Y> y, Update update) {
-  QDYLORA_EXPECTS(x.cols == w.rows, shape_mismatch,
-                  "matmul_transposed: x " + shape_text(x) + " does not fit weight " + shape_text(w.rows, w.cols));
-  expect_shape("matmul_transposed: y", y, x.rows, w.cols);
+  expect_matmul_transposed(x, w, y);
   if (y.empty()) return;
   if constexpr (!std::is_void_v<Element<W>>) {
     const MatrixView<const Element<W>> dense(w);
@@ -87,6 +122,20 @@ void matmul_transposed(const CudaContext& context, MatrixView<const X> x, const 
   } else {
     multiply_transposed_by_slabs(context, x, w, y, update);
   }
+}
+
+/// y (+)= x . w and what an adapter adds, which takes_adapter_transposed; else Errc::unsupported.
+template <class X, class W, class Y>
+  requires FusedTypes<W, X, Y>
+void matmul_transposed(const CudaContext& context, MatrixView<const X> x, const W& w, MatrixView<Y> y, Update update,
+                       const std::type_identity_t<AdapterTerm<X>>& adapter) {
+  expect_matmul_transposed(x, w, y);
+  const Index rank = rank_of_term("matmul_transposed", x, w.cols, adapter);
+  if (rank == 0) return matmul_transposed(context, x, w, y, update);
+  if (!adapter.a.empty()) matmul(context, x, adapter.a, adapter.u, Update::overwrite);
+  if (y.empty()) return;
+  expect_taken(takes_adapter_transposed(context, x, w, rank), "matmul_transposed", x, w, "takes_adapter_transposed");
+  multiply_transposed_by_augmented_slabs(context, x, w, y, update, adapter);
 }
 
 /// g [r, features] (+)= u [tokens, r]^T . x [tokens, features]

@@ -211,7 +211,7 @@ MemoryPlan memory_plan(const ModelShape& s, const MemoryOptions& o) {
   std::vector<BaseOptions> bases(1 + o.more_formats.size(), o.base);
   for (std::size_t i = 0; i < o.more_formats.size(); ++i) bases[i + 1].format = o.more_formats[i];
   const bool in_four_bits = o.base.format == BaseFormat::nf4 || o.base.format == BaseFormat::fp4 || o.base.format == BaseFormat::int4;
-  const bool rounds_factors = o.device && t < acc && in_four_bits && !dora;  // A and B to T, where few tokens are multiplied
+  const bool rounds_factors = o.device && t < acc && in_four_bits && !dora;  // A and B to T, for products that take them along
   Index widest_out = 0, in_sum = 0;
   std::size_t largest = 0;  // moments of a parameter
   for (const auto& [name, out, in] : s.linears) {
@@ -324,8 +324,8 @@ MemoryPlan memory_plan(const ModelShape& s, const MemoryOptions& o) {
   if (o.training) {
     plan.workspace += bytes(tokens * (s.backward_temporaries + s.width + (o.checkpoint ? s.width : 0)) * t);  // d; a spare stream
     passing = std::max({passing, tokens * (given_back + (dora ? widest_out * t : 0)) + beside_gradient, o.scored * s.width * t});
-    if (rounds_factors) passing = std::max(passing, most_rounded * t + std::min<Index>(most, 32) * rank * acc);  // and u
   }
+  if (rounds_factors) passing = std::max(passing, most_rounded * t + (o.training ? 2 : 1) * most * rank * acc);  // and u, or t and dz
   if (s.whole && o.training) {  // dy as numbers of masters; what makes the gradient of a norm, of the final one beside its dx
     const Index per_norm = s.width * s.statistics * acc, per_token = s.width * t + (2 * s.statistics - 1) * acc;
     passing = std::max({passing, (t == acc ? Index{0} : tokens * widest * acc) + beside_gradient, per_norm + tokens * per_token,

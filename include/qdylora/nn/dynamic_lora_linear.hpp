@@ -18,7 +18,6 @@
 
 #include <qdylora/backend.hpp>
 #include <qdylora/nn/adapter_layer.hpp>
-#include <qdylora/nn/add_if_finite.hpp>
 #include <qdylora/nn/column_sums.hpp>
 #include <qdylora/nn/kept.hpp>
 #include <qdylora/nn/magnitude.hpp>
@@ -156,8 +155,9 @@ class DynamicLoRALinear : public AdapterLayer<T, Backend>,
         scale_by_factors(dy, context.plan, context.magnitude, adapter_, 0, scaled_dy.view(), backend_);
         dy = scaled_dy.view();
       }
-    if (!have_dx) backward_base(dy, dx);
-    add_backward(dy, dx, context, mode);
+    const bool together = !have_dx && base_->visit([&](const auto& w) { return takes_transposed(w, dy, context); });
+    if (!have_dx && !together) backward_base(dy, dx);
+    add_backward(dy, dx, context, mode, together);
   }
 
   /// The two parts of forward and backward, for adapters that share the base's: y = x W^T + bias, then y += u B; dx = dy W, then
@@ -227,10 +227,11 @@ class DynamicLoRALinear : public AdapterLayer<T, Backend>,
   bool multiply(const W& w, MatrixView<T> product, Context& context, Index rank) const {
     const auto x = context.x;
     if constexpr (HasAdapterTerm<Backend, T, W>)
-      if (rank > 0 && backend_.takes_adapter(x, w)) {
+      if (rank > 0 && backend_.takes_adapter(x, w, rank)) {
         std::shared_ptr<const Factors> kept;
         Factors own;
-        if (!training_) kept = kept_factors_->find(backend_, [&](Factors& all) { all.assign(adapter_, adapter_.max_rank(), backend_); });
+        if (!training_ && x.rows <= most_rows_of_kept_factors)
+          kept = kept_factors_->find(backend_, [&](Factors& all) { all.assign(adapter_, adapter_.max_rank(), backend_); });
         if (!kept) own.assign(adapter_, rank, backend_);
         const Factors& factors = kept ? *kept : own;
         AdapterTerm<T> term{.b = factors.b.view().top_rows(rank)};
@@ -256,8 +257,25 @@ class DynamicLoRALinear : public AdapterLayer<T, Backend>,
     detail::add_from_ranks(backend_, as_const(u), rows_of(adapter_.b(), rank), context.plan, y);
   }
 
-  // dx += mask(dz A), and gradients.
-  void add_backward(MatrixView<const T> dy, MatrixView<T> dx, Context& context, GradientMode mode) {
+  // dx = dy W + dz A in one product, where takes_transposed.
+  template <class W>
+  bool takes_transposed(const W& w, MatrixView<const T> dy, const Context& context) const {
+    const Index rank = context.plan.max_rank();
+    if constexpr (HasAdapterTerm<Backend, T, W>)
+      return rank > 0 && context.dropped.size() == 0 && backend_.takes_adapter_transposed(dy, w, rank);
+    else return false;
+  }
+  template <class W>
+  void multiply_transposed(const W& w, MatrixView<const T> dy, MatrixView<Acc> dz, MatrixView<T> dx) const {
+    if constexpr (HasAdapterTerm<Backend, T, W>) {
+      auto a = temporary<T>(backend_, dz.cols, in());
+      backend_.copy(rows_of(adapter_.a(), dz.cols), a.view());
+      backend_.matmul_transposed(dy, w, dx, Update::overwrite, AdapterTerm<T>{.u = dz, .b = as_const(a)});
+    }
+  }
+
+  // Gradients, and dx += mask(dz A), or dx = dy W + dz A where the base's part is yet to come.
+  void add_backward(MatrixView<const T> dy, MatrixView<T> dx, Context& context, GradientMode mode, bool with_base = false) {
     const bool want_dx = dx.data != nullptr;
     const Index rank = context.plan.max_rank();
     if (rank == 0 || (!want_dx && mode == GradientMode::ignore)) return;
@@ -270,13 +288,14 @@ class DynamicLoRALinear : public AdapterLayer<T, Backend>,
       scale_rows(t.view(), context.plan, work.view(), true);
       detail::add_rank_gradient(backend_, as_const(work), adapter_input(context), context.plan, adapter_.a().gradient.view());
       if constexpr (Memory::host)
-        if (adapter_.gated()) gate_gradients(context, t.view());
-      if (adapter_.collecting) collect(context, t.view());
+        if (adapter_.gated()) detail::add_gate_gradients(backend_, adapter_, context.plan, as_const(context.z), as_const(t));
+      if (adapter_.collecting) detail::collect_moments(backend_, adapter_, as_const(context.z), as_const(t));
       detail::touch_ranks(adapter_, context.plan);
     }
     if (!want_dx) return;
     scale_rows(t.view(), context.plan, work.view(), false);
-    add_input_gradient(as_const(work), context, dx);
+    if (with_base) base_->visit([&](const auto& w) { multiply_transposed(w, dy, work.view(), dx); });
+    else add_input_gradient(as_const(work), context, dx);
   }
 
   void expect_unmerged() const {
@@ -352,32 +371,9 @@ class DynamicLoRALinear : public AdapterLayer<T, Backend>,
     return Adapter(base->cols(), base->rows(), std::move(options));
   }
 
-  void gate_gradients(const Context& context, MatrixView<const Acc> t) {
-    const Index width = t.cols;
-    context.plan.for_each_run(t.rows, [&](Index first, Index count, Index rank) {
-      const Index row = adapter_.gate_row(rank);
-      if (row < 0) return;
-      Matrix<Acc, Memory> sums(1, width);
-      backend_.column_products(context.z.view().middle_rows(first, count), t.middle_rows(first, count), sums.view());
-      const Acc s = adapter_.scale(rank);
-      for (Index i = 0; i < rank; ++i) adapter_.gates().gradient(row, i) += s * sums(0, i);
-      adapter_.gates().touch(row, row + 1);
-    });
-  }
-
   void forget_kept() noexcept {
     if (norms_) norms_->forget();
     kept_factors_->forget();
-  }
-
-  // The optimizer skips a step that is not finite; the moments must not keep it either.
-  void collect(const Context& context, MatrixView<const Acc> t) {
-    const Index width = t.cols;
-    const auto part = [width](Matrix<Acc, Memory>& moment) { return moment.view().top_rows(width).left_cols(width); };
-    auto more_a = temporary<Acc>(backend_, width, width), more_b = temporary<Acc>(backend_, width, width);
-    exact(backend_).weight_gradient(context.z.view(), context.z.view(), more_a.view(), Update::overwrite);
-    exact(backend_).weight_gradient(t, t, more_b.view(), Update::overwrite);
-    detail::add_if_finite(backend_, as_const(more_a), part(adapter_.moment_a), as_const(more_b), part(adapter_.moment_b));
   }
 
   using Base::adapter_input, Base::add_input_gradient, Base::as_const, Base::begin, Base::begin_projection, Base::expect_backward;

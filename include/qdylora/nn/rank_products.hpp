@@ -1,5 +1,5 @@
 // What an adapter's pair A [r, in], B [r, out] does with a batch whose rows have ranks: products in which a row costs what its own rank
-// costs, coefficients, and which rows have learned. Shared by the layers that hold a LoRAAdapter.
+// costs, coefficients, gradients of gates, second moments, and which rows have learned. Shared by the layers that hold a LoRAAdapter.
 //   x [tokens, features], u [tokens, b], W [r, features]; b = the plan's largest rank
 #pragma once
 
@@ -7,6 +7,7 @@
 #include <span>
 
 #include <qdylora/backend.hpp>
+#include <qdylora/nn/add_if_finite.hpp>
 #include <qdylora/nn/lora_adapter.hpp>
 
 namespace qdylora::detail {
@@ -77,6 +78,32 @@ void scale_by_rank(const Backend& backend, const LoRAAdapter<S, Memory>& adapter
       for (Index i = 0; i + 1 < rank; ++i) coefficients[static_cast<std::size_t>(i)] = S{};
     backend.scale_columns(source.middle_rows(first, count), std::span<const S>(coefficients), target.middle_rows(first, count));
   });
+}
+
+/// Gradients of an adapter's gates, of z = x A^T and t = dy B^T.
+template <class Backend, class S, class Memory>
+void add_gate_gradients(const Backend& backend, LoRAAdapter<S, Memory>& adapter, const RankPlan& plan, MatrixView<const S> z,
+                        MatrixView<const S> t) {
+  plan.for_each_run(t.rows, [&](Index first, Index count, Index rank) {
+    const Index row = adapter.gate_row(rank);
+    if (row < 0) return;
+    Matrix<S, Memory> sums(1, t.cols);
+    backend.column_products(z.middle_rows(first, count), t.middle_rows(first, count), sums.view());
+    const S s = adapter.scale(rank);
+    for (Index i = 0; i < rank; ++i) adapter.gates().gradient(row, i) += s * sums(0, i);
+    adapter.gates().touch(row, row + 1);
+  });
+}
+
+/// Adds to an adapter's second moments those of z and t. The optimizer skips a step that is not finite; the moments must not keep it either.
+template <class Backend, class S, class Memory>
+void collect_moments(const Backend& backend, LoRAAdapter<S, Memory>& adapter, MatrixView<const S> z, MatrixView<const S> t) {
+  const Index width = t.cols;
+  const auto part = [width](Matrix<S, Memory>& moment) { return moment.view().top_rows(width).left_cols(width); };
+  auto more_a = temporary<S>(backend, width, width), more_b = temporary<S>(backend, width, width);
+  exact(backend).weight_gradient(z, z, more_a.view(), Update::overwrite);
+  exact(backend).weight_gradient(t, t, more_b.view(), Update::overwrite);
+  add_if_finite(backend, MatrixView<const S>(more_a.view()), part(adapter.moment_a), MatrixView<const S>(more_b.view()), part(adapter.moment_b));
 }
 
 /// Marks the rows of A and B that a pass by this plan gave gradients to.

@@ -7,6 +7,9 @@
 
 namespace qdylora {
 
+/// The most rows of x for which a layer that does not train keeps them: of more, rounding them is little beside the product.
+inline constexpr Index most_rows_of_kept_factors = 32;
+
 /// The first rows of both, a [rank, in] and b [rank, out].
 template <Scalar T, MemoryResource Memory>
 struct RoundedFactors {

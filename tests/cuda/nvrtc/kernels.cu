@@ -1,6 +1,7 @@
 // Compiled by NVRTC: kernels of each header that has some.
 #include <qdylora/cuda/adamw8.cuh>
 #include <qdylora/cuda/attention_decode.cuh>
+#include <qdylora/cuda/augmented_slabs.cuh>
 #include <qdylora/cuda/binary_codes.cuh>
 #include <qdylora/cuda/cross_entropy.cuh>
 #include <qdylora/cuda/few_tokens.cuh>
@@ -25,6 +26,7 @@ QDYLORA_KERNEL(CrossEntropy<float>);
 QDYLORA_KERNEL(DequantizeWords<qd::NF4, qd::DoubleQuant<>, qd::bfloat16>);
 QDYLORA_KERNEL(ForEach<device::AdamWRows<float>>);
 QDYLORA_KERNEL(ForEach<device::ByNeighbours<device::AddRuns<qd::bfloat16>, 4>>);
+QDYLORA_KERNEL(ForEach<device::ByNeighbours<device::AppendColumns<qd::bfloat16>, 8>>);
 QDYLORA_KERNEL(ForEach<device::ColumnSums<float, float, qd::bfloat16>>);
 QDYLORA_KERNEL(ForEach<device::DequantizeElement<qd::FP8E4M3, qd::Float32Scales, float>>);
 QDYLORA_KERNEL(ForEach<device::ByNeighbours<device::DecodePlanes<float, qd::bfloat16>, 8>>);
@@ -32,6 +34,7 @@ QDYLORA_KERNEL(ForEach<device::ByNeighbours<device::Dropout<qd::bfloat16>, 8>>);
 QDYLORA_KERNEL(ForEach<device::ByNeighbours<device::Gelu<qd::bfloat16>, 8>>);
 QDYLORA_KERNEL(ForEach<device::MagnitudeFactors<float>>);
 QDYLORA_KERNEL(ForEach<device::ByNeighbours<device::Rope<qd::bfloat16>, 8>>);
+QDYLORA_KERNEL(ForEach<device::Transpose<qd::half, 8>>);
 QDYLORA_KERNEL(LayerNorm<qd::bfloat16, true>);
 QDYLORA_KERNEL(QuantizeBlocks<qd::NF4, qd::half>);
 QDYLORA_KERNEL(RmsNorm<qd::bfloat16, true>);

@@ -44,6 +44,7 @@ struct Machine {
   int unawaited_copies = 0;  // from pageable memory, which nothing has waited for since: a GPU may still read it
   int handles = 0;  // of cuBLASLt
   long launches = 0;  // of kernels, ever
+  long products = 0;  // of cuBLASLt, ever
 };
 inline Machine& machine() {
   static Machine machine;
