@@ -66,10 +66,10 @@ namespace detail {
 
 /// Columns of x or rows of w with a term of so many behind them.
 constexpr Index augmented(Index extent, Index rank) noexcept { return rounded_up(extent + rank, 8); }
-/// Bytes of x with a term of so many columns behind it.
+/// Bytes of x with a term of so many columns behind it, and of a slab of so many lines.
 template <class X>
-Index augmented_bytes(MatrixView<X> x, Index rank) noexcept {
-  return x.rows * augmented(x.cols, rank) * static_cast<Index>(sizeof(X));
+Index augmented_bytes(MatrixView<X> x, Index rank, Index lines) noexcept {
+  return (x.rows + lines) * augmented(x.cols, rank) * static_cast<Index>(sizeof(X));
 }
 
 /// [x | scale * u | 0] in the workspace, once it is filled.

@@ -187,8 +187,8 @@ class CudaContext {
   ProductKernel choose_product(const ProductProblem& problem) const noexcept {
     return qdylora::choose_product(problem, {compute_capability_, properties_.multiProcessorCount, sm90a_}, product_limits_);
   }
-  /// Whether products by slabs take an adapter's term along, of which x and what is appended to it have so many bytes: beside slabs and what
-  /// cuBLASLt works in, the workspace has room for those.
+  /// Whether products by slabs take an adapter's term along, of which x with what is appended to it and the smallest slab have so many bytes:
+  /// beside slabs and what cuBLASLt works in, the workspace has room for those.
   bool augments(Index x_cols, Index y_cols, Index bytes) const noexcept {
     return qdylora::augments(x_cols, y_cols, product_limits_) && bytes <= workspace_.size() / 4 * 3 - slab_bytes_;
   }

@@ -64,13 +64,13 @@ void matmul(const CudaContext& context, MatrixView<const X> x, const W& w, Matri
 template <class X, class W>
 bool takes_adapter(const CudaContext& context, MatrixView<const X> x, const W& w, Index rank) noexcept {
   const ProductKernel kernel = fused_kernel(context, x, w);
-  if (kernel == ProductKernel::slabs) return context.augments(w.cols, w.rows, augmented_bytes(x, rank));
+  if (kernel == ProductKernel::slabs) return context.augments(w.cols, w.rows, augmented_bytes(x, rank, 1));
   return kernel == ProductKernel::small_batch;
 }
 /// The same of x . w. Not in half: gradients pass below its range, so that a term of floats is multiplied as floats there (ProductType).
 template <class X, class W>
 bool takes_adapter_transposed(const CudaContext& context, MatrixView<const X> x, const W& w, Index rank) noexcept {
-  return std::same_as<X, bfloat16> && context.augments(w.rows, w.cols, augmented_bytes(x, rank));
+  return std::same_as<X, bfloat16> && context.augments(w.rows, w.cols, augmented_bytes(x, rank, 8));
 }
 
 /// The rank of an adapter's term, which fits x and so many columns of y.
@@ -132,10 +132,9 @@ void matmul_transposed(const CudaContext& context, MatrixView<const X> x, const 
   expect_matmul_transposed(x, w, y);
   const Index rank = rank_of_term("matmul_transposed", x, w.cols, adapter);
   if (rank == 0) return matmul_transposed(context, x, w, y, update);
+  if (!y.empty()) expect_taken(takes_adapter_transposed(context, x, w, rank), "matmul_transposed", x, w, "takes_adapter_transposed");
   if (!adapter.a.empty()) matmul(context, x, adapter.a, adapter.u, Update::overwrite);
-  if (y.empty()) return;
-  expect_taken(takes_adapter_transposed(context, x, w, rank), "matmul_transposed", x, w, "takes_adapter_transposed");
-  multiply_transposed_by_augmented_slabs(context, x, w, y, update, adapter);
+  if (!y.empty()) multiply_transposed_by_augmented_slabs(context, x, w, y, update, adapter);
 }
 
 /// g [r, features] (+)= u [tokens, r]^T . x [tokens, features]
