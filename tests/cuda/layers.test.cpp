@@ -34,11 +34,11 @@ class Trained {
   using Acc = qd::Accumulator<T>;
   using Memory = typename Backend::Memory;
 
-  Trained(const Backend& backend, qd::LoRAOptions options, Index out = layers_test::out, Index in = layers_test::in)
+  Trained(const Backend& backend, qd::LoRAOptions options, Index outputs = out, Index inputs = in)
       : backend_(backend),
-        in_(in),
-        out_(out),
-        weight_(upload(qd::clone(test::normal_matrix<Acc>(out, in, 1, 0.3).view()))),
+        in_(inputs),
+        out_(outputs),
+        weight_(upload(qd::clone(test::normal_matrix<Acc>(outputs, inputs, 1, 0.3).view()))),
         layer_(biased(weight_.view(), std::move(options))),
         optimizer_(layer_.parameters(), {.lr = 1e-2, .weight_decay = 0.1, .max_gradient_norm = 1.0}, backend) {}
 
